@@ -1,0 +1,180 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Which subspace explains a weight difference?
+#
+# Two adapters were trained on opposite behaviours; their difference `w` steers the model when it is added to the
+# weights. Here candidate subspaces of the residual stream, built from the base model alone, are scored on two
+# questions: how much of what `w` does to **activations** lies inside them, and how much of **w itself** does. A score of
+# 1 is what a random subspace of the same rank gets. Two ceilings that do see `w` show how far a subspace of rank 8
+# could go.
+
+# %% tags=["parameters"]
+MODEL_ID = "tiny"  # hub id, local folder, or tiny
+REVISION = ""  # pin of a hub model
+BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
+ADAPTER = "lora"
+SEED = 0  # LoRA seed
+W_PATH = ""  # weight difference; empty: the one of this run
+NULL_W_PATH = (
+    ""  # difference of adapters with shuffled labels, for the *_vs_null_diff columns; empty: the run's, if any
+)
+OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
+PROTOCOL = "v7"  # v7 or v7b; the next four are the protocol's where empty
+EVAL_SPLIT = ""
+CHAT_PROBES = ""
+PERSONA_PAIRS = ""
+RAW_LAST = ""
+LORA_LAYERS = []  # layers the summary averages over; empty: those that w touches
+PCS = 8  # rank of a basis
+K_BROAD = 64  # width of what "not read" projects out
+N_NULL = 120  # Monte-Carlo draws that check the closed-form null; 0: none
+DEVICE = "auto"
+DTYPE = "auto"
+
+# %%
+from pathlib import Path
+
+from IPython.display import HTML, Markdown, display
+
+from ws import conclusion, figures, notebook, sweep, tables
+from ws.activations import capture_steered, probes
+from ws.bases import a_side_bases
+from ws.candidates import CeilingMaterials, build, registered
+from ws.config import RunId, model_slug
+from ws.data import load_behavior
+from ws.diff import load_diff
+from ws.files import write_text
+from ws.model import load_lm
+from ws.protocol import load_protocol
+
+behavior = load_behavior(BEHAVIOR)
+protocol = load_protocol(
+    PROTOCOL, EVAL_SPLIT=EVAL_SPLIT, CHAT_PROBES=CHAT_PROBES, PERSONA_PAIRS=PERSONA_PAIRS, RAW_LAST=RAW_LAST
+)
+run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
+folder = Path(OUT_DIR) if OUT_DIR else run.folder() / PROTOCOL
+log = notebook.start_log("v7_sweep", folder)
+w = load_diff(W_PATH or run.folder() / "w.safetensors")
+lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+split = probes(behavior, protocol)
+layers = sweep.lora_layers(w, LORA_LAYERS)
+candidates = registered(protocol.sources)
+log.info("%s: %d candidates, w of %d parameters, LoRA layers %s", lm.name, len(candidates), len(w.names), layers)
+display(Markdown(notebook.setting(lm, behavior, protocol, w, layers)))
+
+# %% [markdown]
+# ## Bases
+#
+# The candidates see base weights and base activations only, so that their bases are the same for every LoRA seed: they
+# are built once and reused. The ceilings are built from `w` and from what it does on the FIT probes.
+
+# %%
+a_side, cache = a_side_bases(lm, behavior, protocol, candidates, PCS, K_BROAD)
+steered = capture_steered(lm, behavior, w, protocol)
+b_side = CeilingMaterials(lm.decoder, w, steered, PCS, protocol.fold_gain)
+bases = a_side | build(b_side, [c for c in candidates if c.kind == "ceiling"])
+log.info("bases: %s", cache.name)
+
+# %% [markdown]
+# ## Scores
+#
+# Per layer: activation recovery on the EVAL probes, weight recovery on `o_proj` and `down_proj`, z-scores against the
+# closed-form null. The summary is the mean over the LoRA layers; `joint` is the geometric mean of the two recoveries.
+
+# %%
+targets = sweep.layer_targets(b_side, bases["layer_clean_resid_pca"])
+table = sweep.per_layer(candidates, bases, targets)
+specific = sweep.specific_per_layer(candidates, bases, targets)
+checks = sweep.self_checks(table, layers) | {"orthonormality": sweep.largest_deviation(bases)}
+summary = tables.summarise(table, layers)
+pct = tables.with_percentages(summary)
+beyond = tables.summarise_specific(specific, layers)
+display(HTML(conclusion.top_table(pct, 20, "html")))
+
+# %%
+for name, part in {
+    "v7_per_layer.csv": table,
+    "v7_specific_per_layer.csv": specific,
+    "v7_summary.tsv": summary,
+    "v7_summary_pct.tsv": pct,
+    "v7_specific_summary.tsv": beyond,
+}.items():
+    tables.write_table(part, folder / name)
+notebook.save_scores(folder / "scores.safetensors", candidates, bases, targets, PCS)
+
+# %% [markdown]
+# ## Activation against weight recovery
+
+# %%
+figure = figures.joint_scatter(summary, f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {protocol.name}")
+figures.save(figure, folder / "v7_joint_act_weight_scatter")
+display(figure)
+
+# %% [markdown]
+# The best candidates by layer, with the ceilings dotted.
+
+# %%
+best = conclusion.leaders(pct, "joint_score", ("write", "mixed"))[:6]
+figure = figures.recovery_by_layer(table, best + ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"], layers)
+figures.save(figure, folder / "v7_recovery_by_layer")
+display(figure)
+
+# %% [markdown]
+# ## Beyond what clean activations vary along
+#
+# Part of what a subspace explains is where any activation varies. Here each layer's clean PCA is projected out of both
+# the candidate and the difference; what is left is specific to the steering.
+
+# %%
+columns = [c for c in beyond.columns if c != "source"]
+display(HTML(tables.as_text(beyond, columns, 12, "html")))
+
+# %% [markdown]
+# ## The null
+#
+# z-scores use the exact mean and variance of the score of a uniformly random subspace. Drawn at random, it looks like
+# this (a ratio near 1 is right; its own sampling error at N draws is about `1/sqrt(2N)`).
+
+# %%
+if N_NULL:
+    null = sweep.null_check(targets, layers, PCS, N_NULL)
+    tables.write_table(null, folder / "v7_null_check.csv")
+    display(HTML(tables.as_text(notebook.null_summary(null), style="html")))
+
+# %% [markdown]
+# ## What this run says
+
+# %%
+facts = conclusion.RunFacts(
+    f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}",
+    behavior,
+    protocol,
+    layers,
+    lm.decoder.n_layers,
+    len(split.fit),
+    len(split.eval),
+    lm.decoder.d,
+)
+verdict = conclusion.conclusion(pct, table, facts, checks)
+write_text(folder / "v7_conclusion.md", verdict)
+write_text(folder / "v7_definitions.md", conclusion.definitions(candidates))
+write_text(folder / "v7_plan_merge.md", conclusion.PLAN_MERGE)
+log.info("done: %s", folder)
+display(Markdown(verdict.replace("\n# ", "\n## ")))
+
+# %% [markdown]
+# ## Definitions
+
+# %%
+display(Markdown(conclusion.definitions(candidates).replace("# Candidate subspaces\n", "")))

@@ -1,0 +1,3 @@
+"""ws: helpers for weight steering and for the subspaces that explain it (see docs/architecture.md)."""
+
+__version__ = "0.1.0"
