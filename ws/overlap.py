@@ -1,0 +1,183 @@
+"""Do two estimates of a subspace agree? Between LoRA seeds (B-side), between halves of the data (A-side).
+
+For bases A (d, a), B (d, b): `overlap = |A^T B|_F^2 / min(a, b)`, whose chance level is `max(a, b) / d`, and the
+smallest principal cosine `s_min(A^T B)`. Where b_i carries singular value s_i, the *energy-weighted* overlap
+
+    sum_i s_i^2 |A^T b_i|^2 / sum_i s_i^2        (chance a / d)
+
+asks how much of B's signal A holds: a low-rank signal filled up with noise directions then still counts as stable.
+A-side bases do not depend on the seed at all, which is asserted. (docs/method.md section 7)
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.subspace import Basis, overlap
+
+UNSTABLE = 0.5  # energy-weighted overlap below which a candidate cannot win
+WHY = "an A-side basis must not depend on the LoRA seed"
+SAME = 1e-6  # overlap of a basis with itself, recomputed: at least 1 - SAME
+SCHEMA = {
+    "side": pl.String,
+    "object": pl.String,
+    "compared": pl.String,
+    "layer": pl.Int64,
+    "a": pl.String,
+    "b": pl.String,
+    "rank_a": pl.Int64,
+    "rank_b": pl.Int64,
+    "overlap": pl.Float64,
+    "smallest_cos": pl.Float64,
+    "energy_overlap": pl.Float64,
+    "chance": pl.Float64,
+    "chance_sd": pl.Float64,
+}
+
+
+def smallest_cos(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
+    """Cosine of the largest principal angle, in [0, 1]; NaN when either basis is empty."""
+    if A.shape[1] == 0 or B.shape[1] == 0:
+        return float("nan")
+    return float(torch.linalg.svdvals(A.double().T @ B.double())[-1].clamp(0.0, 1.0))
+
+
+def energy_overlap(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"], s: Float[Tensor, " q"]) -> float:
+    """`sum_i s_i^2 |A^T b_i|^2 / sum_i s_i^2`, in [0, 1]; NaN where either is empty or B carries no energy.
+
+    s: singular values of B's columns. A composed basis has none (`q = 0`): its columns then count alike. Raises
+    ValueError when there are values but not one per column.
+    """
+    if A.shape[1] == 0 or B.shape[1] == 0:
+        return float("nan")
+    if len(s) not in (0, B.shape[1]):
+        raise ValueError(f"energy overlap: {len(s)} singular values for {B.shape[1]} columns")
+    weight = s.double().square() if len(s) else torch.ones(B.shape[1], dtype=torch.float64)
+    if float(weight.sum()) == 0:
+        return float("nan")
+    inside = (A.double().T @ B.double()).square().sum(dim=0)
+    return float(((weight * inside).sum() / weight.sum()).clamp(0.0, 1.0))
+
+
+def chance_overlap(a: int, b: int, d: int) -> tuple[float, float]:
+    """Mean `max(a, b) / d` and sd of `overlap` for two unrelated random subspaces: method section 6 with G = P_B."""
+    if min(a, b) == 0:
+        return float("nan"), float("nan")
+    if max(a, b) == d:
+        return 1.0, 0.0
+    variance = 2 * a * (d - a) / (d**2 * (d - 1) * (d + 2)) * (d / b - 1)
+    return max(a, b) / d, float(np.sqrt(variance) * b / min(a, b))
+
+
+def _row(side: str, name: str, compared: str, layer: int, labels: tuple[str, str], A: Basis, B: Basis) -> dict:
+    """One comparison; the energy-weighted overlap is the mean of both directions."""
+    energies = energy_overlap(A.B, B.B, B.s), energy_overlap(B.B, A.B, A.s)
+    mean, sd = chance_overlap(A.rank, B.rank, A.d)
+    return {
+        "side": side,
+        "object": name,
+        "compared": compared,
+        "layer": layer,
+        "a": labels[0],
+        "b": labels[1],
+        "rank_a": A.rank,
+        "rank_b": B.rank,
+        "overlap": overlap(A.B, B.B),
+        "smallest_cos": smallest_cos(A.B, B.B),
+        "energy_overlap": sum(energies) / 2,
+        "chance": mean,
+        "chance_sd": sd,
+    }
+
+
+def compare_parts(
+    side: str, name: str, compared: str, parts: Mapping[str, Sequence[Basis]], layers: Sequence[int]
+) -> pl.DataFrame:
+    """Rows of `v7b_subspace_stability`: every pair of `parts` (label -> one basis per layer) at every layer.
+
+    side "B" with compared "seeds" for the activation and weight oracles, side "A" with compared "FIT halves" or
+    "persona pairs" for a candidate. Columns: side, object, compared, layer, a, b, rank_a, rank_b, overlap,
+    smallest_cos, energy_overlap (mean of both directions), chance, chance_sd (of overlap, for random subspaces). An
+    empty basis gives NaN. Raises ValueError naming the part whose number of layers differs.
+    """
+    for label, bases in parts.items():
+        if len(bases) != len(layers):
+            raise ValueError(f"{name}, {compared} {label}: {len(bases)} bases, {len(layers)} layers")
+    rows = [
+        _row(side, name, compared, layer, (a, b), parts[a][i], parts[b][i])
+        for a, b in combinations(parts, 2)
+        for i, layer in enumerate(layers)
+    ]
+    return pl.DataFrame(rows, schema=SCHEMA)
+
+
+def a_side_stability(table: pl.DataFrame, threshold: float = UNSTABLE) -> pl.DataFrame:
+    """Per candidate, the weaker of its mean energy-weighted overlaps over layers and pairs, and the flag it leads to.
+
+    table: rows of `compare_parts`; the A-side ones are used. Columns: candidate, stability (the minimum over "FIT
+    halves" and "persona pairs"), weakest (which of them), stability_chance (mean chance of it), unstable (`stability <
+    threshold`, or undefined at a layer). Candidates without rows do not depend on these data: they are stable.
+    """
+    means = (
+        table.filter(pl.col("side") == "A")
+        .group_by("object", "compared", maintain_order=True)
+        .agg(pl.col("energy_overlap").mean().alias("stability"), pl.col("chance").mean().alias("stability_chance"))
+        .with_columns(pl.col("stability").fill_nan(-1.0))  # undefined is the weakest of all
+        .sort("object", "stability", maintain_order=True)
+        .group_by("object", maintain_order=True)
+        .first()
+    )
+    return means.select(
+        pl.col("object").alias("candidate"),
+        pl.when(pl.col("stability") < 0).then(float("nan")).otherwise(pl.col("stability")).alias("stability"),
+        pl.col("compared").alias("weakest"),
+        "stability_chance",
+        (pl.col("stability") < threshold).alias("unstable"),
+    )
+
+
+def basis_hash(bases: Sequence[Basis]) -> str:
+    """SHA-256 over the bytes and shapes of one candidate's bases."""
+    digest = hashlib.sha256()
+    for basis in bases:
+        digest.update(repr(tuple(basis.B.shape)).encode())
+        digest.update(basis.B.contiguous().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) -> tuple[bool, float]:
+    """Assert that an A-side candidate has the same bases for every seed: equal hashes, else overlap >= 1 - 1e-6.
+
+    Returns (all hashes equal, smallest overlap with the first seed). Raises ValueError naming candidate, seed and layer
+    where rank or subspace differ.
+    """
+    first, *others = by_seed
+    hashes = {seed: basis_hash(bases) for seed, bases in by_seed.items()}
+    if len(set(hashes.values())) == 1:
+        return True, 1.0
+    smallest = 1.0
+    for seed in others:
+        if len(by_seed[seed]) != len(by_seed[first]):
+            raise ValueError(
+                f"{candidate}: {len(by_seed[first])} layers at seed {first}, {len(by_seed[seed])} at {seed}"
+            )
+        for layer, (A, B) in enumerate(zip(by_seed[first], by_seed[seed], strict=True)):
+            if A.rank != B.rank:
+                raise ValueError(
+                    f"{candidate}, layer {layer}: rank {A.rank} at seed {first}, {B.rank} at seed {seed}; {WHY}"
+                )
+            if A.rank == 0:
+                continue
+            value = overlap(A.B, B.B)
+            if not value >= 1 - SAME:
+                raise ValueError(
+                    f"{candidate}, layer {layer}: overlap {value:.8f} between seeds {first} and {seed}; {WHY}"
+                )
+            smallest = min(smallest, value)
+    return False, smallest
