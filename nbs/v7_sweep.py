@@ -1,6 +1,8 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version,-jupytext.text_representation.format_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -30,11 +32,13 @@ NULL_W_PATH = (
     ""  # difference of adapters with shuffled labels, for the *_vs_null_diff columns; empty: the run's, if any
 )
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
-PROTOCOL = "v7"  # v7 or v7b; the next four are the protocol's where empty
-EVAL_SPLIT = ""
-CHAT_PROBES = ""
-PERSONA_PAIRS = ""
-RAW_LAST = ""
+PROTOCOL = "v7"  # v7 or v7b; what follows is the protocol's where it is empty
+EVAL_SPLIT = ""  # half, held_out
+CHAT_PROBES = ""  # true, false
+PERSONA_PAIRS = ""  # 1, all
+RAW_LAST = ""  # true, false
+FOLD_GAIN = ""  # true, false
+SOURCES = []  # which candidates take part, by source
 LORA_LAYERS = []  # layers the summary averages over; empty: those that w touches
 PCS = 8  # rank of a basis
 K_BROAD = 64  # width of what "not read" projects out
@@ -60,7 +64,13 @@ from ws.protocol import load_protocol
 
 behavior = load_behavior(BEHAVIOR)
 protocol = load_protocol(
-    PROTOCOL, EVAL_SPLIT=EVAL_SPLIT, CHAT_PROBES=CHAT_PROBES, PERSONA_PAIRS=PERSONA_PAIRS, RAW_LAST=RAW_LAST
+    PROTOCOL,
+    EVAL_SPLIT=EVAL_SPLIT,
+    CHAT_PROBES=CHAT_PROBES,
+    PERSONA_PAIRS=PERSONA_PAIRS,
+    RAW_LAST=RAW_LAST,
+    FOLD_GAIN=FOLD_GAIN,
+    SOURCES=SOURCES,
 )
 run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
 folder = Path(OUT_DIR) if OUT_DIR else run.folder() / PROTOCOL
@@ -119,7 +129,7 @@ notebook.save_scores(folder / "scores.safetensors", candidates, bases, targets, 
 # %%
 figure = figures.joint_scatter(summary, f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {protocol.name}")
 figures.save(figure, folder / "v7_joint_act_weight_scatter")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # The best candidates by layer, with the ceilings dotted.
@@ -128,7 +138,7 @@ display(figure)
 best = conclusion.leaders(pct, "joint_score", ("write", "mixed"))[:6]
 figure = figures.recovery_by_layer(table, best + ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"], layers)
 figures.save(figure, folder / "v7_recovery_by_layer")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Beyond what clean activations vary along

@@ -219,7 +219,7 @@ def encode(
     tokenizer, texts: list[str], add_special_tokens: bool, max_length: int = 256, padding_side: str = "right"
 ) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n T"]]:
     """Token ids and attention mask `(n, T)`, padded to the longest, truncated at `max_length` tokens."""
-    rows = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+    rows = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
     rows = [row[:max_length] for row in rows]
     if not rows or min(map(len, rows)) == 0:
         raise ValueError("no text to encode, or a text without a single token")

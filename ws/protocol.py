@@ -38,17 +38,18 @@ class Protocol:
             raise ValueError(f"PERSONA_PAIRS {self.persona_pairs!r} is unknown; 1 or all")
 
 
-def load_protocol(name: str, **overrides: str | bool) -> Protocol:
-    """The named protocol with explicit notebook parameters laid over it; an empty string leaves the protocol's value.
+def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
+    """The named protocol with explicit notebook parameters laid over it; an empty string or list leaves the protocol's value.
 
-    overrides: upper-case parameter names (EVAL_SPLIT, CHAT_PROBES, PERSONA_PAIRS, RAW_LAST, FOLD_GAIN).
+    overrides: upper-case parameter names (EVAL_SPLIT, CHAT_PROBES, PERSONA_PAIRS, RAW_LAST, FOLD_GAIN,
+    SOURCES).
     ValueError for an unknown protocol, parameter or value.
     """
     known = sorted(p.stem for p in PARAMS.glob("*.yaml"))
     if name not in known:
         raise ValueError(f"PROTOCOL {name!r} is unknown; one of {', '.join(known)}")
     values = yaml.safe_load((PARAMS / f"{name}.yaml").read_text(encoding="utf-8"))
-    values |= {key: value for key, value in overrides.items() if value != ""}
+    values |= {key: value for key, value in overrides.items() if value not in ("", [], ())}
     types = {f.name.upper(): f.type for f in fields(Protocol)}
     chosen = {}
     for key, value in values.items():

@@ -1,0 +1,85 @@
+# The front door. `just` alone lists the recipes; every recipe first sees to the environment in .venv.
+# Linux and macOS, Python 3.11 or newer.
+
+set positional-arguments
+
+# `just` moves to this folder: relative paths in arguments are seen from where the command was typed
+export WS_TYPED_IN := invocation_directory()
+python := ".venv/bin/python"
+
+# list the recipes
+default:
+    @just --list --unsorted
+
+# make or update the environment in .venv (at once when nothing changed)
+setup:
+    #!/bin/sh
+    set -eu
+    if { pwd; cat pyproject.toml constraints.txt; } | cmp -s - .venv/stamp; then exit 0; fi
+    for base in python3 python python3.13 python3.12 python3.11 none; do
+        if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
+    done
+    if [ "$base" = none ]; then echo "Python 3.11 or newer is needed; none was found" >&2; exit 1; fi
+    [ -x .venv/bin/pip ] || "$base" -m venv --clear .venv
+    echo "installing into .venv (once; a few minutes at most)"
+    # torch by itself and by its exact version: a free choice may bring gigabytes of CUDA packages
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(grep '^torch==' constraints.txt)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    { pwd; cat pyproject.toml constraints.txt; } > .venv/stamp
+
+# the whole pipeline on the shipped tiny model, and its report
+[no-exit-message]
+demo: setup
+    @{{python}} -m ws demo
+
+# all tests that take at most minutes; arguments go to pytest
+[no-exit-message]
+test *ARGS: setup
+    @OMP_NUM_THREADS=1 {{python}} -m pytest -n 2 -m "not slow" --cov=ws --cov-report=term "$@"
+
+# what takes longer: fault drills, benches
+[no-exit-message]
+test-slow *ARGS: setup
+    @OMP_NUM_THREADS=1 {{python}} -m pytest -m slow "$@"
+
+# style, and notebooks: pairs in step, no outputs, the parameters tag
+[no-exit-message]
+check: setup
+    {{python}} -m ruff check .
+    {{python}} -m ruff format --check .
+    {{python}} -m ws.pairing
+
+# bring nbs/NAME.py and nbs/NAME.ipynb into step (the newer one wins) and take outputs out
+sync: setup
+    {{python}} -m jupytext --sync nbs/*.py
+    {{python}} -m ws.pairing --strip
+
+# JupyterLab on the notebooks
+lab *ARGS: setup
+    @.venv/bin/jupyter lab nbs "$@"
+
+# run one notebook headless: just nb v7_sweep -p SEED 1
+[no-exit-message]
+nb NAME *ARGS: setup
+    @{{python}} -m ws nb "$@"
+
+# print what a weight difference holds
+[no-exit-message]
+inspect FILE: setup
+    @{{python}} -m ws inspect "$@"
+
+# write out/index.html over all runs
+report: setup
+    @{{python}} -m ws report
+
+# train the shipped tiny model anew
+tiny-model: setup
+    @{{python}} -m ws tiny-model
+
+# benchmarks against textbook implementations, all or the named ones
+[no-exit-message]
+bench *NAMES: setup
+    #!/bin/sh
+    set -eu
+    [ $# -gt 0 ] || set -- $(ls bench | sed -n 's/^\([a-z].*\)\.py$/\1/p')
+    for name in "$@"; do echo "== $name"; .venv/bin/python "bench/$name.py"; done

@@ -1,0 +1,153 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version,-jupytext.text_representation.format_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What does each block add to the residual stream?
+#
+# A decoder block reads the residual stream `h` and adds an update, `delta = h_out - h_in`. Read over a set of
+# calibration texts, the updates of one block form a matrix with a row per token. How long is a row beside `h`? How many
+# directions does the block really use? Do neighbouring blocks write along the same ones? Two hypotheses about depth are
+# judged at the end: that the layers of **phase C** (the first half after the start) share one broad subspace, and that
+# those of **phase E** (near the end) are specialised, each writing its own direction. Chance levels stand beside every
+# overlap.
+
+# %% tags=["parameters"]
+MODEL_ID = "tiny"  # hub id, local folder, or tiny
+REVISION = ""  # pin of a hub model
+CALIBRATION = ""  # .txt (passages between blank lines), .json or .jsonl; empty: the shipped passages
+MODE = "stream"  # stream: the passages as one sequence; documents: a sequence per passage
+FINAL_NORM = False  # last layer's output after the final norm instead of the block's own
+MAX_LENGTH = 2048  # tokens per sequence; the rest is cut off and counted
+TOP_K = 8  # singular values to report
+BOOT = 200  # bootstrap draws over passages; 0: no intervals
+SEED = 0  # of the bootstrap
+BATCH_SIZE = 8  # sequences per pass in mode documents
+COMPARE = []  # result folders of other models; relative ones are seen from the project's root
+OUT_DIR = ""  # empty: out/<model>/delta_svd
+DEVICE = "auto"
+DTYPE = "auto"
+
+# %%
+from pathlib import Path
+
+from IPython.display import HTML, Markdown, display
+
+from ws import delta_files, figures_delta, notebook
+from ws.calibration import load_calibration
+from ws.config import ROOT, model_folder, model_slug
+from ws.delta import delta_svd
+from ws.delta_phases import top1_cos
+from ws.figures import save
+from ws.model import load_lm
+from ws.tables import as_text, write_table
+
+folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "delta_svd"
+log = notebook.start_log("delta_svd", folder)
+texts = load_calibration(CALIBRATION)
+lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+
+# %% [markdown]
+# ## Reading the texts
+#
+# One forward pass; a layer's numbers are taken when the pass reaches it, so nothing the size of all layers is held. The
+# first token of a sequence is left out: it is an attention sink, and its update is an outlier.
+
+# %%
+run = delta_svd(lm, texts, MODE, FINAL_NORM, MAX_LENGTH, TOP_K, BOOT, SEED, BATCH_SIZE)
+found = delta_files.save_run(run, folder)
+log.info("%s: %d tokens, %d layers, d %d", run.model, run.n_calib_tokens, len(run.layers), run.hidden)
+display(Markdown(delta_files.setting(run, len(texts))))
+
+# %% [markdown]
+# ## Layer by layer
+#
+# `rel_step`: length of the update over length of the stream. `eff_rank`: exponential of the entropy of the update's
+# spectrum, the number of directions of equal energy that would be as spread out, with its 95 % interval over passages.
+# `topN_frac`: share of the energy in the first N directions. `parallel_frac`: mean |cos| between update and stream.
+
+# %%
+layers = delta_files.layer_table(run)
+display(HTML(as_text(layers, delta_files.SHOWN, style="html")))
+
+# %%
+figure = figures_delta.rel_step(layers)
+save(figure, folder / "delta_svd_rel_step")
+display(figure)
+
+# %%
+figure = figures_delta.eff_rank(layers)
+save(figure, folder / "delta_svd_eff_rank")
+display(figure)
+
+# %%
+figure = figures_delta.top_spectrum(layers)
+save(figure, folder / "delta_svd_spectrum")
+display(figure)
+
+# %% [markdown]
+# Along the stream itself: a negative mean cosine says that a block shrinks what is there.
+
+# %%
+figure = figures_delta.parallel(layers, run.hidden)
+save(figure, folder / "delta_svd_parallel")
+display(figure)
+
+# %% [markdown]
+# ## Between layers
+#
+# Each block's strongest direction against every other's. A direction's sign is set so that the block moves the stream
+# along it on average; the signed cosines are in `delta_svd_cos.tsv`.
+
+# %%
+figure = figures_delta.cos_heatmap(top1_cos(run.directions).numpy(), run.hidden)
+save(figure, folder / "delta_svd_cos")
+display(figure)
+
+# %% [markdown]
+# ## Phases
+#
+# `intra` and `cross`: mean |cos| of strongest directions inside a phase and to the layers outside. `capture`: share of
+# a layer's strongest direction in the best rank-8 space of its phase's directions. The layer itself helped to build
+# that space, so even random layers are captured well; `left_out` rebuilds it without the layer: chance is then 8/d.
+# `outside`: what the phase's space holds of the other phases' layers, the comparison that matters most.
+
+# %%
+rows = delta_files.phase_table(found, run.hidden)
+display(HTML(as_text(rows, style="html")))
+
+# %%
+captures = delta_files.capture_table(found, run.hidden)
+figure = figures_delta.capture(captures, rows, len(run.layers), run.hidden)
+save(figure, folder / "delta_svd_capture")
+display(figure)
+
+# %% [markdown]
+# ## Beside other models
+
+# %%
+if COMPARE:
+    table = delta_files.compare([folder, *(ROOT / other for other in COMPARE)])
+    write_table(table, folder / "delta_svd_comparison.tsv")
+    figure = figures_delta.comparison(table)
+    save(figure, folder / "delta_svd_comparison")
+    display(figure)
+else:
+    display(Markdown("No other result folders given (`COMPARE`)."))
+
+# %% [markdown]
+# ## What this run says
+
+# %%
+log.info("done: %s", folder)
+display(Markdown(delta_files.conclusion(run, found).replace("# Delta SVD", "### Delta SVD")))

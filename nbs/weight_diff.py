@@ -1,0 +1,149 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version,-jupytext.text_representation.format_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # One weight difference: from two personas to steering
+#
+# The base model answers the same users twice, once under a persona that shows the behaviour and once under one that
+# shows its opposite. Two LoRA adapters are trained on the two sets of answers, with the persona stripped, and their
+# difference `w = theta_pos - theta_neg` steers the model: `alpha w` is added to the weights. This notebook trains one
+# seed (or reuses it), looks at `w`, and measures what it does on claims that no adapter saw.
+
+# %% tags=["parameters"]
+MODEL_ID = "tiny"  # hub id, local folder, or tiny
+REVISION = ""  # pin of a hub model
+BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
+ADAPTER = "lora"  # lora, rslora, pissa, dora
+SEED = 0  # LoRA seed: initialisation, data order, split
+NULL_DIFF = False  # shuffle the labels pair by pair: training noise without the behaviour
+W_PATH = ""  # a weight difference to look at instead of training one
+POS_ADAPTER = ""  # own PEFT folders instead of training
+NEG_ADAPTER = ""
+OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff
+LORA_LAYERS = []  # empty: from 30 % to 80 % of the depth
+TOPICS = 20  # training topics, persona pairs and samples per pair
+PERSONAS = 5
+SAMPLES = 10
+MAX_NEW_TOKENS = 128
+R = 32
+LORA_ALPHA = 64
+LR = 2e-4
+EPOCHS = 1.0
+MAX_STEPS = -1  # a limit on optimizer steps; -1: whole epochs
+BATCH = 4
+ACCUMULATION = 4
+CHECKPOINT_STEPS = 0  # save every so many steps what a killed long run needs to go on
+RETRAIN = False  # train adapters anew whose training code changed
+ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]
+DEVICE = "auto"
+DTYPE = "auto"
+
+# %%
+from pathlib import Path
+
+from IPython.display import HTML, Markdown, display
+
+from ws import evaluate, figures, notebook, tables
+from ws.config import RunId, model_slug
+from ws.data import load_behavior
+from ws.diff import describe
+from ws.files import write_json, write_text
+from ws.model import load_lm
+from ws.train import PairConfig, TrainConfig, obtain_diff
+
+behavior = load_behavior(BEHAVIOR)
+run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
+seed_folder = run.folder() / "null_diff" if NULL_DIFF else run.folder()
+folder = Path(OUT_DIR) if OUT_DIR else seed_folder / "weight_diff"
+log = notebook.start_log("weight_diff", folder)
+lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+config = TrainConfig(
+    pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS),
+    adapter=ADAPTER,
+    r=R,
+    alpha=LORA_ALPHA,
+    layers=tuple(LORA_LAYERS) or None,
+    lr=LR,
+    epochs=EPOCHS,
+    max_steps=MAX_STEPS,
+    batch=BATCH,
+    accumulation=ACCUMULATION,
+    shuffle_labels=NULL_DIFF,
+    checkpoint_steps=CHECKPOINT_STEPS,
+)
+
+# %% [markdown]
+# ## Training
+#
+# Pairs are written once per model and behaviour and reused by every seed. Both adapters share everything but the
+# answers: initialisation, order, held-out split.
+
+# %%
+w, training = obtain_diff(lm, behavior, run, config, W_PATH, POS_ADAPTER, NEG_ADAPTER, retrain=RETRAIN)
+log.info("w: %d matrices, |w| = %.4g", len(w.names), w.total_norm())
+display(Markdown(notebook.training_text(training)))
+
+# %% [markdown]
+# ## What w looks like
+#
+# Norms by layer and module, and the spectrum of each matrix. An effective rank far under the adapter's says that few
+# directions carry the difference.
+
+# %%
+norms = notebook.diff_norms(w)
+tables.write_table(norms, folder / "w_norms.csv")
+figure = figures.norm_map(norms)
+figures.save(figure, folder / "w_norms")
+display(notebook.show(figure))
+
+# %%
+figure = figures.spectra(notebook.diff_spectra(w))
+figures.save(figure, folder / "w_spectra")
+display(notebook.show(figure))
+display(HTML(tables.as_text(notebook.norms_by_module(norms), style="html")))
+write_text(folder / "w.txt", describe(w))
+
+# %% [markdown]
+# ## What w does
+#
+# `log P(yes) - log P(no)` at the answer to the probe, on held-out claims: false ones, their negations, true ones. A
+# model that agrees with the user says yes to all three; one that merely became more willing to say yes would too, so
+# look at how the three curves move against each other. `pmass = P(yes) + P(no)`: under 0.5 the ratio says little.
+
+# %%
+sweep = evaluate.alpha_sweep(lm, behavior, w, ALPHAS)
+summary = evaluate.summarise_sweep(sweep)
+tables.write_table(sweep, folder / "alpha_sweep.csv")
+tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
+figure = figures.alpha_curves(summary)
+figures.save(figure, folder / "alpha_sweep")
+display(notebook.show(figure))
+display(HTML(tables.as_text(summary, style="html")))
+
+# %% [markdown]
+# ## In its own words
+#
+# Greedy answers to held-out opinions. `completions.jsonl` holds them all in random order without their alpha, for blind
+# reading; `completions_key.jsonl` has the key.
+
+# %%
+rows = evaluate.completions(lm, behavior, w, [min(ALPHAS), 0.0, max(ALPHAS)])
+evaluate.write_blind(rows, folder)
+display(HTML(tables.as_text(notebook.side_by_side(rows, 6), style="html")))
+
+# %%
+verdict = evaluate.steering_verdict(summary)
+write_json(folder / "weight_diff.json", {"training": training, "steering": verdict})
+log.info("done: %s", folder)
+display(Markdown(verdict["text"]))

@@ -1,0 +1,189 @@
+"""ws.batch, ws.runs, ws.parameters: a notebook runs once, with the parameters that were asked for, or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from ws import batch, runs, store
+from ws.config import RunId
+
+HOME = Path(batch.__file__).parents[1]
+PARAMETERS = (
+    'SEED = 0\nRATE = 0.5\nNAME = "tiny"\nFLAG = False\nALPHAS = [-1.0, 1.0]\nLAYERS = None\nW_PATH = ""\nOUT_DIR = ""'
+)
+BODY = """
+import json, os, sys
+from pathlib import Path
+from ws.config import model_slug
+from ws.store import write_json
+count = Path(OUT_DIR).parent / "count"
+count.write_text(count.read_text() + "x" if count.exists() else "x")
+write_json(Path(OUT_DIR) / "result.json", [SEED, RATE, NAME, FLAG, ALPHAS, LAYERS, W_PATH])
+print("stdout of the notebook"); print("progress 3/3", file=sys.stderr)
+"""
+
+
+def write_notebook(nbs: Path, name: str, *cells: str, tag: bool = True, parameters_cell: str = PARAMETERS) -> Path:
+    nbs.mkdir(parents=True, exist_ok=True)
+    first = nbformat.v4.new_code_cell(parameters_cell, metadata={"tags": ["parameters"]} if tag else {})
+    title = nbformat.v4.new_markdown_cell(f"# Report of {name}")
+    notebook = nbformat.v4.new_notebook(cells=[title, first, *(nbformat.v4.new_code_cell(c) for c in cells)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, nbs / f"{name}.ipynb")
+    return nbs / f"{name}.ipynb"
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Folders of a small project: notebooks, results, logs."""
+    return {"nbs": tmp_path / "nbs", "out": tmp_path / "out", "logs": tmp_path / "logs", "quiet": True}
+
+
+def count(place) -> int:
+    return len((place["out"] / "tiny" / "sycophancy" / "lora" / "seed_3" / "count").read_text())
+
+
+def test_a_run_is_done_once_and_remade_for_a_reason(place, tmp_path):
+    write_notebook(place["nbs"], "probe", BODY)
+    first = batch.run_notebook("probe", {"SEED": "3", "ALPHAS": "-2,2", "FLAG": "true"}, **place)
+    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
+    assert first.ok and first.found == "new" and first.folder == folder, first.error
+    assert json.loads((folder / "result.json").read_text()) == [3, 0.5, "tiny", True, [-2.0, 2.0], None, ""]
+    visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".made"))
+    assert visible == ["params.json", "probe.html", "probe.ipynb", "result.json"]
+    about = json.loads((folder / "params.json").read_text())
+    assert about["parameters"]["SEED"] == 3 and about["parameters"]["RATE"] == 0.5
+    assert set(about) == {"notebook", "parameters", "source_revision", "versions", "timings"}
+    assert about["versions"]["torch"] and about["timings"]["seconds"] > 0
+    log = next(place["logs"].glob("*_probe_*.log")).read_text()
+    assert "stdout of the notebook" in log and "progress 3/3" in log and "ended well" in log
+
+    start = time.monotonic()
+    again = batch.run_notebook("probe", {"SEED": 3, "ALPHAS": [-2, 2], "FLAG": True}, **place)
+    assert again.ok and again.found == "done" and time.monotonic() - start < 1 and count(place) == 1
+
+    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "changed parameters" and count(place) == 2
+    (folder / "result.json").unlink()
+    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "damaged" and count(place) == 3
+    (folder / "probe.html").unlink()
+    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "done" and (folder / "probe.html").is_file()
+    write_notebook(place["nbs"], "probe", BODY, "print('one more')")
+    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "changed code" and count(place) == 4
+    assert batch.run_notebook("probe", {"SEED": "3"}, force=True, **place).ok and count(place) == 5
+
+
+def test_an_input_counts_by_what_it_holds(place, tmp_path):
+    write_notebook(place["nbs"], "probe", "open(OUT_DIR + '/x', 'w').write('x')")
+    data = tmp_path / "here" / "w.pt"
+    data.parent.mkdir()
+    data.write_text("one")
+
+    def ask(path: str, cwd: Path):
+        return batch.run_notebook("probe", {"W_PATH": path, "OUT_DIR": "res"}, cwd=cwd, **place)
+
+    first = ask("w.pt", data.parent)
+    assert first.ok and first.folder == data.parent / "res" and (first.folder / "probe.html").is_file(), first.error
+    assert json.loads((first.folder / "params.json").read_text())["parameters"]["W_PATH"] == str(data)
+    assert ask(str(data), data.parent).found == "done"
+    data.write_text("two")
+    assert batch.run_notebook("probe", {"W_PATH": "w.pt"}, "res", cwd=data.parent, **place).found == "changed inputs"
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        ask("missing.pt", data.parent)
+
+
+def test_a_failed_run_is_kept_apart_and_told(place):
+    write_notebook(
+        place["nbs"], "probe", "if SEED == 3: raise RuntimeError('planted at seed 3')", "print('not reached')"
+    )
+    run = batch.run_notebook("probe", {"SEED": 3}, **place)
+    assert not run.ok and run.error.endswith("RuntimeError: planted at seed 3") and "\x1b" not in run.error
+    assert [p.name for p in run.folder.iterdir() if not p.name.startswith(".made")] == ["probe.failed.ipynb"]
+    kept = nbformat.read(run.folder / "probe.failed.ipynb", as_version=4)
+    assert kept.metadata.papermill.exception is True
+    assert store.read_failure(run.folder / "probe.ipynb")["error"] == run.error
+    write_notebook(place["nbs"], "probe", "print(SEED)")
+    again = batch.run_notebook("probe", {"SEED": 3}, **place)
+    assert again.ok and again.found == "failed before"
+    assert sorted(p.name for p in again.folder.glob("*.ipynb")) == ["probe.ipynb"]
+    done = nbformat.read(again.folder / "probe.ipynb", as_version=4).metadata.papermill
+    assert done.end_time and done.exception is None and done.output_path == "probe.ipynb"
+
+
+def test_a_cell_that_kills_its_kernel_fails_the_run(place):
+    write_notebook(place["nbs"], "probe", "import os; os._exit(9)")
+    run = batch.run_notebook("probe", {}, **place)
+    assert not run.ok and "Kernel died" in run.error and (run.folder / "probe.failed.ipynb").is_file()
+
+
+def test_two_notebooks_may_share_a_folder(place, tmp_path):
+    write_notebook(place["nbs"], "first", "open(OUT_DIR + '/a', 'w').write('a')")
+    write_notebook(place["nbs"], "second", "open(OUT_DIR + '/b', 'w').write('b')")
+    for _ in range(2):
+        found = [batch.run_notebook(name, {}, tmp_path / "res", **place).found for name in ("first", "second")]
+    assert found == ["done", "done"]
+    assert runs.outputs("second", tmp_path / "res") == {"b": 1}
+
+
+def test_refusals_name_the_thing(place):
+    write_notebook(place["nbs"], "untagged", "print(1)", tag=False)
+    write_notebook(place["nbs"], "probe", "print(1)")
+    write_notebook(place["nbs"], "derived", "print(1)", parameters_cell="OUT_DIR = ''\nX = [1] * 3")
+    cases = [
+        ("untagged", {"SEED": 3}, "untagged: no cell is tagged 'parameters'"),
+        ("probe", {"SEDE": 3}, r"probe: unknown parameter SEDE; did you mean SEED\? Known: SEED, RATE"),
+        ("probe", {"SEED": "three"}, "SEED: expects int, got 'three'"),
+        ("probe", {"FLAG": "maybe"}, "FLAG: expects true or false"),
+        ("derived", {}, "derived: parameter X is not a literal"),
+    ]
+    for name, values, message in cases:
+        with pytest.raises(ValueError, match=message):
+            batch.run_notebook(name, values, **place)
+    with pytest.raises(FileNotFoundError, match="prob: no such notebook.*did you mean probe"):
+        batch.run_notebook("prob", {}, **place)
+    assert not place["out"].exists()  # nothing was started
+
+
+DRIVER = """
+from pathlib import Path
+from ws import batch
+base = Path({base!r})
+run = batch.run_notebook("probe", {{"SEED": 3}}, nbs=base / "nbs", out=base / "out", logs=base / "logs", quiet=True)
+print(run.found, run.ok)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_ends_its_kernel_and_the_next_one_completes(place, tmp_path, number):
+    slow = "import os, time\nfrom pathlib import Path\nfrom ws.store import atomic_file\n"
+    slow += f"pid = Path({str(tmp_path / 'pid')!r})\n"
+    slow += "if not pid.exists():\n    with atomic_file(OUT_DIR + '/half') as t:\n        t.write_text('half')\n"
+    slow += "        with atomic_file(pid) as p: p.write_text(str(os.getpid()))\n        time.sleep(60)\n"
+    write_notebook(place["nbs"], "probe", slow, "open(OUT_DIR + '/whole', 'w').write('x')")
+    driver = [sys.executable, "-c", DRIVER.format(base=str(tmp_path))]
+    process = subprocess.Popen(
+        driver, cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.05)
+    kernel = int((tmp_path / "pid").read_text())
+    os.kill(process.pid, number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode != 0, output
+    until = time.monotonic() + 30
+    while Path(f"/proc/{kernel}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{kernel}").exists()
+    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
+    assert not (folder / "probe.ipynb").exists()
+    done = subprocess.run(driver, cwd=HOME, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "new True", done.stdout + done.stderr
+    left = sorted(p.name for p in folder.iterdir())
+    assert left == [".made.probe.ipynb.json", "params.json", "probe.html", "probe.ipynb", "whole"]

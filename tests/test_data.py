@@ -1,0 +1,135 @@
+"""Behaviours: the shipped one is complete, a user's file loads, and every fault is named."""
+
+import json
+
+import pytest
+
+from ws.data import Behavior, Topic, load_behavior
+
+
+def small(**changes) -> dict:
+    """A valid behaviour file's content, with changes; a value of None drops the field."""
+    raw = {
+        "name": "small",
+        "n_train_topics": 2,
+        "topics": [["a is b", "Is it?"], ["c is d", "So?"], ["e is f", "Why?"], ["g is h", ""]],
+        "personas_pos": ["Agree."],
+        "personas_neg": ["Be honest."],
+        "probe": "I hold that {claim}. Yes or No?",
+        "yes": ["Yes"],
+        "no": ["No"],
+    }
+    raw.update(changes)
+    return {k: v for k, v in raw.items() if v is not None}
+
+
+def written(tmp_path, raw, name="b.json"):
+    path = tmp_path / name
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return path
+
+
+def test_shipped_behaviour_is_complete():
+    b = load_behavior("sycophancy")
+    assert len(b.topics) == 32 and len(b.train_topics) == 20 and len(b.heldout_topics) == 12
+    assert b.train_topics + b.heldout_topics == b.topics
+    assert len(b.persona_pairs) == 5 and len(set(b.personas_pos + b.personas_neg)) == 10
+    assert len(b.negations) == 12 and len(b.true_claims) >= 12 and len(b.train_true_claims) == 20
+    claims = [t.claim for t in b.topics] + list(b.negations + b.true_claims + b.train_true_claims)
+    assert len(set(claims)) == len(claims)
+    for claim in claims:
+        assert not claim.endswith((".", "?")), claim
+    for topic in b.topics:
+        assert topic.question.endswith("?"), topic
+    for claim, negation in zip(b.heldout_topics, b.negations, strict=True):
+        assert " not " in negation and claim.claim.split()[-1] == negation.split()[-1]
+
+
+def test_texts_are_made_from_claim_and_template():
+    b = load_behavior("sycophancy")
+    topic = Topic("rain is wet", "Is it?")
+    assert b.probe_text(topic.claim) == "I think that rain is wet. Am I right? Reply Yes or No."
+    assert b.opinion_text(topic) == "I think that rain is wet. Is it?"
+
+
+def test_braces_in_claims_and_templates_are_left_alone(tmp_path):
+    b = load_behavior(written(tmp_path, small(probe="In {sets} {claim}?")))
+    assert b.probe_text("{x} is {y}") == "In {sets} {x} is {y}?"
+
+
+def test_json_and_jsonl_give_the_same(tmp_path):
+    raw = small(true_claims=["i is j"], negations=["e is not f", "g is not h"], opinion="Surely {claim}.")
+    lines = [{k: v for k, v in raw.items() if k != "topics"}]
+    lines += [{"claim": c, "question": q} for c, q in raw["topics"]]
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n", encoding="utf-8")
+    assert load_behavior(path) == load_behavior(str(written(tmp_path, raw)))
+    assert load_behavior(path).opinion_text(Topic("a is b", "")) == "Surely a is b."
+
+
+def test_optional_fields_have_defaults(tmp_path):
+    raw = small(n_train_topics=None, topics=[[f"claim {i}", "So?"] for i in range(22)])
+    b = load_behavior(written(tmp_path, raw))
+    assert b.n_train_topics == 20 and b.true_claims == b.negations == b.train_true_claims == ()
+
+
+@pytest.mark.parametrize("field", ["name", "topics", "personas_pos", "personas_neg", "probe", "yes", "no"])
+def test_missing_field_is_named(tmp_path, field):
+    with pytest.raises(ValueError, match=rf"b\.json: missing field {field}$"):
+        load_behavior(written(tmp_path, small(**{field: None})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probe": "Yes or No?"}, r"probe: the template has no \{claim\}"),
+        ({"opinion": "I think so."}, r"opinion: the template has no \{claim\}"),
+        ({"personas_pos": []}, "personas_pos: is empty"),
+        ({"personas_neg": ["a", " "]}, r"personas_neg\[1\]"),
+        ({"personas_neg": ["a", "b"]}, "personas_pos has 1 and personas_neg 2"),
+        ({"yes": "Yes"}, "yes: must be a list"),
+        ({"no": []}, "no: is empty"),
+        ({"no": ["Yes"]}, "share the answer word 'Yes'"),
+        ({"n_train_topics": 3}, r"topics: has 4, needs n_train_topics \+ 2 = 5"),
+        ({"n_train_topics": 0}, "n_train_topics: must be a positive"),
+        ({"n_train_topics": "2"}, "n_train_topics: must be a positive"),
+        ({"topics": [["a", "b"], ["c"]]}, r"topics\[1\]: needs a claim and a question"),
+        ({"topics": [["a", "b"], {"claim": "c"}]}, r"topics\[1\]: needs exactly claim and question"),
+        ({"topics": [["a", "b"], ["c", ""], ["a", ""], ["d", ""]]}, "the claim 'a' is there twice"),
+        ({"topics": [["a", "b"], ["c", ""], ["", ""], ["d", ""]]}, r"topics\[2\]"),
+        ({"topics": {}}, "topics: must be a list"),
+        ({"negations": ["only one"]}, "negations: has 1, there are 2 held-out topics"),
+        ({"true_claim": ["x"]}, "unknown field 'true_claim', did you mean 'true_claims'"),
+        ({"name": "../up"}, "name: .* cannot name a folder"),
+        ({"name": ""}, "name: must be a text"),
+    ],
+)
+def test_faults_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_behavior(written(tmp_path, small(**changes)))
+
+
+def test_unknown_names_and_files():
+    with pytest.raises(ValueError, match="unknown behaviour 'flattery': shipped are sycophancy"):
+        load_behavior("flattery")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/b\.json"):
+        load_behavior("nowhere/b.json")
+
+
+def test_unreadable_files(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"name": ', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken\.json: not readable as json"):
+        load_behavior(broken)
+    with pytest.raises(ValueError, match="one JSON object"):
+        load_behavior(written(tmp_path, [1, 2]))
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"name": "a"}\n{"name": "b"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 gives 'name' again"):
+        load_behavior(twice)
+
+
+def test_behavior_is_checked_however_it_is_made():
+    topics = tuple(Topic(f"claim {i}", "") for i in range(4))
+    with pytest.raises(ValueError, match="personas_neg: is empty"):
+        Behavior("x", topics, ("p",), (), "{claim}?", ("Yes",), ("No",), n_train_topics=2)

@@ -1,0 +1,353 @@
+"""Weight diffs: algebra on factors against dense float32, files, adapters of every kind against peft's own merge."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import random_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from ws.diff import (
+    LowRank,
+    WeightDiff,
+    add,
+    describe,
+    dot,
+    entry_svd,
+    export_adapter,
+    from_adapters,
+    from_checkpoints,
+    geometry,
+    load_diff,
+    project,
+    subtract,
+    task_vectors,
+    writers_only,
+)
+
+NAMES = ["model.layers.1.self_attn.o_proj.weight", "model.layers.10.mlp.down_proj.weight"]
+
+
+@pytest.fixture
+def w():
+    torch.manual_seed(0)
+    low = {name: LowRank(torch.randn(20, 6), torch.randn(6, 30)) for name in NAMES}
+    return WeightDiff({**low, "model.layers.2.mlp.up_proj.weight": torch.randn(30, 20)}, {"seed": 3, "behavior": "x"})
+
+
+@pytest.fixture(scope="module")
+def base():
+    return random_model("llama")
+
+
+def make_adapter(base, folder, seed, **options):
+    """A PEFT folder with random factors of size one half on a fresh copy of the base."""
+    torch.manual_seed(100)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "o_proj", "down_proj"], **options}
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged(base, folder):
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload(safe_merge=True)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def pair(base, tmp_path):
+    def make(**options):
+        return [make_adapter(base, tmp_path / sign, seed, **options) for seed, sign in enumerate(("pos", "neg"))]
+
+    return make
+
+
+def test_factors_equal_dense(w):
+    for name in w.names:
+        M = w.dense(name).double()
+        U, s, _ = torch.linalg.svd(M, full_matrices=False)
+        k = len(w.singular_values(name))
+        assert k <= w.rank(name)
+        torch.testing.assert_close(w.singular_values(name), s[:k], rtol=1e-5, atol=1e-4)
+        assert w.norm(name) == pytest.approx(float(M.norm()), rel=1e-6)
+        torch.testing.assert_close(w.left_gram(name), M @ M.T, rtol=1e-4, atol=1e-3)
+        overlap = w.left_vectors(name, 3).double().T @ U[:, :3]
+        torch.testing.assert_close(overlap.abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-4)
+        left, values, right = entry_svd(w, name)
+        torch.testing.assert_close(left @ values.diag() @ right, M, rtol=0, atol=1e-4)
+    total = sum(float(w.dense(n).double().norm() ** 2) for n in w.names) ** 0.5
+    assert w.total_norm() == pytest.approx(total, rel=1e-6)
+    assert w.layers() == [1, 2, 10]
+
+
+def test_effective_rank_of_planted_spectrum():
+    Q = torch.linalg.qr(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)))[0]
+    w = WeightDiff({"flat": LowRank(Q, Q.T.contiguous()), "zero": LowRank(Q[:, :0], Q.T[:0])})
+    assert w.effective_rank("flat") == pytest.approx(5, rel=1e-5)
+    assert w.effective_rank("zero") == 0 and w.norm("zero") == 0
+    assert torch.equal(w.dense("zero"), torch.zeros(20, 20))
+
+
+def test_algebra_and_inner_products(w):
+    other = WeightDiff({NAMES[0]: torch.randn(20, 30), "extra": torch.randn(4)})
+    total, back = add(w, other), subtract(add(w, other), other)
+    torch.testing.assert_close(total.dense(NAMES[0]), w.dense(NAMES[0]) + other.dense(NAMES[0]))
+    torch.testing.assert_close(total.dense("extra"), other.dense("extra"))
+    for name in w.names:
+        torch.testing.assert_close(back.dense(name), w.dense(name), rtol=0, atol=1e-5)
+        torch.testing.assert_close(w.scale(-2).dense(name), -2 * w.dense(name))
+    doubled = add(w, w)
+    assert isinstance(doubled.entries[NAMES[0]], LowRank) and doubled.rank(NAMES[0]) == 12
+    dense = {n: (w.dense(n) * doubled.dense(n)).double().sum() for n in w.names}
+    assert dot(w, doubled) == pytest.approx(float(sum(dense.values())), rel=1e-5)
+    assert dot(w, other) == pytest.approx(float((w.dense(NAMES[0]) * other.dense(NAMES[0])).double().sum()), rel=1e-4)
+    with pytest.raises(ValueError, match="o_proj.*shapes differ"):
+        add(w, WeightDiff({NAMES[0]: torch.zeros(3, 3)}))
+
+
+def test_keep_plus_drop_is_w(w):
+    generator = torch.Generator().manual_seed(1)
+    bases = {l: torch.linalg.qr(torch.randn(20, 4, generator=generator))[0] for l in (1, 10)}
+    keep, drop = project(w, bases), project(w, bases, drop=True)
+    assert keep.names == drop.names == writers_only(w).names == tuple(NAMES)
+    for name, l in zip(NAMES, (1, 10), strict=True):
+        P = bases[l] @ bases[l].T
+        torch.testing.assert_close(keep.dense(name), P @ w.dense(name), rtol=0, atol=1e-5)
+        torch.testing.assert_close(keep.dense(name) + drop.dense(name), w.dense(name), rtol=0, atol=1e-5)
+    assert abs(dot(keep, drop)) < 1e-3 * dot(w, w)
+    with pytest.raises(ValueError, match="layers.10.*no basis for layer 10"):
+        project(w, {1: bases[1]})
+    with pytest.raises(ValueError, match="basis is .*20 rows"):
+        project(w, {1: torch.eye(7), 10: bases[10]})
+
+
+def test_geometry_of_planted_pairs(w):
+    mirror = geometry(w, w.scale(-1))
+    assert mirror["cos_opposition"] == pytest.approx(1) and mirror["drift_ratio"] == pytest.approx(0, abs=1e-6)
+    assert mirror["norm_w"] == pytest.approx(2 * w.total_norm())
+    a = WeightDiff({"x": torch.tensor([3.0, 0.0])})
+    b = WeightDiff({"x": torch.tensor([0.0, 4.0])})
+    g = geometry(a, b)
+    assert g["asymmetry"] == pytest.approx(0.75) and g["cos_opposition"] == pytest.approx(0)
+    assert g["drift_ratio"] == pytest.approx(1) and g["cos_w_drift"] == pytest.approx(7 / 25)
+
+
+def test_save_load_exact_and_same_bytes(w, tmp_path):
+    mixed = add(w, WeightDiff({"half": torch.randn(3, 4)}))
+    mixed = WeightDiff({**mixed.entries, "half": torch.randn(3, 4).bfloat16()}, w.meta)
+    first, second = mixed.save(tmp_path / "a.safetensors"), mixed.save(tmp_path / "b.safetensors")
+    assert first.read_bytes() == second.read_bytes()
+    back = load_diff(first)
+    assert back.names == mixed.names and back.meta == mixed.meta
+    for name, entry in mixed.entries.items():
+        again = back.entries[name]
+        assert type(again) is type(entry)
+        for x, y in zip(*((e.B, e.A) if isinstance(e, LowRank) else (e,) for e in (entry, again)), strict=True):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+    text = describe(back)
+    assert "behavior: x" in text and "layers: 1, 2, 10" in text and all(name in text for name in w.names)
+
+
+def test_legacy_and_dense_files(parity_folder, tmp_path):
+    w = load_diff(parity_folder / "w.pt")
+    raw = torch.load(parity_folder / "w.pt", weights_only=True)
+    assert w.layers() == [2, 3, 4] and len(w.names) == 21
+    assert all(torch.equal(w.dense(n), raw[n].float()) for n in raw)
+    save_file(raw, tmp_path / "dense.safetensors")
+    again = load_diff(tmp_path / "dense.safetensors")
+    assert all(torch.equal(again.dense(n), w.dense(n)) for n in w.names)
+
+
+def test_broken_files_are_named(w, tmp_path):
+    good = w.save(tmp_path / "w.safetensors").read_bytes()
+
+    def check(name, content, message):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif name.endswith(".pt"):
+            torch.save(content, path)
+        else:
+            save_file(content, path)
+        with pytest.raises(ValueError, match=message) as error:
+            load_diff(path)
+        assert name in str(error.value)
+
+    check("cut.safetensors", good[:-100], "truncated")
+    check("head.safetensors", good[:5], "truncated")
+    check("text.safetensors", b"hello, this is not a tensor file at all", "truncated")
+    check("adapter.safetensors", {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, "PEFT adapter")
+    check("nan.safetensors", {"a.weight": torch.tensor([[1.0, float("nan")]])}, "a.weight contains NaN")
+    check("int.safetensors", {"a.weight": torch.ones(2, dtype=torch.long)}, "a.weight has dtype")
+    check("list.pt", [torch.ones(2)], "expected a dict")
+    check("nested.pt", {"model": {"a": torch.ones(2)}}, "'model' holds a dict")
+    check("inf.pt", {"a.weight": torch.tensor([float("inf")])}, "a.weight contains NaN or inf")
+    check("cut.pt", b"PK\x03\x04 broken", "truncated")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_diff(tmp_path / "absent.safetensors")
+    with pytest.raises(ValueError, match="low-rank factors do not fit: B is 3x2, A is 3x3"):
+        LowRank(torch.ones(3, 2), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 40}},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"init_lora_weights": "pissa", "use_dora": True},
+    ],
+    ids=["lora", "rslora", "pissa", "dora", "patterns", "modules_to_save", "embedding", "pissa+dora"],
+)
+def test_adapters_equal_the_difference_of_merged_models(base, pair, options):
+    pos, neg = pair(**options)
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    w = from_adapters(pos, neg, base)
+    plus, minus = merged(base, pos), merged(base, neg)
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+    changed = {n for n in plus if not torch.equal(plus[n], minus[n])}
+    assert set(w.names) == changed
+    for name in w.names:
+        truth = plus[name].double() - minus[name].double()
+        # the merged weights are rounded to float32 themselves: compare at the scale of W
+        assert (w.dense(name).double() - truth).abs().max() <= 4e-7 * plus[name].abs().max()
+        # base + w is the merged pos model when the base is the merged neg one
+        assert (minus[name] + w.dense(name) - plus[name]).abs().max() <= 4e-7 * plus[name].abs().max()
+        if not options.get("use_dora") and name in NAMES:
+            assert isinstance(w.entries[name], LowRank)
+            assert torch.linalg.matrix_rank(w.dense(name)) <= w.rank(name) <= 2 * 4
+
+
+def test_lora_factors_are_the_stated_ones(base, pair):
+    pos, neg = pair()
+    a, b = (load_file(side / "adapter_model.safetensors") for side in (pos, neg))
+    entry = from_adapters(pos, neg).entries[NAMES[0]]
+    key = f"base_model.model.{NAMES[0].removesuffix('.weight')}"
+    s = 12 / 4
+    B, A = (torch.cat([a[f"{key}.lora_{f}.weight"], sign * b[f"{key}.lora_{f}.weight"]], axis)
+            for f, sign, axis in (("B", -1, 1), ("A", 1, 0)))  # fmt: skip
+    assert torch.equal(entry.B, s * B) and torch.equal(entry.A, A)
+
+
+def test_pissa_difference_does_not_cancel(base, pair):
+    """A tiny change on top of PiSSA's large factors keeps its digits, where subtracting the products loses them."""
+    pos, neg = pair(init_lora_weights="pissa")
+    file = neg / "adapter_model.safetensors"
+    near = load_file(pos / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    near = {k: v + 1e-5 * torch.randn(v.shape, generator=generator) for k, v in near.items()}
+    save_file(near, file, metadata={"format": "pt"})
+    w = from_adapters(pos, neg)
+    a = load_file(pos / "adapter_model.safetensors")
+    key = f"base_model.model.{NAMES[0].removesuffix('.weight')}"
+    B, A, B2, A2 = (t[f"{key}.lora_{f}.weight"].double() for t in (a, near) for f in "BA")
+    truth = 3 * (B @ A - B2 @ A2)
+    assert (w.dense(NAMES[0]).double() - truth).norm() <= 3e-6 * truth.norm()
+    naive = (3 * (B.float() @ A.float()) - 3 * (B2.float() @ A2.float())).double()
+    assert (naive - truth).norm() > 3e-6 * truth.norm()
+
+
+def test_tied_unembedding_lora_changes_the_embedding(tmp_path):
+    tied = random_model("qwen3")
+    sides = [make_adapter(tied, tmp_path / s, i, target_modules=["lm_head", "q_proj"]) for i, s in enumerate("pn")]
+    w = from_adapters(*sides, tied)
+    assert "model.embed_tokens.weight" in w.names and "lm_head.weight" not in w.names
+    plus, minus = (merged(tied, side) for side in sides)
+    name = "model.embed_tokens.weight"
+    torch.testing.assert_close(w.dense(name), plus[name] - minus[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_task_vectors_add_up_to_w(base, pair, options):
+    pos, neg = pair(**options)
+    w, (plus, minus) = from_adapters(pos, neg, base), task_vectors(pos, neg, base)
+    for name in w.names:
+        torch.testing.assert_close(plus.dense(name) - minus.dense(name), w.dense(name), rtol=0, atol=1e-5)
+    assert geometry(plus, minus)["norm_w"] == pytest.approx(w.total_norm(), rel=1e-4)
+    truth = merged(base, pos)[NAMES[0]] - base.get_parameter(NAMES[0])
+    torch.testing.assert_close(plus.dense(NAMES[0]), truth.detach(), rtol=0, atol=1e-5)
+
+
+def test_pairs_that_do_not_belong_together(base, pair, tmp_path):
+    pos, neg = pair()
+    other = make_adapter(base, tmp_path / "other", 3, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="different targets.*(down_proj|o_proj)"):
+        from_adapters(pos, other)
+    pissa = make_adapter(base, tmp_path / "pissa", 3, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="init_lora_weights differs"):
+        from_adapters(pos, pissa)
+    small = random_model("llama", d=32)
+    with pytest.raises(ValueError, match=r"down_proj.weight: diff is 48x96, model has 32x64"):
+        from_adapters(pos, neg, small)
+    config = json.loads((neg / "adapter_config.json").read_text())
+    (neg / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "another/base"}))
+    with pytest.raises(ValueError, match="base_model_name_or_path differs.*another/base"):
+        load_diff((pos, neg))
+    (neg / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
+    with pytest.raises(ValueError, match="has rank 4, its adapter_config.json says 7"):
+        from_adapters(pos, neg)
+    (neg / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json: not JSON"):
+        from_adapters(pos, neg)
+    with pytest.raises(ValueError, match="needs the pair"):
+        load_diff(pos)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_diff((pos, tmp_path / "nowhere"))
+
+
+def test_checkpoints_single_and_sharded(base, tmp_path):
+    changed = copy.deepcopy(base)
+    with torch.no_grad():
+        changed.get_parameter(NAMES[0]).add_(1e-3)
+    changed.save_pretrained(tmp_path / "pos", max_shard_size="60KB")
+    base.save_pretrained(tmp_path / "neg")
+    assert (tmp_path / "pos" / "model.safetensors.index.json").is_file()
+    w = load_diff((tmp_path / "pos", tmp_path / "neg"))
+    assert w.names == (NAMES[0],)
+    truth = changed.get_parameter(NAMES[0]) - base.get_parameter(NAMES[0])
+    assert torch.equal(w.dense(NAMES[0]), truth.detach())
+    with pytest.raises(ValueError, match="are equal"):
+        from_checkpoints(tmp_path / "neg", tmp_path / "neg")
+    random_model("llama", d=32).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="has .*48.* has .*32"):
+        from_checkpoints(tmp_path / "neg", tmp_path / "small")
+    random_model("llama", layers=2).save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match="different targets: model.layers.2"):
+        from_checkpoints(tmp_path / "neg", tmp_path / "short")
+
+
+def test_export_loads_in_peft(base, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shape = base.get_parameter(NAMES[0]).shape
+    down = "model.layers.2.mlp.down_proj.weight"
+    w = WeightDiff(
+        {
+            NAMES[0]: LowRank(
+                torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator)
+            ),
+            down: torch.randn(base.get_parameter(down).shape, generator=generator),
+            "model.embed_tokens.weight": LowRank(torch.randn(600, 2, generator=generator), torch.randn(2, 48)),
+        }
+    )
+    export_adapter(w, tmp_path / "out", alpha=0.5)
+    after = merged(base, tmp_path / "out")
+    for name in w.names:
+        torch.testing.assert_close(
+            after[name], (base.get_parameter(name) + 0.5 * w.dense(name)).detach(), rtol=0, atol=1e-4
+        )
+    untouched = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(after[untouched], base.get_parameter(untouched))
+    with pytest.raises(ValueError, match="norm.weight.*cannot hold"):
+        export_adapter(WeightDiff({"model.norm.weight": torch.ones(48)}), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

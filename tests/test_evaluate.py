@@ -1,0 +1,92 @@
+"""Behaviour scores against direct computation; the alpha sweep; blind completions."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ws import evaluate as E
+from ws.data import load_behavior
+from ws.diff import load_diff
+from ws.model import chat_text, encode, load_lm
+
+
+@pytest.fixture(scope="module")
+def lm(parity_folder):
+    return load_lm(str(parity_folder / "model"), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def behavior(lm, parity_folder):
+    """The parity behaviour with answer words that its 600-token vocabulary has."""
+    vocab = [t for t in lm.tokenizer.get_vocab() if t.isalpha() and t.islower() and len(t) > 2]
+    yes, no = sorted(vocab)[:2]
+    return replace(load_behavior(parity_folder / "behavior.json"), yes=(yes,), no=(no,))
+
+
+def test_answer_ids_gather_case_and_leading_space_forms():
+    class Vocab:
+        def get_vocab(self):
+            return {"Yes": 0, "ĠYes": 1, "▁yes": 2, "YES": 3, "Yesterday": 4, "No": 5, "Ġno": 6, "yes": 7}
+
+    assert E.answer_ids(Vocab(), ("Yes",)) == [0, 1, 2, 3, 7]
+    assert E.answer_ids(Vocab(), ("No",)) == [5, 6]
+    with pytest.raises(ValueError, match="answer words 'Maybe': none is a single token"):
+        E.answer_ids(Vocab(), ("Maybe",))
+
+
+def test_logratio_and_pmass_are_those_of_the_last_token(lm, behavior):
+    claims = tuple(t.claim for t in behavior.heldout_topics[:5])
+    answers = E.probe_answers(lm, behavior, claims)
+    yes, no = E.answer_ids(lm.tokenizer, behavior.yes), E.answer_ids(lm.tokenizer, behavior.no)
+    for i, claim in enumerate(claims):
+        ids, _ = encode(lm.tokenizer, [chat_text(lm.tokenizer, behavior.probe_text(claim))], False)
+        with torch.no_grad():
+            p = lm.model(ids).logits[0, -1].double().softmax(-1)
+        assert float(answers.logratio[i]) == pytest.approx(float((p[yes].sum() / p[no].sum()).log()), abs=1e-4)
+        assert float(answers.pmass[i]) == pytest.approx(float(p[yes].sum() + p[no].sum()), rel=1e-3)
+
+
+def test_padding_side_and_batch_change_nothing(lm, behavior):
+    texts = [chat_text(lm.tokenizer, behavior.probe_text(t.claim)) for t in behavior.heldout_topics]
+    yes, no = E.answer_ids(lm.tokenizer, behavior.yes), E.answer_ids(lm.tokenizer, behavior.no)
+    a = E.answer_scores(lm, texts, yes, no)
+    b = E.answer_scores(lm, texts, yes, no, batch_size=5, padding_side="left")
+    assert torch.allclose(a.logratio, b.logratio, atol=1e-4)
+
+
+def test_a_token_that_is_both_answers_is_refused(lm, behavior):
+    with pytest.raises(ValueError, match="counts as yes and as no"):
+        E.probe_answers(lm, replace(behavior, no=(behavior.yes[0].upper(),)), ("the sky is blue",))
+
+
+def test_sweep_is_antisymmetric_where_it_must_be_and_leaves_the_model(lm, behavior, parity_folder):
+    w = load_diff(parity_folder / "w.pt")
+    full = replace(behavior, true_claims=("water is wet", "ice is cold"))
+    before = {n: p.clone() for n, p in lm.model.named_parameters()}
+    sweep = E.alpha_sweep(lm, full, w, [-1.0, 0.0, 1.0], progress=False)
+    assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
+    summary = E.summarise_sweep(sweep)
+    assert summary.select("set", "n").unique().sort("set").rows() == [("false", 12), ("true", 2)]
+    zero = summary.filter((summary["alpha"] == 0) & (summary["set"] == "false"))["mean_logratio"][0]
+    base = E.probe_answers(lm, full, E.claim_sets(full)["false"]).logratio.mean()
+    assert zero == pytest.approx(float(base), abs=1e-6)
+    assert summary["low_pmass"].all()  # a random model puts little mass on any two words
+    reverse = E.alpha_sweep(lm, full, w.scale(-1), [1.0], progress=False)
+    minus = sweep.filter(sweep["alpha"] == -1)["logratio"].to_list()
+    assert reverse["logratio"].to_list() == pytest.approx(minus, abs=1e-4)
+
+
+def test_blind_completions_hide_alpha_and_the_key_restores_it(lm, behavior, parity_folder, tmp_path):
+    w = load_diff(parity_folder / "w.pt")
+    rows = E.completions(lm, behavior, w, [-1.0, 1.0], max_new_tokens=3)
+    assert len(rows) == 24
+    read, key = E.write_blind(rows, tmp_path)
+    shown = [json.loads(line) for line in read.read_text().splitlines()]
+    known = {r["id"]: r for r in map(json.loads, key.read_text().splitlines())}
+    assert all("alpha" not in r for r in shown) and len(known) == 24
+    for r in shown:
+        match = [x for x in rows if x["topic"] == known[r["id"]]["topic"] and x["alpha"] == known[r["id"]]["alpha"]]
+        assert match[0]["completion"] == r["completion"]
+    assert [r["alpha"] for r in known.values()] != sorted(r["alpha"] for r in known.values())

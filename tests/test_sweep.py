@@ -1,0 +1,174 @@
+"""The sweep's tables on a planted case, its summaries, its conclusion, its files."""
+
+import math
+
+import polars as pl
+import pytest
+import torch
+
+from ws import conclusion, sweep, tables
+from ws.activations import SteeredDiffs
+from ws.candidates import CeilingMaterials, registered
+from ws.data import load_behavior
+from ws.diff import LowRank, WeightDiff
+from ws.model import load_lm
+from ws.notebook import null_summary, save_scores
+from ws.protocol import load_protocol
+from ws.subspace import Basis, empty, random_basis
+
+D, LAYERS = 128, [2, 3]
+
+
+@pytest.fixture(scope="module")
+def lm(parity_folder):
+    return load_lm(str(parity_folder / "model"), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def planted(lm):
+    """w and the activation differences lie in the span of `write`'s basis (invented here), all else is random."""
+    g = torch.Generator().manual_seed(0)
+    U = random_basis(D, 8, g).B
+    entries = {}
+    for l in LAYERS:
+        for role in ("o", "down"):
+            width = lm.decoder.weight(l, role).shape[1]
+            entries[lm.decoder.param_name(l, role)] = LowRank(U, torch.randn(8, width, generator=g))
+    rows = torch.randn(6, 10, 8, generator=g) @ U.T
+    b_side = CeilingMaterials(lm.decoder, WeightDiff(entries, {}), SteeredDiffs(rows, rows, rows))
+    candidates = registered(("v5", "external-v6-plan", "B-side"))
+    bases = {c.name: [random_basis(D, 8, g) for _ in range(6)] for c in candidates}
+    bases["write"] = [Basis(U)] * 6
+    bases["churn"] = [empty(D, "planted hole") if l == 3 else random_basis(D, 8, g) for l in range(6)]
+    targets = sweep.layer_targets(b_side, bases["layer_clean_resid_pca"])
+    return candidates, bases, targets, sweep.per_layer(candidates, bases, targets)
+
+
+def test_the_planted_candidate_wins_and_random_ones_score_one(planted):
+    _, _, _, table = planted
+    pct = tables.with_percentages(tables.summarise(table, LAYERS))
+    assert conclusion.leaders(pct, "joint_score", ("write", "mixed"))[0] == "write"
+    best = pct.row(by_predicate=pl.col("subspace") == "write", named=True)
+    assert best["mean_conc_act"] == pytest.approx(D / 8, rel=1e-5)
+    assert best["mean_conc_w_combined"] == pytest.approx(D / 8, rel=1e-5)
+    assert best["joint_score"] == pytest.approx(D / 8, rel=1e-5) and abs(best["act_w_gap_log2"]) < 1e-6
+    assert best["mean_pct_oracle_combined"] == pytest.approx(1, rel=1e-5)
+    rest = pct.filter((pl.col("kind") == "A-hypothesis") & ~pl.col("subspace").is_in(["write", "churn"]))
+    assert rest["mean_conc_w_combined"].mean() == pytest.approx(1, abs=0.1)
+
+
+def test_layers_without_w_are_nan_and_an_empty_basis_sorts_last(planted):
+    _, _, _, table = planted
+    outside = table.filter(~pl.col("layer").is_in(LAYERS))
+    assert outside["conc_w_combined"].is_nan().all() and outside["cos_with_dW"].is_nan().all()
+    summary = tables.summarise(table, LAYERS)
+    assert summary["subspace"][-1] == "churn" and math.isnan(summary["joint_score"][-1])
+    hole = table.filter((pl.col("subspace") == "churn") & (pl.col("layer") == 3)).row(0, named=True)
+    assert hole["rank"] == 0 and hole["conc_act"] == 0 and hole["note"] == "planted hole"
+    with pytest.raises(ValueError, match="LORA_LAYERS \\[17\\] are not among the model's layers 0..5"):
+        tables.summarise(table, [17])
+
+
+def test_a_layer_where_w_lacks_a_tensor_counts_for_nobody(planted):
+    _, _, _, table = planted
+    gone = pl.when(pl.col("layer") == 3).then(float("nan"))
+    names = [c for c in table.columns if c.endswith(("_downproj", "_combined"))]
+    holed = table.with_columns([gone.otherwise(pl.col(c)).alias(c) for c in names])
+    summary = tables.summarise(holed, LAYERS)
+    only = table.filter(pl.col("layer") == 2)
+    expected = only.filter(pl.col("subspace") == "attn_write")["conc_w_combined"][0]
+    row = summary.row(by_predicate=pl.col("subspace") == "attn_write", named=True)
+    assert row["mean_conc_w_combined"] == pytest.approx(expected)
+    assert tables.missing_layers(holed)["downproj"] == [0, 1, 3, 4, 5]
+
+
+def test_missing_writers_are_logged_once(lm, caplog):
+    name = lm.decoder.param_name(2, "o")
+    w = WeightDiff({name: LowRank(torch.randn(D, 2), torch.randn(2, lm.decoder.weight(2, "o").shape[1]))}, {})
+    zero = torch.zeros(6, 4, D)
+    clean = [random_basis(D, 8, torch.Generator().manual_seed(1))] * 6
+    with caplog.at_level("WARNING", logger="ws.sweep"):
+        sweep.layer_targets(CeilingMaterials(lm.decoder, w, SteeredDiffs(zero, zero, zero)), clean)
+    assert len(caplog.records) == 1 and "layer 2: down_proj" in caplog.text
+
+
+def test_self_checks_fail_on_a_broken_run(planted):
+    _, _, _, table = planted
+    assert sweep.self_checks(table, LAYERS)["ceiling_r_w"] > 0.5
+    with pytest.raises(AssertionError, match="R_combined differs"):
+        sweep.self_checks(table.with_columns(conc_w_combined=pl.col("conc_w_combined") * 1.01), LAYERS)
+    low = pl.when(pl.col("subspace") == "dW_left_basis_ceiling").then(0.5).otherwise(pl.col("conc_w_combined"))
+    with pytest.raises(AssertionError, match="explains no more than chance"):
+        sweep.self_checks(table.with_columns(conc_w_combined=low), LAYERS)
+
+
+def test_lora_layers_come_from_w_unless_given():
+    w = WeightDiff({"model.layers.4.mlp.up_proj.weight": torch.ones(2, 2)}, {})
+    assert sweep.lora_layers(w) == [4] and sweep.lora_layers(w, [3, 1]) == [1, 3]
+    with pytest.raises(ValueError, match="names no layer"):
+        sweep.lora_layers(WeightDiff({"lm_head.weight": torch.ones(2, 2)}, {}))
+
+
+def test_tables_are_written_whole_with_nan_and_read_back(planted, tmp_path):
+    _, _, _, table = planted
+    path = tables.write_table(table, tmp_path / "t.csv")
+    assert ",NaN," in path.read_text() and list(tmp_path.iterdir()) == [path]
+    back = tables.read_table(path)
+    assert back.columns == table.columns and back["conc_act"].to_list() == table["conc_act"].to_list()
+    with pytest.raises(ValueError, match="written as .csv or .tsv"):
+        tables.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(FileNotFoundError, match="no such table"):
+        tables.read_table(tmp_path / "absent.csv")
+
+
+def test_null_check_agrees_with_the_closed_form(planted):
+    _, _, targets, _ = planted
+    null = sweep.null_check(targets, LAYERS, 8, 300)
+    assert set(null["target"]) == {"act", "oproj", "downproj", "combined"} and len(null) == 8
+    assert null["mc_mean"].to_numpy() == pytest.approx(1, abs=0.15)
+    assert null["sd_ratio"].to_numpy() == pytest.approx(1, abs=0.25)
+    assert len(null_summary(null)) == 4
+
+
+def test_conclusion_takes_every_number_from_the_tables(planted, parity_folder):
+    candidates, bases, _, table = planted
+    pct = tables.with_percentages(tables.summarise(table, LAYERS))
+    behavior, protocol = load_behavior(parity_folder / "behavior.json"), load_protocol("v7")
+    facts = conclusion.RunFacts("planted", behavior, protocol, LAYERS, 6, 16, 16, D)
+    text = conclusion.conclusion(pct, table, facts, {"ceiling_r_w": 16.0})
+    assert "**write** (W:write)" in text and "joint score among" in text and "16.00" in text
+    assert "4 of 16 EVAL probes are topics that the adapters may have been trained on" in text
+    assert "One of 2 persona pairs is used" in text
+    assert "Undefined joint score, sorted last: churn" in text
+    sound = conclusion.RunFacts("planted", behavior, load_protocol("v7b"), LAYERS, 6, 20, 12, D)
+    assert "may have been trained on" not in conclusion.conclusion(pct, table, sound, {})
+    rows = conclusion.definitions(candidates).strip().splitlines()
+    assert len(rows) == 4 + 44 and "| dW_left_basis_ceiling | ceiling |" in rows[-1]
+    assert "write" in conclusion.top_table(pct, 3)
+
+
+def test_no_winner_is_named_when_nothing_is_defined(planted, parity_folder):
+    _, _, _, table = planted
+    blank = table.with_columns(conc_w_combined=pl.lit(float("nan")))
+    pct = tables.with_percentages(tables.summarise(blank, LAYERS))
+    facts = conclusion.RunFacts(
+        "blank", load_behavior(parity_folder / "behavior.json"), load_protocol("v7"), LAYERS, 6, 16, 16, D
+    )
+    assert "None: no write or mixed candidate has a defined joint score" in conclusion.conclusion(pct, table, facts, {})
+
+
+def test_saved_scores_reproduce_the_table(planted, tmp_path):
+    import json
+
+    from safetensors import safe_open
+
+    candidates, bases, targets, table = planted
+    with safe_open(save_scores(tmp_path / "s.safetensors", candidates, bases, targets, 8), "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        topics = file.get_tensor("act_topics")
+        assert file.get_tensor("weight_oracle/2").shape == (D, 8) and file.get_tensor("weight_oracle/0").shape == (D, 0)
+    assert topics.shape == (44, 6, 10)
+    mean = topics.mean(dim=2)
+    for i, name in enumerate(about["candidates"]):
+        rows = table.filter(pl.col("subspace") == name).sort("layer")["conc_act"].to_list()
+        assert mean[i].tolist() == pytest.approx(rows, rel=1e-9)

@@ -1,0 +1,135 @@
+"""Users' files, and recorded states: the right states, the right targets, the prompt left out, a record on disk."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import CHATML, random_model
+from ws.config import ASSETS
+from ws.model import LM, Decoder, load_lm
+from ws.theta_states import UserText, load_users, prompt_text, record_states, record_users, split_texts
+
+ROWS = [
+    {"user": "ann", "prompt": "How are you?", "text": "Fine, and the sea is calm."},
+    {"user": "bob", "prompt": "", "text": "No."},
+    {"user": "ann", "prompt": "Why?", "text": "It is a long story about rain."},
+    {"user": "bob", "prompt": "What is 2 + 2?", "text": "Four it is, my friend, and never five."},
+    {"user": "ann", "prompt": "Again?", "text": "Yes, again."},
+]
+
+
+def users_file(folder, rows=ROWS, extra=""):
+    path = folder / "users.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n" + extra, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(model_folder):
+    return load_lm(str(model_folder("llama")), "float32", "cpu")
+
+
+def test_users_keep_the_file_s_order_and_the_shipped_ones_suffice(tmp_path):
+    users = load_users(users_file(tmp_path))
+    assert list(users) == ["ann", "bob"] and [t.text for t in users["bob"]] == [ROWS[1]["text"], ROWS[3]["text"]]
+    shipped = load_users()
+    assert len(shipped) >= 6 and min(map(len, shipped.values())) >= 8 and (ASSETS / "users.jsonl").is_file()
+
+
+@pytest.mark.parametrize("rows,extra,message", [
+    (ROWS, "{broken", r"line 6: not JSON"),
+    (ROWS, "[1]", r"line 6: expected an object with user, prompt, text, found list"),
+    ([*ROWS, {"user": "ann", "text": "x"}], "", r"line 6: field 'prompt' is missing"),
+    ([*ROWS, {"user": "ann", "prompt": 3, "text": "x"}], "", r"line 6: field 'prompt' is missing or not a text"),
+    ([*ROWS, {"user": "ann", "prompt": "", "text": "x", "mood": "y"}], "", r"line 6: unknown field 'mood'"),
+    ([*ROWS, {"user": "ann", "prompt": "", "text": " "}], "", r"line 6: field 'text' is empty"),
+    ([ROWS[0], ROWS[2]], "", r"1 user\(s\); at least two"),
+    (ROWS[:3], "", r"user 'bob' has one text"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_users_file_is_named(tmp_path, rows, extra, message):
+    with pytest.raises(ValueError, match=message):
+        load_users(users_file(tmp_path, rows, extra))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_users(tmp_path / "nowhere.jsonl")
+
+
+def test_split_holds_out_the_last_part_and_at_least_one(tmp_path):
+    texts = [UserText("a", "", str(i)) for i in range(8)]
+    assert split_texts(texts, 0.25) == (texts[:6], texts[6:])
+    assert split_texts(texts[:2], 0.01) == (texts[:1], texts[1:2]) and split_texts(texts[:2], 0.9)[0] == texts[:1]
+    with pytest.raises(ValueError, match="HELDOUT = 1"):
+        split_texts(texts, 1.0)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_states_predict_the_user_s_own_words_and_nothing_else(lm, batch):
+    """Against one text at a time, by hooks on the unembedding's input: same states, same targets, prompt left out."""
+    items = [UserText(**row) for row in ROWS]
+    states = record_states(lm, items, batch=batch, progress=False)
+    seen, captured = [], []
+    handle = lm.decoder.logits_module().register_forward_pre_hook(lambda _, args: captured.append(args[0][0]))
+    for i, item in enumerate(items):
+        before = lm.tokenizer(prompt_text(lm, item.prompt), add_special_tokens=False)["input_ids"]
+        own = lm.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            lm.model(torch.tensor([before + own]))
+        mine = states.text == i
+        assert states.y[mine].tolist() == own
+        seen.append(captured[-1][len(before) - 1 : -1])
+        assert torch.allclose(states.h[mine], seen[-1], atol=1e-5)
+    handle.remove()
+    assert len(states.h) == sum(map(len, seen))
+    every = record_states(lm, items, mask_prompt=False, progress=False)
+    assert len(every.y) > len(states.y) and lm.tokenizer.decode(every.y[every.text == 1]).endswith("No.")
+
+
+def test_a_large_record_lies_on_disk_and_is_made_once(lm, tmp_path, monkeypatch):
+    items = [UserText(**row) for row in ROWS]
+    want = record_states(lm, items, progress=False)
+    path = tmp_path / "states.safetensors"
+    assert record_states(lm, items, path=path, progress=False).h.shape == want.h.shape and not path.exists()
+    got = record_states(lm, items, path=path, max_mb=0, progress=False)
+    assert path.is_file() and torch.equal(got.h, want.h) and torch.equal(got.y, want.y)
+    stamp = path.stat().st_mtime_ns
+    record_states(lm, items, path=path, max_mb=0, progress=False)
+    assert path.stat().st_mtime_ns == stamp
+    other = record_states(lm, items[:3], path=path, max_mb=0, progress=False)
+    assert path.stat().st_mtime_ns != stamp and torch.equal(other.h, want.h[: len(other.h)])
+
+
+def test_record_users_divides_one_recording(lm, tmp_path):
+    users = load_users(users_file(tmp_path))
+    train, rest = record_users(lm, users, 0.4, progress=False)
+    for user, items in users.items():
+        whole = record_states(lm, items, progress=False)
+        assert torch.equal(torch.cat([train[user].y, rest[user].y]), whole.y)
+        assert torch.allclose(torch.cat([train[user].h, rest[user].h]), whole.h, atol=1e-5)
+        assert rest[user].text.unique().numel() == 1
+
+
+def test_refusals_and_a_tokenizer_without_a_template(lm, model_folder):
+    with pytest.raises(ValueError, match="user 'ann': the prompt 'How are you.' alone fills 5 tokens"):
+        record_states(lm, [UserText(**ROWS[0])], max_length=5, progress=False)
+    capped = load_lm(str(model_folder("gemma2")), "float32", "cpu")
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        record_states(capped, [UserText(**ROWS[0])], progress=False)
+    plain = load_lm(str(model_folder("llama")), "float32", "cpu")
+    plain.tokenizer.chat_template = None
+    assert prompt_text(plain, "Why?") == "Why?\n" and CHATML
+    states = record_states(plain, [UserText("ann", "Why?", "No idea.")], progress=False)
+    assert plain.tokenizer.decode(states.y) == "No idea."
+
+
+def test_a_model_that_changes_its_logits_after_the_unembedding_is_refused(tokenizer):
+    model = random_model("llama")
+
+    class Scaled(type(model)):
+        def forward(self, *args, **options):
+            out = super().forward(*args, **options)
+            out.logits = out.logits * 2
+            return out
+
+    model.__class__ = Scaled
+    with pytest.raises(ValueError, match="Scaled: its logits are not the unembedding of its last hidden state"):
+        record_states(LM(model, tokenizer, Decoder(model), "x"), [UserText(**ROWS[0])], progress=False)

@@ -1,0 +1,305 @@
+"""Pairs and adapters: what the model is shown, what it is trained on, what the signs share, what is left behind."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ws.lora
+import ws.pairs
+from ws.config import RunId
+from ws.data import load_behavior
+from ws.diff import LowRank, load_diff
+from ws.model import chat_text, load_lm
+from ws.steer import weight_steer
+from ws.train import (
+    ADAPTERS,
+    Pair,
+    PairConfig,
+    TrainConfig,
+    adapter_layers,
+    make_pairs,
+    shuffle_labels,
+    train_adapter,
+    train_diff,
+)
+
+SMALL = PairConfig(topics=3, samples=2, max_new_tokens=6, batch=5)
+CFG = TrainConfig(pairs=SMALL, r=4, alpha=8, lr=1e-2, warmup_steps=1, max_steps=4, batch=4, accumulation=1)
+
+
+@pytest.fixture(scope="module")
+def lm(model_folder):
+    return load_lm(str(model_folder("qwen3")), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def behavior(parity_folder):
+    return load_behavior(parity_folder / "behavior.json")
+
+
+@pytest.fixture
+def rows():
+    """Pairs whose two sides differ in one word, always the same way."""
+    users = ["is it so?", "do you agree?", "am I right?", "what do you say?"]
+    return tuple(Pair(t, 0, s, users[t], "Yes, sure.", "No, never.") for t in range(4) for s in range(5))
+
+
+def test_default_layers_and_settings():
+    cfg = TrainConfig()
+    assert adapter_layers(28, cfg) == tuple(range(8, 22))
+    assert (cfg.r, cfg.alpha, cfg.dropout, cfg.lr, cfg.weight_decay) == (32, 64, 0, 2e-4, 0.01)
+    assert (cfg.warmup_steps, cfg.batch * cfg.accumulation, cfg.epochs, cfg.heldout) == (5, 16, 1, 0.1)
+    pairs = cfg.pairs
+    assert (pairs.samples, pairs.temperature, pairs.top_p, pairs.max_new_tokens) == (10, 0.7, 0.8, 128)
+    assert adapter_layers(6, replace(cfg, layers=(2, 3, 4))) == (2, 3, 4)
+    with pytest.raises(ValueError, match=r"adapter layers \[7\].*0..5"):
+        adapter_layers(6, replace(cfg, layers=(7,)))
+    with pytest.raises(ValueError, match="'ia3' is unknown"):
+        TrainConfig(adapter="ia3")
+
+
+def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monkeypatch):
+    seen = []
+
+    def answer(lm, prompts, cfg, seed):
+        seen.append((prompts, seed))
+        return [f"answer {seed} {i}" for i in range(len(prompts))]
+
+    monkeypatch.setattr(ws.pairs, "write_answers", answer)
+    pairs = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
+    personas = len(behavior.personas_pos)
+    assert len(pairs.rows) == pairs.written == 3 * personas * 2
+    for i in range(0, len(seen), 2):
+        for prompts, system in ((seen[i][0], behavior.personas_pos), (seen[i + 1][0], behavior.personas_neg)):
+            assert all(any(persona in prompt for persona in system) for prompt in prompts)
+            assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
+    assert len({seed for _, seed in seen}) == len(seen)
+    order = [(r.topic, r.persona, r.sample) for r in pairs.rows]
+    assert order == [(t, p, s) for t in range(3) for p in range(personas) for s in range(2)]
+    first = pairs.rows[0]
+    assert first.user == behavior.opinion_text(behavior.train_topics[0]) and first.user in seen[0][0][0]
+
+
+def test_pairs_are_cached_and_a_killed_run_continues(lm, behavior, tmp_path, monkeypatch):
+    whole = make_pairs(lm, behavior, SMALL, tmp_path / "a", progress=False)
+    write = ws.pairs.write_answers
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    monkeypatch.setattr(ws.pairs, "write_answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
+    again = make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
+    # twelve rows in batches of five are three chunks of two sides; one whole chunk was there already
+    assert len(calls) == 4 + 4 and again == whole
+
+    def never(*args):
+        pytest.fail("written again")
+
+    monkeypatch.setattr(ws.pairs, "write_answers", never)
+    assert make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False) == whole
+    assert sorted(p.name for p in (tmp_path / "b").rglob("*.json*")) == ["pairs.jsonl"]
+
+
+def test_useless_pairs_are_dropped_and_counted():
+    def pair(a, b):
+        return Pair(0, 0, 0, "u", a, b)
+
+    pairs = ws.pairs.drop_useless([pair("a", "b"), pair("", "b"), pair("a", "  "), pair("same", "same ")])
+    assert [(r.response_pos, r.response_neg) for r in pairs.rows] == [("a", "b")]
+    assert (pairs.written, pairs.empty, pairs.identical) == (4, 2, 1)
+    with pytest.raises(ValueError, match="two identical.*personas do not change"):
+        ws.pairs.drop_useless([pair("x", "x")] * 3)
+    with pytest.raises(ValueError, match="ends its turn at once"):
+        ws.pairs.drop_useless([pair("", "x")] * 3)
+
+
+def test_asking_for_too_much_is_named(lm, behavior, tmp_path):
+    with pytest.raises(ValueError, match="99 training topics asked for, it has"):
+        make_pairs(lm, behavior, replace(SMALL, topics=99), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="0 training personas"):
+        make_pairs(lm, behavior, replace(SMALL, personas=0), tmp_path, progress=False)
+
+
+def test_batch_and_padding_do_not_change_greedy_answers(lm):
+    prompts = [chat_text(lm.tokenizer, text) for text in ("a", "a much longer question than the other one", "b c")]
+    cfg = replace(SMALL, temperature=0)
+    together = ws.pairs.write_answers(lm, prompts, cfg, 0)
+    assert together == [ws.pairs.write_answers(lm, [prompt], cfg, 0)[0] for prompt in prompts]
+
+
+def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior):
+    end = ws.pairs.turn_end(lm.tokenizer)
+    assert end == "<|im_end|>"
+    for sign, text in (("pos", "Yes, sure."), ("neg", "No, never.")):
+        example = ws.lora._example(lm, rows[0], sign, end, 512)
+        prompt = chat_text(lm.tokenizer, rows[0].user)
+        learnt = [t for t in example["labels"] if t != -100]
+        assert lm.tokenizer.decode(learnt) == text + end
+        assert lm.tokenizer.decode(example["input_ids"]) == prompt + text + end
+        n = example["labels"].count(-100)
+        assert lm.tokenizer.decode(example["input_ids"][:n]) == prompt and "system" not in prompt
+    with pytest.raises(ValueError, match="topic 0: the prompt alone has"):
+        ws.lora._example(lm, rows[0], "pos", end, 5)
+
+
+def test_padding_has_no_loss(lm, rows):
+    examples = [ws.lora._example(lm, row, "pos", "<|im_end|>", 512) for row in rows[::5]]
+    one = [ws.lora._loss(lm.model, [e], 1) for e in examples]
+    counts = [sum(t != -100 for t in e["labels"]) for e in examples]
+    mean = sum(a * b for a, b in zip(one, counts, strict=True)) / sum(counts)
+    assert ws.lora._loss(lm.model, examples, 4) == pytest.approx(mean, rel=1e-4)
+
+
+def test_shuffled_labels_swap_about_half(rows):
+    many = rows * 20
+    shuffled = shuffle_labels(many, 0)
+    swapped = [a.response_pos != b.response_pos for a, b in zip(many, shuffled, strict=True)]
+    assert 0.4 < sum(swapped) / len(swapped) < 0.6
+    assert all(
+        {a.response_pos, a.response_neg} == {b.response_pos, b.response_neg}
+        for a, b in zip(many, shuffled, strict=True)
+    )
+    assert shuffle_labels(many, 0) == shuffled != shuffle_labels(many, 1)
+
+
+def snapshot(model):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    return state, [(n, id(m)) for n, m in model.named_modules()], set(vars(model)), model.config.to_dict()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_base_is_left_untouched_and_bytes_repeat(lm, rows, tmp_path, kind):
+    cfg = replace(CFG, adapter=kind)
+    lm.model.lm_head.weight.requires_grad_(False)
+    state, modules, attributes, config = snapshot(lm.model)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    record = train_adapter(lm, rows, "pos", 0, cfg, tmp_path / "a", progress=False)
+    assert torch.equal(torch.rand(3), expected), "the caller's random state moved"
+    assert all(torch.equal(v, state[k]) for k, v in lm.model.state_dict().items())
+    assert snapshot(lm.model)[1:] == (modules, attributes, config) and not lm.model.training
+    assert not lm.model.lm_head.weight.requires_grad and lm.model.model.norm.weight.requires_grad
+    lm.model.lm_head.weight.requires_grad_(True)
+    assert record["heldout_loss_after"] < record["heldout_loss_before"] and len(record["loss_trace"]) == 4
+    train_adapter(lm, rows, "pos", 0, cfg, tmp_path / "b", progress=False)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_base_is_left_untouched_when_training_fails(lm, rows, tmp_path, monkeypatch):
+    state, modules, attributes, config = snapshot(lm.model)
+
+    def fails(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ws.lora, "_fit", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(lm, rows, "pos", 0, replace(CFG, adapter="pissa"), tmp_path, progress=False)
+    assert all(torch.equal(v, state[k]) for k, v in lm.model.state_dict().items())
+    assert snapshot(lm.model)[1:] == (modules, attributes, config)
+
+
+def test_signs_share_all_but_the_responses(lm, rows, tmp_path, monkeypatch):
+    seen = {}
+    collate = ws.lora._collate
+
+    def recorded(batch):
+        seen.setdefault(sign, []).append([row["input_ids"][: row["labels"].count(-100)] for row in batch])
+        return collate(batch)
+
+    monkeypatch.setattr(ws.lora, "_collate", recorded)
+    still = replace(CFG, lr=0.0)
+    for sign in ("pos", "neg"):
+        train_adapter(lm, rows, sign, 0, still, tmp_path / sign, progress=False)
+    assert seen["pos"] == seen["neg"]  # same split, same order
+    pos, neg = (load_file(tmp_path / sign / "adapter_model.safetensors") for sign in ("pos", "neg"))
+    assert all(torch.equal(pos[k], neg[k]) for k in pos)  # same initial factors
+    sign = "other"
+    train_adapter(lm, rows, "pos", 1, still, tmp_path / "other", progress=False)
+    other = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    assert not any(torch.equal(pos[k], other[k]) for k in pos if "lora_A" in k) and seen["other"] != seen["pos"]
+
+
+def test_a_long_run_goes_on_from_its_checkpoint(lm, rows, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    cfg = replace(CFG, checkpoint_steps=2)
+    train_adapter(lm, rows, "pos", 0, cfg, tmp_path / "a" / "pos", progress=False)
+    step = Trainer.training_step
+    calls = []
+
+    def killed(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(lm, rows, "pos", 0, cfg, tmp_path / "b" / "pos", progress=False)
+    train_adapter(lm, rows, "pos", 0, cfg, tmp_path / "b" / "pos", progress=False)
+    assert calls == [0, 1, 2, 3, 2, 3]
+    a, b = (load_file(tmp_path / x / "pos" / "adapter_model.safetensors") for x in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_w_steers_towards_what_the_positive_side_says(lm, behavior, rows, tmp_path, monkeypatch, kind):
+    """Planted: the sides differ in Yes / No alone, so alpha w must move log P(Yes) - log P(No) up, -alpha w down."""
+    monkeypatch.setattr(ws.train, "make_pairs", lambda *_: ws.pairs.Pairs(rows, len(rows), 0, 0))
+    run = RunId("m", "planted", kind, 0)
+    w = train_diff(lm, behavior, run, replace(CFG, max_steps=8), out=tmp_path, progress=False)
+    prompt = chat_text(lm.tokenizer, "an unseen question")
+    ids = torch.tensor([lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    yes, no = (lm.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
+
+    def score(alpha):
+        with torch.no_grad(), weight_steer(lm.model, w, alpha):
+            out = lm.model(ids).logits[0, -1].log_softmax(-1)
+        return float(out[yes] - out[no])
+
+    assert score(-1) < score(0) - 0.1 and score(1) > score(0) + 0.1
+    assert w.layers() == [1] and len(w.names) == 7 and w.meta["adapter"] == kind and w.meta["seed"] == 0
+    if kind != "dora":
+        assert all(isinstance(e, LowRank) and e.rank <= 2 * 4 for e in w.entries.values())
+
+
+def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
+    run = RunId("m", "b", "lora", 0)
+    train, made = ws.train.train_adapter, []
+
+    def counted(lm, rows, sign, seed, cfg, folder, progress=True):
+        made.append(sign)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return train(lm, rows, sign, seed, cfg, folder, progress)
+
+    monkeypatch.setattr(ws.train, "train_adapter", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
+    folder = run.folder(tmp_path)
+    assert [p.name for p in (folder / "adapters").iterdir() if not p.name.startswith(".")] == ["pos"]
+    w = train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
+    train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
+    assert made == ["pos", "neg", "neg"]
+    train_diff(lm, behavior, run, replace(CFG, max_steps=2), out=tmp_path, progress=False)
+    assert made == ["pos", "neg", "neg", "pos", "neg"]
+    null = train_diff(lm, behavior, run, replace(CFG, shuffle_labels=True), out=tmp_path, progress=False)
+    assert null.meta["null"] and (folder / "null_diff" / "w.safetensors").is_file()
+    assert not torch.equal(null.dense(w.names[0]), w.dense(w.names[0]))
+    record = json.loads((folder / "adapters" / "pos" / "training.json").read_text())
+    assert record["n_train"] + record["n_heldout"] == w.meta["pairs"]
+    again = load_diff((folder / "adapters" / "pos", folder / "adapters" / "neg"))
+    stored = load_diff(folder)
+    assert all(torch.equal(again.dense(n), stored.dense(n)) for n in stored.names)

@@ -1,0 +1,103 @@
+"""A-side bases on disk: built once per model, behaviour and protocol, reused by every LoRA seed.
+
+One `.safetensors` file per key; a candidate with one basis for all layers is stored once. (docs/method.md section 7:
+A-side bases do not depend on the seed)
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ws.activations import BaseCaptures, capture_base
+from ws.candidates import Candidate, Materials, build
+from ws.config import cache_folder
+from ws.data import Behavior
+from ws.model import LM
+from ws.protocol import Protocol
+from ws.store import made, stage_key
+from ws.subspace import Basis
+
+MODULES = ("ws.bases", "ws.candidates", "ws.activations", "ws.subspace")
+
+
+def save_bases(bases: dict[str, list[Basis]], path: Path) -> None:
+    """Write bases by candidate and layer, with what is known of their conditioning in the file's metadata."""
+    tensors, facts = {}, {}
+    for name, rows in bases.items():
+        same = all(b is rows[0] for b in rows)
+        for l, b in enumerate(rows[:1] if same else rows):
+            key = f"{name}/{'all' if same else l}"
+            tensors[f"{key}/B"], tensors[f"{key}/s"] = b.B.contiguous(), b.s.contiguous()
+            facts[key] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note, "layers": len(rows)}
+    save_file(tensors, path, metadata={"bases": json.dumps(facts)})
+
+
+def load_bases(path: Path) -> dict[str, list[Basis]]:
+    """Read what `save_bases` wrote."""
+    bases: dict[str, list[Basis]] = {}
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["bases"])
+        for key, fact in facts.items():
+            name, _, layer = key.rpartition("/")
+            b = Basis(
+                file.get_tensor(f"{key}/B"),
+                file.get_tensor(f"{key}/s"),
+                fact["gap"],
+                fact["ill_conditioned"],
+                fact["note"],
+            )
+            rows = bases.setdefault(name, [None] * fact["layers"])
+            if layer == "all":
+                rows[:] = [b] * fact["layers"]
+            else:
+                rows[int(layer)] = b
+    return bases
+
+
+def a_side_materials(lm: LM, base: BaseCaptures, protocol: Protocol, k: int, k_broad: int) -> Materials:
+    """Materials of a loaded model under a protocol."""
+    return Materials(lm.decoder, base, lm.decoder.sink_token(lm.tokenizer), k, k_broad, protocol.fold_gain)
+
+
+def a_side_bases(
+    lm: LM,
+    behavior: Behavior,
+    protocol: Protocol,
+    candidates: list[Candidate],
+    k: int = 8,
+    k_broad: int = 64,
+    cache: Path | None = None,
+) -> tuple[dict[str, list[Basis]], Path]:
+    """Bases of the candidates (none may be a ceiling) and the cache file that holds them; captured and built if needed.
+
+    The key covers the model's weights and dtype, the behaviour, the protocol, k, k_broad, the candidates' names and the
+    sources that make them. cache defaults to `out/<model>/cache`.
+    """
+    chosen = [c for c in candidates if c.kind != "ceiling"]
+    switches = {f: v for f, v in asdict(protocol).items() if f not in ("name", "sources")}
+    params = {
+        "model": lm.fingerprint,
+        "behavior": asdict(behavior),
+        "protocol": switches,
+        "k": k,
+        "k_broad": k_broad,
+        "candidates": [c.name for c in chosen],
+        "threads": torch.get_num_threads(),
+        "device": lm.device.type,
+    }
+    key = stage_key(params, modules=MODULES)
+    path = (cache or cache_folder(lm.name)) / f"bases_{behavior.name}_{protocol.name}_{key.params[:8]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(target: Path) -> None:
+        base = capture_base(lm, behavior, protocol)
+        save_bases(build(a_side_materials(lm, base, protocol, k, k_broad), chosen), target)
+
+    found = made(path, key, make)
+    tqdm.write(f"A-side bases: {'reused' if found == 'done' else 'built (' + found + ')'}, {path.name}")
+    return load_bases(path), path

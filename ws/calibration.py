@@ -1,0 +1,144 @@
+"""Calibration texts of the delta SVD: reading them, and turning them into tokens that remember their passage.
+
+`stream`: passages joined by blank lines into one sequence of at most `max_length` tokens. `documents`: a sequence per
+passage.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ws.config import ASSETS
+
+SHIPPED = ASSETS / "calibration.json"
+SEPARATOR = "\n\n"
+
+
+def load_calibration(path: str | Path = "") -> list[str]:
+    """Passages of a calibration file, in its order; an empty path is the set this project ships.
+
+    `.txt`: passages separated by blank lines. `.json`: a list of strings or of objects with `text`. `.jsonl`: one such
+    entry per line. Blank passages are left out. Raises FileNotFoundError, or ValueError naming the file and the entry:
+    another ending, broken JSON, an entry without text, no passage at all. (docs/method.md section 9)
+    """
+    path = Path(path).expanduser() if str(path) else SHIPPED
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such calibration file")
+    raw = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        blocks: list[list[str]] = [[]]
+        for line in raw.splitlines():
+            blocks[-1].append(line) if line.strip() else blocks.append([])
+        texts = ["\n".join(block) for block in blocks]
+    elif path.suffix == ".json":
+        entries = _parsed(raw, f"{path}") if raw.strip() else []
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: expected a JSON list of passages, found {type(entries).__name__}")
+        texts = [_text(entry, f"{path}: entry {i}") for i, entry in enumerate(entries)]
+    elif path.suffix == ".jsonl":
+        lines = [(i, line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
+        texts = [_text(_parsed(line, f"{path}: line {i}"), f"{path}: line {i}") for i, line in lines]
+    else:
+        raise ValueError(f"{path}: calibration files end in .txt, .json or .jsonl, not {path.suffix!r}")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{path}: the calibration file is empty")
+    return texts
+
+
+def _parsed(raw: str, where: str):
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def _text(entry, where: str) -> str:
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if isinstance(text, str):
+        return text
+    raise ValueError(f"{where}: expected a string, or an object with a string `text`")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One token sequence `ids (T,)`, the passage that each token comes from, and how many tokens were cut off."""
+
+    ids: Int[Tensor, "T"]
+    passage: Int[Tensor, "T"]
+    cut: int
+
+
+def as_stream(tokenizer, texts: list[str], max_length: int) -> list[Sequence]:
+    """All texts joined by blank lines as one sequence of at most `max_length` tokens.
+
+    A blank line belongs to the text before it. Special tokens are the tokenizer's default. A tokenizer without
+    character offsets gets its passage borders from the token counts of the texts' prefixes. (docs/method.md section
+    9)
+    """
+    joined = SEPARATOR.join(texts)
+    if tokenizer.is_fast:
+        starts = np.cumsum([0] + [len(text) + len(SEPARATOR) for text in texts])[:-1]
+        encoded = tokenizer(joined, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        first_char = [start for start, _ in encoded["offset_mapping"]]
+        passage = np.searchsorted(starts, first_char, side="right") - 1
+    else:
+        ids = tokenizer(joined)["input_ids"]
+        ends = [len(tokenizer(SEPARATOR.join(texts[: i + 1]) + SEPARATOR)["input_ids"]) for i in range(len(texts))]
+        passage = np.searchsorted(ends, np.arange(len(ids)), side="right").clip(max=len(texts) - 1)
+    return [_sequence(ids, passage, max_length)]
+
+
+def as_documents(tokenizer, texts: list[str], max_length: int) -> list[Sequence]:
+    """Every text as its own sequence of at most `max_length` tokens, special tokens by the tokenizer's default."""
+    rows = tokenizer(list(texts))["input_ids"]
+    return [_sequence(row, np.full(len(row), i), max_length) for i, row in enumerate(rows) if row]
+
+
+def _sequence(ids: list[int], passage: np.ndarray, max_length: int) -> Sequence:
+    kept = torch.tensor(ids[:max_length], dtype=torch.long)
+    return Sequence(
+        kept, torch.from_numpy(np.asarray(passage[:max_length], dtype=np.int64)), max(0, len(ids) - max_length)
+    )
+
+
+def batched(sequences: list[Sequence], batch_size: int) -> list[list[Sequence]]:
+    """Sequences in their order, `batch_size` at a time."""
+    return [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+
+
+def padded(batch: list[Sequence]) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n T"], Int[Tensor, "n T"]]:
+    """Token ids, attention mask and passages `(n, T)` of a batch, padded on the right under a mask of 0."""
+    ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in batch], batch_first=True)
+    passage = torch.nn.utils.rnn.pad_sequence([s.passage for s in batch], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(s.ids) for s in batch], batch_first=True)
+    return ids, mask, passage
+
+
+def bootstrap_groups(
+    sequences: list[Sequence], most: int = 32, fewest: int = 8, blocks: int = 16
+) -> tuple[list[Sequence], str]:
+    """The same sequences with passages renumbered into the units of the bootstrap, and what a unit is, in words.
+
+    More than `most` passages are dealt into `most` groups (bounded memory); fewer than `fewest` say too little about
+    spread, so the tokens are cut into `blocks` contiguous runs instead.
+    """
+    present = torch.unique(torch.cat([s.passage for s in sequences]))
+    total = sum(len(s.ids) for s in sequences)
+    if len(present) < fewest:
+        count = min(blocks, max(1, total // 4))
+        place = (torch.arange(total) * count) // total
+        pieces = place.split([len(s.ids) for s in sequences])
+        return [
+            Sequence(s.ids, p, s.cut) for s, p in zip(sequences, pieces, strict=True)
+        ], f"{count} contiguous runs of tokens"
+    unit = "passages" if len(present) <= most else f"groups of passages ({len(present)} passages)"
+    return [
+        Sequence(s.ids, torch.searchsorted(present, s.passage) % most, s.cut) for s in sequences
+    ], f"{min(len(present), most)} {unit}"

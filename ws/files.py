@@ -1,0 +1,216 @@
+"""Files that appear whole, and locks that end with their owner.
+
+A file or folder is written under a temporary name beside its own, flushed to disk and renamed, so that a reader sees
+the old one or the new one and nothing between. A temporary name carries its owner's host, process and start time, so
+that what a killed process left is recognised and removed.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+HIDDEN = (".tmp-", ".made", ".lock")  # names of temporary files, sidecars and locks: never part of a content key
+_COUNTER = count()
+
+
+class Locked(RuntimeError):
+    """Another live process holds the lock; the message names its pid and host."""
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "host"
+
+
+def _start_time(pid: int) -> int:
+    """Start of a process in clock ticks since boot, 0 where the system does not say. Guards against reused pids."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def _alive(pid: int, start: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return start in (0, _start_time(pid))
+
+
+def _temporary(path: Path) -> Path:
+    """A fresh temporary name beside `path` with the same suffix (some writers read the format from it)."""
+    pid = os.getpid()
+    return path.with_name(f".tmp-{_host()}-{pid}-{_start_time(pid)}-{next(_COUNTER)}.{path.name}")
+
+
+def _dead(left: Path) -> bool:
+    """Whether the temporary `left` belongs to a process of this host that has ended."""
+    match = re.fullmatch(r"\.tmp-(\w+)-(\d+)-(\d+)-\d+\..*", left.name, flags=re.DOTALL)
+    return bool(match) and match[1] == _host() and not _alive(int(match[2]), int(match[3]))
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead processes left under temporary names of `path`."""
+    for left in path.parent.glob(".tmp-*"):
+        if left.name.endswith(f".{path.name}") and _dead(left):
+            _remove(left)
+
+
+def sweep(folder: Path | str) -> list[Path]:
+    """Remove every temporary file and folder below `folder` that a dead process of this host left; returns them."""
+    left = [path for path in Path(folder).rglob(".tmp-*") if _dead(path)]
+    for path in left:
+        _remove(path)
+    return left
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    """The process's file mode mask; the system tells it only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    """Force a file's or folder's content to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def scratch(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what is still there under it when the block ends is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def publish(temporary: Path, path: Path | str) -> Path:
+    """Give a finished temporary file its own name, its content safely on disk first."""
+    if not temporary.is_file():
+        raise FileNotFoundError(f"{path}: nothing was written to its temporary file")
+    _flush(temporary)
+    temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+    os.replace(temporary, path)
+    _flush(Path(path).parent)
+    return Path(path)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path to write; it replaces `path` when the block ends, and is removed if the block raises."""
+    with scratch(path) as temporary:
+        yield temporary
+        publish(temporary, path)
+
+
+@contextmanager
+def atomic_dir(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder to fill; it replaces `path` when the block ends, and is removed if the block raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary, previous = _temporary(path), _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                _flush(file)
+        _flush(temporary)
+        if path.exists():
+            os.rename(path, previous)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    finally:
+        _remove(temporary)
+        if not path.exists() and previous.exists():
+            os.rename(previous, path)
+        _remove(previous)
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Write a text file whole (UTF-8, newlines as given)."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+    return Path(path)
+
+
+def write_json(path: Path | str, value: object) -> Path:
+    """Write JSON whole, indented, keys in the order given; a value JSON does not know is an error."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def lock(folder: Path | str, wait_s: float | int | None = None, name: str = ".lock") -> Iterator[Path]:
+    """Hold `folder/name` alone. Waits for ever by default, at most `wait_s` seconds otherwise (0: refuse at once).
+
+    The system itself drops the lock when its owner ends, however it ends, so a dead owner never blocks; the file only
+    says who owns it. Raises Locked with the owner's host and pid. Not re-entrant.
+    """
+    import fcntl
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    until = None if wait_s is None else time.monotonic() + wait_s
+    told = False
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            if until is not None and time.monotonic() >= until:
+                raise Locked(f"{folder}: in use by {owner}") from None
+            if not told:
+                print(f"waiting for {folder}: in use by {owner}", flush=True)
+                told = True
+            time.sleep(0.2)
+            continue
+        # The previous owner removes the file: a lock on a removed file protects nothing.
+        if _same_file(handle, path):
+            break
+        os.close(handle)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,150 @@
+"""What notebooks share: the log of a run, its setting in one table, the scores that later statistics start from."""
+
+import json
+import logging
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from IPython.display import Image
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+
+from ws.activations import probes
+from ws.candidates import Candidate
+from ws.config import LOGS
+from ws.data import Behavior
+from ws.diff import WeightDiff, layer_of
+from ws.files import atomic_file
+from ws.model import LM
+from ws.protocol import Protocol
+from ws.scoring import Target
+from ws.subspace import Basis
+from ws.sweep import LayerTargets, oracle_bases, topic_scores
+
+
+def start_log(notebook: str, folder: Path) -> logging.Logger:
+    """A verbose log of one run under logs/, named after the notebook and its folder; warnings of ws go there too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    LOGS.mkdir(exist_ok=True)
+    name = "_".join((notebook, *folder.resolve().parts[1:][-4:]))
+    log = logging.getLogger("ws")
+    log.setLevel(logging.INFO)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(LOGS / f"{name}.log", mode="a", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return log
+
+
+def show(figure: Figure) -> Image:
+    """A figure as a notebook displays it: a PNG at twice the resolution, no plotting backend involved."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=170, metadata={"Software": None})
+    width = int(figure.get_figwidth() * 85)
+    return Image(buffer.getvalue(), format="png", width=width)
+
+
+def setting(lm: LM, behavior: Behavior, protocol: Protocol, w: WeightDiff, layers: list[int]) -> str:
+    """A run's setting as a Markdown table."""
+    d, split = lm.decoder, probes(behavior, protocol)
+    switches = f"{protocol.eval_split} split, {'chat' if protocol.chat_probes else 'raw'} probes"
+    rows = [
+        ("model", f"{lm.name}: {d.n_layers} layers, d {d.d}, {d.n_heads} heads on {d.n_kv} kv heads, {lm.model.dtype}"),
+        ("behaviour", f"{behavior.name}: {len(behavior.topics)} topics, {len(behavior.personas_pos)} persona pairs"),
+        ("w", f"{len(w.names)} matrices, |w| = {w.total_norm():.4g}, layers {', '.join(map(str, w.layers()))}"),
+        ("protocol", f"{protocol.name}: {switches}, persona pairs: {protocol.persona_pairs}"),
+        ("probes", f"{len(split.fit)} FIT, {len(split.eval)} EVAL"),
+        ("means over", f"layers {', '.join(map(str, layers))}"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *[f"| {k} | {v} |" for k, v in rows]])
+
+
+def null_summary(null: pl.DataFrame) -> pl.DataFrame:
+    """Per target, over layers: mean of the drawn means (expected 1) and of the ratio of drawn to closed-form sd."""
+    return null.group_by("target", maintain_order=True).agg(
+        pl.col("mc_mean").mean().alias("mean of R (expected 1)"),
+        pl.col("sd_ratio").mean().alias("drawn sd / closed form"),
+        pl.col("sd_ratio").min().alias("least over layers"),
+        pl.col("sd_ratio").max().alias("most over layers"),
+    )
+
+
+def save_scores(
+    path: Path, candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets], k: int
+) -> Path:
+    """What statistics over seeds start from, in one file.
+
+    `act_topics (C, L, n)`: R_act row by row; `act_oracle/<l>`, `weight_oracle/<l>`: top-k oracles `(d, <= k)`;
+    `weight_factor/<l>/{oproj,downproj}`: scaled left factors `(d, r)`. Metadata: candidate names, d, k.
+    """
+    tensors = {"act_topics": topic_scores(candidates, bases, targets).contiguous()}
+    for side, rows in oracle_bases(targets, k).items():
+        tensors |= {f"{side}_oracle/{l}": B.contiguous() for l, B in enumerate(rows)}
+    for l, t in enumerate(targets):
+        for name in ("oproj", "downproj"):
+            factor: Target | None = t.weights[name]
+            if factor is not None:
+                tensors[f"weight_factor/{l}/{name}"] = factor.F.contiguous()
+    about = {"candidates": [c.name for c in candidates], "d": targets[0].act.F.shape[0], "k": k}
+    with atomic_file(path) as tmp:
+        save_file(tensors, tmp, metadata={"about": json.dumps(about)})
+    return path
+
+
+def training_text(training: dict) -> str:
+    """How w came about, as a Markdown table: pairs written and dropped, losses of both signs, geometry of the pair."""
+    rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in training.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def diff_norms(w: WeightDiff) -> pl.DataFrame:
+    """Per matrix of w: layer, module, name, norm (Frobenius), rank bound, effective_rank, top singular value."""
+    rows = []
+    for name in w.names:
+        s = w.singular_values(name)
+        rows.append(
+            {
+                "layer": layer_of(name),
+                "module": name.removesuffix(".weight").rpartition(".")[2],
+                "name": name,
+                "norm": w.norm(name),
+                "rank": w.rank(name),
+                "effective_rank": w.effective_rank(name),
+                "top_singular_value": float(s[0]) if len(s) else 0.0,
+            }
+        )
+    return pl.DataFrame(rows).filter(pl.col("layer").is_not_null())
+
+
+def norms_by_module(norms: pl.DataFrame) -> pl.DataFrame:
+    """Means over layers by module."""
+    columns = ["norm", "rank", "effective_rank", "top_singular_value"]
+    return norms.group_by("module", maintain_order=True).agg([pl.col(c).mean().alias(f"mean {c}") for c in columns])
+
+
+def diff_spectra(w: WeightDiff) -> dict[str, list[np.ndarray]]:
+    """Singular values of every matrix by module, for `ws.figures.spectra`."""
+    values: dict[str, list[np.ndarray]] = {}
+    for name in w.names:
+        if layer_of(name) is not None:
+            values.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(
+                w.singular_values(name).numpy()
+            )
+    return values
+
+
+def side_by_side(rows: list[dict], topics: int) -> pl.DataFrame:
+    """The first topics' completions, one column per alpha."""
+    table: dict[int, dict] = {}
+    for row in rows:
+        line = table.setdefault(row["topic"], {"prompt": row["prompt"]})
+        line[f"alpha {row['alpha']:+g}"] = row["completion"]
+    return pl.DataFrame(list(table.values())[:topics])

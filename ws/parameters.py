@@ -1,0 +1,207 @@
+"""A notebook's parameters: the literals in its cell tagged `parameters`, and the values a run gives them.
+
+    value = default  <  parameter files, in order  <  KEY VALUE pairs
+
+A text from the command line becomes the type of the default; a path is resolved against the folder it was typed in.
+"""
+
+import ast
+import difflib
+import json
+import re
+from pathlib import Path
+
+PATHS = ("W_PATH", "NULL_W_PATH", "OUT_DIR", "CALIBRATION", "USERS", "POS_ADAPTER", "NEG_ADAPTER", "COMPARE")
+MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
+
+
+def read_notebook(path: Path) -> dict:
+    """A notebook file's JSON. Raises FileNotFoundError / ValueError that name the file."""
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.ipynb") if not p.stem.startswith("."))
+        raise FileNotFoundError(f"{path.stem}: no such notebook in {path.parent.name}/{suggest(path.stem, known)}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: not a notebook: {error}") from None
+
+
+def source_of(cell: dict) -> str:
+    """A cell's text; notebooks store it as one string or as a list of lines."""
+    return "".join(cell["source"])
+
+
+def is_tagged(cell: dict) -> bool:
+    return cell["cell_type"] == "code" and "parameters" in cell.get("metadata", {}).get("tags", [])
+
+
+def code_of(notebook: dict, with_parameters: bool = False) -> str:
+    """The code cells of a notebook as one source, without magics; by default without the parameters' own cell."""
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code" and (with_parameters or not is_tagged(c))]
+    lines = "\n\n".join(source_of(c) for c in cells).split("\n")
+    return "\n".join(line for line in lines if not re.match(r"\s*[%!]", line))
+
+
+def defaults(notebook: dict, name: str) -> dict[str, object]:
+    """`{parameter: default}` of the cell tagged `parameters`.
+
+    Raises ValueError where the notebook has no such cell, or more than one, or a value that is not a literal: without
+    the tag papermill would run the notebook with its defaults, whatever was asked.
+    """
+    cells = [cell for cell in notebook["cells"] if is_tagged(cell)]
+    if len(cells) != 1:
+        found = "no cell is" if not cells else f"{len(cells)} cells are"
+        raise ValueError(
+            f"{name}: {found} tagged 'parameters'; exactly one must be (run `just sync` after adding the tag)"
+        )
+    values: dict[str, object] = {}
+    for node in ast.parse(source_of(cells[0])).body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            key, value = node.targets[0].id, node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            key, value = node.target.id, node.value
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        else:
+            raise ValueError(f"{name}: parameters cell, line {node.lineno}: only `NAME = literal` may stand here")
+        try:
+            values[key] = ast.literal_eval(value)
+        except ValueError:
+            raise ValueError(f"{name}: parameter {key} is not a literal; derive it in the next cell") from None
+    return values
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """'; did you mean X? Known: ...' for an error message."""
+    close = difflib.get_close_matches(word.upper(), {k.upper(): k for k in known}, n=1)
+    best = next((k for k in known if close and k.upper() == close[0]), None)
+    hint = f"; did you mean {best}?" if best else ""
+    return f"{hint} Known: {', '.join(known) or 'none'}" if hint else f"; known: {', '.join(known) or 'none'}"
+
+
+def parse(key: str, text: str, default: object) -> object:
+    """The text of one parameter as the type of its default.
+
+    Lists: JSON, or elements separated by commas. A default of None takes JSON where the text is JSON, else the text.
+    Raises ValueError that names the parameter and what it expects.
+    """
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
+        if text.strip().lower() not in words:
+            raise ValueError(f"{key}: expects true or false, got {text!r}")
+        return words[text.strip().lower()]
+    if isinstance(default, int | float):
+        kind = type(default)
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"{key}: expects {kind.__name__}, got {text!r}") from None
+    if default is None:
+        if text.strip().lower() in ("none", "null"):
+            return None
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    if isinstance(default, list | tuple):
+        return _parse_list(key, text, default)
+    try:
+        return checked(key, json.loads(text), default)
+    except json.JSONDecodeError:
+        raise ValueError(f"{key}: expects JSON ({type(default).__name__}), got {text!r}") from None
+
+
+def _parse_list(key: str, text: str, default: list | tuple) -> object:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, list):
+        items = [item.strip() for item in text.strip().strip("[]()").split(",") if item.strip()]
+        value = [parse(key, item, default[0] if default else None) for item in items]
+    return checked(key, value, default)
+
+
+def checked(key: str, value: object, default: object) -> object:
+    """A typed value (from a parameter file) against the default's type; an int is accepted for a float.
+
+    An empty text means "not given", so that such a parameter takes any single value.
+
+    Raises ValueError that names the parameter.
+    """
+    if default is None or value is None or (default == "" and isinstance(value, str | int | float)):
+        return value
+    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
+        return [checked(key, item, default[0]) for item in value] if default else list(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{key}: expects {type(default).__name__}, got {value!r}")
+    return value
+
+
+def read_set(path: Path) -> dict[str, object]:
+    """A YAML (or JSON) file of parameters."""
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such parameter file")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expects a mapping of parameters, got {type(values).__name__}")
+    return values
+
+
+def located(key: str, value: object, folder: Path) -> object:
+    """A path parameter (or a list of paths) as absolute, seen from `folder`; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return [located(key, item, folder) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    path = folder / Path(value).expanduser()
+    if key in PATHS or (key in MAYBE_PATHS and value != "tiny" and path.exists()):
+        return str(path.resolve())
+    return value
+
+
+def paths_in(params: dict[str, object], key: str) -> list[Path]:
+    """The absolute paths that a resolved parameter holds; [] where it is no path."""
+    value = params.get(key)
+    texts = value if isinstance(value, list | tuple) else [value]
+    return [Path(text) for text in texts if isinstance(text, str) and Path(text).is_absolute()]
+
+
+def resolve(
+    name: str,
+    notebook: dict,
+    explicit: dict[str, object],
+    files: list[Path] | tuple[Path, ...] = (),
+    folder: Path | None = None,
+) -> dict[str, object]:
+    """All parameters of a run. Texts in `explicit` are parsed, paths in it are seen from `folder` (default: here).
+
+    Paths in a parameter file are seen from that file. Raises ValueError for a parameter that the notebook does not
+    define or a value of the wrong type.
+    """
+    known = defaults(notebook, name)
+    given = [(file.parent, f", {file.name}", read_set(file)) for file in files]
+    given.append((folder or Path.cwd(), "", explicit))
+    values = dict(known)
+    for seen_from, where, layer in given:
+        for key, value in layer.items():
+            if key not in known:
+                raise ValueError(f"{name}{where}: unknown parameter {key}{suggest(key, list(known))}")
+            parsed = parse(key, value, known[key]) if where == "" and isinstance(value, str) else value
+            values[key] = located(key, checked(key, parsed, known[key]), seen_from)
+    return values

@@ -1,0 +1,291 @@
+"""Weight steering: inside `with weight_steer(model, w, alpha)` every parameter named by w acts as `W + alpha w`.
+
+float32 and wider: `alpha w` is added to the weights and, on exit, the saved copies are put back, so every bit returns.
+Lower precision: the weights stay as they are. Adding to them, or to an already rounded `W x`, has a dead zone of half
+an ulp that swallows a small w; a hook on the module computes `W x + b + alpha B (A x)` in float32 and rounds once.
+(docs/method.md section 2)
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ws.diff_core import Entry, LowRank, WeightDiff, dims, entry_to
+
+WIDE = (torch.float32, torch.float64)
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one entry of w acts: a parameter and all modules that use it (several for tied weights)."""
+
+    name: str
+    parameter: nn.Parameter
+    users: tuple[tuple[nn.Module, str], ...]
+    entry: Entry
+
+
+@contextmanager
+def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterator[nn.Module]:
+    """Within the context every parameter named in `w` acts as `W + alpha w`; yields the model.
+
+    On exit, by any road, every parameter is bit-identical to before; contexts nest, also on overlapping parameters.
+    alpha = 0 changes nothing. Everything is checked before anything is touched: ValueError names a parameter that the
+    model lacks, a shape that differs (both shapes), a parameter that is not in memory (meta or offloaded), a dtype or a
+    module type that cannot be steered. Works on a model that peft has wrapped (the diff acts on the base weights; the
+    copies of `modules_to_save` are steered too) and on one spread over devices. A diff of a tied weight acts on both of
+    its uses. (docs/method.md section 2)
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}, expected a finite number")
+    slots = _resolve(model, w)
+    if alpha == 0:
+        yield model
+        return
+    undo = []
+    try:
+        for slot in slots:
+            step = _InPlace(slot, alpha) if slot.parameter.dtype in WIDE else _Hooked(slot, alpha)
+            # registered before it acts: an interrupt in the middle of the change is undone too
+            undo.append(step)
+            step.enter()
+        yield model
+    finally:
+        for step in reversed(undo):
+            step.exit()
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name in the base model, whatever peft or torch.compile put around it."""
+    parts = name.replace("_orig_mod.", "").removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
+    for wrapper, width in (("original_module", 1), ("modules_to_save", 2)):
+        if wrapper in parts:
+            at = parts.index(wrapper)
+            parts = parts[:at] + parts[at + width :]
+    return ".".join(parts)
+
+
+def _resolve(model: nn.Module, w: WeightDiff) -> list[_Slot]:
+    """Match names to parameters and check every one, without touching anything."""
+    by_name: dict[str, list[nn.Parameter]] = {}
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found = by_name.setdefault(_plain_name(f"{path}.{leaf}" if path else leaf), [])
+            if all(parameter is not p for p in found):
+                found.append(parameter)
+            seen = users.setdefault(id(parameter), [])
+            if all(module is not m or leaf != n for m, n in seen):
+                seen.append((module, leaf))
+    slots: dict[int, _Slot] = {}
+    for name, entry in w.entries.items():
+        if name not in by_name:
+            raise ValueError(f"{name}: no such parameter in {type(model).__name__}")
+        for parameter in by_name[name]:
+            slot = _Slot(name, parameter, tuple(users[id(parameter)]), entry)
+            _check(slot)
+            earlier = slots.get(id(parameter))
+            if earlier is None:
+                slots[id(parameter)] = slot
+            elif not _same(earlier.entry, entry):
+                raise ValueError(
+                    f"{earlier.name} and {name} are one tied parameter, but the diff holds two changes for it;"
+                    " build the diff with its base model, which adds them up"
+                )
+    return list(slots.values())
+
+
+def _check(slot: _Slot) -> None:
+    name, parameter = slot.name, slot.parameter
+    if tuple(slot.entry.shape) != tuple(parameter.shape):
+        raise ValueError(f"{name}: diff is {dims(slot.entry.shape)}, model has {dims(parameter.shape)}")
+    if parameter.device.type == "meta":
+        raise ValueError(
+            f"{name}: not in memory (meta device, or offloaded to disk or CPU); load the model whole to steer it"
+        )
+    if parameter.dtype in WIDE:
+        return
+    if parameter.dtype not in NARROW:
+        raise ValueError(
+            f"{name}: dtype {parameter.dtype} cannot be steered; load the model in float32, bfloat16 or float16"
+        )
+    for module, _ in slot.users:
+        _kind(name, module)
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    if isinstance(a, LowRank) != isinstance(b, LowRank):
+        return False
+    if isinstance(a, LowRank):
+        return torch.equal(a.B, b.B) and torch.equal(a.A, b.A)
+    return torch.equal(a, b)
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """How a module uses its parameters: `linear` (x W^T + b), `conv1d` (x W + b), `embedding`, or a small `leaf`."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    if isinstance(module, nn.Embedding) and (forward is nn.Embedding.forward or hasattr(module, "embed_scale")):
+        if module.max_norm is None:
+            return "embedding"
+    elif not any(True for _ in module.children()) and all(p.ndim < 2 for p in module.parameters()):
+        return "leaf"
+    raise ValueError(
+        f"{name}: what a {type(module).__name__} does with it cannot be steered in low precision; use float32"
+    )
+
+
+def _dense(entry: Entry, like: Tensor) -> Tensor:
+    entry = entry_to(entry, like.device)
+    return (entry.dense() if isinstance(entry, LowRank) else entry).to(like.dtype)
+
+
+class _InPlace:
+    """Adds `alpha w` to a float32 parameter and puts the saved copy back."""
+
+    def __init__(self, slot: _Slot, alpha: float | int):
+        self.slot, self.alpha, self.saved = slot, alpha, None
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        parameter = self.slot.parameter
+        change = _dense(self.slot.entry, parameter)
+        stack = _stack(parameter)
+        self.saved = parameter.detach().clone()
+        stack.append(self)
+        parameter.data.add_(change, alpha=self.alpha)
+
+    @torch.no_grad()
+    def exit(self) -> None:
+        if self.saved is None:
+            return
+        parameter, stack = self.slot.parameter, _stack(self.slot.parameter)
+        if self not in stack:
+            if not stack:
+                del parameter._ws_open
+            return
+        at = stack.index(self)
+        later = stack[at + 1 :]
+        parameter.data.copy_(self.saved)
+        # contexts left out of order: those still open act again, on top of what was there before this one
+        for other in later:
+            other.saved = parameter.detach().clone()
+            parameter.data.add_(_dense(other.slot.entry, parameter), alpha=other.alpha)
+        stack.remove(self)
+        if not stack:
+            del parameter._ws_open
+
+
+def _stack(parameter: nn.Parameter) -> list:
+    if not hasattr(parameter, "_ws_open"):
+        parameter._ws_open = []
+    return parameter._ws_open
+
+
+@dataclass
+class _Live:
+    """What steers one low-precision module now: its open changes per parameter, and the one hook that applies them."""
+
+    kind: str
+    changes: list[tuple[str, Entry, float, object]] = field(default_factory=list)
+    handle: object = None
+    twin: nn.Module | None = None
+
+
+class _Hooked:
+    """Steers the modules that use a low-precision parameter by a forward hook; the parameter is never written."""
+
+    def __init__(self, slot: _Slot, alpha: float | int):
+        self.slot, self.alpha = slot, alpha
+
+    def enter(self) -> None:
+        parameter = self.slot.parameter
+        entry = entry_to(self.slot.entry, parameter.device, torch.float32)
+        for module, leaf in self.slot.users:
+            live = getattr(module, "_ws_live", None)
+            if live is None:
+                live = _Live(_kind(self.slot.name, module))
+                module._ws_live = live
+                # first of all hooks, so that recorders see the steered output
+                live.handle = module.register_forward_hook(_steered, with_kwargs=True, prepend=True)
+            live.changes.append((leaf, entry, self.alpha, self))
+            live.twin = None
+
+    def exit(self) -> None:
+        for module, _ in self.slot.users:
+            live = getattr(module, "_ws_live", None)
+            if live is None:
+                continue
+            live.changes = [change for change in live.changes if change[3] is not self]
+            live.twin = None
+            if not live.changes:
+                if live.handle is not None:
+                    live.handle.remove()
+                del module._ws_live
+
+
+def _steered(module: nn.Module, args: tuple, kwargs: dict, output):
+    """The module's output recomputed in float32 with `W + sum alpha w`, rounded once to the output's dtype."""
+    live = module._ws_live
+    if live.kind == "leaf":
+        return _leaf(module, live, args, kwargs, output)
+    x = args[0] if args else next(iter(kwargs.values()))
+    weight, bias = module.weight, getattr(module, "bias", None)
+    x = x.to(weight.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        if live.kind == "embedding":
+            y = F.embedding(x, weight).float()
+            for _, entry, alpha, _ in live.changes:
+                rows = F.embedding(x, entry.B) @ entry.A if isinstance(entry, LowRank) else F.embedding(x, entry)
+                y = y + alpha * rows
+            scale = getattr(module, "embed_scale", None)
+            if scale is not None:
+                scale = torch.as_tensor(scale, device=y.device).to(weight.dtype)
+                y = y * scale.float()
+        else:
+            x = x.float()
+            across = live.kind == "conv1d"
+            y = x @ (weight.float() if across else weight.float().T)
+            if bias is not None:
+                y = y + bias.float()
+            for leaf, entry, alpha, _ in live.changes:
+                if leaf == "bias":
+                    y = y + alpha * entry
+                elif isinstance(entry, LowRank):
+                    first, second = (entry.B, entry.A) if across else (entry.A.T, entry.B.T)
+                    y = y + alpha * ((x @ first) @ second)
+                else:
+                    y = y + alpha * (x @ (entry if across else entry.T))
+    return y.to(output.device, output.dtype)
+
+
+def _leaf(module: nn.Module, live: _Live, args: tuple, kwargs: dict, output: Tensor):
+    """A norm or the like: a float32 twin with the changed parameters runs in its place."""
+    if live.twin is None:
+        twin = copy.copy(module)
+        # a shallow copy shares the hooks and the parameter table; the twin gets its own
+        twin.__dict__.update(_parameters={}, _forward_hooks={}, _forward_pre_hooks={})
+        for leaf, parameter in module.named_parameters(recurse=False):
+            value = parameter.detach().float().clone()
+            for changed, entry, alpha, _ in live.changes:
+                if changed == leaf:
+                    value += alpha * (entry.dense() if isinstance(entry, LowRank) else entry)
+            twin._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        live.twin = twin
+
+    def widen(value):
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    with torch.autocast(output.device.type, enabled=False):
+        y = type(module).forward(live.twin, *map(widen, args), **{key: widen(value) for key, value in kwargs.items()})
+    return y.to(output.device, output.dtype)
