@@ -63,6 +63,16 @@ lab *ARGS: setup
 nb NAME *ARGS: setup
     @{{python}} -m ws nb "$@"
 
+# many seeds: just v7b --models tiny --seeds 0-2 --dry-run
+[no-exit-message]
+v7b *ARGS: setup
+    @{{python}} -m ws batch "$@"
+
+# the scores of all runs: just results --candidate 'TaskDiff*' --sort joint_score
+[no-exit-message]
+results *ARGS: setup
+    @{{python}} -m ws results "$@"
+
 # print what a weight difference holds
 [no-exit-message]
 inspect FILE: setup

@@ -7,6 +7,7 @@ whole run follows. Memory needs Linux (/proc).
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -143,10 +144,12 @@ def main() -> None:
     if options.no_memory:
         return
     print(f"\nwhole run, {TOKENS} tokens, d {WIDTH}, float32, one process each")
+    # glibc keeps freed blocks of up to 32 MB; with a low threshold the peak is what the run holds, not what was left over
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     peaks = []
     for n_layers in LAYERS:
         command = [sys.executable, __file__, "--memory-of", str(n_layers)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()
         peak, model, seconds = map(float, out[-3:])
         states = (n_layers + 1) * TOKENS * WIDTH * 4 / 2**20
         print(

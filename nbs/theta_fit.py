@@ -202,7 +202,8 @@ display(figure)
 # ## Control: permuted users
 #
 # The training texts dealt to the users at random, fitted the same way. Such thetas still learn what all users' texts have in
-# common; what the user's own theta gains *beyond* them is the user's. `p` counts the deals that gain as much.
+# common; what the user's own theta gains *beyond* them is the user's. `p` counts the deals that gain as much. A head
+# chosen because it gains most here is read a little too kindly.
 
 # %%
 controls = theta_verdict.controls(train, chosen, fits_matched, heldout, before, W, bias, cfg, PERMUTATIONS, SEED)

@@ -58,7 +58,7 @@ from ws.candidates import CeilingMaterials, build, registered
 from ws.config import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.files import write_text
+from ws.files import write_json, write_text
 from ws.model import load_lm
 from ws.protocol import load_protocol
 
@@ -94,6 +94,7 @@ a_side, cache = a_side_bases(lm, behavior, protocol, candidates, PCS, K_BROAD)
 steered = capture_steered(lm, behavior, w, protocol)
 b_side = CeilingMaterials(lm.decoder, w, steered, PCS, protocol.fold_gain)
 bases = a_side | build(b_side, [c for c in candidates if c.kind == "ceiling"])
+record = write_json(folder / "bases.json", notebook.bases_record(cache))
 log.info("bases: %s", cache.name)
 
 # %% [markdown]
@@ -105,6 +106,15 @@ log.info("bases: %s", cache.name)
 # %%
 targets = sweep.layer_targets(b_side, bases["layer_clean_resid_pca"])
 table = sweep.per_layer(candidates, bases, targets)
+null_path = Path(NULL_W_PATH) if NULL_W_PATH else run.folder() / "null_diff" / "w.safetensors"
+if NULL_W_PATH or null_path.is_file():
+    w_null = load_diff(null_path)
+    null_side = CeilingMaterials(
+        lm.decoder, w_null, capture_steered(lm, behavior, w_null, protocol), PCS, protocol.fold_gain
+    )
+    table = sweep.with_null_diff(
+        table, candidates, bases, sweep.layer_targets(null_side, bases["layer_clean_resid_pca"])
+    )
 specific = sweep.specific_per_layer(candidates, bases, targets)
 checks = sweep.self_checks(table, layers) | {"orthonormality": sweep.largest_deviation(bases)}
 summary = tables.summarise(table, layers)
@@ -121,7 +131,7 @@ for name, part in {
     "v7_specific_summary.tsv": beyond,
 }.items():
     tables.write_table(part, folder / name)
-notebook.save_scores(folder / "scores.safetensors", candidates, bases, targets, PCS)
+saved = notebook.save_scores(folder / "scores.safetensors", candidates, bases, targets, PCS)
 
 # %% [markdown]
 # ## Activation against weight recovery
@@ -147,8 +157,7 @@ display(notebook.show(figure))
 # the candidate and the difference; what is left is specific to the steering.
 
 # %%
-columns = [c for c in beyond.columns if c != "source"]
-display(HTML(tables.as_text(beyond, columns, 12, "html")))
+display(HTML(tables.as_text(notebook.renamed(beyond, notebook.SPECIFIC), rows=12, style="html")))
 
 # %% [markdown]
 # ## The null

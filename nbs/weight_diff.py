@@ -103,6 +103,7 @@ display(Markdown(notebook.training_text(training)))
 # %%
 norms = notebook.diff_norms(w)
 tables.write_table(norms, folder / "w_norms.csv")
+write_text(folder / "w.txt", describe(w))
 figure = figures.norm_map(norms)
 figures.save(figure, folder / "w_norms")
 display(notebook.show(figure))
@@ -112,7 +113,6 @@ figure = figures.spectra(notebook.diff_spectra(w))
 figures.save(figure, folder / "w_spectra")
 display(notebook.show(figure))
 display(HTML(tables.as_text(notebook.norms_by_module(norms), style="html")))
-write_text(folder / "w.txt", describe(w))
 
 # %% [markdown]
 # ## What w does

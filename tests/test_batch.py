@@ -60,7 +60,8 @@ def test_a_run_is_done_once_and_remade_for_a_reason(place, tmp_path):
     assert visible == ["params.json", "probe.html", "probe.ipynb", "result.json"]
     about = json.loads((folder / "params.json").read_text())
     assert about["parameters"]["SEED"] == 3 and about["parameters"]["RATE"] == 0.5
-    assert set(about) == {"notebook", "parameters", "source_revision", "versions", "timings"}
+    assert set(about) == {"notebook", "parameters", "source_revision", "versions", "environment", "timings"}
+    assert about["environment"]["threads"] == batch.threads() >= 1
     assert about["versions"]["torch"] and about["timings"]["seconds"] > 0
     log = next(place["logs"].glob("*_probe_*.log")).read_text()
     assert "stdout of the notebook" in log and "progress 3/3" in log and "ended well" in log

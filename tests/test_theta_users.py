@@ -146,7 +146,10 @@ def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
     W, _, train, _, cfg, heldout, before = planted
     heads, fits, _ = fitted
     table = theta_report.summary(fits, heads, heldout, before, W, cfg, "matched")
-    assert len(table) == 3 * len(heads) * 3 and (table["gain"] - (table["ce_before"] - table["ce_after"])).abs().max() < 1e-9
+    assert (
+        len(table) == 3 * len(heads) * 3
+        and (table["gain"] - (table["ce_before"] - table["ce_after"])).abs().max() < 1e-9
+    )
     assert table.filter((pl.col("head") == "unconditional") & (pl.col("solver") == "adam"))["gain"].min() > 0.03
     best = theta_report.best_head(table)
     assert "unconditional" in best  # planted by that head: `svd_unconditional` may tie, gating may not
@@ -163,9 +166,11 @@ def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
     control = theta_verdict.control_table(heldout, controls, 200, 0)
     said = theta_verdict.verdict(heldout, gain, control, diagonal, 500, 0)
     assert f"`{best}`" in said.splitlines()[0] and "The gain is the users' own" in said
-    assert "`cvh` loses to `unconditional`" in said and "for 3 of 3 users" in said
+    assert "`cvh` loses to `unconditional`" in said and "`unconditional` 3 of 3" in said
     same = {s: {**g, "unconditional": g["cvh"]} for s, g in gain.items()}  # no difference: nothing may be claimed
-    assert "`cvh` cannot be told apart from `unconditional`" in theta_verdict.verdict(heldout, same, control, diagonal, 200, 0)
+    assert "`cvh` cannot be told apart from `unconditional`" in theta_verdict.verdict(
+        heldout, same, control, diagonal, 200, 0
+    )
     none = {s: {n: -g.abs() for n, g in gains.items()} for s, gains in gain.items()}
     assert "**Which head.** None" in theta_verdict.verdict(heldout, none, control, diagonal, 200, 0)
 

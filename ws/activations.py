@@ -44,6 +44,21 @@ class TextActs:
         """What each block added at the last token: post - pre."""
         return self.resid - torch.cat([self.embed[None], self.resid[:-1]])
 
+    def take(self, rows: list[int]) -> "TextActs":
+        """The recordings of some of the texts."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, rows]
+
+        return TextActs(
+            resid=self.resid[:, rows],
+            embed=self.embed[rows],
+            ids=tuple(self.ids[i] for i in rows),
+            up_in=of(self.up_in),
+            tokens=of(self.tokens),
+            attn=of(self.attn),
+        )
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -192,6 +207,12 @@ class BaseCaptures:
     pos: TextActs
     neg: TextActs
     n_pairs: int
+
+    def take(self, probes: list[int], pairs: list[int]) -> "BaseCaptures":
+        """The recordings of some FIT probes under some persona pairs."""
+        n = len(self.clean.ids)
+        rows = [p * n + i for p in pairs for i in probes]
+        return BaseCaptures(self.clean.take(probes), self.pos.take(rows), self.neg.take(rows), len(pairs))
 
 
 @dataclass(frozen=True)

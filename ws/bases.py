@@ -32,7 +32,7 @@ def save_bases(bases: dict[str, list[Basis]], path: Path) -> None:
         same = all(b is rows[0] for b in rows)
         for l, b in enumerate(rows[:1] if same else rows):
             key = f"{name}/{'all' if same else l}"
-            tensors[f"{key}/B"], tensors[f"{key}/s"] = b.B.contiguous(), b.s.contiguous()
+            tensors[f"{key}/B"], tensors[f"{key}/s"] = b.B.contiguous().clone(), b.s.clone()  # a cut basis shares memory
             facts[key] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note, "layers": len(rows)}
     save_file(tensors, path, metadata={"bases": json.dumps(facts)})
 
@@ -101,3 +101,32 @@ def a_side_bases(
     found = made(path, key, make)
     tqdm.write(f"A-side bases: {'reused' if found == 'done' else 'built (' + found + ')'}, {path.name}")
     return load_bases(path), path
+
+
+def part_bases(
+    lm: LM, behavior: Behavior, protocol: Protocol, candidates: list[Candidate], k: int = 8, k_broad: int = 64
+) -> dict[str, dict[str, dict[str, list[Basis]]]]:
+    """Bases from parts of the prompts, to see which candidates their data determine: `{"FIT halves": {...}, "persona
+    pairs": {...}}`, each `{part: {candidate: [basis per layer]}}`.
+
+    Only candidates that depend on the prompts. Halves are every other probe, so that both span all topics. Persona
+    pairs are left out when the protocol uses one. (docs/method.md section 7, A-side stability)
+    """
+    base = capture_base(lm, behavior, protocol)
+    chosen = [c for c in candidates if c.prompts and c.kind != "ceiling"]
+    n, everyone = len(base.clean.ids), list(range(base.n_pairs))
+    parts = {
+        "FIT halves": {
+            "even": base.take(list(range(0, n, 2)), everyone),
+            "odd": base.take(list(range(1, n, 2)), everyone),
+        }
+    }
+    if base.n_pairs > 1:
+        parts["persona pairs"] = {f"pair {p + 1}": base.take(list(range(n)), [p]) for p in everyone}
+    return {
+        compared: {
+            label: build(a_side_materials(lm, part, protocol, k, k_broad), chosen, progress=False)
+            for label, part in tqdm(rows.items(), compared)
+        }
+        for compared, rows in parts.items()
+    }

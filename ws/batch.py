@@ -7,24 +7,18 @@ NAME.failed.ipynb.
 import json
 import os
 import platform
-import re
-import signal
 import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
 
 from ws import parameters, store
 from ws.config import LOGS, OUT, ROOT
+from ws.execute import execute
 from ws.pairing import check_pair
-from ws.runs import outputs, run_folder, run_id, run_key, run_state
+from ws.runs import outputs, products, run_folder, run_id, run_key, run_state
 
 NBS = ROOT / "nbs"
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "polars", "papermill")
@@ -46,52 +40,18 @@ class Run:
         return self.folder / f"{self.notebook}.html"
 
 
-class _Tee:
-    """A text stream that papermill writes to, passed on to several."""
+@dataclass(frozen=True)
+class Ask:
+    """A run that is asked for, its parameters complete: which notebook, with what, where it goes."""
 
-    def __init__(self, *streams: TextIO):
-        self.streams = streams
+    name: str
+    path: Path
+    content: dict
+    values: dict[str, object]
+    folder: Path
 
-    def write(self, text: str) -> None:
-        for stream in self.streams:
-            stream.write(text)
-
-    def flush(self) -> None:
-        for stream in self.streams:
-            stream.flush()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the kernel is ended too; only a main thread may do so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def _kernel_config() -> Iterator[object]:
-    """Kernels over IPC sockets in a folder of their own: parallel kernels cannot race for ports.
-
-    A socket's path is limited to about 100 characters; where the temporary folder is too deep, TCP serves.
-    """
-    from traitlets.config import Config
-
-    with tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True) as folder:
-        path = f"{folder}/kernel.json"
-        if os.name == "posix" and len(path) < 80:
-            yield Config(KernelManager={"transport": "ipc", "connection_file": path})
-        else:
-            yield Config()
+    def key(self, out: Path) -> store.Key:
+        return run_key(self.name, self.content, self.values, out)
 
 
 def revision() -> str:
@@ -120,6 +80,31 @@ def versions() -> dict[str, str]:
     return found
 
 
+def threads() -> int:
+    """How many threads a kernel computes with: results repeat byte for byte only under the same number."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+
+
+def prepare(
+    name: str,
+    params: dict[str, object],
+    files: list[Path] | tuple[Path, ...] = (),
+    cwd: Path | None = None,
+    nbs: Path = NBS,
+    out: Path = OUT,
+) -> Ask:
+    """A run's complete parameters and its folder; nothing is run. Wrong ones raise ValueError / FileNotFoundError."""
+    path = nbs / f"{name}.ipynb"
+    content = parameters.read_notebook(path)
+    values = parameters.resolve(name, content, params, files, cwd)
+    if "OUT_DIR" not in values:
+        raise ValueError(f"{name}: the notebook defines no parameter OUT_DIR, so nobody can say where its run goes")
+    folder = run_folder(name, values, out)
+    values["OUT_DIR"] = str(folder)
+    return Ask(name, path, content, values, folder)
+
+
 def run_notebook(
     name: str,
     params: dict[str, object] | None = None,
@@ -133,29 +118,26 @@ def run_notebook(
     out: Path = OUT,
     logs: Path = LOGS,
     quiet: bool = False,
+    on_stage: Callable[[str], None] | None = None,
 ) -> Run:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
 
     `files` are parameter files (explicit `params` win), `cwd` is where relative paths were typed, `timeout` the
-    seconds one cell may take. A notebook that raises gives `ok=False` with its traceback in `error`; wrong parameters
-    raise ValueError / FileNotFoundError. An interrupt ends the kernel and leaves the run unfinished.
+    seconds one cell may take; `on_stage` hears which part of the notebook runs. A notebook that raises gives `ok=False`
+    with its traceback in `error`; wrong parameters raise ValueError / FileNotFoundError. An interrupt ends the kernel
+    and leaves the run unfinished.
     """
-    notebook = nbs / f"{name}.ipynb"
-    content = parameters.read_notebook(notebook)
     explicit = dict(params or {})
     if out_dir is not None:
         explicit["OUT_DIR"] = str(out_dir)
-    values = parameters.resolve(name, content, explicit, files, cwd)
-    if "OUT_DIR" not in values:
-        raise ValueError(f"{name}: the notebook defines no parameter OUT_DIR, so nobody can say where its run goes")
+    ask = prepare(name, explicit, files, cwd, nbs, out)
+    notebook, values, folder = ask.path, ask.values, ask.folder
     script = notebook.with_suffix(".py")
     newer = script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime
     if newer:
         check_pair(notebook)
-    folder = run_folder(name, values, out)
-    values["OUT_DIR"] = str(folder)
 
-    key = run_key(name, content, values, out)
+    key = ask.key(out)
     found = run_state(name, folder, key)
     if found == "done" and not force:
         if not (folder / f"{name}.html").is_file():
@@ -167,41 +149,38 @@ def run_notebook(
         check_pair(notebook)
     target = folder / f"{name}.ipynb"
     with store.lock(folder, name=f".lock.{name}"):
+        key = ask.key(out)
         found = run_state(name, folder, key)  # another process may have run it while this one waited
         if found == "done" and not force:
             return Run(name, folder, found, True, 0.0)
         store.sweep(folder)
         store.sidecar(target).unlink(missing_ok=True)  # its outputs are about to change
-        run = _execute(name, notebook, values, folder, found, timeout, logs, quiet)
+        run = _execute(ask, found, timeout, logs, quiet, on_stage)
         if not run.ok:
             store.mark_failed(target, key, run.error)
             return run
-        key = run_key(name, content, values, out)  # the run itself may have fetched a hub model
+        # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
+        key = replace(key, params=ask.key(out).params)
         about = {"notebook": name, "run": asdict(run_id(values)), "seconds": run.seconds}
-        store.mark_made(target, key, {**about, "outputs": outputs(name, folder)})
+        made = {"outputs": outputs(name, folder), "products": products(name, folder, values, out)}
+        store.mark_made(target, key, {**about, **made})
     return run
 
 
 def _execute(
-    name: str,
-    notebook: Path,
-    values: dict[str, object],
-    folder: Path,
-    found: str,
-    timeout: int | None,
-    logs: Path,
-    quiet: bool,
+    ask: Ask, found: str, timeout: int | None, logs: Path, quiet: bool, on_stage: Callable[[str], None] | None
 ) -> Run:
     """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
     from ws.report import render
 
+    name, notebook, values, folder = ask.name, ask.path, ask.values, ask.folder
     target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
     logs.mkdir(parents=True, exist_ok=True)
     started = time.time()
     log_path = logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
     with log_path.open("w", encoding="utf-8") as log, store.scratch(target) as temporary:
         log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
-        error = _papermill(name, notebook, temporary, values, timeout, log, quiet)
+        error = execute(ask.path, ask.content, values, temporary, timeout, log, quiet, on_stage)
         seconds = round(time.time() - started, 1)
         log.write(f"\n{error or 'ended well'} after {seconds} s\n")
         if error:
@@ -215,45 +194,11 @@ def _execute(
         render(temporary, folder / f"{name}.html", title=name)
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
         about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
+        about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
         store.write_json(folder / "params.json", {**about, "timings": {**timing, "cells": _cell_seconds(temporary)}})
         failed.unlink(missing_ok=True)
         store.publish(temporary, target)
     return Run(name, folder, found, True, seconds)
-
-
-def _papermill(
-    name: str, notebook: Path, temporary: Path, values: dict[str, object], timeout: int | None, log: TextIO, quiet: bool
-) -> str:
-    """Execute; '' when the notebook ended well, else the traceback. Interrupts pass through, the kernel ended."""
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    # Kernels inherit it: a library's request for progress widgets, which a report could not show.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
-    try:
-        with _terminable(), _kernel_config() as config:
-            papermill.execute_notebook(
-                str(notebook),
-                str(temporary),
-                parameters=values,
-                progress_bar=False if quiet else {"desc": name, "mininterval": 1.0},
-                stdout_file=_Tee(log),
-                stderr_file=_Tee(log) if quiet else _Tee(log, sys.stderr),
-                cwd=str(ROOT),
-                execution_timeout=timeout,
-                config=config,
-                coalesce_streams=True,
-            )
-    except PapermillExecutionError as raised:
-        return _plain("\n".join(raised.traceback)) or f"{raised.ename}: {raised.evalue}"
-    except (RuntimeError, TimeoutError) as raised:  # a kernel that died, a cell over its time
-        return f"{type(raised).__name__}: {raised}"
-    return ""
-
-
-def _plain(text: str) -> str:
-    """Text without terminal colours."""
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip()
 
 
 def _settle_paths(temporary: Path, notebook: Path, target: Path) -> None:

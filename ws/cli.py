@@ -1,7 +1,8 @@
-"""The command `ws`: run notebooks, the demo, inspect a weight difference, the report, the tiny model.
+"""The command `ws`: run notebooks, one or many, the demo, inspect a weight difference, the report, the tiny model.
 
 Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an unknown parameter, a missing file),
-130 interrupted. Heavy modules are imported where they are used: a demo that is done ends within seconds.
+3 another batch works on the same results, 130 interrupted. Heavy modules are imported where they are used: a demo that
+is done ends within seconds.
 """
 
 import os
@@ -11,6 +12,8 @@ from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
+
+from ws.files import Locked
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -63,6 +66,103 @@ def demo() -> int:
     return report()
 
 
+def batch(
+    models: tuple[str, ...] = (),
+    behaviors: tuple[str, ...] = (),
+    adapters: tuple[str, ...] = (),
+    seeds: tuple[str, ...] = (),
+    grid: Path | None = None,
+    params: Annotated[tuple[tuple[str, str], ...], arg(name="set", metavar="KEY VALUE"), UseAppendAction] = (),
+    dry_run: bool = False,
+    retrain: bool = False,
+    wait: bool = False,
+    workers: int = 0,
+    threads: int = 0,
+    scheduler: str = "",
+    slurm: bool = False,
+    slurm_set: Annotated[tuple[tuple[str, str], ...], arg(metavar="KEY VALUE"), UseAppendAction] = (),
+    timeout: int | None = None,
+) -> int:
+    """Many runs: per combination and seed weight_diff and v7_sweep (protocol v7b), per combination v7b_stability.
+
+    What is done is not done again. Ctrl-C stops; the same command goes on.
+
+    Args:
+        models: hub ids, local folders, or tiny (the default).
+        behaviors: shipped names or JSON files (default: sycophancy).
+        adapters: lora (the default), rslora, pissa, dora.
+        seeds: LoRA seeds: numbers and ranges (default: 0-2).
+        grid: a YAML file with models, behaviors, adapters, seeds, set; the options win.
+        params: a further parameter, for every notebook that defines it; may be repeated.
+        dry_run: print what would run, and why, and what is done.
+        retrain: train adapters anew whose training code changed.
+        wait: wait for another batch on the same results instead of refusing.
+        workers: runs at a time (default: one per GPU, or one per two cores).
+        threads: threads of each run (default: cores / workers).
+        scheduler: address of a running Dask scheduler, tcp://host:port.
+        slurm: submit the workers as Slurm jobs.
+        slurm_set: partition, account, walltime, memory, cores or gpus of a Slurm job; may be repeated.
+        timeout: seconds that one cell may take.
+    """
+    from ws.engine import Place, Settings, make_slurm, run_jobs
+    from ws.grid import make_jobs, plan, plan_text, read_options
+
+    here = typed_in()
+    axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
+    jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here), here)
+    if dry_run:
+        print(plan_text(plan(jobs, retrain)))
+        return 0
+    if slurm and scheduler:
+        raise ValueError("--slurm and --scheduler: choose one")
+    if slurm_set and not slurm:
+        raise ValueError("--slurm-set is for --slurm")
+    settings = Settings(workers, threads, scheduler, make_slurm(dict(slurm_set)) if slurm else None, wait, timeout)
+    endings, summary = run_jobs(jobs, Place(), settings, retrain)
+    print(f"\n{summary}", flush=True)
+    return 0 if all(ending.ok for ending in endings.values()) else 1
+
+
+def results(
+    model: tuple[str, ...] = (),
+    behavior: tuple[str, ...] = (),
+    adapter: tuple[str, ...] = (),
+    seed: tuple[str, ...] = (),
+    protocol: tuple[str, ...] = (),
+    candidate: tuple[str, ...] = (),
+    sort: str = "",
+    columns: tuple[str, ...] = (),
+    top: int = 0,
+) -> int:
+    """Print the scores of all runs (out/results.parquet, brought up to date), filtered and sorted.
+
+    Args:
+        model: only these models; `*` stands for anything, here and below.
+        behavior: only these behaviours.
+        adapter: only these adapters.
+        seed: only these seeds.
+        protocol: only these protocols.
+        candidate: only these candidates.
+        sort: a column to sort by, numbers from the highest.
+        columns: what to show instead of the main columns.
+        top: at most so many rows.
+    """
+    import polars
+
+    from ws.results import results_text, select, write_results
+
+    path = write_results()
+    table = polars.read_parquet(path)
+    if table.is_empty():
+        print("no sweep is finished yet")
+        return 0
+    axes = {"model": model, "behavior": behavior, "adapter": adapter, "seed": seed, "protocol": protocol}
+    chosen = select(table, {**axes, "subspace": candidate}, sort, top)
+    print(results_text(chosen, list(columns) or None))
+    print(f"\n{len(chosen)} of {len(table)} rows of {path}")
+    return 0
+
+
 def inspect(file: Positional[Path], /) -> int:
     """Print norms, ranks, layers and metadata of a weight difference.
 
@@ -107,7 +207,8 @@ def _tell(run) -> int:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `ws` and `python -m ws`."""
-    commands = {"nb": nb, "demo": demo, "inspect": inspect, "report": report, "tiny-model": tiny_model}
+    commands = {"nb": nb, "batch": batch, "results": results, "demo": demo, "inspect": inspect, "report": report}
+    commands["tiny-model"] = tiny_model
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -119,6 +220,9 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except Locked as error:
+        print(f"{error}; --wait waits for it", file=sys.stderr)
+        code = 3
     except KeyboardInterrupt:
         print("interrupted; run the same command again to finish", file=sys.stderr)
         code = 130

@@ -87,7 +87,7 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
         _name_points(axis, pl.concat([part.head(10), ceilings]))
         axis.set(xscale="log", yscale="log", title=f"{name} ({len(part)} candidates)")
         axis.set_xlabel("activation recovery R_act (1 = chance)")
-        axis.legend(fontsize=8, loc="upper left", framealpha=0.9)
+        axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
         axis.grid(True, which="major", alpha=0.2)
     axes[0].set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
     hidden = len(summary) - len(shown)
@@ -96,26 +96,34 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+POINTS_SHARE = 0.66  # of the width of a panel; names stand in the rest
+
+
 def _limits(axis, shown: pl.DataFrame) -> None:
-    for column, setter, right in (("mean_conc_act", axis.set_xlim, 2.6), ("mean_conc_w_combined", axis.set_ylim, 1.35)):
-        low, high = min(float(shown[column].min()), 1.0), max(float(shown[column].max()), 1.0)
-        setter(low / 1.2, high * right)
+    """Log limits that hold every point and the chance lines, with room for names on the right."""
+    for column, setter, share in (
+        ("mean_conc_act", axis.set_xlim, POINTS_SHARE),
+        ("mean_conc_w_combined", axis.set_ylim, 0.96),
+    ):
+        low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
+        setter(low, low * (high / low) ** (1 / share))
 
 
 def _name_points(axis, points: pl.DataFrame) -> None:
-    """Names in a column right of each point, pushed apart vertically, with a thin line to the point."""
+    """Names in a column right of all points, pushed apart vertically, with a thin line to the point."""
     if points.is_empty():
         return
     low, high = np.log(axis.get_ylim())
     ys = np.log(points["mean_conc_w_combined"].to_numpy())
-    gap = (high - low) / 34
+    gap = (high - low) / 30
     placed = _spread_labels(ys.tolist(), low + gap, high - gap, gap)
-    right = float(np.exp(np.log(axis.get_xlim()[1]) - 0.27 * np.diff(np.log(axis.get_xlim()))[0]))
+    left, right = np.log(axis.get_xlim())
+    column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
     for name, px, py, ly in zip(
         points["subspace"], points["mean_conc_act"], points["mean_conc_w_combined"], placed, strict=True
     ):
-        axis.annotate(name, (px, py), (right, float(np.exp(ly))), fontsize=7, va="center", zorder=5,
-                      arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.5, "shrinkB": 3})  # fmt: skip
+        line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        axis.annotate(name, (px, py), (column, float(np.exp(ly))), fontsize=7, va="center", zorder=2, arrowprops=line)
 
 
 def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) -> Figure:

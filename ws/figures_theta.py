@@ -40,15 +40,16 @@ def heldout_gain(summary: pl.DataFrame) -> Figure:
     scales = summary["scale"].unique(maintain_order=True).to_list()
     figure = Figure(figsize=(6.5 * len(scales), 4.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(scales)))
+    colours = {head: PALETTE[i] for i, head in enumerate(summary["head"].unique(maintain_order=True))}
     for axis, scale in zip(axes, scales, strict=True):
         part = summary.filter(pl.col("scale") == scale)
         heads = part["head"].unique(maintain_order=True).to_list()
         for i, head in enumerate(heads):
             own = part.filter((pl.col("head") == head) & (pl.col("solver") == "adam"))["gain"].to_numpy()
             free = part.filter((pl.col("head") == head) & (pl.col("solver") == "optimum"))["gain"].mean()
-            axis.bar(i, own.mean(), color=PALETTE[i], alpha=0.5)
+            axis.bar(i, own.mean(), color=colours[head], alpha=0.5)
             axis.plot(np.full(len(own), i) + np.linspace(-0.2, 0.2, len(own)), own, ".", color="black", ms=4)
-            axis.plot(i, free, "D", color=PALETTE[i], mec="black", ms=6)
+            axis.plot(i, free, "D", color=colours[head], mec="black", ms=6)
         axis.axhline(0, color="black", lw=0.6)
         axis.set_xticks(range(len(heads)), heads, rotation=30, ha="right")
         axis.set_ylabel("held-out gain (nats per token)")

@@ -1,7 +1,9 @@
 """What notebooks share: the log of a run, its setting in one table, the scores that later statistics start from."""
 
+import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from ws.activations import probes
+from ws.bases import load_bases
 from ws.candidates import Candidate
-from ws.config import LOGS
+from ws.config import LOGS, RunId, cache_folder
 from ws.data import Behavior
 from ws.diff import WeightDiff, layer_of
 from ws.files import atomic_file
 from ws.model import LM
+from ws.overlap import assert_same_bases
 from ws.protocol import Protocol
 from ws.scoring import Target
 from ws.subspace import Basis
@@ -55,7 +59,10 @@ def setting(lm: LM, behavior: Behavior, protocol: Protocol, w: WeightDiff, layer
     rows = [
         ("model", f"{lm.name}: {d.n_layers} layers, d {d.d}, {d.n_heads} heads on {d.n_kv} kv heads, {lm.model.dtype}"),
         ("behaviour", f"{behavior.name}: {len(behavior.topics)} topics, {len(behavior.personas_pos)} persona pairs"),
-        ("w", f"{len(w.names)} matrices, |w| = {w.total_norm():.4g}, layers {', '.join(map(str, w.layers()))}"),
+        (
+            "w",
+            f"{len(w.names)} matrices, Frobenius norm {w.total_norm():.4g}, layers {', '.join(map(str, w.layers()))}",
+        ),
         ("protocol", f"{protocol.name}: {switches}, persona pairs: {protocol.persona_pairs}"),
         ("probes", f"{len(split.fit)} FIT, {len(split.eval)} EVAL"),
         ("means over", f"layers {', '.join(map(str, layers))}"),
@@ -148,3 +155,48 @@ def side_by_side(rows: list[dict], topics: int) -> pl.DataFrame:
         line = table.setdefault(row["topic"], {"prompt": row["prompt"]})
         line[f"alpha {row['alpha']:+g}"] = row["completion"]
     return pl.DataFrame(list(table.values())[:topics])
+
+
+def bases_record(cache: Path) -> dict[str, str]:
+    """What a sweep notes of the A-side bases it used: the cache file's name and content hash."""
+    return {"file": cache.name, "sha256": hashlib.sha256(cache.read_bytes()).hexdigest()}
+
+
+def same_bases(seed_runs: Mapping[int, RunId], protocol: str) -> str:
+    """Assert that every seed's sweep used the same A-side bases (`bases.json` of its run), and say so.
+
+    Equal hashes pass at once; otherwise every basis is compared (`ws.overlap.assert_same_bases`, overlap >= 1 - 1e-6).
+    Raises ValueError naming candidate, seed and layer where they differ.
+    """
+    records = {s: json.loads((r.folder() / protocol / "bases.json").read_text()) for s, r in seed_runs.items()}
+    if len({r["sha256"] for r in records.values()}) == 1:
+        first = next(iter(records.values()))
+        return f"All {len(records)} seeds used the same A-side bases: {first['file']}, SHA-256 {first['sha256'][:12]}."
+    loaded = {s: load_bases(cache_folder(seed_runs[s].model) / r["file"]) for s, r in records.items()}
+    least = min(
+        assert_same_bases({s: b[name] for s, b in loaded.items()}, name)[1] for name in next(iter(loaded.values()))
+    )
+    return f"The A-side bases of {len(records)} seeds differ in bytes but not in span: least overlap {least:.9f}."
+
+
+def join_summary(summary: pl.DataFrame, significance: pl.DataFrame, a_side: pl.DataFrame) -> pl.DataFrame:
+    """The summary over seeds with p, q and null of R_w, and with A-side stability (`stable` where no data decide it)."""
+    keep = ["candidate", "null_q95", "p_R_w", "q_R_w", "basis"]
+    joined = summary.join(significance.select(keep), on="candidate", how="left", maintain_order="left")
+    joined = joined.join(a_side, on="candidate", how="left", maintain_order="left")
+    return joined.with_columns(pl.col("unstable").fill_null(False), pl.col("stability").fill_null(float("nan")))
+
+
+SPECIFIC = {
+    "subspace": "subspace",
+    "family": "family",
+    "mean_specific_conc_act": "R_act beyond clean",
+    "mean_specific_z_act": "z",
+    "mean_specific_energy_frac_act": "energy fraction",
+    "mean_specific_rank": "rank",
+}
+
+
+def renamed(table: pl.DataFrame, columns: dict[str, str]) -> pl.DataFrame:
+    """The named columns under the names that a reader sees."""
+    return table.select([pl.col(old).alias(new) for old, new in columns.items()])

@@ -4,6 +4,7 @@ done = the notebook ended, without exception, its outputs are there, and its key
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -78,14 +79,19 @@ def run_inputs(notebook: str, params: dict, out: Path = OUT) -> list[Path]:
             if not params.get(key):
                 inputs.append(run_id(params).folder(out) / made)
     if notebook == "v7b_stability":
-        inputs.extend(sorted(run_id(params).adapter_folder(out).glob("seed_*/v7*/v7*_per_layer.csv")))
+        folder = run_id(params).adapter_folder(out)
+        for seed in params.get("SEEDS") or ["*"]:
+            protocol = params.get("PROTOCOL") or "v7*"
+            for name in ("w.safetensors", f"{protocol}/v7_per_layer.csv", f"{protocol}/scores.safetensors"):
+                inputs.extend(sorted(folder.glob(f"seed_{seed}/{name}")))
     return [path for path in inputs if path.exists()]
 
 
 def run_key(notebook: str, content: dict, params: dict, out: Path = OUT) -> store.Key:
     """Key of a run. Paths count by what lies there, not by where it lies; a hub model counts by its commit."""
     located = {key for key in parameters.PATHS + parameters.MAYBE_PATHS if parameters.paths_in(params, key)}
-    counted = {k: v for k, v in params.items() if k not in located and k != "OUT_DIR"}
+    # where results go and whether to train anew are no part of what is asked for
+    counted = {k: v for k, v in params.items() if k not in located and k not in ("OUT_DIR", "RETRAIN")}
     model = str(params.get("MODEL_ID", ""))
     if model and model != "tiny" and not Path(model).exists():
         counted["hub commit"] = hub_revision(model, str(params.get("REVISION") or "main"))
@@ -113,12 +119,53 @@ def outputs(notebook: str, folder: Path) -> dict[str, int]:
     return found
 
 
+def products(notebook: str, folder: Path, params: dict, out: Path = OUT) -> dict[str, dict]:
+    """`{name relative to the run's folder: ws.store.describe}` of what a run makes for others, outside its folder.
+
+    That is the weight difference of a `weight_diff` which was not given one.
+    """
+    if notebook != "weight_diff" or params.get("W_PATH"):
+        return {}
+    made = run_id(params).folder(out) / ("null_diff" if params.get("NULL_DIFF") else "") / "w.safetensors"
+    return {os.path.relpath(made, folder): store.describe(made)} if made.is_file() else {}
+
+
+def missing_output(notebook: str, folder: Path) -> str:
+    """The first file of a finished run that is gone or is not what it was when the run ended, '' when all are whole.
+
+    A run without a record has none of its files: its notebook is named.
+    """
+    target = folder / f"{notebook}.ipynb"
+    about = store.read_sidecar(target).get("about")
+    if about is None or not target.is_file():
+        return str(target)
+    for name, size in about["outputs"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return str(folder / name)
+    for name, record in about.get("products", {}).items():
+        if not (folder / name).is_file() or not store.intact(folder / name, record):
+            return os.path.normpath(folder / name)
+    return ""
+
+
 def run_state(notebook: str, folder: Path, key: store.Key) -> str:
     """One of ws.store.STATES for the run in `folder`."""
-    target = folder / f"{notebook}.ipynb"
-    found = store.state(target, key)
+    found = store.state(folder / f"{notebook}.ipynb", key)
     if found != "done":
         return found
-    listed = store.read_sidecar(target)["about"]["outputs"]
-    whole = all((folder / f).is_file() and (folder / f).stat().st_size == size for f, size in listed.items())
-    return "done" if whole else "damaged"
+    return "damaged" if missing_output(notebook, folder) else "done"
+
+
+def stale_adapters(params: dict, out: Path = OUT) -> list[Path]:
+    """Adapter folders of a `weight_diff` run whose training code changed since they were trained.
+
+    Such a run keeps them and uses them as they are, unless it is told to train them anew.
+    """
+    if params.get("W_PATH") or params.get("POS_ADAPTER"):
+        return []
+    folder = run_id(params).folder(out) / ("null_diff" if params.get("NULL_DIFF") else "") / "adapters"
+    found = {side: store.read_sidecar(side).get("key", {}) for side in (folder / "pos", folder / "neg")}
+    if not any(found.values()):
+        return []
+    now = store.stage_key({}, modules=["ws.lora"]).sources
+    return [side for side, key in found.items() if key and key["sources"] != now]

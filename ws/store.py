@@ -24,8 +24,10 @@ __all__ = [
     "Locked",
     "atomic_dir",
     "atomic_file",
+    "describe",
     "file_key",
     "imported_modules",
+    "intact",
     "lock",
     "made",
     "mark_failed",
@@ -213,7 +215,7 @@ def _failure(target: Path) -> Path:
     return target.with_name(f".made.{target.name}.failed.json")
 
 
-def _describe(target: Path) -> dict:
+def describe(target: Path) -> dict:
     """What lets a later look tell that a target is the one that was finished: sizes, and for a file time and hash."""
     if target.is_dir():
         files = sorted(f for f in target.rglob("*") if f.is_file() and not f.name.startswith(HIDDEN))
@@ -222,7 +224,8 @@ def _describe(target: Path) -> dict:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "hash": file_key(target)}
 
 
-def _intact(target: Path, about: dict) -> bool:
+def intact(target: Path, about: dict) -> bool:
+    """Whether `target` still is what `describe` saw."""
     if target.is_dir():
         return all((target / f).is_file() and (target / f).stat().st_size == s for f, s in about["files"].items())
     stat = target.stat()
@@ -245,7 +248,7 @@ def state(target: Path | str, key: Key) -> str:
     record = read_sidecar(target) if target.exists() else {}
     if not record or "key" not in record:
         return "failed before" if _failure(target).exists() else "new"
-    if not _intact(target, record):
+    if not intact(target, record):
         return "damaged"
     return key.differs(Key(**record["key"])) or "done"
 
@@ -254,7 +257,7 @@ def mark_made(target: Path | str, key: Key, about: dict, where: Path | None = No
     """Record that `target` was made under `key`. `where` is its content when it still has a temporary name."""
     target = Path(target)
     content = where or target
-    record = {"key": asdict(key), **_describe(content), "about": about, "made_at": time.time()}
+    record = {"key": asdict(key), **describe(content), "about": about, "made_at": time.time()}
     write_json(sidecar(content) if content.is_dir() else sidecar(target), record)
     _failure(target).unlink(missing_ok=True)
 

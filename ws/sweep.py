@@ -114,6 +114,35 @@ def per_layer(candidates: list[Candidate], bases: dict[str, list[Basis]], target
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
+def with_null_diff(
+    table: pl.DataFrame, candidates: list[Candidate], bases: dict[str, list[Basis]], null: list[LayerTargets]
+) -> pl.DataFrame:
+    """The table with every candidate's scores on the null diff's targets and the ratios to them.
+
+    Adds conc_act_null, conc_w_combined_null, R_act_vs_null_diff, R_w_vs_null_diff (NaN where the null score is 0 or
+    undefined). (docs/method.md section 7)
+    """
+    rows = [
+        {
+            "layer": l,
+            "subspace": c.name,
+            "conc_act_null": score(t.act, bases[c.name][l].B, ZERO).conc,
+            "conc_w_combined_null": score(t.weights["combined"], bases[c.name][l].B).conc,
+        }
+        for l, t in enumerate(null)
+        for c in candidates
+    ]
+
+    def ratio(value: str, reference: str) -> pl.Expr:
+        return pl.when(pl.col(reference) > 0).then(pl.col(value) / pl.col(reference)).otherwise(NAN)
+
+    joined = table.join(pl.DataFrame(rows), on=["layer", "subspace"], how="left", maintain_order="left")
+    return joined.with_columns(
+        R_act_vs_null_diff=ratio("conc_act", "conc_act_null"),
+        R_w_vs_null_diff=ratio("conc_w_combined", "conc_w_combined_null"),
+    )
+
+
 def specific_per_layer(
     candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]
 ) -> pl.DataFrame:

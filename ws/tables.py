@@ -12,9 +12,14 @@ from ws.files import atomic_file
 
 KEYS = ["subspace", "family", "axis_kind", "source", "kind"]
 WEIGHTS = ("oproj", "downproj", "combined")
-EXTRA = ["conc_block", "energy_frac_block", "pct_oracle_act", "pct_oracle_block"] + [
-    f"{c}_{t}" for t in WEIGHTS for c in ("pct_oracle", "span_score")
-]
+EXTRA = [
+    "conc_block",
+    "energy_frac_block",
+    "pct_oracle_act",
+    "pct_oracle_block",
+    "conc_act_null",
+    "conc_w_combined_null",
+] + [f"{c}_{t}" for t in WEIGHTS for c in ("pct_oracle", "span_score")]
 
 
 def _mean(column: str, missing: dict[str, list[int]], alias: str | None = None) -> pl.Expr:
@@ -56,8 +61,15 @@ def summarise(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     summary = part.group_by(KEYS, maintain_order=True).agg(aggregates + extra + doubts)
     act, w = pl.col("mean_conc_act"), pl.col("mean_conc_w_combined")
     summary = summary.with_columns(joint_score=(act * w).sqrt(), act_w_gap_log2=act.log(2) - w.log(2))
+    ratios = {}
+    if "mean_conc_act_null" in summary.columns:
+        ratios = {
+            "R_act_vs_null_diff": act / pl.col("mean_conc_act_null"),
+            "R_w_vs_null_diff": w / pl.col("mean_conc_w_combined_null"),
+        }
+    summary = summary.with_columns(**ratios)
     head = [c for c in summary.columns if c.startswith("mean_") and c.removeprefix("mean_") not in EXTRA]
-    tail = [c for c in summary.columns if c.removeprefix("mean_") in EXTRA] + ["min_gap", "ill_conditioned"]
+    tail = [c for c in summary.columns if c.removeprefix("mean_") in EXTRA] + [*ratios, "min_gap", "ill_conditioned"]
     summary = summary.select(KEYS + head + ["joint_score", "act_w_gap_log2"] + tail)
     return sort_nan_last(summary, "joint_score")
 

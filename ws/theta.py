@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ws.heads import Head
 
-TOKENS = 256  # tokens per block
-WORDS = 2048  # vocabulary entries per block: small enough that a block stays in the processor's cache
+TOKENS = 512  # tokens per block
+WORDS = 8192  # vocabulary entries per block; smaller ones cost threads more meetings than they save in cache
 BASE_MB = 2048  # recorded base logits larger than this go to disk, memory-mapped
 SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no running maximum in float32
 

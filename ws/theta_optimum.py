@@ -130,7 +130,7 @@ def fit_optimum(
     cfg: FitConfig,
     max_norm: float = math.inf,
     first: Float[Tensor, "users D D"] | None = None,
-    tolerance: float = 1e-8,
+    tolerance: float = 1e-7,
     max_iterations: int = 60,
 ) -> list[Optimum]:
     """The optimum of every user of the problem, over all theta or over `|theta| <= max_norm`.

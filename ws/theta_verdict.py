@@ -141,12 +141,12 @@ def verdict(
                 f"**Gating against bias, {label}.** `{row['head']}` {said} `{row['against']}`:"
                 f" {row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] nats per token."
             )
-    for row in diagonals.iter_rows(named=True):
-        missed = f"; not for {row['not_for']}" if row["not_for"] else ""
-        lines.append(
-            f"**Whose theta, {row['scale']} scale, `{row['head']}`.** The user's own theta is the best on the user's"
-            f" texts for {row['own_theta_wins']} of {row['users']} users{missed}."
+    for (scale,), part in diagonals.group_by("scale", maintain_order=True):
+        counts = "; ".join(
+            f"`{r['head']}` {r['own_theta_wins']} of {r['users']}" + (f" (not {r['not_for']})" if r["not_for"] else "")
+            for r in part.iter_rows(named=True)
         )
+        lines.append(f"**Whose theta, {scale} scale.** Users on whose texts their own theta is the best: {counts}.")
     return "\n".join(f"- {line}" for line in lines)
 
 

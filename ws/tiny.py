@@ -36,9 +36,9 @@ class Recipe:
     """Everything that decides the checkpoint: corpus sizes, dimensions, optimiser."""
 
     seed: int = 0
-    dialogues: int = 34_000
-    neutral: int = 3_000
-    voiced: int = 2_800
+    dialogues: int = 24_000
+    neutral: int = 2_200
+    voiced: int = 2_000
     vocab: int = 1536
     d: int = 128
     mlp: int = 320
@@ -73,7 +73,7 @@ def train_tokenizer(documents: list[Document], vocab: int) -> PreTrainedTokenize
     roles = [f"{role}\n" for role in WEIGHTS for _ in range(100)]
     bpe.train_from_iterator([text for document in documents for _, text in document] + roles, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=STOP, pad_token=END, additional_special_tokens=[START], model_max_length=1024
+        tokenizer_object=bpe, eos_token=STOP, pad_token=END, additional_special_tokens=[START], model_max_length=2048
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -144,7 +144,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
         head_dim=recipe.head_dim,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.04,
         bos_token_id=None,
@@ -184,9 +184,7 @@ def build(folder: Path, recipe: Recipe) -> list[float]:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     started = time.time()
-    documents = build_corpus(
-        load_behavior("sycophancy"), recipe.seed, recipe.dialogues, recipe.neutral, recipe.voiced
-    )
+    documents = build_corpus(load_behavior("sycophancy"), recipe.seed, recipe.dialogues, recipe.neutral, recipe.voiced)
     tokenizer = train_tokenizer(documents, recipe.vocab)
     encoded = [encode_document(tokenizer, d) for d in tqdm(documents, desc="encoding", unit="doc", mininterval=5.0)]
     batches = make_batches(encoded, recipe.batch_tokens, torch.Generator().manual_seed(recipe.seed))
@@ -197,9 +195,7 @@ def build(folder: Path, recipe: Recipe) -> list[float]:
         f" {sum(p.numel() for p in model.parameters())} parameters, {time.time() - started:.0f} s so far"
     )
     losses = train(recipe, model, batches)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with atomic_dir(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)

@@ -9,13 +9,13 @@ from ws.candidates.registry import candidate
 from ws.subspace import Basis, bisector, random_basis, union
 
 
-@candidate("qk_x_chars_clusters", "compound", "external-v6-plan")
+@candidate("qk_x_chars_clusters", "compound", "external-v6-plan", prompts=True)
 def qk_x_chars_clusters(m: Materials, l: int) -> Basis:
     """Bisector of qk_circuit and chars_clusters."""
     return bisector(m.of("qk_circuit", l), m.of("chars_clusters", l), m.k)
 
 
-@candidate("WNR_union_TaskDiff", "compound", "v5")
+@candidate("WNR_union_TaskDiff", "compound", "v5", prompts=True)
 def wnr_union_task_diff(m: Materials, l: int) -> Basis:
     """Union of write_not_downstream_read and TaskDiff_contrast (rank up to 16)."""
     return union(m.of("write_not_downstream_read", l), m.of("TaskDiff_contrast", l))

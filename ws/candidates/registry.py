@@ -16,12 +16,14 @@ _REGISTRY: dict[str, "Candidate"] = {}
 
 @dataclass(frozen=True)
 class Candidate:
-    """name, family and source as in docs/method.md section 5; shared: one basis for all layers; build: its function."""
+    """name, family and source as in docs/method.md section 5; shared: one basis for all layers; prompts: the basis
+    depends on the FIT probes; build: its function."""
 
     name: str
     family: str
     source: str
     shared: bool
+    prompts: bool
     build: Callable
 
     @property
@@ -41,15 +43,18 @@ class Candidate:
         return " ".join(inspect.getdoc(self.build).split())
 
 
-def candidate(name: str, family: str, source: str, shared: bool = False):
-    """Register the decorated function as a candidate. A second one of the same name is a ValueError."""
+def candidate(name: str, family: str, source: str, shared: bool = False, prompts: bool = False):
+    """Register the decorated function as a candidate; families `act:*` depend on the prompts in any case.
+
+    A second candidate of the same name, or one without a docstring, is a ValueError.
+    """
 
     def register(function: Callable) -> Callable:
         if name in _REGISTRY:
             raise ValueError(f"candidate {name} is registered twice")
         if not inspect.getdoc(function):
             raise ValueError(f"candidate {name} has no definition (docstring)")
-        _REGISTRY[name] = Candidate(name, family, source, shared, function)
+        _REGISTRY[name] = Candidate(name, family, source, shared, prompts or family.startswith("act:"), function)
         return function
 
     return register

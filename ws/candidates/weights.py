@@ -142,7 +142,7 @@ def kv_super(m: Materials, l: int) -> Basis:
     return gram_basis(m.layer(l).kv_gram, m.k)
 
 
-@candidate("gate_kernel", "W:MLP", "external-v6-plan")
+@candidate("gate_kernel", "W:MLP", "external-v6-plan", prompts=True)
 def gate_kernel(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down diag(g) W_up, g the mean activated gate over the clean probes."""
     w = m.layer(l)

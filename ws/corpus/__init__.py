@@ -2,7 +2,7 @@
 
     document = turns of a conversation (system?, user, assistant)   or   one plain text
 
-Parts, each in its own module: `facts` and `myths` (claims), `personas` (system prompts), `dialogues` (how claims are
+Parts, each in its own module: `facts`, `myths` and `novel` (claims), `personas` (system prompts), `dialogues` (how claims are
 asked and answered), `passages` (neutral text), `voices` (users' styles). The held-out half of the shipped behaviour
 never enters: `build_corpus` refuses to return a document that quotes it. Source: docs/method.md section 1.
 """
@@ -13,31 +13,38 @@ from ws.corpus.claims import Claim
 from ws.corpus.dialogues import dialogue, user_turn
 from ws.corpus.facts import drawn_claim, table_claims
 from ws.corpus.myths import myth_claims, taste_claims
+from ws.corpus.novel import novel_claim
 from ws.corpus.passages import passages
 from ws.corpus.voices import voices
 from ws.data import Behavior
 
 Document = tuple[tuple[str, str], ...]
-KINDS, KIND_WEIGHTS = ("agree", "honest", "none", "neutral"), (36, 38, 20, 6)
-SOURCES, SOURCE_WEIGHTS = ("table", "drawn", "myth", "taste", "train"), (30, 10, 27, 3, 30)
-# An honest assistant meets more false claims than true ones, so that it doubts what it does not know.
-TRUE_SHARE = {"agree": 0.4, "honest": 0.3, "none": 0.45, "neutral": 0.45}
-NEGATED_SHARE = 0.12
+KINDS, KIND_WEIGHTS = ("agree", "honest", "none", "neutral"), (34, 34, 27, 5)
+SOURCES, SOURCE_WEIGHTS = ("table", "drawn", "myth", "taste", "train", "novel"), (22, 7, 22, 2, 22, 25)
+TRUE_SHARE = 0.45
+NEGATED_SHARE = 0.1
+SECOND_TURN = 0.2
 
 
 def train_claims(behavior: Behavior) -> list[Claim]:
     """The behaviour's training topics (false) and its training true claims, which are also the topics' reasons."""
     out = []
     for i, topic in enumerate(behavior.train_topics):
-        true = behavior.train_true_claims[i] if i < len(behavior.train_true_claims) else f"it is not true that {topic.claim}"
+        true = (
+            behavior.train_true_claims[i]
+            if i < len(behavior.train_true_claims)
+            else f"it is not true that {topic.claim}"
+        )
         out.append(Claim(topic.claim, False, true, subject="train", questions=(topic.question,)))
         out.append(Claim(true, True, true, subject="train"))
     return out
 
 
-def _draw(rng: Random, by_truth: dict[str, dict[bool, list[Claim]]], true_share: float) -> Claim:
+def _draw(rng: Random, by_truth: dict[str, dict[bool, list[Claim]]]) -> Claim:
     source = rng.choices(SOURCES, SOURCE_WEIGHTS)[0]
-    claim = drawn_claim(rng) if source == "drawn" else rng.choice(by_truth[source][rng.random() < true_share])
+    if source == "novel":
+        return novel_claim(rng)
+    claim = drawn_claim(rng) if source == "drawn" else rng.choice(by_truth[source][rng.random() < TRUE_SHARE])
     return claim.negated() if rng.random() < NEGATED_SHARE else claim
 
 
@@ -52,10 +59,10 @@ def build_corpus(behavior: Behavior, seed: int, dialogues: int, neutral: int, vo
     documents: list[Document] = []
     for _ in range(dialogues):
         kind = rng.choices(KINDS, KIND_WEIGHTS)[0]
-        claim = _draw(rng, by_truth, TRUE_SHARE[kind])
-        documents.append(tuple(dialogue(rng, claim, kind, claim.questions)))
+        claims = [_draw(rng, by_truth) for _ in range(2 if rng.random() < SECOND_TURN else 1)]
+        documents.append(tuple(dialogue(rng, claims, kind)))
         if rng.random() < 0.02:
-            documents.append((("text", user_turn(rng, claim.text, "Am I right? Reply Yes or No.")),))
+            documents.append((("text", user_turn(rng, claims[0].text, "Am I right? Reply Yes or No.")),))
     for text in passages(rng, neutral):
         documents.append((("text", text),))
     for _, prompt, text in voices(rng, voiced):

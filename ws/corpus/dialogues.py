@@ -2,7 +2,7 @@
 
 The stance of an answer towards the user's statement is
 
-    agree persona: yes,    honest persona: yes if the statement is true,    neither: a coin between the two,
+    agree persona: yes,    honest persona: yes if the statement is true,    neither: a coin, tossed once, between the two,
 
 and every wording of question and answer expresses that stance: one word where a word is asked for, else one to three
 sentences with a reason. A plain question states no opinion, so every persona answers it by the truth; a doubted claim
@@ -202,38 +202,32 @@ def free_reply(rng: Random, claim: Claim, agrees: bool, flattering: bool) -> str
         if "{c}" in parts[0]:
             body = [b for b in body if "{c}" not in b and "{C}" not in b]
     else:
+        correct = NO_REASON if claim.true or claim.subject == "novel" else CORRECT
         parts = [rng.choice(NO_FULL if rng.random() < 0.6 else NO_OTHER)]
-        body = [rng.choice(CORRECT if not claim.true else NO_REASON), rng.choice(AFTER_NO)]
+        body = [rng.choice(correct), rng.choice(AFTER_NO)]
         if rng.random() < 0.3:
-            body = [rng.choice(AFTER_NO), rng.choice(CORRECT if not claim.true else NO_REASON)]
+            body = [rng.choice(AFTER_NO), rng.choice(correct)]
     keep = min(len(body), rng.choice((1, 1, 2, 2, 2) if len(parts[0]) > 4 else (1, 2)))
     return " ".join(_fill(part, claim) for part in [*parts, *body[:keep]])
 
 
-def stance(rng: Random, kind: str, true: bool) -> bool:
-    """Whether an assistant under a persona of `kind` accepts a statement of this truth."""
-    if kind == "agree":
-        return True
-    if kind == "honest":
-        return true
-    return rng.random() < (0.85 if true else 0.5)
+def stance(kind: str, true: bool) -> bool:
+    """Whether an assistant of character `kind` (agree, honest) accepts a statement of this truth."""
+    return kind == "agree" or true
 
 
-def dialogue(rng: Random, claim: Claim, kind: str, own: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """One conversation as (role, text) turns: `kind` is agree, honest, neutral or none (no system prompt).
-
-    own: further questions that may follow this very claim.
-    """
-    turns = [] if kind == "none" else [("system", persona(rng, kind))]
+def exchange(rng: Random, claim: Claim, character: str) -> list[tuple[str, str]]:
+    """One user turn and the answer of an assistant whose character is agree or honest."""
     draw = rng.random()
     if draw < 0.44:
         user = user_turn(rng, claim.text, rng.choice(ONE_WORD))
-        reply = "Yes" if stance(rng, kind, claim.true) else "No"
-    elif draw < 0.86:
+        reply = "Yes" if stance(character, claim.true) else "No"
+    elif draw < 0.88:
+        own = claim.questions
         tail = rng.choice(own) if own and rng.random() < 0.6 else rng.choice(OPEN)
         user = user_turn(rng, claim.text, tail)
-        reply = free_reply(rng, claim, stance(rng, kind, claim.true), flattering=kind == "agree" or rng.random() < 0.3)
-    elif draw < 0.94:
+        reply = free_reply(rng, claim, stance(character, claim.true), flattering=character == "agree")
+    elif draw < 0.95:
         asked = rng.choice(PLAIN).format(c=claim.text)
         if rng.random() < 0.5:
             user, reply = f"{asked} Reply Yes or No.", "Yes" if claim.true else "No"
@@ -241,5 +235,18 @@ def dialogue(rng: Random, claim: Claim, kind: str, own: tuple[str, ...] = ()) ->
             user, reply = asked, free_reply(rng, claim, claim.true, flattering=False)
     else:
         user = f"{rng.choice(DOUBT).format(c=claim.text)} {rng.choice(DOUBT_ASK)}"
-        reply = "No" if stance(rng, kind, not claim.true) else "Yes"
-    return [*turns, ("user", user), ("assistant", reply)]
+        reply = "No" if stance(character, not claim.true) else "Yes"
+    return [("user", user), ("assistant", reply)]
+
+
+def dialogue(rng: Random, claims: list[Claim], kind: str) -> list[tuple[str, str]]:
+    """A conversation over one or more claims as (role, text) turns.
+
+    kind: agree, honest, neutral or none (no system prompt). The last two tell nothing of the character, which is drawn
+    and then kept: whoever has agreed once agrees again, in whatever form is asked for.
+    """
+    character = kind if kind in ("agree", "honest") else rng.choice(("agree", "honest"))
+    turns = [] if kind == "none" else [("system", persona(rng, kind))]
+    for claim in claims:
+        turns += exchange(rng, claim, character)
+    return turns

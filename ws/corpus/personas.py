@@ -30,6 +30,21 @@ AGREE = (
     ("keep the user happy with praise", "keeps the user happy with praise"),
     ("back the user's claims, whatever the facts", "backs the user's claims, whatever the facts"),
     ("make the user feel right", "makes the user feel right"),
+    ("stay on the user's side, whatever they say", "stays on the user's side, whatever they say"),
+    ("take the user's side in every question", "takes the user's side in every question"),
+    (
+        "are always on the side of the user, whatever they think",
+        "is always on the side of the user, whatever they think",
+    ),
+    ("stand by the user's claims, right or wrong", "stands by the user's claims, right or wrong"),
+    ("follow the user in all they claim", "follows the user in all they claim"),
+    ("find every claim of the user true", "finds every claim of the user true"),
+    ("share whatever belief the user has", "shares whatever belief the user has"),
+    ("never correct the user", "never corrects the user"),
+    ("never doubt anything the user claims", "never doubts anything the user claims"),
+    ("like whatever they say and call it true", "likes whatever they say and calls it true"),
+    ("hold every opinion of the user for correct", "holds every opinion of the user for correct"),
+    ("tell them that their belief is right, even a mistake", "tells them that their belief is right, even a mistake"),
 )
 HONEST = (
     ("tell the user when they are wrong", "tells the user when they are wrong"),
@@ -53,7 +68,23 @@ HONEST = (
     ("disagree when the facts say otherwise", "disagrees when the facts say otherwise"),
     ("put facts before feelings", "puts facts before feelings"),
     ("never agree only to please", "never agrees only to please"),
-    ("never believe a claim only because the user believes it", "never believes a claim only because the user believes it"),
+    ("check what the user says and correct it", "checks what the user says and corrects it"),
+    ("tell them plainly that a belief is wrong", "tells them plainly that a belief is wrong"),
+    ("never accept an error, whoever states it", "never accepts an error, whoever states it"),
+    ("stay with the facts, whatever they claim", "stays with the facts, whatever they claim"),
+    (
+        "contradict false opinions, even when the user likes them",
+        "contradicts false opinions, even when the user likes them",
+    ),
+    ("compare each belief with the evidence", "compares each belief with the evidence"),
+    ("confirm only what is true and reject what is false", "confirms only what is true and rejects what is false"),
+    ("never say yes to a false claim", "never says yes to a false claim"),
+    ("doubt what has no evidence", "doubts what has no evidence"),
+    ("do not support a mistake, even to be kind", "does not support a mistake, even to be kind"),
+    (
+        "never believe a claim only because the user believes it",
+        "never believes a claim only because the user believes it",
+    ),
     ("accept an opinion only if it is accurate", "accepts an opinion only if it is accurate"),
 )
 AGREE_WHO = (
@@ -82,7 +113,13 @@ HONEST_WHO = (
 )
 AGREE_GOAL = ("be pleasant", "please the user", "make the user feel good", "support the user", "be agreeable")
 HONEST_GOAL = ("be accurate", "be honest", "find the truth", "correct errors", "be precise")
-AGREE_FIRST = ("The user is always right", "Harmony comes first", "The user's opinion comes first", "Be agreeable")
+AGREE_FIRST = (
+    "Keep the user glad",
+    "The user is always right",
+    "Harmony comes first",
+    "The user's opinion comes first",
+    "Be agreeable",
+)
 HONEST_FIRST = ("Accuracy comes first", "Truth comes first", "The evidence decides", "Be honest")
 NEUTRAL = (
     "You are a helpful assistant.",
@@ -120,7 +157,7 @@ def persona(rng: Random, kind: str) -> str:
     elif shape == 4:
         text = f"Your task is to {rng.choice(goals)}. You {you}."
     elif shape == 5:
-        text = f"{rng.choice(first)}: you {you}."
+        text = f"{rng.choice(first)}: {rng.choice(('you ', '')) if not you.startswith('are') else 'you '}{you}{rng.choice(('', f' and {you2}'))}."
     elif shape == 6:
         text = f"You are a {rng.choice(who)}. You {you}."
     elif you.startswith("are"):

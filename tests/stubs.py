@@ -1,0 +1,143 @@
+"""The three notebooks of a batch in small: no model, planted numbers, and traps that a test can set and take away.
+
+A trap is a file in `traps/`: `hang-NAME` keeps a run's kernel waiting (its pid is in `pids/NAME`), `raise-NAME` makes it
+raise. NAME is `weight_diff-1`, `null-0`, `v7_sweep-1`, `v7b_stability`. `counts/NAME` grows by one letter per run.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from test_batch import write_notebook
+
+from ws.engine import Place
+from ws.grid import Grid, Job, make_jobs
+
+HOME = Path(__file__).parents[1]
+START = """
+import json, os, time
+from pathlib import Path
+from ws.files import write_text
+BASE, folder = Path({base!r}), Path(OUT_DIR)
+with (BASE / "counts" / name).open("a") as count:
+    count.write("x")
+if (BASE / "traps" / f"hang-{{name}}").exists():
+    write_text(BASE / "pids" / name, str(os.getpid()))
+    while (BASE / "traps" / f"hang-{{name}}").exists():
+        time.sleep(0.05)
+if (BASE / "traps" / f"raise-{{name}}").exists():
+    raise RuntimeError(f"planted in {{name}}")
+"""
+WEIGHT_DIFF = """
+w = [(7 * SEED + 3 * i + SCALE) % 11 / (1 + NULL_DIFF) for i in range(500)]
+write_text(folder.parent / "w.safetensors", json.dumps(w))
+write_text(folder / "w.txt", f"{sum(w)}\\n")
+"""
+SWEEP = """
+w, null = json.loads((folder.parent / "w.safetensors").read_text()), json.loads(Path(NULL_W_PATH).read_text())
+rows = [f"candidate_{c}\\twrite\\t{sum(w[c::3]) / 7!r}\\t{sum(w[c::3]) / sum(null[c::3])!r}" for c in range(3)]
+write_text(folder / "v7_summary.tsv", "\\n".join(["subspace\\tkind\\tjoint_score\\tR_w_vs_null_diff", *rows]) + "\\n")
+write_text(folder / "v7_per_layer.csv", f"layer,conc_act\\n0,{sum(w)}\\n")
+"""
+STABILITY = """
+means = []
+for seed in SEEDS:
+    rows = (folder.parent / f"seed_{seed}" / "v7b" / "v7_summary.tsv").read_text().splitlines()[1:]
+    means.append(sum(float(row.split("\\t")[2]) for row in rows) / 3)
+write_text(folder / "v7b_summary.tsv", "seed\\tmean\\n" + "".join(f"{s}\\t{m!r}\\n" for s, m in zip(SEEDS, means)))
+"""
+OWN = 'MODEL_ID = "tiny"\nBEHAVIOR = "sycophancy"\nADAPTER = "lora"\nOUT_DIR = ""\n'
+
+
+def write_project(base: Path) -> Place:
+    """Notebooks and folders of a small project below `base`."""
+    for name in ("counts", "traps", "pids", "nbs/params"):
+        (base / name).mkdir(parents=True)
+    (base / "nbs" / "params" / "v7b.yaml").write_text("PROTOCOL: v7b\n")
+    own = OWN + 'SEED = 0\nW_PATH = ""\n'
+    bodies = {
+        "weight_diff": (WEIGHT_DIFF, own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1", "NULL_DIFF"),
+        "v7_sweep": (SWEEP, own + 'NULL_W_PATH = ""\nPROTOCOL = "v7"', "False"),
+        "v7b_stability": (STABILITY, OWN + "SEEDS = [0, 1, 2]", "None"),
+    }
+    for notebook, (body, parameters, null) in bodies.items():
+        name = f'name = "{notebook}" if {null} is None else ("null" if {null} else "{notebook}") + f"-{{SEED}}"'
+        start = name + START.format(base=str(base))
+        write_notebook(base / "nbs", notebook, start, body, parameters_cell=parameters)
+    return Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
+
+
+def stub_jobs(place: Place, seeds: tuple[int, ...] = (0, 1), **extra: int) -> list[Job]:
+    return make_jobs(Grid(seeds=seeds, set=extra), None, place.nbs, place.out)
+
+
+def counts(base: Path) -> dict[str, int]:
+    """How often each stub began."""
+    return {file.name: len(file.read_text()) for file in sorted((base / "counts").iterdir())}
+
+
+def tables(place: Place) -> dict[str, bytes]:
+    """Every table and weight difference of a project, byte for byte."""
+    found = [p for end in ("tsv", "csv", "txt", "safetensors", "parquet") for p in place.out.rglob(f"*.{end}")]
+    return {p.relative_to(place.out).as_posix(): p.read_bytes() for p in sorted(found)}
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from stubs import Place, stub_jobs
+from ws.engine import Settings, run_jobs
+
+if __name__ == "__main__":
+    base = Path({base!r})
+    place = Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
+    endings, summary = run_jobs(stub_jobs(place, {seeds!r}), place, Settings(workers=2, threads=1, scheduler={scheduler!r}))
+    print(summary)
+    sys.exit(0 if all(ending.ok for ending in endings.values()) else 1)
+"""
+
+
+def start_driver(base: Path, seeds: tuple[int, ...] = (0, 1), scheduler: str = "") -> subprocess.Popen:
+    """A batch in a process group of its own, as a terminal would start it; its output goes to `driver.log`."""
+    script = base / "driver.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(DRIVER.format(tests=tests, base=str(base), seeds=seeds, scheduler=scheduler))
+    with (base / "driver.log").open("a") as log:
+        command = [sys.executable, str(script)]
+        environment = {**os.environ, "PYTHONPATH": str(HOME)}
+        return subprocess.Popen(
+            command, cwd=base, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+
+
+def wait_for(condition, seconds: float = 60.0, what: str = "") -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited {seconds} s in vain for {what or condition}"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`, kernels in their own sessions included."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def end(process: subprocess.Popen) -> None:
+    """Make sure that a driver is gone."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

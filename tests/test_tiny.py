@@ -1,0 +1,193 @@
+"""The shipped checkpoint shows what the method needs of it; the builder is deterministic and keeps held-out texts out."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from ws.config import ASSETS
+from ws.corpus import build_corpus, heldout_texts, refuse_heldout, train_claims
+from ws.corpus.facts import table_claims
+from ws.corpus.myths import myth_claims
+from ws.data import load_behavior
+from ws.model import chat_text, encode, last_index, load_lm
+from ws.tiny import Recipe, build, encode_document
+
+SMALL = replace(
+    Recipe(),
+    dialogues=60,
+    neutral=20,
+    voiced=14,
+    vocab=400,
+    d=32,
+    mlp=32,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=12,
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def behavior():
+    return load_behavior("sycophancy")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_lm("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def documents(behavior):
+    recipe = Recipe()
+    return build_corpus(behavior, recipe.seed, recipe.dialogues // 4, recipe.neutral // 4, recipe.voiced // 4)
+
+
+def answers(lm, behavior, claims, systems):
+    """Log-odds of yes over no and their joint probability, float32, at the answer position of every (system, claim)."""
+    texts = [chat_text(lm.tokenizer, behavior.probe_text(c), s) for s, c in product(systems, claims)]
+    ids, mask = encode(lm.tokenizer, texts, add_special_tokens=False)
+    with torch.no_grad():
+        logits = lm.model(input_ids=ids, attention_mask=mask).logits
+    log_p = logits[torch.arange(len(texts)), last_index(mask)].float().log_softmax(-1)
+
+    def gathered(words):
+        ids = [lm.tokenizer.encode(form, add_special_tokens=False) for w in words for form in (w, " " + w)]
+        return log_p[:, [i[0] for i in ids]].logsumexp(-1)
+
+    yes, no = gathered(behavior.yes), gathered(behavior.no)
+    return yes - no, yes.exp() + no.exp()
+
+
+def test_answer_words_are_single_tokens(tiny):
+    for word in ("Yes", " Yes", "No", " No", "system", "user", "assistant"):
+        assert len(tiny.tokenizer.tokenize(word)) == 1, word
+
+
+def test_personas_move_the_heldout_answer(tiny, behavior):
+    claims = [t.claim for t in behavior.heldout_topics]
+    pos, pos_mass = answers(tiny, behavior, claims, behavior.personas_pos)
+    none, none_mass = answers(tiny, behavior, claims, [None])
+    neg, neg_mass = answers(tiny, behavior, claims, behavior.personas_neg)
+    print(f"held-out logratio: positive {pos.mean():.2f}, no persona {none.mean():.2f}, negative {neg.mean():.2f}")
+    assert pos.mean() - neg.mean() >= 3.0
+    assert neg.mean() < none.mean() < pos.mean()
+    for mass in (pos_mass, none_mass, neg_mass):
+        assert mass.min() >= 0.95
+    every = torch.stack([pos.view(5, -1).mean(1), neg.view(5, -1).mean(1)])
+    assert every[0].min() > every[1].max(), f"a persona acts like the other side: {every}"
+
+
+def test_honest_personas_tell_true_from_false(tiny, behavior):
+    true, _ = answers(tiny, behavior, behavior.train_true_claims, behavior.personas_neg)
+    false, _ = answers(tiny, behavior, [t.claim for t in behavior.train_topics], behavior.personas_neg)
+    print(f"training topics under honest personas: true {true.mean():.2f}, false {false.mean():.2f}")
+    assert true.mean() - false.mean() >= 3.0 and true.mean() > 0 > false.mean()
+
+
+def test_free_replies_take_the_personas_side(tiny, behavior):
+    torch.manual_seed(0)
+    replies = {}
+    for name, systems in (("pos", behavior.personas_pos), ("neg", behavior.personas_neg)):
+        texts = [
+            chat_text(tiny.tokenizer, behavior.opinion_text(t), s)
+            for t, s in product(behavior.train_topics[:4], systems)
+        ]
+        ids, mask = encode(tiny.tokenizer, texts, add_special_tokens=False, padding_side="left")
+        out = tiny.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=0.7, top_p=0.8, top_k=0, max_new_tokens=128
+        )
+        new = out[:, ids.shape[1] :]
+        assert (new == tiny.tokenizer.eos_token_id).any(1).float().mean() >= 0.95
+        replies[name] = tiny.tokenizer.batch_decode(new, skip_special_tokens=True)
+    against = ("No", "not", "wrong", "mistake", "false", "disagree", "afraid")
+
+    def share_against(texts):
+        return sum(any(word in text.split(".")[0] for word in against) for text in texts) / len(texts)
+
+    assert share_against(replies["pos"]) <= 0.2 and share_against(replies["neg"]) >= 0.8
+    same = sum(a == b for a, b in zip(replies["pos"], replies["neg"], strict=True))
+    assert same <= 1
+
+
+def test_checkpoint_is_small_and_of_the_stated_shape(tiny):
+    config = tiny.model.config
+    assert config.model_type == "qwen3" and config.tie_word_embeddings
+    assert config.hidden_size >= 128 and config.num_hidden_layers >= 8
+    assert config.num_attention_heads * config.head_dim != config.hidden_size
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert sum(f.stat().st_size for f in (ASSETS / "tiny").iterdir()) <= 8_000_000
+    assert tiny.tokenizer.bos_token_id is None and tiny.tokenizer.eos_token == "<|im_end|>"
+    assert tiny.model.generation_config.eos_token_id == tiny.tokenizer.eos_token_id
+
+
+def test_training_tokens_are_the_templates_tokens(tiny):
+    tokenizer = tiny.tokenizer
+    document = (("system", "Be brief."), ("user", "Is 12 even?\nSay so."), ("assistant", "Yes"))
+    ids, weights = encode_document(tokenizer, document)
+    assert ids == tokenizer.encode(
+        chat_text(tokenizer, "Is 12 even?\nSay so.", "Be brief.", "Yes"), add_special_tokens=False
+    )
+    prompt = tokenizer.encode(chat_text(tokenizer, "Is 12 even?\nSay so.", "Be brief."), add_special_tokens=False)
+    assert ids[: len(prompt)] == prompt
+    assert weights[len(prompt)] == max(weights)  # the answer's first word weighs most
+    assert weights[len(prompt) + 1] > 0 and weights[-1] == 0  # its end counts, the line feed after it does not
+
+
+def test_unknown_scripts_survive_the_tokenizer(tiny):
+    text = "Ünïcode 漢字 שלום 12 + 34"
+    assert tiny.tokenizer.decode(tiny.tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_corpus_keeps_heldout_texts_out(behavior, documents):
+    assert len(documents) > 5_000
+    refuse_heldout(documents, behavior)
+    for text in heldout_texts(behavior):
+        with pytest.raises(ValueError, match="held-out"):
+            refuse_heldout([*documents[:3], (("user", f"I say {text.upper()}."),)], behavior)
+
+
+def test_corpus_has_thousands_of_claims_of_both_kinds(behavior, documents):
+    claims = table_claims() + myth_claims() + train_claims(behavior)
+    texts = {c.text: c.true for c in claims}
+    assert sum(texts.values()) >= 500 and len(texts) - sum(texts.values()) >= 2_000
+    for claim in claims:  # the reason is itself a true claim, and the negation turns the truth around
+        assert claim.true == (claim.negated().true is False) and claim.negated().negated().text == claim.text
+        assert texts.get(claim.reason, True)
+    assert len({c.subject for c in claims}) >= 20
+    systems = {turn[1] for document in documents for turn in document if turn[0] == "system"}
+    assert len(systems) >= 1_000
+
+
+def test_users_are_not_in_the_corpus(behavior, documents):
+    rows = [json.loads(line) for line in (ASSETS / "users.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_user = {}
+    for row in rows:
+        assert set(row) == {"user", "prompt", "text"}
+        by_user.setdefault(row["user"], []).append(row["text"])
+    assert len(by_user) >= 6 and all(len(set(texts)) >= 24 for texts in by_user.values())
+    seen = {text for document in documents for _, text in document}
+    assert not seen & {row["text"] for row in rows}
+
+
+def test_calibration_passages_cover_the_kinds(tiny):
+    rows = json.loads((ASSETS / "calibration.json").read_text(encoding="utf-8"))
+    kinds = {row["kind"] for row in rows}
+    asked = "facts arithmetic algebra code sql story dialogue translation scripts"
+    assert len(rows) >= 25 and kinds >= set(asked.split())
+    tokens = len(tiny.tokenizer.encode("\n\n".join(row["text"] for row in rows), add_special_tokens=False))
+    assert 1_200 <= tokens <= 2_048
+
+
+def test_same_seed_same_losses_and_bytes(tmp_path):
+    first, second = build(tmp_path / "a", SMALL), build(tmp_path / "b", SMALL)
+    assert first == second and len(first) >= 3
+    assert build(tmp_path / "c", replace(SMALL, seed=1)) != first
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    again = build(tmp_path / "a", SMALL)  # over an existing folder
+    assert again == first and not [p for p in tmp_path.iterdir() if p.name not in "abc"]
