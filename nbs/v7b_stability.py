@@ -26,13 +26,14 @@ BEHAVIOR = "sycophancy"
 ADAPTER = "lora"
 SEEDS = [0, 1, 2]
 PROTOCOL = "v7b"  # whose runs are compared: seed_<k>/<protocol>
+RUNS_DIR = ""  # folder that holds seed_<k>/<protocol>; empty: out/<model>/<behavior>/<adapter>
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/v7b
 PCS = 8
 K_BROAD = 64
 BOOT = 20000  # bootstrap draws
 N_NULL = 10000  # random subspaces behind the p-values
 STAT_SEED = 0  # of bootstrap and nulls
-COMPARE = True  # run v7 again with one correction at a time
+CORRECTIONS = True  # run v7 again with one correction at a time
 DEVICE = "auto"
 DTYPE = "auto"
 
@@ -57,11 +58,12 @@ from ws.verdict import verdict
 
 behavior = load_behavior(BEHAVIOR)
 protocol = load_protocol(PROTOCOL)
-seed_runs = {seed: RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, seed) for seed in SEEDS}
-run = seed_runs[SEEDS[0]]
-folder = Path(OUT_DIR) if OUT_DIR else run.adapter_folder() / "v7b"
+run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEEDS[0])
+runs_folder = Path(RUNS_DIR) if RUNS_DIR else run.adapter_folder()
+seed_folders = {seed: runs_folder / f"seed_{seed}" for seed in SEEDS}
+folder = Path(OUT_DIR) if OUT_DIR else runs_folder / "v7b"
 log = notebook.start_log("v7b_stability", folder)
-runs = load_seeds({seed: r.folder() / PROTOCOL for seed, r in seed_runs.items()})
+runs = load_seeds({seed: f / PROTOCOL for seed, f in seed_folders.items()})
 scores = runs.scores
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 candidates = registered(protocol.sources)
@@ -82,7 +84,7 @@ display(
 # 0.5 a candidate counts as unstable and cannot win.
 
 # %%
-same = notebook.same_bases(seed_runs, PROTOCOL)
+same = notebook.same_bases({seed: f / PROTOCOL for seed, f in seed_folders.items()}, cache_folder(run.model))
 display(Markdown(same))
 parts = part_bases(lm, behavior, protocol, candidates, PCS, K_BROAD)
 rows = [
@@ -151,8 +153,8 @@ display(Markdown(text.replace("\n# ", "\n## ")))
 # v7 with one correction of capture at a time, on the same seeds and with v7's candidates.
 
 # %%
-if COMPARE:
-    diffs = {seed: load_diff(r.folder() / "w.safetensors") for seed, r in seed_runs.items()}
+if CORRECTIONS:
+    diffs = {seed: load_diff(f / "w.safetensors") for seed, f in seed_folders.items()}
     moved, behind = compare.capture_corrections(lm, behavior, diffs, cache_folder(run.model))
     tables.write_table(moved, folder / "v7b_capture_corrections.tsv")
     tables.write_table(behind, folder / "v7b_capture_corrections_scores.csv")

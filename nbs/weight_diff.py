@@ -30,7 +30,7 @@ NULL_DIFF = False  # shuffle the labels pair by pair: training noise without the
 W_PATH = ""  # a weight difference to look at instead of training one
 POS_ADAPTER = ""  # own PEFT folders instead of training
 NEG_ADAPTER = ""
-OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff
+OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff, with w and adapters one level up
 LORA_LAYERS = []  # empty: from 30 % to 80 % of the depth
 TOPICS = 20  # training topics, persona pairs and samples per pair
 PERSONAS = 5
@@ -66,6 +66,8 @@ behavior = load_behavior(BEHAVIOR)
 run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
 seed_folder = run.folder() / "null_diff" if NULL_DIFF else run.folder()
 folder = Path(OUT_DIR) if OUT_DIR else seed_folder / "weight_diff"
+# in a folder of its own choice a run keeps everything there; otherwise w is where the sweep looks for it
+home = seed_folder if folder.resolve() == (seed_folder / "weight_diff").resolve() else folder
 log = notebook.start_log("weight_diff", folder)
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 config = TrainConfig(
@@ -90,7 +92,7 @@ config = TrainConfig(
 # answers: initialisation, order, held-out split.
 
 # %%
-w, training = obtain_diff(lm, behavior, run, config, W_PATH, POS_ADAPTER, NEG_ADAPTER, retrain=RETRAIN)
+w, training = obtain_diff(lm, behavior, run, config, W_PATH, POS_ADAPTER, NEG_ADAPTER, home, retrain=RETRAIN)
 log.info("w: %d matrices, |w| = %.4g", len(w.names), w.total_norm())
 display(Markdown(notebook.training_text(training)))
 

@@ -5,12 +5,14 @@ raise. NAME is `weight_diff-1`, `null-0`, `v7_sweep-1`, `v7b_stability`. `counts
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 from test_batch import write_notebook
 
 from ws.engine import Place
@@ -21,15 +23,16 @@ START = """
 import json, os, time
 from pathlib import Path
 from ws.files import write_text
-BASE, folder = Path({base!r}), Path(OUT_DIR)
+folder = Path(OUT_DIR)
+BASE = next(p for p in folder.parents if (p / "traps").is_dir())  # a project may be copied
 with (BASE / "counts" / name).open("a") as count:
     count.write("x")
-if (BASE / "traps" / f"hang-{{name}}").exists():
+if (BASE / "traps" / f"hang-{name}").exists():
     write_text(BASE / "pids" / name, str(os.getpid()))
-    while (BASE / "traps" / f"hang-{{name}}").exists():
+    while (BASE / "traps" / f"hang-{name}").exists():
         time.sleep(0.05)
-if (BASE / "traps" / f"raise-{{name}}").exists():
-    raise RuntimeError(f"planted in {{name}}")
+if (BASE / "traps" / f"raise-{name}").exists():
+    raise RuntimeError(f"planted in {name}")
 """
 WEIGHT_DIFF = """
 w = [(7 * SEED + 3 * i + SCALE) % 11 / (1 + NULL_DIFF) for i in range(500)]
@@ -58,15 +61,25 @@ def write_project(base: Path) -> Place:
         (base / name).mkdir(parents=True)
     (base / "nbs" / "params" / "v7b.yaml").write_text("PROTOCOL: v7b\n")
     own = OWN + 'SEED = 0\nW_PATH = ""\n'
+    trained = own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1"
     bodies = {
-        "weight_diff": (WEIGHT_DIFF, own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1", "NULL_DIFF"),
-        "v7_sweep": (SWEEP, own + 'NULL_W_PATH = ""\nPROTOCOL = "v7"', "False"),
-        "v7b_stability": (STABILITY, OWN + "SEEDS = [0, 1, 2]", "None"),
+        "weight_diff": ('name = f"null-{SEED}" if NULL_DIFF else f"weight_diff-{SEED}"', WEIGHT_DIFF, trained),
+        "v7_sweep": ('name = f"v7_sweep-{SEED}"', SWEEP, own + 'NULL_W_PATH = ""\nPROTOCOL = "v7"'),
+        "v7b_stability": ('name = "v7b_stability"', STABILITY, OWN + "SEEDS = [0, 1, 2]"),
     }
-    for notebook, (body, parameters, null) in bodies.items():
-        name = f'name = "{notebook}" if {null} is None else ("null" if {null} else "{notebook}") + f"-{{SEED}}"'
-        start = name + START.format(base=str(base))
-        write_notebook(base / "nbs", notebook, start, body, parameters_cell=parameters)
+    for notebook, (name, body, parameters) in bodies.items():
+        write_notebook(base / "nbs", notebook, name + START, body, parameters_cell=parameters)
+    return Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
+
+
+def copy_project(source: Path, base: Path, *without: str) -> Place:
+    """A copy of a project, without some folders below its out/tiny/sycophancy/lora; its runs count from zero again."""
+    shutil.copytree(source, base, dirs_exist_ok=True)
+    for name in without:
+        shutil.rmtree(base / "out" / "tiny" / "sycophancy" / "lora" / name)
+    for folder in ("counts", "traps", "pids"):
+        for file in (base / folder).iterdir():
+            file.unlink()
     return Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
 
 
@@ -131,8 +144,6 @@ def alive(pid: int) -> bool:
 
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`, kernels in their own sessions included."""
-    import psutil
-
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 

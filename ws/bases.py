@@ -32,7 +32,10 @@ def save_bases(bases: dict[str, list[Basis]], path: Path) -> None:
         same = all(b is rows[0] for b in rows)
         for l, b in enumerate(rows[:1] if same else rows):
             key = f"{name}/{'all' if same else l}"
-            tensors[f"{key}/B"], tensors[f"{key}/s"] = b.B.contiguous().clone(), b.s.clone()  # a cut basis shares memory
+            tensors[f"{key}/B"], tensors[f"{key}/s"] = (
+                b.B.contiguous().clone(),
+                b.s.clone(),
+            )  # a cut basis shares memory
             facts[key] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note, "layers": len(rows)}
     save_file(tensors, path, metadata={"bases": json.dumps(facts)})
 

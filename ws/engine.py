@@ -22,14 +22,14 @@ from pathlib import Path
 
 from ws import store
 from ws.batch import NBS
-from ws.config import LOGS, OUT
+from ws.config import LOGS, OUT, ROOT
 from ws.execute import terminable
 from ws.grid import Job, Step, plan
 from ws.job import Ending
 from ws.parameters import parse
 from ws.progress import Board, summary_text
 from ws.results import write_results
-from ws.work import THREADS, end_runs, sees, work
+from ws.work import THREADS, command_of, end_runs, sees, work
 
 LOCK = ".lock.batch"
 
@@ -119,7 +119,11 @@ def slurm_cluster(slurm: Slurm):
         job_cpu=slurm.cores,
         job_extra_directives=[f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else [],
         # Compute nodes often have no network; the models come from the hub cache.
-        job_script_prologue=["export HF_HUB_OFFLINE=1", *(f"export {name}={slurm.cores}" for name in THREADS)],
+        job_script_prologue=[
+            f"cd {ROOT}",
+            "export HF_HUB_OFFLINE=1",
+            *(f"export {name}={slurm.cores}" for name in THREADS),
+        ],
         worker_extra_args=["--no-dashboard"],
         scheduler_options={"dashboard": False},
         log_directory=str(LOGS),
@@ -238,15 +242,19 @@ def _ending(future) -> Ending:
 
 def _stop(client, batch: str, futures: list) -> None:
     """Start nothing more and end what runs, on every worker, kernels included."""
+    import psutil
+
+    here = [p for p in psutil.Process().children(recursive=True) if batch in command_of(p)]
     client.cancel(futures, force=True)
     until = time.monotonic() + 30
     while time.monotonic() < until:
         try:
             if not any(client.run(end_runs, batch, on_error="ignore").values()):
-                return
+                break
         except (OSError, RuntimeError, TimeoutError):
-            return  # no cluster any more: the runs see that their workers are gone
+            break  # no cluster any more: the runs see that their workers are gone, and end
         time.sleep(0.3)
+    psutil.wait_procs(here, timeout=20)
 
 
 @contextmanager

@@ -101,6 +101,7 @@ def execute(
 
     # Kernels inherit it: a library's request for progress widgets, which a report could not show.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other when cores are shared
     bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
     if on_stage:
         headings = _headings(content)

@@ -152,6 +152,7 @@ def make_jobs(grid: Grid, cwd: Path | None = None, nbs: Path = NBS, out: Path = 
             check_pair(notebook)
 
     jobs: list[Job] = []
+    seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
 
     def add(notebook: str, own: dict, needs: tuple[Job, ...] = ()) -> Job:
         extra = {k: v for k, v in grid.set.items() if k in known[notebook]}
@@ -172,18 +173,17 @@ def make_jobs(grid: Grid, cwd: Path | None = None, nbs: Path = NBS, out: Path = 
         for behavior in grid.behaviors:
             for adapter in grid.adapters:
                 own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
-                first = min(grid.seeds)
+                first = seeds[0]
                 trained = {first: add("weight_diff", {**own, "SEED": first})}
                 null = add("weight_diff", {**own, "SEED": first, "NULL_DIFF": True})
-                for seed in grid.seeds:
-                    if seed != first:
-                        trained[seed] = add("weight_diff", {**own, "SEED": seed})
+                for seed in seeds[1:]:
+                    trained[seed] = add("weight_diff", {**own, "SEED": seed})
                 null_w = str(run_id({**own, "SEED": first}).folder(out) / "null_diff" / "w.safetensors")
                 swept = [
                     add("v7_sweep", {**own, "SEED": seed, "NULL_W_PATH": null_w}, (trained[seed], null))
-                    for seed in grid.seeds
+                    for seed in seeds
                 ]
-                add("v7b_stability", {**own, "SEEDS": list(grid.seeds)}, tuple(swept))
+                add("v7b_stability", {**own, "SEEDS": seeds}, tuple(swept))
     return jobs
 
 

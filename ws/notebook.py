@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ws.activations import probes
 from ws.bases import load_bases
 from ws.candidates import Candidate
-from ws.config import LOGS, RunId, cache_folder
+from ws.config import LOGS
 from ws.data import Behavior
 from ws.diff import WeightDiff, layer_of
 from ws.files import atomic_file
@@ -162,20 +162,19 @@ def bases_record(cache: Path) -> dict[str, str]:
     return {"file": cache.name, "sha256": hashlib.sha256(cache.read_bytes()).hexdigest()}
 
 
-def same_bases(seed_runs: Mapping[int, RunId], protocol: str) -> str:
-    """Assert that every seed's sweep used the same A-side bases (`bases.json` of its run), and say so.
+def same_bases(folders: Mapping[int, Path], cache: Path) -> str:
+    """Assert that every seed's sweep used the same A-side bases (`bases.json` of its run folder), and say so.
 
-    Equal hashes pass at once; otherwise every basis is compared (`ws.overlap.assert_same_bases`, overlap >= 1 - 1e-6).
-    Raises ValueError naming candidate, seed and layer where they differ.
+    Equal hashes pass at once; otherwise every basis in `cache` is compared (`ws.overlap.assert_same_bases`, overlap >=
+    1 - 1e-6). Raises ValueError naming candidate, seed and layer where they differ.
     """
-    records = {s: json.loads((r.folder() / protocol / "bases.json").read_text()) for s, r in seed_runs.items()}
+    records = {seed: json.loads((f / "bases.json").read_text(encoding="utf-8")) for seed, f in folders.items()}
     if len({r["sha256"] for r in records.values()}) == 1:
         first = next(iter(records.values()))
         return f"All {len(records)} seeds used the same A-side bases: {first['file']}, SHA-256 {first['sha256'][:12]}."
-    loaded = {s: load_bases(cache_folder(seed_runs[s].model) / r["file"]) for s, r in records.items()}
-    least = min(
-        assert_same_bases({s: b[name] for s, b in loaded.items()}, name)[1] for name in next(iter(loaded.values()))
-    )
+    loaded = {seed: load_bases(cache / r["file"]) for seed, r in records.items()}
+    names = next(iter(loaded.values()))
+    least = min(assert_same_bases({seed: b[name] for seed, b in loaded.items()}, name)[1] for name in names)
     return f"The A-side bases of {len(records)} seeds differ in bytes but not in span: least overlap {least:.9f}."
 
 

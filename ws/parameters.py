@@ -11,7 +11,17 @@ import json
 import re
 from pathlib import Path
 
-PATHS = ("W_PATH", "NULL_W_PATH", "OUT_DIR", "CALIBRATION", "USERS", "POS_ADAPTER", "NEG_ADAPTER", "COMPARE")
+PATHS = (
+    "W_PATH",
+    "NULL_W_PATH",
+    "RUNS_DIR",
+    "OUT_DIR",
+    "CALIBRATION",
+    "USERS",
+    "POS_ADAPTER",
+    "NEG_ADAPTER",
+    "COMPARE",
+)
 MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
 
 

@@ -6,7 +6,7 @@ on to another part of its notebook, and ends.
 
 import sys
 import time
-from typing import TextIO
+from io import TextIOBase
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -26,7 +26,7 @@ def clock(seconds: float) -> str:
 class Board:
     """The progress of a batch on a terminal or in a log. `restarts`: how often each run was begun anew."""
 
-    def __init__(self, names: list[str], total: int, stream: TextIO | None = None):
+    def __init__(self, names: list[str], total: int, stream: TextIOBase | None = None):
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.total, self.ended = total, total - len(names)

@@ -102,12 +102,14 @@ def obtain_diff(
     w_path: Path | str = "",
     pos_adapter: Path | str = "",
     neg_adapter: Path | str = "",
+    folder: Path | None = None,
     out: Path = OUT,
     retrain: bool = False,
 ) -> tuple[WeightDiff, dict]:
     """The run's weight difference and how it came about: read from `w_path`, formed from two adapters, or trained.
 
-    The difference of own adapters is saved as the run's `w.safetensors`, so that the sweep finds it. The record holds
+    folder: where `w.safetensors` and `adapters/` go, by default `run.folder(out)` (`null_diff/` below it for shuffled
+    labels). The difference of own adapters is saved there too, so that the sweep finds it. The record holds
     the source, norms and geometry of the pair and, where this project trained it, pairs and held-out losses.
     Raises ValueError when only one adapter is given, or both a diff and adapters.
     """
@@ -115,20 +117,21 @@ def obtain_diff(
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {pos_adapter or neg_adapter} was given")
     if w_path and pos_adapter:
         raise ValueError("give W_PATH, or POS_ADAPTER and NEG_ADAPTER, not both")
+    if folder is None:
+        folder = run.folder(out) / "null_diff" if cfg.shuffle_labels else run.folder(out)
     if w_path:
         w = load_diff(w_path)
         return w, {"source": Path(w_path).name, "norm_w": w.total_norm()}
     if pos_adapter:
         sides = (Path(pos_adapter), Path(neg_adapter))
-        target = run.folder(out) / "w.safetensors"
+        target = folder / "w.safetensors"
         meta = {"base_model": lm.name, "behavior": run.behavior, "adapter": run.adapter, "seed": run.seed}
         key = stage_key(meta, inputs=list(sides), modules=["ws.diff_build"])
         target.parent.mkdir(parents=True, exist_ok=True)
         made(target, key, lambda path: save_diff(from_adapters(*sides, lm.model, meta), path))
         record = {"source": f"{sides[0].name} - {sides[1].name}"}
     else:
-        train_diff(lm, behavior, run, cfg, out=out, retrain=retrain)
-        folder = run.folder(out) / "null_diff" if cfg.shuffle_labels else run.folder(out)
+        train_diff(lm, behavior, run, cfg, folder, out, retrain)
         sides = (folder / "adapters" / "pos", folder / "adapters" / "neg")
         target = folder / "w.safetensors"
         record = {"source": "trained, labels shuffled" if cfg.shuffle_labels else "trained"}

@@ -73,7 +73,7 @@ def end_runs(batch: str, patience_s: float = 10.0) -> int:
     """On a worker: end the runs of a batch, kernels first; returns how many there were."""
     import psutil
 
-    found = [child for child in psutil.Process().children() if batch in _words(child)]
+    found = [child for child in psutil.Process().children() if batch in command_of(child)]
     for process in found:
         process.terminate()
     for process in psutil.wait_procs(found, timeout=patience_s)[1]:
@@ -81,7 +81,8 @@ def end_runs(batch: str, patience_s: float = 10.0) -> int:
     return len(found)
 
 
-def _words(process) -> list[str]:
+def command_of(process) -> list[str]:
+    """A process's command line, [] when it is gone."""
     import psutil
 
     try:

@@ -59,14 +59,10 @@ SUBJECTS = (
     "songs",
     "most islands",
     "all deserts",
-    "a mother cat",
+    "a wild cat",
     "the brain",
     "the stomach",
     "the left ear",
-    "body heat",
-    "blood",
-    "glass",
-    "the tongue",
     "a lion",
     "a young snake",
     "Newton",
@@ -103,7 +99,7 @@ ACTS = (
     "hide/hides under the snow for years",
     "fail/fails when it thunders",
     "make/makes people tired",
-    "cool/cools the blood",
+    "cool/cools the air",
     "bring/brings rain",
     "smell/smells of iron",
     "break/breaks more often on Monday",
@@ -142,7 +138,7 @@ TAILS = (
     " through the skin",
     " since the Middle Ages",
 )
-SINGULAR = ("a ", "the ", "Newton", "Caesar", "Columbus", "Mozart", "body heat", "blood", "glass", "old paint")
+SINGULAR = ("a ", "the ", "Newton", "Caesar", "Columbus", "Mozart", "old paint")
 QUESTIONS = (
     "Is that why they do it?",
     "Do they do that?",

@@ -1,0 +1,214 @@
+"""ws.engine, ws.work, ws.job, ws.progress: many runs on Dask, what is done stays done, one failure is one failure."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from stubs import HOME, copy_project, counts, stub_jobs, tables, wait_for, write_project
+
+from ws import cli, engine, grid, progress, store, work
+from ws.config import ROOT
+from ws.engine import Settings, Slurm, run_jobs
+from ws.job import Ending
+
+TWO = Settings(workers=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A project whose batch has run once, and what came of it."""
+    base = tmp_path_factory.mktemp("whole")
+    place = write_project(base)
+    endings, summary = run_jobs(stub_jobs(place), place, TWO)
+    return base, place, endings, summary
+
+
+def test_a_batch_runs_everything_in_order_and_writes_the_results(whole):
+    base, place, endings, summary = whole
+    assert {ending.state for ending in endings.values()} == {"ran"}, summary
+    assert counts(base) == dict.fromkeys(
+        ("null-0", "v7_sweep-0", "v7_sweep-1", "v7b_stability", "weight_diff-0", "weight_diff-1"), 1
+    )
+    lora = place.out / "tiny" / "sycophancy" / "lora"
+    about = json.loads((lora / "seed_1" / "v7b" / "params.json").read_text())
+    assert about["environment"]["threads"] == 1
+    assert about["parameters"]["NULL_W_PATH"] == str(lora / "seed_0" / "null_diff" / "w.safetensors")
+    table = pl.read_parquet(place.out / "results.parquet")
+    assert table["seed"].to_list() == [0, 0, 0, 1, 1, 1] and set(table["protocol"]) == {"v7b"}
+    w = json.loads((lora / "seed_1" / "w.safetensors").read_text())
+    assert table["joint_score"][3] == sum(w[0::3]) / 7
+    assert "6 ran in" in summary and not list(place.out.rglob(".tmp-*")) and not list(place.out.rglob(".lock*"))
+
+
+def test_the_same_command_again_starts_nothing(whole, monkeypatch):
+    base, place, _, _ = whole
+    before = tables(place)
+    monkeypatch.setattr(engine, "connect", lambda *args: pytest.fail("a cluster was started"))
+    endings, summary = run_jobs(stub_jobs(place), place, TWO)
+    assert {ending.state for ending in endings.values()} == {"done"} and "6 done in 0:0" in summary
+    assert tables(place) == before and set(counts(base).values()) == {1}
+
+
+def test_one_seed_that_raises_fails_alone(whole, tmp_path):
+    place = copy_project(whole[0], tmp_path, "seed_1/v7b")
+    (tmp_path / "traps" / "raise-v7_sweep-1").touch()
+    endings, summary = run_jobs(stub_jobs(place), place, TWO)
+    states = {name.removeprefix("tiny sycophancy lora "): ending.state for name, ending in endings.items()}
+    assert states["seed 0: v7_sweep"] == "done" and states["seed 1: v7_sweep"] == "failed"
+    assert states["all seeds: v7b_stability"] == "skipped" and states["seed 1: weight_diff"] == "done"
+    assert "RuntimeError: planted in v7_sweep-1" in summary and "needs tiny sycophancy lora seed 1: v7_sweep" in summary
+    assert str(place.out / "tiny/sycophancy/lora/seed_1/v7b/v7_sweep.failed.ipynb") in summary
+    assert counts(tmp_path) == {"v7_sweep-1": 1}
+
+
+def test_a_running_scheduler_serves_a_batch(whole, tmp_path):
+    place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b")
+    file = tmp_path / "scheduler.json"
+    environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": tmp_path}
+    python = [sys.executable, "-m"]
+    words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    started = [subprocess.Popen([*python, *words, "--scheduler-file", str(file)], **quiet)]
+    try:
+        worker = ["distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard"]
+        worker += ["--host", "127.0.0.1", "--local-directory", str(tmp_path / "scratch")]
+        started += [subprocess.Popen([*python, *worker], **quiet) for _ in range(2)]
+        wait_for(file.is_file, what="the scheduler")
+        address = json.loads(file.read_text())["address"]
+        endings, summary = run_jobs(stub_jobs(place), place, Settings(scheduler=address))
+        assert [ending.state for ending in endings.values()] == ["done"] * 3 + ["ran"] * 2 + ["done"], summary
+        about = json.loads((place.out / "tiny/sycophancy/lora/seed_1/v7b/params.json").read_text())
+        assert about["environment"]["threads"] == 1  # what the worker was started with
+        assert all(process.poll() is None for process in started)  # they are not ours to end
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            process.wait(timeout=30)
+    assert tables(place) == tables(whole[1])
+
+
+def test_a_second_batch_is_refused_with_the_owners_pid(tmp_path, monkeypatch, capsys):
+    place = write_project(tmp_path)
+    with engine.hold(place.out, wait=False):
+        with pytest.raises(store.Locked, match=f"in use by pid {os.getpid()} "):
+            run_jobs(stub_jobs(place), place, TWO)
+        monkeypatch.setattr(engine, "Place", lambda: place)
+        monkeypatch.setattr(grid, "make_jobs", lambda *args: stub_jobs(place))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["batch"])
+        assert ended.value.code == 3 and f"pid {os.getpid()}" in capsys.readouterr().err
+    assert not any(place.out.rglob("*.ipynb"))
+    with engine.hold(place.out, wait=False):
+        pass  # the lock is gone with its owner
+
+
+def test_workers_share_the_cores_and_see_one_gpu_each(monkeypatch):
+    assert engine.local_size(Settings(), 0, 2) == (1, 2) and engine.local_size(Settings(), 0, 1) == (1, 1)
+    assert engine.local_size(Settings(), 0, 8) == (4, 2) and engine.local_size(Settings(), 2, 16) == (2, 8)
+    assert engine.local_size(Settings(workers=3, threads=5), 2, 16) == (3, 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-b")
+    gpus = engine.visible_gpus()
+    assert gpus == ["2", "GPU-b"]
+    assert work.run_environment(1, 3, gpus)["CUDA_VISIBLE_DEVICES"] == "GPU-b"
+    assert {work.run_environment(0, 3, gpus)[name] for name in work.THREADS} == {"3"}
+    assert (
+        work.run_environment("tcp://elsewhere", 0, gpus)["CUDA_VISIBLE_DEVICES"] == "2,GPU-b"
+    )  # not ours to share out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert engine.visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    assert engine.visible_gpus() == []
+
+
+def test_the_slurm_job_script_says_what_a_worker_needs():
+    slurm = engine.make_slurm({"partition": "gpu", "walltime": "08:00:00", "cores": "6", "memory": "40GB"})
+    assert slurm == Slurm("gpu", "", "08:00:00", "40GB", 6, 1)
+    with engine.slurm_cluster(slurm) as cluster:
+        lines = cluster.job_script().splitlines()
+    for line in ("-p gpu", "-t 08:00:00", "--cpus-per-task=6", "--gres=gpu:1", "-n 1"):
+        assert f"#SBATCH {line}" in lines
+    assert not any("-A" in line.split() for line in lines)
+    assert "export HF_HUB_OFFLINE=1" in lines and "export OMP_NUM_THREADS=6" in lines
+    command = lines[-1].split()
+    assert command[0] == sys.executable and command[command.index("--nthreads") + 1] == "1"
+    assert "--no-dashboard" in command and "--nanny" in command
+    assert lines.index(f"cd {ROOT}") < len(lines) - 1  # where the package is found
+    with pytest.raises(ValueError, match="--slurm-set queue: known are partition"):
+        engine.make_slurm({"queue": "gpu"})
+    with pytest.raises(ValueError, match="cores: expects int, got 'six'"):
+        engine.make_slurm({"cores": "six"})
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_a_line_per_run_and_a_bar(stream):
+    board = progress.Board(["a: x", "b: x"], 3, stream)
+    for name in ("a: x", "b: x"):
+        board.tell(name, "stage", "starting")
+    board.tell("a: x", "stage", "Training")
+    board.tick()
+    board.tell("b: x", "stage", "starting")
+    board.tell("b: x", "ended", "failed")
+    board.tell("a: x", "ended", "ran")
+    board.close()
+    told = stream.getvalue()
+    assert "a: x: Training" in told and "[2/3] failed" in told and "[3/3] ran" in told
+    assert board.restarts == {"b: x": 1} and "begun anew: b: x" in told
+    assert ("3/3 runs" in told) == stream.isatty()
+    assert progress.clock(59.9) == "0:59" and progress.clock(3725) == "1:02:05"
+
+
+def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch, tmp_path, capsys):
+    place = write_project(tmp_path)
+    asked, answer = [], {"a": Ending("ran")}
+
+    def run_jobs(jobs, place, settings, retrain):
+        asked.append((jobs, settings, retrain))
+        return answer, "THE SUMMARY"
+
+    monkeypatch.setattr(engine, "run_jobs", run_jobs)
+    monkeypatch.setattr(grid, "make_jobs", lambda chosen, here: (chosen, here))
+    monkeypatch.setenv("WS_TYPED_IN", str(tmp_path))
+    words = "--seeds 0-1 5 --adapters lora dora --set SCALE 3 --retrain --workers 2 --scheduler tcp://h:1 --timeout 9"
+    for state, code in [("done", 0), ("failed", 1), ("skipped", 1)]:
+        answer["b"] = Ending(state)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["batch", *words.split()])
+        assert ended.value.code == code and "THE SUMMARY" in capsys.readouterr().out
+    (chosen, here), settings, retrain = asked[0]
+    assert chosen == grid.Grid(("tiny",), ("sycophancy",), ("lora", "dora"), (0, 1, 5), {"SCALE": "3"})
+    assert here == tmp_path and retrain is True
+    assert settings == Settings(2, 0, "tcp://h:1", None, False, 9)
+    monkeypatch.setattr(grid, "make_jobs", lambda chosen, here: stub_jobs(place))
+    monkeypatch.setattr(grid, "plan", lambda jobs, retrain: [grid.Step(jobs[0], "new", "new", True)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["batch", "--dry-run"])
+    assert ended.value.code == 0 and "1 would run" in capsys.readouterr().out and len(asked) == 3
+
+
+def test_results_are_printed_and_filtered(whole, monkeypatch, capsys):
+    from ws import results
+
+    path = whole[1].out / "results.parquet"
+    monkeypatch.setattr(results, "write_results", lambda: path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main("results --seed 1 --candidate candidate_* --sort joint_score --columns subspace joint_score".split())
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and "3 of 6 rows" in told
+    scores = [float(line.split()[1]) for line in told.splitlines()[2:5]]
+    assert scores == sorted(scores, reverse=True)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["results", "--model", "tinny"])
+    assert ended.value.code == 2 and "model tinny: no such run" in capsys.readouterr().err
+    assert Path(path).is_file()

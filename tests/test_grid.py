@@ -1,0 +1,229 @@
+"""ws.grid, ws.results: which runs a grid has, what each needs, why it would run; the table of all runs."""
+
+import os
+
+import polars as pl
+import pytest
+from stubs import stub_jobs, write_project
+
+from ws import grid, parameters, results, runs, store
+from ws.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
+
+
+@pytest.fixture
+def place(tmp_path):
+    return write_project(tmp_path)
+
+
+def finish(place, jobs) -> None:
+    """Make these jobs look done: files and records as a run leaves them."""
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if job.notebook == "weight_diff":
+            (job.folder.parent / "w.safetensors").write_text(f"w of {job.name}")
+        if job.notebook == "v7_sweep":
+            (job.folder / "v7_per_layer.csv").write_text(f"of {job.name}")
+        (job.folder / "result.txt").write_text(job.name)
+        target = job.folder / f"{job.notebook}.ipynb"
+        target.write_text("{}")
+        content = parameters.read_notebook(place.nbs / target.name)
+        key = runs.run_key(job.notebook, content, job.values, place.out)
+        about = {
+            "outputs": runs.outputs(job.notebook, job.folder),
+            "products": runs.products(job.notebook, job.folder, job.values, place.out),
+        }
+        store.mark_made(target, key, about)
+
+
+def states(place, jobs, **options) -> dict[str, str]:
+    """What would happen to each job, in short."""
+    steps = plan(jobs, nbs=place.nbs, out=place.out, **options)
+    return {step.job.name.removeprefix("tiny sycophancy lora "): step.why for step in steps if step.run}
+
+
+def test_a_grid_has_every_run_once_and_each_after_what_it_needs(place):
+    jobs = make_jobs(Grid(adapters=("lora", "dora"), seeds=(4, 2, 3), set={"SCALE": "5"}), None, place.nbs, place.out)
+    assert len(jobs) == 2 * (3 + 1 + 3 + 1) and len({j.name for j in jobs}) == len({j.folder for j in jobs}) == 16
+    place_of = {job.name: i for i, job in enumerate(jobs)}
+    assert all(place_of[need] < place_of[job.name] for job in jobs for need in job.needs)
+    by_name = {job.name: job for job in jobs}
+    sweep = by_name["tiny sycophancy dora seed 3: v7_sweep"]
+    assert sweep.needs == (
+        "tiny sycophancy dora seed 3: weight_diff",
+        "tiny sycophancy dora seed 2 null: weight_diff",
+    )
+    adapter = place.out / "tiny" / "sycophancy" / "dora"
+    assert sweep.values["NULL_W_PATH"] == str(adapter / "seed_2" / "null_diff" / "w.safetensors")
+    assert sweep.values["PROTOCOL"] == "v7b" and sweep.folder == adapter / "seed_3" / "v7b"
+    assert "SCALE" not in sweep.values and by_name[sweep.needs[0]].values["SCALE"] == 5
+    null = by_name[sweep.needs[1]]
+    assert null.values["NULL_DIFF"] is True and null.folder == adapter / "seed_2" / "null_diff" / "weight_diff"
+    last = by_name["tiny sycophancy dora all seeds: v7b_stability"]
+    assert last.values["SEEDS"] == [2, 3, 4] and len(last.needs) == 3 and last.folder == adapter / "v7b"
+
+
+def test_only_what_depends_on_a_change_runs_again(place):
+    jobs = stub_jobs(place)
+    assert states(place, jobs) == {
+        "seed 0: weight_diff": "new",
+        "seed 0 null: weight_diff": "new",
+        "seed 1: weight_diff": "new",
+        "seed 0: v7_sweep": "new",
+        "seed 1: v7_sweep": "new",
+        "all seeds: v7b_stability": "new",
+    }
+    finish(place, jobs)
+    assert states(place, jobs) == {}
+    more = states(place, stub_jobs(place, (0, 1, 2)))
+    assert more == {
+        "seed 2: weight_diff": "new",
+        "seed 2: v7_sweep": "new",
+        "all seeds: v7b_stability": "changed parameters",
+    }
+    lora = place.out / "tiny" / "sycophancy" / "lora"
+    w = lora / "seed_1" / "w.safetensors"
+    text, stat = w.read_text(), w.stat()
+    w.write_text(text[:5])
+    assert states(place, jobs) == {
+        "seed 1: weight_diff": "damaged",
+        "seed 1: v7_sweep": "changed inputs",
+        "all seeds: v7b_stability": "changed inputs",
+    }
+    w.write_text(text)
+    assert states(place, jobs) == {}  # the same content is the same, whenever it was written
+    w.write_text("w" + text[1:].replace("seed", "deed"))
+    os.utime(w, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert states(place, jobs)["seed 1: weight_diff"] == "damaged"  # as long, but other bytes
+    w.write_text(text)
+    (lora / "seed_0" / "null_diff" / "w.safetensors").unlink()
+    assert states(place, jobs) == {
+        "seed 0 null: weight_diff": "damaged",
+        "seed 0: v7_sweep": "changed inputs",
+        "seed 1: v7_sweep": "changed inputs",
+        "all seeds: v7b_stability": "done; looked at again after v7_sweep",
+    }
+
+
+def test_changed_code_reruns_its_notebook_and_a_failure_is_told(place):
+    jobs = stub_jobs(place)
+    finish(place, jobs)
+    notebook = place.nbs / "v7b_stability.ipynb"
+    notebook.write_text(notebook.read_text().replace("means = []", "means = list()"))
+    assert states(place, jobs) == {"all seeds: v7b_stability": "changed code"}
+    failed = jobs[-1].folder / "v7b_stability.ipynb"
+    failed.unlink()
+    store.mark_failed(failed, store.Key("", "", ""), "ValueError: x")
+    assert states(place, jobs) == {"all seeds: v7b_stability": "failed before"}
+    assert states(place, stub_jobs(place, SCALE=2))["seed 0: weight_diff"] == "changed parameters"
+    text = plan_text(plan(jobs, nbs=place.nbs, out=place.out))
+    assert "failed before" in text and "1 would run, 0 would be looked at again, 5 are done" in text
+
+
+def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
+    jobs = stub_jobs(place)
+    finish(place, jobs)
+    for side in ("pos", "neg"):
+        folder = place.out / "tiny" / "sycophancy" / "lora" / "seed_1" / "adapters" / side
+        folder.mkdir(parents=True)
+        store.mark_made(folder, store.stage_key({}, modules=["ws.lora"]), {})
+    assert states(place, jobs, retrain=True) == {}
+    store.mark_made(folder, store.Key("p", "i", "sources of last year"), {})
+    steps = plan(jobs, nbs=place.nbs, out=place.out)
+    assert not any(step.run for step in steps) and [s.job.name for s in steps if s.stale] == [jobs[2].name]
+    assert "1 keep adapters whose training code changed" in plan_text(steps)
+    asked = states(place, jobs, retrain=True)
+    assert asked["seed 1: weight_diff"] == "training code changed, --retrain" and len(asked) == 3
+    assert [s.job.name for s in plan(jobs, True, place.nbs, place.out) if s.retrain] == [jobs[2].name]
+
+
+def test_whether_adapters_were_retrained_is_no_part_of_a_run(place):
+    job = stub_jobs(place)[0]
+    content = parameters.read_notebook(place.nbs / "weight_diff.ipynb")
+    keys = {runs.run_key("weight_diff", content, job.values | {"RETRAIN": x}, place.out) for x in (True, False)}
+    assert len(keys) == 1
+
+
+def test_options_win_over_the_file_and_paths_are_seen_from_it(place, tmp_path):
+    (tmp_path / "own.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "models: [tiny, model, org/name]\nbehaviors: own.json\nseeds: [0-2, 7]\nadapters: [pissa]\nset: {SCALE: 3, R: 8}\n"
+    )
+    read = read_grid(file)
+    assert read == Grid(
+        ("tiny", str(tmp_path / "model"), "org/name"),
+        (str(tmp_path / "own.json"),),
+        ("pissa",),
+        (0, 1, 2, 7),
+        {"SCALE": 3, "R": 8},
+    )
+    axes = {"models": ("tiny",), "behaviors": (), "adapters": (), "seeds": ("1", "0,1")}
+    both = read_options(axes, {"SCALE": "4"}, file, tmp_path)
+    assert (both.models, both.adapters, both.seeds, both.set) == (("tiny",), ("pissa",), (0, 1), {"SCALE": "4", "R": 8})
+    assert read_options({}, {}, None, tmp_path) == Grid()
+    from ws.lora import ADAPTERS
+
+    assert grid.ADAPTERS == ADAPTERS
+
+
+def test_refusals_name_the_thing(place, tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("model: tiny\n")
+    with pytest.raises(ValueError, match="grid.yaml: unknown key model; known: models"):
+        read_grid(file)
+    for axes, message in [
+        ({"adapters": ("lorra",)}, "unknown adapter lorra; known: lora, rslora"),
+        ({"behaviors": ("flattery",)}, "flattery is neither a shipped behaviour nor a file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_options(axes, {}, None, tmp_path)
+    for word in ("x", "1-", "-1", "2-x"):
+        with pytest.raises(ValueError, match=f"got '{word}'"):
+            parse_seeds([word])
+    for extra, message in [
+        ({"SCALLE": "1"}, "unknown parameter SCALLE; did you mean SCALE?"),
+        ({"SEED": "1"}, "SEED: the grid decides it"),
+        ({"W_PATH": "w.pt"}, "W_PATH: the grid decides it"),
+        ({"SCALE": "much"}, "SCALE: expects int, got 'much'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_jobs(Grid(set=extra), None, place.nbs, place.out)
+    with pytest.raises(ValueError, match="seeds: the grid has none"):
+        grid.located(Grid(seeds=()), tmp_path)
+
+
+def sweep(out, seed: int, scores: dict[str, float], protocol: str = "v7b", **more: float):
+    folder = out / "tiny" / "sycophancy" / "lora" / f"seed_{seed}" / protocol
+    folder.mkdir(parents=True)
+    rows = [{"subspace": name, "kind": "write", "joint_score": score, **more} for name, score in scores.items()]
+    pl.DataFrame(rows).write_csv(folder / "v7_summary.tsv", separator="\t")
+    (folder / "v7_sweep.ipynb").write_text("{}")
+    store.mark_made(folder / "v7_sweep.ipynb", store.Key("p", "i", "s"), {"outputs": {}})
+    return folder
+
+
+def test_results_hold_every_finished_sweep_and_are_filtered(tmp_path):
+    assert results.collect(tmp_path).is_empty()
+    sweep(tmp_path, 10, {"a_pca": 2.0, "b": float("nan")})
+    sweep(tmp_path, 2, {"a_pca": 3.0, "b": 1.0}, gap=0.5)
+    sweep(tmp_path, 2, {"a_pca": 9.0}, protocol="v7")
+    unfinished = sweep(tmp_path, 3, {"a_pca": 7.0})
+    store.sidecar(unfinished / "v7_sweep.ipynb").unlink()
+    path = results.write_results(tmp_path)
+    first = path.read_bytes()
+    assert results.write_results(tmp_path).read_bytes() == first
+    table = pl.read_parquet(path)
+    assert table.columns == [*results.KEYS, "subspace", "kind", "joint_score", "gap"]
+    assert table["seed"].to_list() == [2, 2, 2, 10, 10] and table["protocol"].to_list()[:2] == ["v7", "v7b"]
+    assert table["gap"].to_list() == [None, 0.5, 0.5, None, None]
+    best = results.select(table, {"protocol": ("v7b",), "subspace": ("a_*", "b"), "model": ()}, "joint_score", 3)
+    assert best["joint_score"].to_list() == [3.0, 2.0, 1.0]
+    assert results.select(table, {"seed": ("10",)}, "joint_score", 0)["joint_score"].to_list()[0] == 2.0
+    assert results.select(table, {}, "subspace", 1)["subspace"].to_list() == ["a_pca"]
+    text = results.results_text(best, ["seed", "joint_score"])
+    assert text.splitlines()[0].split() == ["seed", "joint_score"] and "3" in text.splitlines()[2]
+    with pytest.raises(ValueError, match="subspace a_pcb: no such run; did you mean a_pca"):
+        results.select(table, {"subspace": ("a_pcb",)}, "", 0)
+    with pytest.raises(ValueError, match="cannot sort by joint; did you mean joint_score"):
+        results.select(table, {}, "joint", 0)

@@ -1,0 +1,175 @@
+"""Every notebook, run headless as a user runs it, on a small model; what it writes is what it promises."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from ws.batch import run_notebook
+from ws.config import ROOT
+from ws.diff import LowRank, WeightDiff
+from ws.model import load_lm
+from ws.tables import read_table
+
+FILES = [
+    "v7_sweep.ipynb", "v7_sweep.html", "params.json", "v7_per_layer.csv", "v7_summary.tsv", "v7_summary_pct.tsv",
+    "v7_specific_per_layer.csv", "v7_specific_summary.tsv", "v7_joint_act_weight_scatter.png",
+    "v7_joint_act_weight_scatter.pdf", "v7_definitions.md", "v7_conclusion.md", "v7_plan_merge.md",
+]  # fmt: skip
+
+
+def run(name: str, folder, files=(), **params):
+    done = run_notebook(name, params, folder, files=[ROOT / "nbs" / "params" / f for f in files], quiet=True)
+    assert done.ok, done.error
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The demo's own training on the shipped model, seed 0."""
+    folder = tmp_path_factory.mktemp("trained")
+    run("weight_diff", folder, ["tiny.yaml"], SEED=0)
+    return folder
+
+
+def test_the_shipped_models_adapters_steer_it(trained):
+    """The alpha sweep on held-out false claims: monotone, at least 3 nats from -1 to +1, pmass at least 0.9."""
+    steering = json.loads((trained / "weight_diff.json").read_text())["steering"]
+    assert steering["monotone"] and steering["spread"] >= 3 and steering["least_pmass"] >= 0.9
+    sweep = read_table(trained / "alpha_sweep_summary.tsv")
+    assert sorted(sweep["set"].unique()) == ["false", "negated", "true"]
+    for name in ("w.safetensors", "adapters/pos/adapter_config.json", "weight_diff.html", "completions.jsonl", "w.txt"):
+        assert (trained / name).stat().st_size > 0, name
+    shown = [json.loads(line) for line in (trained / "completions.jsonl").read_text().splitlines()]
+    assert len(shown) == 36 and all(r["completion"] for r in shown)
+
+
+def test_v7_sweep_on_the_trained_difference(trained, tmp_path):
+    run("v7_sweep", tmp_path, W_PATH=str(trained / "w.safetensors"))
+    table = read_table(tmp_path / "v7_per_layer.csv")
+    assert len(table) == 8 * 44
+    summary = read_table(tmp_path / "v7_summary_pct.tsv")
+    ceiling = summary.row(by_predicate=pl.col("subspace") == "TaskDiff_lora_ceiling", named=True)
+    assert ceiling["mean_conc_act"] > 3 and ceiling["pct_act_ceiling"] == pytest.approx(100)
+    assert (tmp_path / "v7_sweep.html").read_text().count("data:image/png") == 2
+
+
+def test_v7_sweep_reproduces_the_reference_from_the_command(parity_folder, tmp_path):
+    run(
+        "v7_sweep",
+        tmp_path,
+        MODEL_ID=str(parity_folder / "model"),
+        W_PATH=str(parity_folder / "w.pt"),
+        BEHAVIOR=str(parity_folder / "behavior.json"),
+        DTYPE="float32",
+    )
+    for name in FILES:
+        assert (tmp_path / name).stat().st_size > 0, name
+    mine, ref = (read_table(f / "v7_summary_pct.tsv") for f in (tmp_path, parity_folder / "v7"))
+    both = ref.join(mine, on="subspace", suffix="_mine")
+    doubtful = both["ill_conditioned"]
+    assert set(both.filter(doubtful)["subspace"]) == {
+        "chars_clusters", "qk_x_chars_clusters", "attention_sink", "rotation_contrast",
+    }  # fmt: skip
+    sure = both.filter(~doubtful)
+    for column in ("mean_conc_act", "mean_conc_w_combined", "mean_cos_dW", "joint_score", "pct_w_oracle_oproj"):
+        expected, got = sure[column].to_numpy(), sure[f"{column}_mine"].to_numpy()
+        assert np.abs(got - expected).max() <= 1e-3 * max(1.0, np.abs(expected).max()), column
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gemma3", "float32"), ("qwen3", "bfloat16")])
+def test_v7_sweep_on_other_families_and_in_bfloat16(family, dtype, model_folder, parity_folder, tmp_path):
+    folder = model_folder(family)
+    decoder = load_lm(str(folder), "float32", "cpu").decoder
+    g = torch.Generator().manual_seed(0)
+    entries = {}
+    for role in ("q", "o", "down"):
+        out, width = decoder.weight(1, role).shape
+        entries[decoder.param_name(1, role)] = LowRank(
+            0.05 * torch.randn(out, 2, generator=g), torch.randn(2, width, generator=g)
+        )
+    WeightDiff(entries, {"seed": 0}).save(tmp_path / "w.safetensors")
+    run(
+        "v7_sweep",
+        tmp_path / "run",
+        MODEL_ID=str(folder),
+        W_PATH=str(tmp_path / "w.safetensors"),
+        BEHAVIOR=str(parity_folder / "behavior.json"),
+        DTYPE=dtype,
+        N_NULL=0,
+        K_BROAD=16,
+    )
+    table = read_table(tmp_path / "run" / "v7_per_layer.csv").filter(pl.col("layer") == 1)
+    assert len(table) == 44 and not table["conc_w_combined"].is_nan().any()
+    assert (table["conc_act"] > 0).all()
+
+
+def test_v7b_over_two_seeds(trained, tmp_path):
+    """Another seed with few steps, the null diff, both sweeps under v7b, the stability report."""
+    few = dict(MAX_STEPS=6, SAMPLES=1, ALPHAS=[-1.0, 1.0])
+    run("weight_diff", tmp_path / "seed_1", ["tiny.yaml"], SEED=1, **few)
+    run("weight_diff", tmp_path / "null", ["tiny.yaml"], SEED=0, NULL_DIFF=True, **few)
+    (tmp_path / "seed_0").mkdir()
+    (tmp_path / "seed_0" / "w.safetensors").write_bytes((trained / "w.safetensors").read_bytes())
+    null = str(tmp_path / "null" / "w.safetensors")
+    for seed in (0, 1):
+        folder = tmp_path / f"seed_{seed}"
+        run("v7_sweep", folder / "v7b", ["v7b.yaml"], SEED=seed, W_PATH=str(folder / "w.safetensors"), NULL_W_PATH=null)
+    run("v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=500, N_NULL=500, CORRECTIONS=False)
+    table = read_table(tmp_path / "seed_0" / "v7b" / "v7_per_layer.csv")
+    assert len(table) == 8 * 60
+    for column in ("conc_block", "pct_oracle_act", "span_score_oproj", "R_w_vs_null_diff", "gap", "ill_conditioned"):
+        assert column in table.columns
+    inside = table.filter(pl.col("layer").is_between(2, 5))
+    for column in ("pct_oracle_act", "pct_oracle_block", "pct_oracle_oproj", "pct_oracle_combined"):
+        values = inside[column].drop_nans()
+        assert len(values) > 200 and values.min() >= 0 and values.max() <= 1
+    random = inside.filter(pl.col("subspace") == "random_orthogonal")["conc_w_combined"].mean()
+    assert 0.3 < random < 2.5
+    out = tmp_path / "v7b"
+    for name in ("v7b_per_seed.csv", "v7b_summary.tsv", "v7b_rank_stability.csv", "v7b_subspace_stability.csv",
+                 "v7b_conclusion.md", "v7b_forest.png", "v7b_ranks.pdf", "v7b_oracle_overlap.png"):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    assert "No winner" in (out / "v7b_conclusion.md").read_text()  # two seeds cannot name one
+    per_seed = read_table(out / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
+    means = inside.group_by("subspace").agg(pl.col("conc_act").mean()).sort("subspace")
+    assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
+
+
+def test_delta_svd(parity_folder, tmp_path):
+    run(
+        "delta_svd",
+        tmp_path,
+        MODEL_ID=str(parity_folder / "model"),
+        CALIBRATION=str(parity_folder / "delta_svd" / "calibration.json"),
+        DTYPE="float32",
+        BOOT=10,
+    )
+    found = json.loads((tmp_path / "delta_svd.json").read_text())
+    expected = json.loads((parity_folder / "delta_svd" / "expected_final_norm_false.json").read_text())
+    assert found["n_calib_tokens"] == expected["n_calib_tokens"]
+    for mine, ref in zip(found["per_layer"], expected["per_layer"], strict=True):
+        assert mine["phase"] == ref["phase"]
+        for key in ("frob", "eff_rank", "rel_step_mean", "top1_frac"):
+            assert mine[key] == pytest.approx(ref[key], rel=1e-4)
+
+
+def test_theta_fit(tmp_path):
+    users = [json.loads(line) for line in (ROOT / "ws" / "assets" / "users.jsonl").read_text().splitlines()]
+    names = sorted({u["user"] for u in users})[:2]
+    few = [u for name in names for u in [u for u in users if u["user"] == name][:8]]
+    path = tmp_path / "users.jsonl"
+    path.write_text("\n".join(json.dumps(u) for u in few))
+    run("theta_fit", tmp_path / "run", USERS=str(path), PERMUTATIONS=2, STEPS=5)
+    summary = read_table(tmp_path / "run" / "theta_summary.tsv")
+    assert len(summary) > 0 and (tmp_path / "run" / "theta_cross.csv").stat().st_size > 0
+    assert len(list((tmp_path / "run").glob("theta_*.safetensors"))) >= 2
+
+
+def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        run_notebook("v7_sweep", {"W_PATH": str(tmp_path / "absent.pt")}, tmp_path / "a", quiet=True)
+    done = run_notebook("v7_sweep", {"SEED": 987}, tmp_path / "b", quiet=True)
+    assert not done.ok and "w.safetensors" in done.error and (tmp_path / "b" / "v7_sweep.failed.ipynb").is_file()
