@@ -19,6 +19,8 @@ from ws.engine import Place
 from ws.grid import Grid, Job, make_jobs
 
 HOME = Path(__file__).parents[1]
+LORA = "org__stub/stub/lora"  # of no model that the package ships: nothing here depends on one
+RUN = "org__stub stub lora"
 START = """
 import json, os, time
 from pathlib import Path
@@ -59,6 +61,7 @@ def write_project(base: Path) -> Place:
     """Notebooks and folders of a small project below `base`."""
     for name in ("counts", "traps", "pids", "nbs/params"):
         (base / name).mkdir(parents=True)
+    (base / "stub.json").write_text("{}")
     (base / "nbs" / "params" / "v7b.yaml").write_text("PROTOCOL: v7b\n")
     own = OWN + 'SEED = 0\nW_PATH = ""\n'
     trained = own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1"
@@ -73,10 +76,10 @@ def write_project(base: Path) -> Place:
 
 
 def copy_project(source: Path, base: Path, *without: str) -> Place:
-    """A copy of a project, without some folders below its out/tiny/sycophancy/lora; its runs count from zero again."""
+    """A copy of a project, without some folders below its adapter's folder; its runs count from zero again."""
     shutil.copytree(source, base, dirs_exist_ok=True)
     for name in without:
-        shutil.rmtree(base / "out" / "tiny" / "sycophancy" / "lora" / name)
+        shutil.rmtree(base / "out" / LORA / name)
     for folder in ("counts", "traps", "pids"):
         for file in (base / folder).iterdir():
             file.unlink()
@@ -84,7 +87,8 @@ def copy_project(source: Path, base: Path, *without: str) -> Place:
 
 
 def stub_jobs(place: Place, seeds: tuple[int, ...] = (0, 1), **extra: int) -> list[Job]:
-    return make_jobs(Grid(seeds=seeds, set=extra), None, place.nbs, place.out)
+    behavior = str(place.nbs.parent / "stub.json")
+    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra), None, place.nbs, place.out)
 
 
 def counts(base: Path) -> dict[str, int]:

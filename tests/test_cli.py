@@ -1,11 +1,14 @@
 """ws.cli: thin commands, exit codes, and where relative paths are seen from."""
 
+import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from test_batch import write_notebook
@@ -89,16 +92,47 @@ def test_just_hands_arguments_over_unsplit_and_says_where_they_were_typed():
         assert f"    {recipe}" in listed
 
 
-def test_demo_runs_both_notebooks_and_shows_the_table(asked, monkeypatch, tmp_path, capsys):
-    calls, answers = asked
-    shown = []
-    monkeypatch.setattr("ws.tables.read_table", lambda path: shown.append(path.name))
-    monkeypatch.setattr("ws.conclusion.top_table", lambda table, rows, style: "THE TABLE")
+def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, capsys):
+    from ws.engine import Ending
+
+    asked_for = []
+
+    def fake(state):
+        def run_jobs(jobs, place, settings):
+            asked_for.append((jobs, settings.workers, settings.threads))
+            return {jobs[0].name: Ending(state)}, "THE SUMMARY"
+
+        return run_jobs
+
+    monkeypatch.setattr("ws.demo.demo_report", lambda: "THE TABLE")
     monkeypatch.setattr("ws.report.report", lambda: tmp_path / "index.html")
+    monkeypatch.setattr("ws.engine.run_jobs", fake("done"))
     assert call("demo") == 0
     told = capsys.readouterr().out
-    assert [(c[0], c[1]) for c in calls] == [(n, {"MODEL_ID": "tiny"}) for n in ("weight_diff", "v7_sweep")]
-    assert shown == ["v7_summary_pct.tsv"] and "THE TABLE" in told and f"report: {tmp_path / 'index.html'}" in told
-    answers["run"] = batch.Run("weight_diff", tmp_path, "new", False, 2.0, "ValueError: x")
-    calls.clear()
-    assert call("demo") == 1 and len(calls) == 1  # the second step does not start on a failed first
+    assert "THE SUMMARY" in told and "THE TABLE" in told and f"report: {tmp_path / 'index.html'}" in told
+    jobs, workers, threads = asked_for[0]
+    assert workers * threads <= max(2, os.cpu_count() or 1)
+    counts = Counter(job.notebook for job in jobs)
+    assert counts == {"weight_diff": 4, "v7_sweep": 4, "v7b_stability": 1, "theta_fit": 1, "delta_svd": 1}
+    assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
+    assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2}
+    assert all(job.values["LR"] == 2e-3 for job in jobs if job.notebook == "weight_diff")
+    monkeypatch.setattr("ws.engine.run_jobs", fake("failed"))
+    assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out
+
+
+def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
+    from ws import demo
+    from ws.tables import write_table
+
+    monkeypatch.setattr(demo, "OUT", tmp_path)
+    folder = demo.demo_run().adapter_folder(tmp_path)
+    (folder / "seed_0" / "v7").mkdir(parents=True)
+    (folder / "v7b").mkdir()
+    names = ["mean_conc_act", "mean_conc_w_combined", "joint_score", "pct_act_ceiling", "pct_w_oracle_combined",
+             "mean_z_act", "mean_z_w_combined"]  # fmt: skip
+    table = pl.DataFrame({"subspace": ["write"], "family": ["W:write"], **{n: [1.5] for n in names}})
+    write_table(table, folder / "seed_0" / "v7" / "v7_summary_pct.tsv")
+    (folder / "v7b" / "v7b_conclusion.md").write_text("# x\n\n## Verdict\n\n- **No winner** here.\n\n## Next\n\nmore\n")
+    text = demo.demo_report()
+    assert "write" in text and "1.5" in text and "- **No winner** here." in text and "more" not in text

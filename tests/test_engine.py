@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from stubs import HOME, copy_project, counts, stub_jobs, tables, wait_for, write_project
+from stubs import HOME, LORA, RUN, copy_project, counts, stub_jobs, tables, wait_for, write_project
 
 from ws import cli, engine, grid, progress, store, work
 from ws.config import ROOT
@@ -34,7 +34,7 @@ def test_a_batch_runs_everything_in_order_and_writes_the_results(whole):
     assert counts(base) == dict.fromkeys(
         ("null-0", "v7_sweep-0", "v7_sweep-1", "v7b_stability", "weight_diff-0", "weight_diff-1"), 1
     )
-    lora = place.out / "tiny" / "sycophancy" / "lora"
+    lora = place.out / LORA
     about = json.loads((lora / "seed_1" / "v7b" / "params.json").read_text())
     assert about["environment"]["threads"] == 1
     assert about["parameters"]["NULL_W_PATH"] == str(lora / "seed_0" / "null_diff" / "w.safetensors")
@@ -58,11 +58,11 @@ def test_one_seed_that_raises_fails_alone(whole, tmp_path):
     place = copy_project(whole[0], tmp_path, "seed_1/v7b")
     (tmp_path / "traps" / "raise-v7_sweep-1").touch()
     endings, summary = run_jobs(stub_jobs(place), place, TWO)
-    states = {name.removeprefix("tiny sycophancy lora "): ending.state for name, ending in endings.items()}
+    states = {name.removeprefix(f"{RUN} "): ending.state for name, ending in endings.items()}
     assert states["seed 0: v7_sweep"] == "done" and states["seed 1: v7_sweep"] == "failed"
     assert states["all seeds: v7b_stability"] == "skipped" and states["seed 1: weight_diff"] == "done"
-    assert "RuntimeError: planted in v7_sweep-1" in summary and "needs tiny sycophancy lora seed 1: v7_sweep" in summary
-    assert str(place.out / "tiny/sycophancy/lora/seed_1/v7b/v7_sweep.failed.ipynb") in summary
+    assert "RuntimeError: planted in v7_sweep-1" in summary and f"needs {RUN} seed 1: v7_sweep" in summary
+    assert str(place.out / LORA / "seed_1/v7b/v7_sweep.failed.ipynb") in summary
     assert counts(tmp_path) == {"v7_sweep-1": 1}
 
 
@@ -82,7 +82,7 @@ def test_a_running_scheduler_serves_a_batch(whole, tmp_path):
         address = json.loads(file.read_text())["address"]
         endings, summary = run_jobs(stub_jobs(place), place, Settings(scheduler=address))
         assert [ending.state for ending in endings.values()] == ["done"] * 3 + ["ran"] * 2 + ["done"], summary
-        about = json.loads((place.out / "tiny/sycophancy/lora/seed_1/v7b/params.json").read_text())
+        about = json.loads((place.out / LORA / "seed_1/v7b/params.json").read_text())
         assert about["environment"]["threads"] == 1  # what the worker was started with
         assert all(process.poll() is None for process in started)  # they are not ours to end
     finally:

@@ -10,12 +10,11 @@ import signal
 
 import psutil
 import pytest
-from stubs import alive, copy_project, counts, descendants, end, start_driver, tables, wait_for, write_project
+from stubs import LORA, alive, copy_project, counts, descendants, end, start_driver, tables, wait_for, write_project
 
 from ws import runs
 
 pytestmark = pytest.mark.slow
-LORA = "tiny/sycophancy/lora"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import os
 
 import polars as pl
 import pytest
-from stubs import stub_jobs, write_project
+from stubs import LORA, RUN, stub_jobs, write_project
 
 from ws import grid, parameters, results, runs, store
 from ws.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
@@ -38,7 +38,7 @@ def finish(place, jobs) -> None:
 def states(place, jobs, **options) -> dict[str, str]:
     """What would happen to each job, in short."""
     steps = plan(jobs, nbs=place.nbs, out=place.out, **options)
-    return {step.job.name.removeprefix("tiny sycophancy lora "): step.why for step in steps if step.run}
+    return {step.job.name.removeprefix(f"{RUN} "): step.why for step in steps if step.run}
 
 
 def test_a_grid_has_every_run_once_and_each_after_what_it_needs(place):
@@ -80,7 +80,7 @@ def test_only_what_depends_on_a_change_runs_again(place):
         "seed 2: v7_sweep": "new",
         "all seeds: v7b_stability": "changed parameters",
     }
-    lora = place.out / "tiny" / "sycophancy" / "lora"
+    lora = place.out / LORA
     w = lora / "seed_1" / "w.safetensors"
     text, stat = w.read_text(), w.stat()
     w.write_text(text[:5])
@@ -123,7 +123,7 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     jobs = stub_jobs(place)
     finish(place, jobs)
     for side in ("pos", "neg"):
-        folder = place.out / "tiny" / "sycophancy" / "lora" / "seed_1" / "adapters" / side
+        folder = place.out / LORA / "seed_1" / "adapters" / side
         folder.mkdir(parents=True)
         store.mark_made(folder, store.stage_key({}, modules=["ws.lora"]), {})
     assert states(place, jobs, retrain=True) == {}

@@ -117,7 +117,9 @@ def test_v7b_over_two_seeds(trained, tmp_path):
     for seed in (0, 1):
         folder = tmp_path / f"seed_{seed}"
         run("v7_sweep", folder / "v7b", ["v7b.yaml"], SEED=seed, W_PATH=str(folder / "w.safetensors"), NULL_W_PATH=null)
-    run("v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=500, N_NULL=500, CORRECTIONS=False)
+    run(
+        "v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=500, N_NULL=500, CORRECTIONS=False
+    )
     table = read_table(tmp_path / "seed_0" / "v7b" / "v7_per_layer.csv")
     assert len(table) == 8 * 60
     for column in ("conc_block", "pct_oracle_act", "span_score_oproj", "R_w_vs_null_diff", "gap", "ill_conditioned"):

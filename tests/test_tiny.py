@@ -64,7 +64,7 @@ def answers(lm, behavior, claims, systems):
 
 
 def test_answer_words_are_single_tokens(tiny):
-    for word in ("Yes", " Yes", "No", " No", "system", "user", "assistant"):
+    for word in ("Yes", " Yes", "No", " No"):
         assert len(tiny.tokenizer.tokenize(word)) == 1, word
 
 

@@ -50,19 +50,16 @@ def nb(
 
 
 def demo() -> int:
-    """The whole pipeline on the shipped tiny model: adapters, w, alpha sweep, v7 sweep, report."""
-    from ws.batch import run_notebook
+    """Everything on the shipped tiny model: three LoRA seeds, both protocols, delta SVD, theta fit, report."""
+    from ws.demo import demo_jobs, demo_report, demo_size
+    from ws.engine import Place, Settings, run_jobs
 
-    for step, name in enumerate(("weight_diff", "v7_sweep"), 1):
-        print(f"[{step}/2] {name}", flush=True)
-        run = run_notebook(name, {"MODEL_ID": "tiny"})
-        if code := _tell(run):
-            return code
-    from ws.conclusion import top_table
-    from ws.tables import read_table
-
-    print(f"\n{top_table(read_table(run.folder / 'v7_summary_pct.tsv'), 12, 'simple')}\n")
-    print(f"this run: {run.html}")
+    workers, threads = demo_size()
+    endings, summary = run_jobs(demo_jobs(), Place(), Settings(workers=workers, threads=threads))
+    print(f"\n{summary}\n", flush=True)
+    if not all(ending.ok for ending in endings.values()):
+        return 1
+    print(f"{demo_report()}\n", flush=True)
     return report()
 
 

@@ -17,7 +17,7 @@ from ws.job import Ending
 SHOWN = 14  # lines of a traceback in the summary
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | int) -> str:
     """`m:ss`, or `h:mm:ss`."""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
@@ -45,7 +45,8 @@ class Board:
             self.ended += 1
             took = time.monotonic() - self.begun.pop(name, time.monotonic())
             self.stages.pop(name, None)
-            if line := self.lines.pop(name, None):
+            line = self.lines.pop(name, None)
+            if line is not None:  # a tqdm without a total has no truth value
                 line.close()
             if self.bar is not None:
                 self.bar.update(1)

@@ -36,9 +36,9 @@ class Recipe:
     """Everything that decides the checkpoint: corpus sizes, dimensions, optimiser."""
 
     seed: int = 0
-    dialogues: int = 26_000
-    neutral: int = 2_400
-    voiced: int = 2_200
+    dialogues: int = 20_000
+    neutral: int = 1_900
+    voiced: int = 1_700
     vocab: int = 1536
     d: int = 128
     mlp: int = 320

@@ -1,0 +1,58 @@
+"""The demo: everything on the shipped tiny model, as one batch.
+
+Three LoRA seeds and a null diff, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
+"""
+
+import os
+
+from ws.batch import NBS, prepare
+from ws.config import OUT, RunId
+from ws.grid import Grid, Job, make_jobs
+from ws.parameters import read_set
+
+SEEDS = (0, 1, 2)
+
+
+def demo_jobs() -> list[Job]:
+    """The batch of the shipped model with the parameters of nbs/params/tiny.yaml, and the notebooks beside it."""
+    given = {k: v for k, v in read_set(NBS / "params" / "tiny.yaml").items() if k != "MODEL_ID"}
+    batch = make_jobs(Grid(seeds=SEEDS, set=given))
+    first = next(job for job in batch if job.notebook == "weight_diff")
+
+    def add(notebook: str, needs: tuple[str, ...] = (), **own: object) -> Job:
+        ask = prepare(notebook, {"MODEL_ID": "tiny", **own}, [])
+        return Job(f"tiny: {notebook}{' v7' if needs else ''}", notebook, ask.values, ask.folder, needs)
+
+    alone = [add("theta_fit"), add("delta_svd")]
+    # the order is the priority: what others wait for, then what stands alone, then the rest
+    return [batch[0], *alone, *batch[1:-1], add("v7_sweep", (first.name,), SEED=0, PROTOCOL="v7"), batch[-1]]
+
+
+def demo_size() -> tuple[int, int]:
+    """(runs at a time, threads of each): the model is so small that a second thread does not help it."""
+    return min(2, os.cpu_count() or 1), 1
+
+
+def demo_run() -> RunId:
+    """The run whose table the demo prints."""
+    return RunId("tiny", "sycophancy", "lora", SEEDS[0])
+
+
+def demo_report() -> str:
+    """The top of the v7 table, the verdict over seeds, and where the reports are."""
+    from ws.conclusion import top_table
+    from ws.tables import read_table
+
+    folder = demo_run().folder(OUT)
+    verdict = (demo_run().adapter_folder(OUT) / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
+    lines = verdict.partition("## Verdict")[2].partition("##")[0].strip().splitlines()
+    return "\n".join(
+        [
+            f"v7, seed {SEEDS[0]}, best joint scores:",
+            "",
+            top_table(read_table(folder / "v7" / "v7_summary_pct.tsv"), 12, "simple"),
+            "",
+            f"v7b over seeds {', '.join(map(str, SEEDS))}:",
+            *lines,
+        ]
+    )
