@@ -45,7 +45,7 @@ def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
     SOURCES).
     ValueError for an unknown protocol, parameter or value.
     """
-    known = sorted(p.stem for p in PARAMS.glob("*.yaml"))
+    known = sorted(p.stem for p in PARAMS.glob("*.yaml") if "PROTOCOL:" in p.read_text(encoding="utf-8"))
     if name not in known:
         raise ValueError(f"PROTOCOL {name!r} is unknown; one of {', '.join(known)}")
     values = yaml.safe_load((PARAMS / f"{name}.yaml").read_text(encoding="utf-8"))

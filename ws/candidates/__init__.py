@@ -1,18 +1,10 @@
-"""The candidate subspaces: one registry, filled by importing the four modules in the order of docs/method.md section 5."""
+"""The candidate subspaces: one registry, filled by importing the four modules that define them."""
 
 from collections.abc import Iterator
 
 from tqdm import tqdm
 
-# isort: off  (importing registers: this order is that of the tables)
-from ws.candidates import (
-    activations,  # noqa: F401
-    ceilings,  # noqa: F401
-    compound,  # noqa: F401
-    weights,  # noqa: F401
-)
-
-# isort: on
+from ws.candidates import activations, ceilings, compound, weights  # noqa: F401  (importing registers)
 from ws.candidates.materials import CeilingMaterials, Materials
 from ws.candidates.registry import Candidate, get, registered
 from ws.subspace import Basis, check_basis

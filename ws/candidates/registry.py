@@ -11,6 +11,8 @@ from dataclasses import dataclass
 READ = ("W:read", "W:unembed")
 WRITE = ("W:write", "W:write-not-read", "W:OV", "W:MLP")
 
+MODULES = ("weights", "activations", "compound", "ceilings")  # their order is that of docs/method.md section 5
+
 _REGISTRY: dict[str, "Candidate"] = {}
 
 
@@ -61,8 +63,13 @@ def candidate(name: str, family: str, source: str, shared: bool = False, prompts
 
 
 def registered(sources: tuple[str, ...] | None = None) -> list[Candidate]:
-    """All candidates in the order of registration, or those of the given sources."""
-    return [c for c in _REGISTRY.values() if sources is None or c.source in sources]
+    """All candidates, or those of the given sources, in the order of the method: by module, then by definition."""
+
+    def place(c: Candidate) -> int:
+        module = c.build.__module__.rpartition(".")[2]
+        return MODULES.index(module) if module in MODULES else len(MODULES)
+
+    return sorted((c for c in _REGISTRY.values() if sources is None or c.source in sources), key=place)
 
 
 def get(name: str) -> Candidate:
