@@ -83,17 +83,17 @@ display(HTML(as_text(layers, delta_files.SHOWN, style="html")))
 # %%
 figure = figures_delta.rel_step(layers)
 save(figure, folder / "delta_svd_rel_step")
-display(figure)
+display(notebook.show(figure))
 
 # %%
 figure = figures_delta.eff_rank(layers)
 save(figure, folder / "delta_svd_eff_rank")
-display(figure)
+display(notebook.show(figure))
 
 # %%
 figure = figures_delta.top_spectrum(layers)
 save(figure, folder / "delta_svd_spectrum")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # Along the stream itself: a negative mean cosine says that a block shrinks what is there.
@@ -101,7 +101,7 @@ display(figure)
 # %%
 figure = figures_delta.parallel(layers, run.hidden)
 save(figure, folder / "delta_svd_parallel")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Between layers
@@ -112,7 +112,7 @@ display(figure)
 # %%
 figure = figures_delta.cos_heatmap(top1_cos(run.directions).numpy(), run.hidden)
 save(figure, folder / "delta_svd_cos")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Phases
@@ -130,7 +130,7 @@ display(HTML(as_text(rows, style="html")))
 captures = delta_files.capture_table(found, run.hidden)
 figure = figures_delta.capture(captures, rows, len(run.layers), run.hidden)
 save(figure, folder / "delta_svd_capture")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Beside other models
@@ -141,7 +141,7 @@ if COMPARE:
     write_table(table, folder / "delta_svd_comparison.tsv")
     figure = figures_delta.comparison(table)
     save(figure, folder / "delta_svd_comparison")
-    display(figure)
+    display(notebook.show(figure))
 else:
     display(Markdown("No other result folders given (`COMPARE`)."))
 

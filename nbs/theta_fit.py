@@ -126,12 +126,12 @@ display(HTML(as_text(theta_report.adam_against_optimum(summary), style="html")))
 # %%
 figure = figures_theta.fit_traces(fits, users, list(heads))
 save(figure, folder / "theta_traces_default")
-display(figure)
+display(notebook.show(figure))
 
 # %%
 figure = figures_theta.fit_traces(fits_matched, users, list(distinct))
 save(figure, folder / "theta_traces_matched")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## What is gained on held-out texts
@@ -148,7 +148,7 @@ chosen = {name: matched[name] for name in CONTROL_HEADS or [theta_report.best_he
 # %%
 figure = figures_theta.heldout_gain(summary)
 save(figure, folder / "theta_heldout_gain")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Whose theta is it?
@@ -168,12 +168,12 @@ display(HTML(as_text(diagonal, style="html")))
 shown = ["cvh", "unconditional", "svd_cvh", "svd_unconditional"]
 figure = figures_theta.cross_heatmap(theta_report.of_scale(cross, "matched"), shown, users)
 save(figure, folder / "theta_cross")
-display(figure)
+display(notebook.show(figure))
 
 # %%
 figure = figures_theta.cosine_heatmap({n: theta_report.stacked(fits_matched, users, n) for n in shown}, users)
 save(figure, folder / "theta_cosines")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Worn weaker, worn stronger, held closer to the base
@@ -189,14 +189,14 @@ by_gamma = theta_report.gamma_sweep(
 write_table(by_gamma, folder / "theta_gamma.tsv")
 figure = figures_theta.sweep_curves(by_gamma, "gamma", cfg.gamma)
 save(figure, folder / "theta_gamma")
-display(figure)
+display(notebook.show(figure))
 
 # %%
 by_beta = theta_report.beta_sweep(train, chosen, heldout, before, W, bias, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
 figure = figures_theta.sweep_curves(by_beta, "beta", cfg.beta)
 save(figure, folder / "theta_beta")
-display(figure)
+display(notebook.show(figure))
 
 # %% [markdown]
 # ## Control: permuted users

@@ -135,6 +135,7 @@ def test_v7b_over_two_seeds(trained, tmp_path):
                  "v7b_conclusion.md", "v7b_forest.png", "v7b_ranks.pdf", "v7b_oracle_overlap.png"):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
     assert "No winner" in (out / "v7b_conclusion.md").read_text()  # two seeds cannot name one
+    assert (out / "v7b_stability.html").read_text().count("data:image/png") == 3
     per_seed = read_table(out / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
     means = inside.group_by("subspace").agg(pl.col("conc_act").mean()).sort("subspace")
     assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
@@ -149,6 +150,7 @@ def test_delta_svd(parity_folder, tmp_path):
         DTYPE="float32",
         BOOT=10,
     )
+    assert (tmp_path / "delta_svd.html").read_text().count("data:image/png") == 6
     found = json.loads((tmp_path / "delta_svd.json").read_text())
     expected = json.loads((parity_folder / "delta_svd" / "expected_final_norm_false.json").read_text())
     assert found["n_calib_tokens"] == expected["n_calib_tokens"]
@@ -168,6 +170,7 @@ def test_theta_fit(tmp_path):
     summary = read_table(tmp_path / "run" / "theta_summary.tsv")
     assert len(summary) > 0 and (tmp_path / "run" / "theta_cross.csv").stat().st_size > 0
     assert len(list((tmp_path / "run").glob("theta_*.safetensors"))) >= 2
+    assert (tmp_path / "run" / "theta_fit.html").read_text().count("data:image/png") == 7
 
 
 def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
