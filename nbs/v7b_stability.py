@@ -52,7 +52,7 @@ from ws.diff import load_diff
 from ws.files import write_text
 from ws.model import load_lm
 from ws.protocol import load_protocol
-from ws.seeds import load_seeds
+from ws.seeds import doubts, load_seeds
 from ws.significance import significance_table
 from ws.verdict import verdict
 
@@ -122,8 +122,9 @@ display(notebook.show(figure))
 # %%
 summary = stability.summary_table(scores, STAT_SEED, BOOT)
 significance = significance_table(scores, runs.factors, runs.one_basis, STAT_SEED, N_NULL, lm.device.type)
-summary = notebook.join_summary(summary, significance, a_side)
-per_seed = stability.per_seed_table(scores)
+doubtful = doubts({seed: f / PROTOCOL for seed, f in seed_folders.items()}, scores.layers)
+summary = notebook.join_summary(summary, significance, a_side).join(doubtful, on="candidate", maintain_order="left")
+per_seed = stability.per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left")
 ranks = stability.rank_stability_table(scores)
 tables.write_table(per_seed, folder / "v7b_per_seed.csv")
 tables.write_table(summary, folder / "v7b_summary.tsv")

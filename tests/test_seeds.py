@@ -16,7 +16,7 @@ from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
 from ws.model import load_lm
 from ws.protocol import load_protocol
-from ws.seeds import load_seeds
+from ws.seeds import doubts, load_seeds
 from ws.stability import per_seed_table
 from ws.subspace import random_basis
 
@@ -79,6 +79,23 @@ def test_the_null_diff_of_itself_has_ratio_one(runs):
     assert table["R_act_vs_null_diff"].to_numpy() == pytest.approx(1)
     summary = tables.summarise(table, LAYERS)
     assert summary["R_w_vs_null_diff"].to_numpy() == pytest.approx(1)
+
+
+def test_doubts_are_the_weakest_over_seeds_and_layers(runs):
+    table = tables.read_table(runs[0] / "v7_per_layer.csv")
+    flagged = table.with_columns(
+        pl.when((pl.col("subspace") == "write") & (pl.col("layer") == 2)).then(0.125).otherwise(0.5).alias("gap"),
+        ((pl.col("subspace") == "churn") & (pl.col("layer") == 5)).alias("ill_conditioned"),
+    )
+    folder = runs[0].parent / "doubtful"
+    folder.mkdir()
+    tables.write_table(flagged, folder / "v7_per_layer.csv")
+    found = {row["candidate"]: row for row in doubts({0: folder}, LAYERS).iter_rows(named=True)}
+    assert found["write"]["min_gap"] == 0.125 and found["churn"]["min_gap"] == 0.5
+    assert not found["churn"]["ill_conditioned"]  # layer 5 is no LoRA layer
+    assert {r["candidate"] for r in doubts({0: folder}, [5]).filter("ill_conditioned").iter_rows(named=True)} == {
+        "churn"
+    }
 
 
 def test_missing_and_unlike_runs_are_named(runs, tmp_path):

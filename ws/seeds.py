@@ -5,7 +5,7 @@ which every seed's w has both residual writers. (docs/method.md section 7)
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,3 +102,14 @@ def _grid(table: pl.DataFrame, names: list[str], layers: list[int]) -> dict[str,
     part = part.join(order, on="subspace").sort("place", "layer")
     columns = [c for c in ("conc_w_combined", "rank", "conc_act_null", "conc_w_combined_null") if c in part.columns]
     return {c: part[c].cast(pl.Float64).to_numpy().reshape(len(names), len(layers)) for c in columns}
+
+
+def doubts(folders: Mapping[int, Path], layers: Sequence[int]) -> pl.DataFrame:
+    """Per candidate, over seeds and LoRA layers: min_gap, and ill_conditioned where any basis is. (section 7)"""
+    part = pl.concat(
+        read_table(folder / "v7_per_layer.csv").select("layer", "subspace", "gap", "ill_conditioned")
+        for folder in folders.values()
+    ).filter(pl.col("layer").is_in(layers))
+    return part.group_by(pl.col("subspace").alias("candidate"), maintain_order=True).agg(
+        pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any()
+    )

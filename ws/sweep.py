@@ -163,6 +163,8 @@ def specific_per_layer(
                     "specific_z_act": s.z,
                     "specific_energy_frac_act": s.energy_frac,
                     "specific_rank": rank,
+                    "gap": bases[c.name][l].gap,
+                    "ill_conditioned": bases[c.name][l].ill_conditioned,
                 }
             )
     return pl.DataFrame(rows, infer_schema_length=None)

@@ -101,7 +101,9 @@ def summarise_specific(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     names = ["specific_conc_act", "specific_z_act", "specific_energy_frac_act", "specific_rank"]
     part = table.filter(pl.col("layer").is_in(layers))
     keys = ["subspace", "family", "source", "kind"]
-    means = part.group_by(keys, maintain_order=True).agg([pl.col(c).mean().alias(f"mean_{c}") for c in names])
+    doubts = [pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any()]
+    aggregates = [pl.col(c).mean().alias(f"mean_{c}") for c in names]
+    means = part.group_by(keys, maintain_order=True).agg(aggregates + doubts)
     return sort_nan_last(means, "mean_specific_conc_act")
 
 
