@@ -174,8 +174,13 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
+MODEL_LEVEL = ("delta_svd", "theta_fit")  # notebooks that know no behaviour, adapter or LoRA seed
+ALL_SEEDS = ("v7b_stability",)
+
+
 def runs(out: Path = OUT) -> list[dict]:
-    """One row per notebook run below `out`: model, behavior, adapter, seed, notebook, state, finished, seconds, folder.
+    """One row per notebook run below `out`: model, behavior, adapter, seed, notebook, variant (protocol of a sweep, null
+    diff), state, finished, seconds, folder.
 
     The state is what the run's own folder says: done, failed, or unfinished (a notebook without its record).
     """
@@ -189,13 +194,16 @@ def runs(out: Path = OUT) -> list[dict]:
         about, run = record.get("about", {}), record.get("about", {}).get("run", {})
         parts = [*notebook.parent.relative_to(out).parts, "", "", "", ""]
         at = record.get("made_at", notebook.stat().st_mtime)
+        about_model = name in MODEL_LEVEL
+        seed = "" if about_model else "all" if name in ALL_SEEDS else run.get("seed", parts[3].removeprefix("seed_"))
         found.append(
             {
                 "model": run.get("model", parts[0]),
-                "behavior": run.get("behavior", parts[1]),
-                "adapter": run.get("adapter", parts[2]),
-                "seed": run.get("seed", parts[3].removeprefix("seed_")),
+                "behavior": "" if about_model else run.get("behavior", parts[1]),
+                "adapter": "" if about_model else run.get("adapter", parts[2]),
+                "seed": seed,
                 "notebook": name,
+                "variant": "null diff" if "null_diff" in parts else parts[4] if name == "v7_sweep" else "",
                 "state": "failed" if failed else "done" if about else "unfinished",
                 "finished": time.strftime("%Y-%m-%d %H:%M", time.localtime(at)),
                 "seconds": about.get("seconds", ""),
@@ -212,7 +220,7 @@ def index(out: Path = OUT) -> Path:
     def link(path: str, text: str) -> str:
         return f'<a href="{html.escape(path)}">{html.escape(text)}</a>' if (out / path).exists() else ""
 
-    columns = ("model", "behavior", "adapter", "seed", "notebook", "state", "finished", "seconds")
+    columns = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds")
     lines = []
     for row in runs(out):
         cells = "".join(
