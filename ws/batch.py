@@ -17,10 +17,9 @@ from pathlib import Path
 from ws import parameters, store
 from ws.config import LOGS, OUT, ROOT
 from ws.execute import execute
-from ws.pairing import check_pair
+from ws.pairing import NBS, check_pair
 from ws.runs import outputs, products, run_folder, run_id, run_key, run_state
 
-NBS = ROOT / "nbs"
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "polars", "papermill")
 
 

@@ -42,14 +42,14 @@ MENDED = {  # v7 candidate -> its v7b form
 }
 
 
-def variants(only_v7_candidates: bool = True) -> dict[str, Protocol]:
+def variants() -> dict[str, Protocol]:
     """v7; v7 with one correction of capture each; all of them together: name -> protocol, all with v7's candidates."""
     v7, sound = load_protocol("v7"), load_protocol("v7b")
     out = {"v7": v7}
     for name in CAPTURE:
         if getattr(v7, name) != getattr(sound, name):
             out[f"v7 + {name.upper()}"] = replace(v7, **{name: getattr(sound, name)})
-    out["all of them"] = replace(sound, sources=V7) if only_v7_candidates else sound
+    out["all of them"] = replace(sound, sources=V7)
     return out
 
 
