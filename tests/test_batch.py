@@ -151,6 +151,29 @@ def test_refusals_name_the_thing(place):
     assert not place["out"].exists()  # nothing was started
 
 
+def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
+    """The notebook has ended and is being rendered: no kernel is there to be told, but files and the lock are."""
+    write_notebook(place["nbs"], "probe", BODY)
+    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
+    seen = []
+
+    def interrupted(notebook: Path, target: Path, title: str) -> None:
+        seen.extend(sorted(p.name[:5] for p in folder.iterdir() if p.name.startswith((".tmp-", ".lock"))))
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one must not disturb the tidying
+        time.sleep(1)
+        raise AssertionError("SIGTERM was not heard")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ws.report.render", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            batch.run_notebook("probe", {"SEED": 3}, **place)
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert seen == [".lock", ".tmp-"] and sorted(p.name for p in folder.iterdir()) == ["result.json"]
+    again = batch.run_notebook("probe", {"SEED": 3}, **place)
+    assert again.ok and again.found == "new" and count(place) == 2
+
+
 DRIVER = """
 from pathlib import Path
 from ws import batch

@@ -56,14 +56,21 @@ def kernel_worker(kernel: int) -> int:
     return psutil.Process(kernel).parent().parent().pid
 
 
-def test_kill_a_worker(whole, tmp_path):
-    """The scheduler gives the run to another worker: the batch itself completes."""
+@pytest.mark.parametrize("after", ["at once", "later"])
+def test_kill_a_worker(whole, tmp_path, after):
+    """The scheduler gives the run to another worker: the batch itself completes.
+
+    `after`: the dead worker's kernel may go on at once, so that its run may be anywhere on its way to its end when it
+    is ended, or hangs until then.
+    """
     place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
     driver = start_driver(tmp_path)
     try:
         kernel = hung(tmp_path, "weight_diff-1")
         os.kill(kernel_worker(kernel), signal.SIGKILL)
+        if after == "later":
+            wait_for(lambda: not alive(kernel), what="the end of the dead worker's kernel")
         release(tmp_path, "weight_diff-1")
         assert driver.wait(timeout=120) == 0, log(tmp_path)
         wait_for(lambda: not alive(kernel), what="the end of the dead worker's kernel")
@@ -122,6 +129,23 @@ def test_kill_a_kernel(whole, tmp_path):
         end(driver)
     assert "Kernel died" in log(tmp_path) and "4 done, 1 failed, 1 skipped" in log(tmp_path)
     assert (place.out / LORA / "seed_1/v7b/v7_sweep.failed.ipynb").is_file()
+    release(tmp_path, "v7_sweep-1")
+    completes(tmp_path, place, whole, v7_sweep__1=2, v7b_stability=1)
+
+
+def test_kill_the_process_of_a_run(whole, tmp_path):
+    """Its kernel ends by itself, the run fails, and the same command does not meet what it left."""
+    place = copy_project(whole[0], tmp_path, "seed_1/v7b", "v7b")
+    (tmp_path / "traps" / "hang-v7_sweep-1").touch()
+    driver = start_driver(tmp_path)
+    try:
+        kernel = hung(tmp_path, "v7_sweep-1")
+        psutil.Process(kernel).parent().kill()
+        assert driver.wait(timeout=120) == 1, log(tmp_path)
+        wait_for(lambda: not alive(kernel), 10, "the end of the kernel")
+    finally:
+        end(driver)
+    assert "ended with code -9" in log(tmp_path) and "4 done, 1 failed, 1 skipped" in log(tmp_path)
     release(tmp_path, "v7_sweep-1")
     completes(tmp_path, place, whole, v7_sweep__1=2, v7b_stability=1)
 

@@ -72,6 +72,20 @@ def test_sweep_finds_leftovers_below(tmp_path):
     assert store.sweep(tmp_path) == [left] and names(tmp_path / "a") == [foreign.name]
 
 
+def test_a_process_that_ended_but_was_not_asked_for_is_dead(tmp_path):
+    """A worker's orphan may stay a zombie for as long as its new parent likes."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # ended, still in the table of processes
+    left = tmp_path / f".tmp-{files._host()}-{child}-{files._stat(child)[1]}-0.table.tsv"
+    left.write_text("half")
+    try:
+        assert files._stat(child)[0] == "Z" and store.sweep(tmp_path) == [left] and not left.exists()
+    finally:
+        os.waitpid(child, 0)
+
+
 def test_lock_refuses_with_the_owners_pid_and_a_dead_owner_does_not_block(tmp_path):
     code = (
         "import time; from ws.store import lock\n"

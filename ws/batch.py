@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ws import parameters, store
 from ws.config import LOGS, OUT, ROOT
-from ws.execute import execute
+from ws.execute import execute, terminable
 from ws.pairing import NBS, check_pair
 from ws.runs import outputs, products, run_folder, run_id, run_key, run_state
 
@@ -147,7 +147,7 @@ def run_notebook(
     if not newer:
         check_pair(notebook)
     target = folder / f"{name}.ipynb"
-    with store.lock(folder, name=f".lock.{name}"):
+    with terminable(), store.lock(folder, name=f".lock.{name}"):
         key = ask.key(out)
         found = run_state(name, folder, key)  # another process may have run it while this one waited
         if found == "done" and not force:

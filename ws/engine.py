@@ -195,7 +195,7 @@ def run_steps(
         return endings
     batch = f"ws-batch-{uuid.uuid4().hex[:12]}"
     heard: queue.Queue[tuple[str, str, object]] = queue.Queue()
-    with terminable(), connect(settings, len(todo)) as (client, environment):
+    with connect(settings, len(todo)) as (client, environment):
         blind = [who for who, ok in client.run(sees, str(place.out / LOCK)).items() if not ok]
         if blind:
             raise ValueError(f"worker {blind[0]} does not see {place.out}: workers and driver need a shared folder")
@@ -269,7 +269,8 @@ def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = 
 
     Raises ws.store.Locked when another batch works on the same folder.
     """
-    with hold(place.out, settings.wait):
+    with terminable(), hold(place.out, settings.wait):
+        store.sweep(place.out)
         steps = plan(jobs, retrain, place.nbs, place.out)
         started = time.monotonic()
         board = Board([step.job.name for step in steps if step.run], len(steps))
@@ -277,6 +278,7 @@ def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = 
             endings = run_steps(steps, place, settings, board.tell, board.tick)
         finally:
             board.close()
+            store.sweep(place.out)  # a worker that was killed cannot have tidied up
         write_results(place.out)
         after = plan(jobs, False, place.nbs, place.out)
         return endings, summary_text(after, endings, board.restarts, time.monotonic() - started)

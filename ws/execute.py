@@ -1,7 +1,7 @@
 """Execute one notebook in a kernel of its own with papermill: its log, its progress, its end.
 
-An exception that leaves this module (an interrupt, SIGTERM) has ended the kernel; a kernel also ends by itself when the
-process that started it is gone.
+An exception that leaves this module (an interrupt; SIGTERM within `terminable`) has ended the kernel; a kernel also ends
+by itself when the process that started it is gone.
 """
 
 import os
@@ -50,12 +50,14 @@ class _Cells:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the kernel is ended too; only a main thread may do so."""
+    """Turn the first SIGTERM into an exception, so that the kernel is ended and temporary files are removed; later ones
+    do not disturb that. Only a main thread may do so: elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, stop)
@@ -93,7 +95,7 @@ def execute(
 ) -> str:
     """Run the notebook at `path` (its JSON: `content`) with `values`, write it to `target` after every cell.
 
-    '' when it ended well, else the traceback. Interrupts and SIGTERM pass through, the kernel ended. `log` gets what the
+    '' when it ended well, else the traceback. Interrupts pass through, the kernel ended. `log` gets what the
     notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of what runs.
     """
     import papermill
@@ -108,7 +110,7 @@ def execute(
         cells = _Cells(lambda done: on_stage(headings[min(done, len(headings) - 1)]))
         bar = {"file": cells, "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
     try:
-        with terminable(), _kernel_config() as config:
+        with _kernel_config() as config:
             papermill.execute_notebook(
                 str(path),
                 str(target),

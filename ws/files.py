@@ -29,13 +29,14 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "host"
 
 
-def _start_time(pid: int) -> int:
-    """Start of a process in clock ticks since boot, 0 where the system does not say. Guards against reused pids."""
+def _stat(pid: int) -> tuple[str, int]:
+    """State of a process ("Z": ended, its parent has not asked yet) and its start in clock ticks since boot, which
+    guards against reused pids; ("", 0) where the system does not say."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[19])
+        return "", 0
+    return fields[0], int(fields[19])
 
 
 def _alive(pid: int, start: int) -> bool:
@@ -45,13 +46,14 @@ def _alive(pid: int, start: int) -> bool:
         return False
     except PermissionError:
         pass
-    return start in (0, _start_time(pid))
+    state, started = _stat(pid)
+    return state not in ("Z", "X") and start in (0, started)
 
 
 def _temporary(path: Path) -> Path:
     """A fresh temporary name beside `path` with the same suffix (some writers read the format from it)."""
     pid = os.getpid()
-    return path.with_name(f".tmp-{_host()}-{pid}-{_start_time(pid)}-{next(_COUNTER)}.{path.name}")
+    return path.with_name(f".tmp-{_host()}-{pid}-{_stat(pid)[1]}-{next(_COUNTER)}.{path.name}")
 
 
 def _dead(left: Path) -> bool:
