@@ -124,12 +124,12 @@ write_table(summary, folder / "theta_summary.tsv")
 display(HTML(as_text(theta_report.adam_against_optimum(summary), style="html")))
 
 # %%
-figure = figures_theta.fit_traces(fits, users, list(heads))
+figure = figures_theta.fit_traces(fits, users, list(heads), list(heads))
 save(figure, folder / "theta_traces_default")
 display(notebook.show(figure))
 
 # %%
-figure = figures_theta.fit_traces(fits_matched, users, list(distinct))
+figure = figures_theta.fit_traces(fits_matched, users, list(distinct), list(heads))
 save(figure, folder / "theta_traces_matched")
 display(notebook.show(figure))
 
@@ -187,14 +187,14 @@ by_gamma = theta_report.gamma_sweep(
     fits_matched, four, heldout, before, W, [replace(cfg, gamma=float(g)) for g in GAMMAS]
 )
 write_table(by_gamma, folder / "theta_gamma.tsv")
-figure = figures_theta.sweep_curves(by_gamma, "gamma", cfg.gamma)
+figure = figures_theta.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
 save(figure, folder / "theta_gamma")
 display(notebook.show(figure))
 
 # %%
 by_beta = theta_report.beta_sweep(train, chosen, heldout, before, W, bias, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
-figure = figures_theta.sweep_curves(by_beta, "beta", cfg.beta)
+figure = figures_theta.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
 save(figure, folder / "theta_beta")
 display(notebook.show(figure))
 

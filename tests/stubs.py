@@ -4,12 +4,15 @@ A trap is a file in `traps/`: `hang-NAME` keeps a run's kernel waiting (its pid 
 raise. NAME is `weight_diff-1`, `null-0`, `v7_sweep-1`, `v7b_stability`. `counts/NAME` grows by one letter per run.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -112,17 +115,39 @@ from ws.engine import Settings, run_jobs
 if __name__ == "__main__":
     base = Path({base!r})
     place = Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
-    endings, summary = run_jobs(stub_jobs(place, {seeds!r}), place, Settings(workers=2, threads=1, scheduler={scheduler!r}))
+    endings, summary = run_jobs(stub_jobs(place, {seeds!r}), place, Settings(workers=2, threads=1, **{settings!r}))
     print(summary)
     sys.exit(0 if all(ending.ok for ending in endings.values()) else 1)
 """
 
 
-def start_driver(base: Path, seeds: tuple[int, ...] = (0, 1), scheduler: str = "") -> subprocess.Popen:
+@contextmanager
+def running_cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """A `dask scheduler` and two `dask worker` processes on loopback; the scheduler's address and the processes."""
+    file = folder / "scheduler.json"
+    environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": folder}
+    python = [sys.executable, "-m"]
+    words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    started = [subprocess.Popen([*python, *words, "--scheduler-file", str(file)], **quiet)]
+    try:
+        worker = ["distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard"]
+        worker += ["--host", "127.0.0.1", "--local-directory", str(folder / "scratch")]
+        started += [subprocess.Popen([*python, *worker], **quiet) for _ in range(2)]
+        wait_for(file.is_file, what="the scheduler")
+        yield json.loads(file.read_text())["address"], started
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            process.wait(timeout=30)
+
+
+def start_driver(base: Path, seeds: tuple[int, ...] = (0, 1), **settings: object) -> subprocess.Popen:
     """A batch in a process group of its own, as a terminal would start it; its output goes to `driver.log`."""
     script = base / "driver.py"
     tests = str(Path(__file__).parent)
-    script.write_text(DRIVER.format(tests=tests, base=str(base), seeds=seeds, scheduler=scheduler))
+    script.write_text(DRIVER.format(tests=tests, base=str(base), seeds=seeds, settings=settings))
     with (base / "driver.log").open("a") as log:
         command = [sys.executable, str(script)]
         environment = {**os.environ, "PYTHONPATH": str(HOME)}

@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
-from stubs import HOME, LORA, RUN, copy_project, counts, stub_jobs, tables, wait_for, write_project
+from stubs import LORA, RUN, copy_project, counts, running_cluster, stub_jobs, tables, write_project
 
 from ws import cli, engine, grid, progress, store, work
 from ws.config import ROOT
@@ -68,28 +67,12 @@ def test_one_seed_that_raises_fails_alone(whole, tmp_path):
 
 def test_a_running_scheduler_serves_a_batch(whole, tmp_path):
     place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b")
-    file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": tmp_path}
-    python = [sys.executable, "-m"]
-    words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    started = [subprocess.Popen([*python, *words, "--scheduler-file", str(file)], **quiet)]
-    try:
-        worker = ["distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard"]
-        worker += ["--host", "127.0.0.1", "--local-directory", str(tmp_path / "scratch")]
-        started += [subprocess.Popen([*python, *worker], **quiet) for _ in range(2)]
-        wait_for(file.is_file, what="the scheduler")
-        address = json.loads(file.read_text())["address"]
+    with running_cluster(tmp_path) as (address, started):
         endings, summary = run_jobs(stub_jobs(place), place, Settings(scheduler=address))
         assert [ending.state for ending in endings.values()] == ["done"] * 3 + ["ran"] * 2 + ["done"], summary
         about = json.loads((place.out / LORA / "seed_1/v7b/params.json").read_text())
         assert about["environment"]["threads"] == 1  # what the worker was started with
         assert all(process.poll() is None for process in started)  # they are not ours to end
-    finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait(timeout=30)
     assert tables(place) == tables(whole[1])
 
 

@@ -10,7 +10,19 @@ import signal
 
 import psutil
 import pytest
-from stubs import LORA, alive, copy_project, counts, descendants, end, start_driver, tables, wait_for, write_project
+from stubs import (
+    LORA,
+    alive,
+    copy_project,
+    counts,
+    descendants,
+    end,
+    running_cluster,
+    start_driver,
+    tables,
+    wait_for,
+    write_project,
+)
 
 from ws import runs
 
@@ -41,10 +53,14 @@ def log(base) -> str:
     return (base / "driver.log").read_text()
 
 
-def completes(base, place, whole, **expected: int) -> None:
+def completes(base, place, whole, settings: dict | None = None, **expected: int) -> None:
     """The same command again ends well, equals the undisturbed run, and left no litter; `expected`: runs begun."""
-    driver = start_driver(base)
+    driver = start_driver(base, **(settings or {}))
     assert driver.wait(timeout=120) == 0, log(base)
+    equals(base, place, whole, **expected)
+
+
+def equals(base, place, whole, **expected: int) -> None:
     assert tables(place) == whole[1]
     assert counts(base) == {name.replace("__", "-"): n for name, n in expected.items()}
     left = [p for pattern in (".tmp-*", ".lock*", "*.failed.ipynb") for p in place.out.rglob(pattern)]
@@ -98,6 +114,47 @@ def test_kill_the_driver(whole, tmp_path):
         end(driver)
     release(tmp_path, "weight_diff-1")
     completes(tmp_path, place, whole, weight_diff__1=2, v7_sweep__1=1, v7b_stability=1)
+
+
+def test_kill_the_driver_of_a_running_cluster(whole, tmp_path):
+    """Its workers are not the batch's to end: the run in progress goes on, and the next batch takes its result."""
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    (tmp_path / "traps" / "hang-weight_diff-1").touch()
+    with running_cluster(tmp_path) as (address, started):
+        driver = start_driver(tmp_path, scheduler=address)
+        try:
+            kernel = hung(tmp_path, "weight_diff-1")
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+            driver = start_driver(tmp_path, scheduler=address)
+            wait_for(lambda: "weight_diff: waiting for" in log(tmp_path), what="the next batch to meet the run")
+            assert alive(kernel)
+            release(tmp_path, "weight_diff-1")
+            assert driver.wait(timeout=120) == 0, log(tmp_path)
+        finally:
+            end(driver)
+        assert all(process.poll() is None for process in started)
+    equals(tmp_path, place, whole, weight_diff__1=1, v7_sweep__1=1, v7b_stability=1)
+
+
+def test_a_second_batch_waits_when_asked(whole, tmp_path):
+    """`--wait`: it starts when the first has ended, and finds everything done."""
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    (tmp_path / "traps" / "hang-weight_diff-1").touch()
+    first = start_driver(tmp_path)
+    second = None
+    try:
+        hung(tmp_path, "weight_diff-1")
+        second = start_driver(tmp_path, wait=True)
+        wait_for(lambda: f"in use by pid {first.pid} on" in log(tmp_path), what="the second batch to meet the lock")
+        release(tmp_path, "weight_diff-1")
+        assert first.wait(timeout=120) == 0 and second.wait(timeout=60) == 0, log(tmp_path)
+    finally:
+        for driver in (first, second):
+            if driver:
+                end(driver)
+    assert "6 done in" in log(tmp_path)
+    equals(tmp_path, place, whole, weight_diff__1=1, v7_sweep__1=1, v7b_stability=1)
 
 
 def test_interrupt(whole, tmp_path):

@@ -203,11 +203,11 @@ def test_sweeps_and_figures(planted, fitted):
     table = theta_report.summary(fits, heads, heldout, before, W, cfg, "default")
     cross = theta_report.cross_table(fits, one, heldout, before, W, cfg, "default")
     figures = [
-        figures_theta.fit_traces(fits, USERS, list(heads)),
+        figures_theta.fit_traces(fits, USERS, ["cvh"], list(heads)),
         figures_theta.heldout_gain(table),
         figures_theta.cross_heatmap(cross, ["cvh"], USERS),
         figures_theta.cosine_heatmap({"cvh": theta_report.stacked(fits, USERS, "cvh")}, USERS),
-        figures_theta.sweep_curves(gamma, "gamma", 0.5),
-        figures_theta.sweep_curves(beta, "beta", 0.05),
+        figures_theta.sweep_curves(gamma, "gamma", 0.5, list(heads)),
+        figures_theta.sweep_curves(beta, "beta", 0.05, list(heads)),
     ]
     assert all(axis.get_ylabel() or axis.get_xlabel() for figure in figures for axis in figure.axes)

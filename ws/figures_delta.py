@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ws.delta_phases import RANK, bands, expected_cos
 from ws.figures import PALETTE
@@ -11,7 +12,7 @@ from ws.figures import PALETTE
 BAND = {"A": "#56B4E9", "B": "#E69F00", "C": "#009E73", "D": "#CC79A7", "E": "#D55E00", "tail": "#7F7F7F"}
 
 
-def _axes(width: float = 7.0, height: float = 3.4) -> tuple[Figure, Axes]:
+def _axes(width: float = 9.0, height: float = 3.4) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -27,6 +28,19 @@ def _phase_bands(ax: Axes, n_layers: int) -> None:
     ax.set_xlabel("layer")
 
 
+def _legend(ax: Axes, title: str | None = None) -> None:
+    """Beside the axes: inside them it would hide some layer's point."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False, title=title, title_fontsize=8)
+
+
+def _log_scale(ax: Axes) -> None:
+    """A log scale that names 1, 2, 5, 10, 20 and so on as plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
 def rel_step(layers: pl.DataFrame) -> Figure:
     """Mean relative step per layer, with one standard deviation over tokens."""
     figure, ax = _axes()
@@ -37,11 +51,11 @@ def rel_step(layers: pl.DataFrame) -> Figure:
     ax.plot(x, mean, "o-", color=PALETTE[0], markersize=4, label="mean")
     ax.set_ylabel("relative step |delta| / |h|")
     if mean.max() > 10 * np.median(mean):  # a first block on small embeddings would flatten all the others
-        ax.set_yscale("log")
+        _log_scale(ax)
         ax.set_ylim(bottom=mean[mean > 0].min() / 3)
     else:
         ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8)
+    _legend(ax)
     _phase_bands(ax, len(layers))
     return figure
 
@@ -50,9 +64,9 @@ def eff_rank(layers: pl.DataFrame) -> Figure:
     """Effective rank of each layer's update, with the 95 % interval over passages where there is one."""
     figure, ax = _axes()
     _with_interval(ax, layers["L"].to_numpy(), layers, "eff_rank", PALETTE[1], "effective rank")
-    ax.set_yscale("log")
+    _log_scale(ax)
     ax.set_ylabel("effective rank (directions)")
-    ax.legend(fontsize=8)
+    _legend(ax)
     _phase_bands(ax, len(layers))
     return figure
 
@@ -61,7 +75,7 @@ def _with_interval(ax: Axes, x: np.ndarray, table: pl.DataFrame, column: str, co
     y, low, high = (table[c].cast(pl.Float64).to_numpy() for c in (column, f"{column}_low", f"{column}_high"))
     if np.isfinite(low).any():
         ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        label += " (95 % over passages)"
+        label += "\n(95 % over passages)"
     ax.plot(x, y, "o-", color=color, markersize=4, label=label)
 
 
@@ -73,9 +87,9 @@ def top_spectrum(layers: pl.DataFrame) -> Figure:
         share = (layers[column].cast(pl.Float64) ** 2 / layers["frob"].clip(lower_bound=1e-300) ** 2).to_numpy()
         shade = 0.1 + 0.65 * i / max(1, len(columns) - 1)
         ax.plot(layers["L"], share, "o-", color=str(shade), markersize=3, linewidth=1, label=f"s{i + 1}")
-    ax.set_yscale("log")
+    _log_scale(ax)
     ax.set_ylabel("share of the energy")
-    ax.legend(fontsize=7, ncols=2, title="singular value", title_fontsize=7)
+    _legend(ax, "singular value")
     _phase_bands(ax, len(layers))
     return figure
 
@@ -90,7 +104,7 @@ def parallel(layers: pl.DataFrame, d: int) -> Figure:
     ax.plot(layers["L"], layers["parallel_frac"], "o-", color=PALETTE[2], markersize=4, label="mean |cos(delta, h)|")
     ax.plot(layers["L"], layers["cos_delta_h_mean"], "s-", color=PALETTE[3], markersize=4, label="mean cos(delta, h)")
     ax.set_ylabel("cosine of update and stream")
-    ax.legend(fontsize=8)
+    _legend(ax)
     _phase_bands(ax, len(layers))
     return figure
 
@@ -135,7 +149,7 @@ def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: 
     ax.plot(captures["layer"], captures["left_out"], "s", color=PALETTE[1], markersize=5, label="left out")
     ax.set_ylim(0, 1.02)
     ax.set_ylabel("share of top-1 direction in\nthe phase's rank-8 space")
-    ax.legend(fontsize=7)
+    _legend(ax)
     _phase_bands(ax, n_layers)
     return figure
 
@@ -150,9 +164,9 @@ def comparison(table: pl.DataFrame) -> Figure:
         left.plot(depth, part["rel_step_mean"], "o-", color=color, markersize=3, label=model)
         _with_interval(right, depth, part, "eff_rank", color, model)
     left.set_ylabel("relative step |delta| / |h|")
-    left.set_yscale("log")
+    _log_scale(left)
     right.set_ylabel("effective rank (directions)")
-    right.set_yscale("log")
+    _log_scale(right)
     for ax in (left, right):
         ax.set_xlabel("relative depth (layer / layers)")
         ax.set_xlim(0, 1)

@@ -11,8 +11,11 @@ from ws.figures import MARKERS, PALETTE
 from ws.theta_users import UserFit
 
 
-def fit_traces(fits: dict[tuple[str, str], UserFit], users: list[str], heads: list[str]) -> Figure:
-    """Adam's traces: training loss minus its start, KL to the base, |theta|; mean over users."""
+def fit_traces(fits: dict[tuple[str, str], UserFit], users: list[str], shown: list[str], heads: list[str]) -> Figure:
+    """Adam's traces of the heads `shown`: training loss minus its start, KL to the base, |theta|; mean over users.
+
+    heads: all heads of the report in their order, so that a head has one colour in all its figures.
+    """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     panels = (
@@ -21,7 +24,8 @@ def fit_traces(fits: dict[tuple[str, str], UserFit], users: list[str], heads: li
         ("theta_norm", "|theta| (no unit)"),
     )
     for axis, (quantity, label) in zip(axes, panels, strict=True):
-        for i, head in enumerate(heads):
+        for head in shown:
+            i = heads.index(head)
             runs = torch.stack([fits[user, head].adam.trace[quantity] for user in users])
             mean = (runs - runs[:, :1] if quantity == "loss" else runs).mean(0).numpy()
             axis.plot(np.arange(len(mean)), mean, color=PALETTE[i], marker=MARKERS[i], markevery=5, ms=4, label=head)
@@ -76,33 +80,45 @@ def cross_heatmap(cross: pl.DataFrame, heads: list[str], users: list[str]) -> Fi
     )
     for axis, matrix in zip(figure.axes, matrices.values(), strict=False):
         for j, i in enumerate(matrix.argmax(axis=0)):
-            axis.plot(j, i, "s", mfc="none", mec="black", ms=14)
+            axis.plot(j, i, "s", mfc="none", mec="black", ms=20)
     return figure
 
 
 def _matrices(matrices: dict, users: list[str], x: str, y: str, unit: str, colours: str, limits: tuple) -> Figure:
-    figure = Figure(figsize=(4.4 * len(matrices) + 0.8, 4.3), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(matrices), sharey=True))
+    """One panel per matrix, two beside each other: the numbers in the cells are to be read."""
+    columns = min(2, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.8, 4.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(matrices) :]:
+        axis.remove()
+    axes = axes[: len(matrices)]
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix, cmap=colours, vmin=limits[0], vmax=limits[1])
         axis.set_xticks(range(len(users)), users, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(users)), users, fontsize=8)
         for i, j in np.ndindex(matrix.shape):
-            axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=6)
+            strong = abs(matrix[i, j]) > 0.6 * limits[1]
+            colour = "white" if strong else "black"
+            axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(x)
-    axes[0].set_ylabel(y)
-    figure.colorbar(image, ax=axes.tolist(), label=unit, shrink=0.8)
+        axis.set_ylabel(y)
+    figure.colorbar(image, ax=axes.tolist(), label=unit, shrink=0.8 / rows)
     return figure
 
 
-def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float) -> Figure:
-    """Held-out gain (left) and KL to the base (right) against `x` (gamma or beta); dashed: the value of the fit."""
+def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float, heads: list[str]) -> Figure:
+    """Held-out gain (left) and KL to the base (right) against `x` (gamma or beta); dashed: the value of the fit.
+
+    heads: all heads of the report in their order, so that a head has one colour in all its figures.
+    """
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     panels = (("gain", "held-out gain (nats per token)"), ("kl", "KL to the base (nats per token)"))
     for axis, (column, label) in zip(axes, panels, strict=True):
-        for i, head in enumerate(sweep["head"].unique(maintain_order=True)):
+        for head in sweep["head"].unique(maintain_order=True):
+            i = heads.index(head)
             part = sweep.filter(pl.col("head") == head).sort(x)
             axis.plot(
                 part[x].to_numpy(), part[column].to_numpy(), color=PALETTE[i], marker=MARKERS[i], ms=4, label=head
@@ -114,5 +130,6 @@ def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float) -> Figure:
     if x == "beta":
         for axis in axes:
             axis.set_xscale("symlog", linthresh=0.01)
+            axis.set_xlim(left=0)
     axes[0].legend(fontsize=7, frameon=False)
     return figure

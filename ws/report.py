@@ -41,7 +41,8 @@ h1, h2, h3 { line-height: 1.25; margin: 1.8em 0 .6em; }
 h1 { font-size: 1.9rem; margin-top: .5em; } h2 { font-size: 1.4rem; border-bottom: 1px solid var(--line); }
 pre, code { font: .84rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { overflow-x: auto; margin: .6rem 0; } p code, li code, td code { background: var(--soft); padding: .1em .3em; }
-table { border-collapse: collapse; font-size: .84rem; display: block; overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .84rem; display: block; overflow-x: auto; margin: .8rem 0;
+  width: max-content; max-width: max(100%, calc(50vw + 29rem)); }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid var(--dim); }
 tbody tr:hover { background: var(--soft); }
