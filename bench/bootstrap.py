@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from ws.intervals import BOOT, crossed_bootstrap, percentile_interval
+from ws.stability.intervals import BOOT, crossed_bootstrap, percentile_interval
 
 SEEDS, CANDIDATES, LAYERS, TOPICS = 10, 60, 28, 12
 LOOP_DRAWS = 200  # the loop is timed on this many draws and scaled up

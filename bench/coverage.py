@@ -5,7 +5,7 @@
 
 import time
 
-from ws.intervals import coverage_table
+from ws.stability.intervals import coverage_table
 
 INTERVALS = ("t", "boot", "crossed_t")
 COLUMNS = [f"{interval}_{what}" for what in ("these_topics", "all_topics", "width") for interval in INTERVALS]

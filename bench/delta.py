@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ws.delta import delta_svd
-from ws.delta_bootstrap import bootstrap, bootstrap_weights, group_parts, sketch_basis
-from ws.delta_spectrum import Spectrum, eff_rank, spectrum
+from ws.delta.bootstrap import bootstrap, bootstrap_weights, group_parts, sketch_basis
+from ws.delta.measure import delta_svd
+from ws.delta.spectrum import Spectrum, eff_rank, spectrum
 
 LAYERS = (4, 12)
 TOKENS, WIDTH = 2048, 2048

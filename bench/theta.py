@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ws.heads import cvh  # noqa: E402
-from ws.theta import FitConfig, fit_adam, make_problem, record_base  # noqa: E402
-from ws.theta_optimum import fit_optimum  # noqa: E402
+from ws.theta.fit import FitConfig, fit_adam, make_problem, record_base  # noqa: E402
+from ws.theta.heads import cvh  # noqa: E402
+from ws.theta.optimum import fit_optimum  # noqa: E402
 
 V, d, D = 151_936, 1024, 64
 

@@ -43,11 +43,13 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import delta_files, figures_delta, notebook
-from ws.calibration import load_calibration
+from ws import notebook
 from ws.config import ROOT, model_folder, model_slug
-from ws.delta import delta_svd
-from ws.delta_phases import top1_cos
+from ws.delta import report
+from ws.delta.calibration import load_calibration
+from ws.delta.measure import delta_svd
+from ws.delta.phases import top1_cos
+from ws.figures import delta as draw
 from ws.figures import save
 from ws.model import load_lm
 from ws.tables import as_text, write_table
@@ -65,9 +67,9 @@ lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 
 # %%
 run = delta_svd(lm, texts, MODE, FINAL_NORM, MAX_LENGTH, TOP_K, BOOT, SEED, BATCH_SIZE)
-found = delta_files.save_run(run, folder)
+found = report.save_run(run, folder)
 log.info("%s: %d tokens, %d layers, d %d", run.model, run.n_calib_tokens, len(run.layers), run.hidden)
-display(Markdown(delta_files.setting(run, len(texts))))
+display(Markdown(report.setting(run, len(texts))))
 
 # %% [markdown]
 # ## Layer by layer
@@ -77,21 +79,21 @@ display(Markdown(delta_files.setting(run, len(texts))))
 # `topN_frac`: share of the energy in the first N directions. `parallel_frac`: mean |cos| between update and stream.
 
 # %%
-layers = delta_files.layer_table(run)
-display(HTML(as_text(layers, delta_files.SHOWN, style="html")))
+layers = report.layer_table(run)
+display(HTML(as_text(layers, report.SHOWN, style="html")))
 
 # %%
-figure = figures_delta.rel_step(layers)
+figure = draw.rel_step(layers)
 save(figure, folder / "delta_svd_rel_step")
 display(notebook.show(figure))
 
 # %%
-figure = figures_delta.eff_rank(layers)
+figure = draw.eff_rank(layers)
 save(figure, folder / "delta_svd_eff_rank")
 display(notebook.show(figure))
 
 # %%
-figure = figures_delta.top_spectrum(layers)
+figure = draw.top_spectrum(layers)
 save(figure, folder / "delta_svd_spectrum")
 display(notebook.show(figure))
 
@@ -99,7 +101,7 @@ display(notebook.show(figure))
 # Along the stream itself: a negative mean cosine says that a block shrinks what is there.
 
 # %%
-figure = figures_delta.parallel(layers, run.hidden)
+figure = draw.parallel(layers, run.hidden)
 save(figure, folder / "delta_svd_parallel")
 display(notebook.show(figure))
 
@@ -110,7 +112,7 @@ display(notebook.show(figure))
 # along it on average; the signed cosines are in `delta_svd_cos.tsv`.
 
 # %%
-figure = figures_delta.cos_heatmap(top1_cos(run.directions).numpy(), run.hidden)
+figure = draw.cos_heatmap(top1_cos(run.directions).numpy(), run.hidden)
 save(figure, folder / "delta_svd_cos")
 display(notebook.show(figure))
 
@@ -123,12 +125,12 @@ display(notebook.show(figure))
 # `outside`: what the phase's space holds of the other phases' layers, the comparison that matters most.
 
 # %%
-rows = delta_files.phase_table(found, run.hidden)
+rows = report.phase_table(found, run.hidden)
 display(HTML(as_text(rows, style="html")))
 
 # %%
-captures = delta_files.capture_table(found, run.hidden)
-figure = figures_delta.capture(captures, rows, len(run.layers), run.hidden)
+captures = report.capture_table(found, run.hidden)
+figure = draw.capture(captures, rows, len(run.layers), run.hidden)
 save(figure, folder / "delta_svd_capture")
 display(notebook.show(figure))
 
@@ -137,9 +139,9 @@ display(notebook.show(figure))
 
 # %%
 if COMPARE:
-    table = delta_files.compare([folder, *(ROOT / other for other in COMPARE)])
+    table = report.compare([folder, *(ROOT / other for other in COMPARE)])
     write_table(table, folder / "delta_svd_comparison.tsv")
-    figure = figures_delta.comparison(table)
+    figure = draw.comparison(table)
     save(figure, folder / "delta_svd_comparison")
     display(notebook.show(figure))
 else:
@@ -150,4 +152,4 @@ else:
 
 # %%
 log.info("done: %s", folder)
-display(Markdown(delta_files.conclusion(run, found).replace("# Delta SVD", "### Delta SVD")))
+display(Markdown(report.conclusion(run, found).replace("# Delta SVD", "### Delta SVD")))

@@ -59,14 +59,17 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import figures_theta, notebook, theta_compare, theta_report, theta_users, theta_verdict
+from ws import notebook
 from ws.config import model_folder, model_slug
 from ws.figures import save
-from ws.heads import all_heads
+from ws.figures import theta as draw
 from ws.model import load_lm
 from ws.tables import as_text, write_table
-from ws.theta import FitConfig
-from ws.theta_states import load_users, record_users
+from ws.theta import compare, report, verdict
+from ws.theta.fit import FitConfig
+from ws.theta.heads import all_heads
+from ws.theta.states import load_users, record_users
+from ws.theta.users import fit_users, joint_base
 
 folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "theta_fit"
 log = notebook.start_log("theta_fit", folder)
@@ -85,10 +88,10 @@ W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
 train, rest = record_users(
     lm, texts, float(HELDOUT), MASK_PROMPT, MAX_LENGTH, BATCH_SIZE, folder / "states.safetensors"
 )
-heldout = theta_compare.make_heldout(rest, W, bias)
+heldout = compare.make_heldout(rest, W, bias)
 users, heads = list(texts), all_heads(W, THETA_DIM, float(ALPHA), SEED)
-before = theta_compare.base_ce(heldout, W, heads["cvh"])
-display(HTML(as_text(theta_report.user_table(texts, train, rest, heldout, before), style="html")))
+before = compare.base_ce(heldout, W, heads["cvh"])
+display(HTML(as_text(report.user_table(texts, train, rest, heldout, before), style="html")))
 
 # %% [markdown]
 # ## The scale of a head
@@ -102,9 +105,9 @@ display(HTML(as_text(theta_report.user_table(texts, train, rest, heldout, before
 # at alpha 0.1 (`tests/test_theta.py`).
 
 # %%
-base, _ = theta_users.joint_base(list(train.values()), W, bias)
-matched, kappa = theta_compare.matched_heads(heads, base, W, cfg.gamma, float(MATCHED_KL))
-display(HTML(as_text(theta_report.scale_table(heads, matched, kappa), style="html")))
+base, _ = joint_base(list(train.values()), W, bias)
+matched, kappa = compare.matched_heads(heads, base, W, cfg.gamma, float(MATCHED_KL))
+display(HTML(as_text(report.scale_table(heads, matched, kappa), style="html")))
 
 # %% [markdown]
 # ## Fits
@@ -113,23 +116,23 @@ display(HTML(as_text(theta_report.scale_table(heads, matched, kappa), style="htm
 # Newton's method finds it exactly, once over all theta and once within the norm clip. One file per user and head.
 
 # %%
-distinct = theta_compare.distinct_functions(matched)
-fits = theta_users.fit_users(train, heads, W, bias, cfg, folder)
-fits_matched = theta_users.fit_users(train, distinct, W, bias, cfg, folder / "matched")
-summary = theta_report.join(
-    theta_report.summary(fits, heads, heldout, before, W, cfg, "default"),
-    theta_report.summary(fits_matched, distinct, heldout, before, W, cfg, "matched"),
+distinct = compare.distinct_functions(matched)
+fits = fit_users(train, heads, W, bias, cfg, folder)
+fits_matched = fit_users(train, distinct, W, bias, cfg, folder / "matched")
+summary = report.join(
+    report.summary(fits, heads, heldout, before, W, cfg, "default"),
+    report.summary(fits_matched, distinct, heldout, before, W, cfg, "matched"),
 )
 write_table(summary, folder / "theta_summary.tsv")
-display(HTML(as_text(theta_report.adam_against_optimum(summary), style="html")))
+display(HTML(as_text(report.adam_against_optimum(summary), style="html")))
 
 # %%
-figure = figures_theta.fit_traces(fits, users, list(heads), list(heads))
+figure = draw.fit_traces(fits, users, list(heads), list(heads))
 save(figure, folder / "theta_traces_default")
 display(notebook.show(figure))
 
 # %%
-figure = figures_theta.fit_traces(fits_matched, users, list(distinct), list(heads))
+figure = draw.fit_traces(fits_matched, users, list(distinct), list(heads))
 save(figure, folder / "theta_traces_matched")
 display(notebook.show(figure))
 
@@ -142,11 +145,11 @@ display(notebook.show(figure))
 # that gains less on held-out texts than Adam has fitted noise.
 
 # %%
-display(HTML(as_text(theta_report.gains(summary), style="html")))
-chosen = {name: matched[name] for name in CONTROL_HEADS or [theta_report.best_head(summary)]}
+display(HTML(as_text(report.gains(summary), style="html")))
+chosen = {name: matched[name] for name in CONTROL_HEADS or [report.best_head(summary)]}
 
 # %%
-figure = figures_theta.heldout_gain(summary)
+figure = draw.heldout_gain(summary)
 save(figure, folder / "theta_heldout_gain")
 display(notebook.show(figure))
 
@@ -156,22 +159,22 @@ display(notebook.show(figure))
 # Theta of user i on the held-out texts of user j. If a theta holds its user, the diagonal is the best of its column.
 
 # %%
-cross = theta_report.join(
-    theta_report.cross_table(fits, heads, heldout, before, W, cfg, "default"),
-    theta_report.cross_table(fits_matched, distinct, heldout, before, W, cfg, "matched"),
+cross = report.join(
+    report.cross_table(fits, heads, heldout, before, W, cfg, "default"),
+    report.cross_table(fits_matched, distinct, heldout, before, W, cfg, "matched"),
 )
 write_table(cross, folder / "theta_cross.csv")
-diagonal = theta_report.diagonal(cross)
+diagonal = report.diagonal(cross)
 display(HTML(as_text(diagonal, style="html")))
 
 # %%
 shown = ["cvh", "unconditional", "svd_cvh", "svd_unconditional"]
-figure = figures_theta.cross_heatmap(theta_report.of_scale(cross, "matched"), shown, users)
+figure = draw.cross_heatmap(report.of_scale(cross, "matched"), shown, users)
 save(figure, folder / "theta_cross")
 display(notebook.show(figure))
 
 # %%
-figure = figures_theta.cosine_heatmap({n: theta_report.stacked(fits_matched, users, n) for n in shown}, users)
+figure = draw.cosine_heatmap({n: report.stacked(fits_matched, users, n) for n in shown}, users)
 save(figure, folder / "theta_cosines")
 display(notebook.show(figure))
 
@@ -183,18 +186,16 @@ display(notebook.show(figure))
 
 # %%
 four = {name: matched[name] for name in shown}
-by_gamma = theta_report.gamma_sweep(
-    fits_matched, four, heldout, before, W, [replace(cfg, gamma=float(g)) for g in GAMMAS]
-)
+by_gamma = report.gamma_sweep(fits_matched, four, heldout, before, W, [replace(cfg, gamma=float(g)) for g in GAMMAS])
 write_table(by_gamma, folder / "theta_gamma.tsv")
-figure = figures_theta.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
+figure = draw.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
 save(figure, folder / "theta_gamma")
 display(notebook.show(figure))
 
 # %%
-by_beta = theta_report.beta_sweep(train, chosen, heldout, before, W, bias, [replace(cfg, beta=float(b)) for b in BETAS])
+by_beta = report.beta_sweep(train, chosen, heldout, before, W, bias, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
-figure = figures_theta.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
+figure = draw.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
 save(figure, folder / "theta_beta")
 display(notebook.show(figure))
 
@@ -206,8 +207,8 @@ display(notebook.show(figure))
 # chosen because it gains most here is read a little too kindly.
 
 # %%
-controls = theta_verdict.controls(train, chosen, fits_matched, heldout, before, W, bias, cfg, PERMUTATIONS, SEED)
-control = theta_verdict.control_table(heldout, controls, BOOT, SEED)
+controls = verdict.controls(train, chosen, fits_matched, heldout, before, W, bias, cfg, PERMUTATIONS, SEED)
+control = verdict.control_table(heldout, controls, BOOT, SEED)
 write_table(control, folder / "theta_control.tsv")
 display(HTML(as_text(control, style="html")))
 
@@ -219,7 +220,7 @@ display(HTML(as_text(control, style="html")))
 
 # %%
 strengths = [cfg.gamma, 4 * cfg.gamma]
-samples = theta_report.samples(lm, texts, float(HELDOUT), chosen, fits_matched, list(chosen), strengths, SAMPLE_TOKENS)
+samples = report.samples(lm, texts, float(HELDOUT), chosen, fits_matched, list(chosen), strengths, SAMPLE_TOKENS)
 write_table(samples, folder / "theta_samples.tsv")
 display(HTML(as_text(samples, style="html")))
 
@@ -227,10 +228,8 @@ display(HTML(as_text(samples, style="html")))
 # ## Verdict
 
 # %%
-text_gains = {
-    s: theta_report.text_gains(fits_matched, distinct, heldout, before, W, cfg, s) for s in theta_report.SOLVERS
-}
-said = theta_verdict.verdict(heldout, text_gains, control, diagonal, BOOT, SEED)
-theta_verdict.write_conclusion(said, folder / "theta_conclusion.md")
+text_gains = {s: report.text_gains(fits_matched, distinct, heldout, before, W, cfg, s) for s in report.SOLVERS}
+said = verdict.verdict(heldout, text_gains, control, diagonal, BOOT, SEED)
+verdict.write_conclusion(said, folder / "theta_conclusion.md")
 log.info("done: %s", folder)
 display(Markdown(said))

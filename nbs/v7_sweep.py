@@ -51,13 +51,15 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import conclusion, figures, notebook, sweep, tables
+from ws import conclusion, notebook, sweep, tables
 from ws.activations import capture_steered, probes
 from ws.bases import a_side_bases
 from ws.candidates import CeilingMaterials, build, registered
 from ws.config import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import load_diff
+from ws.figures import save
+from ws.figures import sweep as draw
 from ws.files import write_json, write_text
 from ws.model import load_lm
 from ws.protocol import load_protocol
@@ -137,8 +139,8 @@ saved = notebook.save_scores(folder / "scores.safetensors", candidates, bases, t
 # ## Activation against weight recovery
 
 # %%
-figure = figures.joint_scatter(summary, f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {protocol.name}")
-figures.save(figure, folder / "v7_joint_act_weight_scatter")
+figure = draw.joint_scatter(summary, f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {protocol.name}")
+save(figure, folder / "v7_joint_act_weight_scatter")
 display(notebook.show(figure))
 
 # %% [markdown]
@@ -146,8 +148,8 @@ display(notebook.show(figure))
 
 # %%
 best = conclusion.leaders(pct, "joint_score", ("write", "mixed"))[:6]
-figure = figures.recovery_by_layer(table, best + ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"], layers)
-figures.save(figure, folder / "v7_recovery_by_layer")
+figure = draw.recovery_by_layer(table, best + ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"], layers)
+save(figure, folder / "v7_recovery_by_layer")
 display(notebook.show(figure))
 
 # %% [markdown]

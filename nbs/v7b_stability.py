@@ -43,18 +43,23 @@ from pathlib import Path
 import polars as pl
 from IPython.display import HTML, Markdown, display
 
-from ws import compare, conclusion_stability, figures, figures_stability, notebook, overlap, stability, tables
+from ws import notebook, tables
 from ws.bases import part_bases
 from ws.candidates import registered
 from ws.config import RunId, cache_folder, model_slug
 from ws.data import load_behavior
 from ws.diff import load_diff
+from ws.figures import save
+from ws.figures import stability as draw
 from ws.files import write_text
 from ws.model import load_lm
 from ws.protocol import load_protocol
-from ws.seeds import doubts, load_seeds
-from ws.significance import significance_table
-from ws.verdict import verdict
+from ws.stability import corrections, overlap
+from ws.stability.conclusion import conclusion
+from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
+from ws.stability.seeds import doubts, load_seeds
+from ws.stability.significance import significance_table
+from ws.stability.verdict import verdict
 
 behavior = load_behavior(BEHAVIOR)
 protocol = load_protocol(PROTOCOL)
@@ -108,8 +113,8 @@ display(HTML(tables.as_text(a_side.sort("stability"), rows=12, style="html")))
 # activation difference and for the weights, compared between seeds, with the overlap of random subspaces.
 
 # %%
-figure = figures_stability.oracle_overlap_figure(subspaces)
-figures.save(figure, folder / "v7b_oracle_overlap")
+figure = draw.oracle_overlap_figure(subspaces)
+save(figure, folder / "v7b_oracle_overlap")
 display(notebook.show(figure))
 
 # %% [markdown]
@@ -120,23 +125,23 @@ display(notebook.show(figure))
 # recovery with random subspaces, `q_R_w` is adjusted over all candidates.
 
 # %%
-summary = stability.summary_table(scores, STAT_SEED, BOOT)
+summary = summary_table(scores, STAT_SEED, BOOT)
 significance = significance_table(scores, runs.factors, runs.one_basis, STAT_SEED, N_NULL, lm.device.type)
 doubtful = doubts({seed: f / PROTOCOL for seed, f in seed_folders.items()}, scores.layers)
 summary = notebook.join_summary(summary, significance, a_side).join(doubtful, on="candidate", maintain_order="left")
-per_seed = stability.per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left")
-ranks = stability.rank_stability_table(scores)
+per_seed = per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left")
+ranks = rank_stability_table(scores)
 tables.write_table(per_seed, folder / "v7b_per_seed.csv")
 tables.write_table(summary, folder / "v7b_summary.tsv")
 tables.write_table(ranks, folder / "v7b_rank_stability.csv")
 v = verdict(scores, unstable, significance["q_R_w"].to_numpy())
-figure = figures_stability.forest_plot(summary, per_seed, v.winner)
-figures.save(figure, folder / "v7b_forest")
+figure = draw.forest_plot(summary, per_seed, v.winner)
+save(figure, folder / "v7b_forest")
 display(notebook.show(figure))
 
 # %%
-figure = figures_stability.bump_chart(per_seed, summary)
-figures.save(figure, folder / "v7b_ranks")
+figure = draw.bump_chart(per_seed, summary)
+save(figure, folder / "v7b_ranks")
 display(notebook.show(figure))
 display(HTML(tables.as_text(ranks, style="html")))
 
@@ -144,7 +149,7 @@ display(HTML(tables.as_text(ranks, style="html")))
 # ## The verdict
 
 # %%
-text = conclusion_stability.conclusion(v, summary, ranks, significance, subspaces, unstable)
+text = conclusion(v, summary, ranks, significance, subspaces, unstable)
 write_text(folder / "v7b_conclusion.md", text)
 display(Markdown(text.replace("\n# ", "\n## ")))
 
@@ -156,7 +161,7 @@ display(Markdown(text.replace("\n# ", "\n## ")))
 # %%
 if CORRECTIONS:
     diffs = {seed: load_diff(f / "w.safetensors") for seed, f in seed_folders.items()}
-    moved, behind = compare.capture_corrections(lm, behavior, diffs, cache_folder(run.model))
+    moved, behind = corrections.capture_corrections(lm, behavior, diffs, cache_folder(run.model))
     tables.write_table(moved, folder / "v7b_capture_corrections.tsv")
     tables.write_table(behind, folder / "v7b_capture_corrections_scores.csv")
     display(HTML(tables.as_text(moved, style="html")))
@@ -165,7 +170,7 @@ if CORRECTIONS:
 # Corrections of a basis stand beside the candidate they mend, scored in the same runs (geometric means over seeds).
 
 # %%
-mended = compare.basis_corrections(per_seed)
+mended = corrections.basis_corrections(per_seed)
 tables.write_table(mended, folder / "v7b_basis_corrections.tsv")
 display(HTML(tables.as_text(mended, style="html")))
 log.info("done: %s", folder)

@@ -54,13 +54,15 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import evaluate, figures, notebook, tables
+from ws import evaluate, notebook, tables
 from ws.config import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import describe
+from ws.figures import diff as draw
+from ws.figures import save
 from ws.files import write_json, write_text
 from ws.model import load_lm
-from ws.train import PairConfig, TrainConfig, obtain_diff
+from ws.train.difference import PairConfig, TrainConfig, obtain_diff
 
 behavior = load_behavior(BEHAVIOR)
 run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
@@ -106,13 +108,13 @@ display(Markdown(notebook.training_text(training)))
 norms = notebook.diff_norms(w)
 tables.write_table(norms, folder / "w_norms.csv")
 write_text(folder / "w.txt", describe(w))
-figure = figures.norm_map(norms)
-figures.save(figure, folder / "w_norms")
+figure = draw.norm_map(norms)
+save(figure, folder / "w_norms")
 display(notebook.show(figure))
 
 # %%
-figure = figures.spectra(notebook.diff_spectra(w))
-figures.save(figure, folder / "w_spectra")
+figure = draw.spectra(notebook.diff_spectra(w))
+save(figure, folder / "w_spectra")
 display(notebook.show(figure))
 display(HTML(tables.as_text(notebook.norms_by_module(norms), style="html")))
 
@@ -128,8 +130,8 @@ sweep = evaluate.alpha_sweep(lm, behavior, w, ALPHAS)
 summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
-figure = figures.alpha_curves(summary)
-figures.save(figure, folder / "alpha_sweep")
+figure = draw.alpha_curves(summary)
+save(figure, folder / "alpha_sweep")
 display(notebook.show(figure))
 display(HTML(tables.as_text(summary, style="html")))
 

@@ -1,4 +1,4 @@
-"""ws.batch, ws.runs, ws.parameters: a notebook runs once, with the parameters that were asked for, or not at all."""
+"""ws.batch.once, runs, parameters: a notebook runs once, with the parameters that were asked for, or not at all."""
 
 import json
 import os
@@ -11,10 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ws import batch, runs, store
-from ws.config import RunId
+from ws import store
+from ws.batch import once, runs
+from ws.config import ROOT, RunId
 
-HOME = Path(batch.__file__).parents[1]
+HOME = ROOT
 PARAMETERS = (
     'SEED = 0\nRATE = 0.5\nNAME = "tiny"\nFLAG = False\nALPHAS = [-1.0, 1.0]\nLAYERS = None\nW_PATH = ""\nOUT_DIR = ""'
 )
@@ -52,7 +53,7 @@ def count(place) -> int:
 
 def test_a_run_is_done_once_and_remade_for_a_reason(place, tmp_path):
     write_notebook(place["nbs"], "probe", BODY)
-    first = batch.run_notebook("probe", {"SEED": "3", "ALPHAS": "-2,2", "FLAG": "true"}, **place)
+    first = once.run_notebook("probe", {"SEED": "3", "ALPHAS": "-2,2", "FLAG": "true"}, **place)
     folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
     assert first.ok and first.found == "new" and first.folder == folder, first.error
     assert json.loads((folder / "result.json").read_text()) == [3, 0.5, "tiny", True, [-2.0, 2.0], None, ""]
@@ -61,23 +62,23 @@ def test_a_run_is_done_once_and_remade_for_a_reason(place, tmp_path):
     about = json.loads((folder / "params.json").read_text())
     assert about["parameters"]["SEED"] == 3 and about["parameters"]["RATE"] == 0.5
     assert set(about) == {"notebook", "parameters", "source_revision", "versions", "environment", "timings"}
-    assert about["environment"]["threads"] == batch.threads() >= 1
+    assert about["environment"]["threads"] == once.threads() >= 1
     assert about["versions"]["torch"] and about["timings"]["seconds"] > 0
     log = next(place["logs"].glob("*_probe_*.log")).read_text()
     assert "stdout of the notebook" in log and "progress 3/3" in log and "ended well" in log
 
     start = time.monotonic()
-    again = batch.run_notebook("probe", {"SEED": 3, "ALPHAS": [-2, 2], "FLAG": True}, **place)
+    again = once.run_notebook("probe", {"SEED": 3, "ALPHAS": [-2, 2], "FLAG": True}, **place)
     assert again.ok and again.found == "done" and time.monotonic() - start < 1 and count(place) == 1
 
-    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "changed parameters" and count(place) == 2
+    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "changed parameters" and count(place) == 2
     (folder / "result.json").unlink()
-    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "damaged" and count(place) == 3
+    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "damaged" and count(place) == 3
     (folder / "probe.html").unlink()
-    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "done" and (folder / "probe.html").is_file()
+    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "done" and (folder / "probe.html").is_file()
     write_notebook(place["nbs"], "probe", BODY, "print('one more')")
-    assert batch.run_notebook("probe", {"SEED": "3"}, **place).found == "changed code" and count(place) == 4
-    assert batch.run_notebook("probe", {"SEED": "3"}, force=True, **place).ok and count(place) == 5
+    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "changed code" and count(place) == 4
+    assert once.run_notebook("probe", {"SEED": "3"}, force=True, **place).ok and count(place) == 5
 
 
 def test_an_input_counts_by_what_it_holds(place, tmp_path):
@@ -87,14 +88,14 @@ def test_an_input_counts_by_what_it_holds(place, tmp_path):
     data.write_text("one")
 
     def ask(path: str, cwd: Path):
-        return batch.run_notebook("probe", {"W_PATH": path, "OUT_DIR": "res"}, cwd=cwd, **place)
+        return once.run_notebook("probe", {"W_PATH": path, "OUT_DIR": "res"}, cwd=cwd, **place)
 
     first = ask("w.pt", data.parent)
     assert first.ok and first.folder == data.parent / "res" and (first.folder / "probe.html").is_file(), first.error
     assert json.loads((first.folder / "params.json").read_text())["parameters"]["W_PATH"] == str(data)
     assert ask(str(data), data.parent).found == "done"
     data.write_text("two")
-    assert batch.run_notebook("probe", {"W_PATH": "w.pt"}, "res", cwd=data.parent, **place).found == "changed inputs"
+    assert once.run_notebook("probe", {"W_PATH": "w.pt"}, "res", cwd=data.parent, **place).found == "changed inputs"
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         ask("missing.pt", data.parent)
 
@@ -103,14 +104,14 @@ def test_a_failed_run_is_kept_apart_and_told(place):
     write_notebook(
         place["nbs"], "probe", "if SEED == 3: raise RuntimeError('planted at seed 3')", "print('not reached')"
     )
-    run = batch.run_notebook("probe", {"SEED": 3}, **place)
+    run = once.run_notebook("probe", {"SEED": 3}, **place)
     assert not run.ok and run.error.endswith("RuntimeError: planted at seed 3") and "\x1b" not in run.error
     assert [p.name for p in run.folder.iterdir() if not p.name.startswith(".made")] == ["probe.failed.ipynb"]
     kept = nbformat.read(run.folder / "probe.failed.ipynb", as_version=4)
     assert kept.metadata.papermill.exception is True
     assert store.read_failure(run.folder / "probe.ipynb")["error"] == run.error
     write_notebook(place["nbs"], "probe", "print(SEED)")
-    again = batch.run_notebook("probe", {"SEED": 3}, **place)
+    again = once.run_notebook("probe", {"SEED": 3}, **place)
     assert again.ok and again.found == "failed before"
     assert sorted(p.name for p in again.folder.glob("*.ipynb")) == ["probe.ipynb"]
     done = nbformat.read(again.folder / "probe.ipynb", as_version=4).metadata.papermill
@@ -119,7 +120,7 @@ def test_a_failed_run_is_kept_apart_and_told(place):
 
 def test_a_cell_that_kills_its_kernel_fails_the_run(place):
     write_notebook(place["nbs"], "probe", "import os; os._exit(9)")
-    run = batch.run_notebook("probe", {}, **place)
+    run = once.run_notebook("probe", {}, **place)
     assert not run.ok and "Kernel died" in run.error and (run.folder / "probe.failed.ipynb").is_file()
 
 
@@ -127,7 +128,7 @@ def test_two_notebooks_may_share_a_folder(place, tmp_path):
     write_notebook(place["nbs"], "first", "open(OUT_DIR + '/a', 'w').write('a')")
     write_notebook(place["nbs"], "second", "open(OUT_DIR + '/b', 'w').write('b')")
     for _ in range(2):
-        found = [batch.run_notebook(name, {}, tmp_path / "res", **place).found for name in ("first", "second")]
+        found = [once.run_notebook(name, {}, tmp_path / "res", **place).found for name in ("first", "second")]
     assert found == ["done", "done"]
     assert runs.outputs("second", tmp_path / "res") == {"b": 1}
 
@@ -145,9 +146,9 @@ def test_refusals_name_the_thing(place):
     ]
     for name, values, message in cases:
         with pytest.raises(ValueError, match=message):
-            batch.run_notebook(name, values, **place)
+            once.run_notebook(name, values, **place)
     with pytest.raises(FileNotFoundError, match="prob: no such notebook.*did you mean probe"):
-        batch.run_notebook("prob", {}, **place)
+        once.run_notebook("prob", {}, **place)
     assert not place["out"].exists()  # nothing was started
 
 
@@ -167,18 +168,18 @@ def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("ws.report.render", interrupted)
         with pytest.raises(SystemExit) as ended:
-            batch.run_notebook("probe", {"SEED": 3}, **place)
+            once.run_notebook("probe", {"SEED": 3}, **place)
     assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert seen == [".lock", ".tmp-"] and sorted(p.name for p in folder.iterdir()) == ["result.json"]
-    again = batch.run_notebook("probe", {"SEED": 3}, **place)
+    again = once.run_notebook("probe", {"SEED": 3}, **place)
     assert again.ok and again.found == "new" and count(place) == 2
 
 
 DRIVER = """
 from pathlib import Path
-from ws import batch
+from ws.batch import once
 base = Path({base!r})
-run = batch.run_notebook("probe", {{"SEED": 3}}, nbs=base / "nbs", out=base / "out", logs=base / "logs", quiet=True)
+run = once.run_notebook("probe", {{"SEED": 3}}, nbs=base / "nbs", out=base / "out", logs=base / "logs", quiet=True)
 print(run.found, run.ok)
 """
 

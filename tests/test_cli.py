@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_batch import write_notebook
 
-from ws import batch, cli
+from ws import cli
+from ws.batch import once
 
 HOME = Path(cli.__file__).parents[1]
 
@@ -28,13 +29,13 @@ def call(*args: str) -> int:
 def asked(monkeypatch, tmp_path):
     """Records what would be run; the run answers as told."""
     calls = []
-    answers = {"run": batch.Run("probe", tmp_path, "new", True, 2.0)}
+    answers = {"run": once.Run("probe", tmp_path, "new", True, 2.0)}
 
     def run_notebook(name, params=None, out_dir=None, timeout=None, **options):
         calls.append((name, params, timeout, options))
         return answers["run"]
 
-    monkeypatch.setattr(batch, "run_notebook", run_notebook)
+    monkeypatch.setattr(once, "run_notebook", run_notebook)
     return calls, answers
 
 
@@ -51,7 +52,7 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
 
 def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path, capsys):
     _, answers = asked
-    answers["run"] = batch.Run("probe", tmp_path, "new", False, 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN")
+    answers["run"] = once.Run("probe", tmp_path, "new", False, 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN")
     assert call("nb", "probe") == 1
     told = capsys.readouterr().err
     assert "ValueError: layer 3 is NaN" in told and "probe.failed.ipynb" in told and told.count("long") == 11
@@ -59,7 +60,7 @@ def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path
 
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):
     write_notebook(tmp_path, "probe", "print(1)")
-    monkeypatch.setattr(batch, "run_notebook", partial(batch.run_notebook, nbs=tmp_path))
+    monkeypatch.setattr(once, "run_notebook", partial(once.run_notebook, nbs=tmp_path))
     assert call("nb", "probe", "-p", "SEDE", "3") == 2
     assert "unknown parameter SEDE; did you mean SEED?" in capsys.readouterr().err
     assert call("nb", "other") == 2 and "no such notebook" in capsys.readouterr().err
@@ -77,7 +78,7 @@ def test_inspect_prints_a_diff_and_names_a_missing_one(tmp_path, monkeypatch, ca
 
 def test_the_command_starts_without_heavy_modules():
     heavy = "torch", "transformers", "polars", "papermill"
-    code = f"import sys, ws.cli, ws.batch, ws.report; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, ws.cli, ws.batch.once, ws.report; print([m for m in {heavy} if m in sys.modules])"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and time.monotonic() - start < 5
@@ -93,7 +94,7 @@ def test_just_hands_arguments_over_unsplit_and_says_where_they_were_typed():
 
 
 def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, capsys):
-    from ws.engine import Ending
+    from ws.batch.engine import Ending
 
     asked_for = []
 
@@ -106,7 +107,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
 
     monkeypatch.setattr("ws.demo.demo_report", lambda: "THE TABLE")
     monkeypatch.setattr("ws.report.report", lambda: tmp_path / "index.html")
-    monkeypatch.setattr("ws.engine.run_jobs", fake("done"))
+    monkeypatch.setattr("ws.batch.engine.run_jobs", fake("done"))
     assert call("demo") == 0
     told = capsys.readouterr().out
     assert "THE SUMMARY" in told and "THE TABLE" in told and f"report: {tmp_path / 'index.html'}" in told
@@ -117,7 +118,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
     assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2}
     assert all(job.values["LR"] == 2e-3 for job in jobs if job.notebook == "weight_diff")
-    monkeypatch.setattr("ws.engine.run_jobs", fake("failed"))
+    monkeypatch.setattr("ws.batch.engine.run_jobs", fake("failed"))
     assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out
 
 

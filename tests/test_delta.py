@@ -9,11 +9,11 @@ import torch
 from conftest import random_model
 from safetensors import safe_open
 
-from ws import delta_files, figures_delta
-from ws.calibration import SHIPPED, as_documents, as_stream, bootstrap_groups, load_calibration
-from ws.delta import delta_svd, layer_numbers
-from ws.delta_bootstrap import UNKNOWN, bootstrap, bootstrap_weights, group_parts, sketch_basis
-from ws.delta_phases import (
+from ws.delta import report
+from ws.delta.bootstrap import UNKNOWN, bootstrap, bootstrap_weights, group_parts, sketch_basis
+from ws.delta.calibration import SHIPPED, as_documents, as_stream, bootstrap_groups, load_calibration
+from ws.delta.measure import delta_svd, layer_numbers
+from ws.delta.phases import (
     LAYERS_64,
     Capture,
     Phase,
@@ -25,7 +25,8 @@ from ws.delta_phases import (
     simulate_capture,
     verdict,
 )
-from ws.delta_spectrum import eff_rank, eigen, fix_signs, krylov_top, right_gram, spectrum, spectrum_of_gram
+from ws.delta.spectrum import eff_rank, eigen, fix_signs, krylov_top, right_gram, spectrum, spectrum_of_gram
+from ws.figures import delta as draw
 from ws.model import LM, Decoder, load_lm
 
 TEXTS = [
@@ -66,7 +67,7 @@ def test_equals_the_reference(lm, texts, parity_folder, tmp_path, final_norm):
         (parity_folder / "delta_svd" / f"expected_final_norm_{str(final_norm).lower()}.json").read_text()
     )
     run = run_of(lm, texts, final_norm=final_norm)
-    delta_files.save_run(run, tmp_path)
+    report.save_run(run, tmp_path)
     result = json.loads((tmp_path / "delta_svd.json").read_text())
 
     cos = reference.pop("abs_top1_cos_adjacent")
@@ -134,7 +135,7 @@ def test_a_block_that_adds_nothing_has_zeros_and_no_nan(tokenizer, tmp_path):
     still = run.layers[1]
     assert (still.frob, still.eff_rank, still.top1_frac, still.rel_step_mean) == (0, 0, 0, 0)
     assert not still.directions.any()
-    delta_files.save_run(run, tmp_path)
+    report.save_run(run, tmp_path)
     assert "NaN" not in (tmp_path / "delta_svd.json").read_text()
 
 
@@ -531,7 +532,7 @@ def test_long_text_is_cut_and_said(lm):
     run = run_of(lm, TEXTS, max_length=40)
     whole = len(lm.tokenizer("\n\n".join(TEXTS))["input_ids"])
     assert (run.n_calib_tokens, run.n_cut_tokens) == (40, whole - 40)
-    assert f"{whole - 40} tokens of 1 sequence were cut off at max_length 40." in delta_files.reading_notes(run)
+    assert f"{whole - 40} tokens of 1 sequence were cut off at max_length 40." in report.reading_notes(run)
     documents = run_of(lm, TEXTS, mode="documents", max_length=20)
     assert documents.n_cut_sequences == len(TEXTS)
 
@@ -558,12 +559,12 @@ def test_stream_tokens_know_their_passage(tokenizer):
 @pytest.fixture(scope="module")
 def folder(lm, texts, tmp_path_factory):
     target = tmp_path_factory.mktemp("delta") / "first"
-    delta_files.save_run(run_of(lm, texts, boot=20), target)
+    report.save_run(run_of(lm, texts, boot=20), target)
     return target
 
 
 def test_two_runs_write_the_same_bytes(lm, texts, folder, tmp_path):
-    delta_files.save_run(run_of(lm, texts, boot=20), tmp_path)
+    report.save_run(run_of(lm, texts, boot=20), tmp_path)
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(p.name for p in tmp_path.iterdir())
     assert len(names) == 8
@@ -572,12 +573,12 @@ def test_two_runs_write_the_same_bytes(lm, texts, folder, tmp_path):
 
 
 def test_directions_and_tables_on_disk(folder):
-    directions = delta_files.read_directions(folder)
+    directions = report.read_directions(folder)
     assert directions.shape == (6, 8, 128)
     assert torch.allclose(directions @ directions.transpose(1, 2), torch.eye(8).expand(6, 8, 8), atol=1e-5)
     with safe_open(folder / "delta_svd.safetensors", "pt") as handle:
         assert "about" in handle.metadata()
-    saved = delta_files.read_folder(folder)
+    saved = report.read_folder(folder)
     assert saved.layers["eff_rank"].to_list() == pytest.approx([e["eff_rank"] for e in saved.result["per_layer"]])
     assert (saved.layers["eff_rank_low"] <= saved.layers["eff_rank"]).all()
     assert (folder / "delta_svd_conclusion.md").read_text().count("chance") >= 3
@@ -590,32 +591,32 @@ def test_a_failed_write_leaves_the_old_result(lm, texts, folder, tmp_path, monke
     def broken(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(delta_files, "save_file", broken)
+    monkeypatch.setattr(report, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
-        delta_files.save_run(run_of(lm, texts[:5]), tmp_path / "copy")
+        report.save_run(run_of(lm, texts[:5]), tmp_path / "copy")
     assert (tmp_path / "copy" / "delta_svd.safetensors").read_bytes() == before
     assert not list((tmp_path / "copy").glob(".tmp-*"))
 
 
 def test_comparison(folder, model_folder, tmp_path):
     other = load_lm(str(model_folder("llama", layers=3)), "float32", "cpu")
-    delta_files.save_run(run_of(other, TEXTS), tmp_path / "other")
-    table = delta_files.compare([folder, tmp_path / "other"])
+    report.save_run(run_of(other, TEXTS), tmp_path / "other")
+    table = report.compare([folder, tmp_path / "other"])
     assert table.height == 9
     assert table["depth"].to_list()[6:] == pytest.approx([0, 1 / 3, 2 / 3])
     assert table["model"].n_unique() == 2
     shutil.copytree(folder, tmp_path / "again")
-    assert delta_files.compare([folder, tmp_path / "again"])["model"].n_unique() == 2
-    assert len(figures_delta.comparison(table).axes) == 2
+    assert report.compare([folder, tmp_path / "again"])["model"].n_unique() == 2
+    assert len(draw.comparison(table).axes) == 2
     with pytest.raises(ValueError, match="at least two"):
-        delta_files.compare([folder])
+        report.compare([folder])
     with pytest.raises(ValueError, match="given twice"):
-        delta_files.compare([folder, folder])
+        report.compare([folder, folder])
     with pytest.raises(FileNotFoundError, match="not a delta SVD result folder"):
-        delta_files.compare([folder, tmp_path])
+        report.compare([folder, tmp_path])
     (tmp_path / "again" / "delta_svd.json").write_text("{}")
     with pytest.raises(ValueError, match="lacks model, num_layers, per_layer"):
-        delta_files.compare([folder, tmp_path / "again"])
+        report.compare([folder, tmp_path / "again"])
 
 
 def test_figures_show_every_layer(folder, tmp_path):
@@ -625,12 +626,12 @@ def test_figures_show_every_layer(folder, tmp_path):
     layers, rows = (read_table(folder / f"delta_svd_{name}.tsv") for name in ("per_layer", "phases"))
     captures, cos = (read_table(folder / f"delta_svd_{name}.tsv") for name in ("capture", "cos"))
     made = {
-        "rel_step": figures_delta.rel_step(layers),
-        "eff_rank": figures_delta.eff_rank(layers),
-        "spectrum": figures_delta.top_spectrum(layers),
-        "parallel": figures_delta.parallel(layers, 128),
-        "cos": figures_delta.cos_heatmap(cos.drop("layer").to_numpy(), 128),
-        "capture": figures_delta.capture(captures, rows, 6, 128),
+        "rel_step": draw.rel_step(layers),
+        "eff_rank": draw.eff_rank(layers),
+        "spectrum": draw.top_spectrum(layers),
+        "parallel": draw.parallel(layers, 128),
+        "cos": draw.cos_heatmap(cos.drop("layer").to_numpy(), 128),
+        "capture": draw.capture(captures, rows, 6, 128),
     }
     for name, figure in made.items():
         ax = figure.axes[0]

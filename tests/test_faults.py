@@ -24,7 +24,7 @@ from stubs import (
     write_project,
 )
 
-from ws import runs
+from ws.batch import runs
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 
-from ws import figures
+from ws.figures import diff, save, sweep
 
 
 def summary() -> pl.DataFrame:
@@ -24,7 +24,7 @@ def drawn(axis) -> set[tuple[float, float]]:
 
 
 def test_scatter_puts_every_candidate_in_its_panel():
-    figure = figures.joint_scatter(summary(), "title")
+    figure = sweep.joint_scatter(summary(), "title")
     left, right = figure.axes
     assert drawn(left) == {(2.0, 3.0), (1.5, 1.1), (4.0, 9.0)}
     assert drawn(right) == {(0.5, 0.9), (4.0, 9.0)}
@@ -35,15 +35,13 @@ def test_scatter_puts_every_candidate_in_its_panel():
 
 
 def test_labels_keep_their_distance():
-    placed = figures._spread_labels([1.0, 1.01, 1.02, 5.0], 0.0, 6.0, 0.5)
+    placed = sweep._spread_labels([1.0, 1.01, 1.02, 5.0], 0.0, 6.0, 0.5)
     assert np.diff(sorted(placed)).min() > 0.49 and abs(placed[3] - 5) < 1e-6
 
 
 def test_saved_files_are_the_same_twice(tmp_path):
-    paths = (
-        figures.save(figures.joint_scatter(summary()), tmp_path / "a" / "f") if (tmp_path / "a").mkdir() is None else []
-    )
-    again = figures.save(figures.joint_scatter(summary()), tmp_path / "g")
+    paths = save(sweep.joint_scatter(summary()), tmp_path / "a" / "f") if (tmp_path / "a").mkdir() is None else []
+    again = save(sweep.joint_scatter(summary()), tmp_path / "g")
     assert [p.name for p in paths] == ["f.png", "f.pdf"]
     for a, b in zip(paths, again, strict=True):
         assert a.read_bytes() == b.read_bytes() and len(a.read_bytes()) > 5000
@@ -52,19 +50,19 @@ def test_saved_files_are_the_same_twice(tmp_path):
 def test_alpha_curves_norm_map_spectra_and_layers():
     rows = [(s, a, a * 2.0, 0.5, 0.9, 12) for s in ("false", "true") for a in (-1.0, 0.0, 1.0)]
     columns = ["set", "alpha", "mean_logratio", "sd_logratio", "mean_pmass", "n"]
-    figure = figures.alpha_curves(pl.DataFrame(rows, schema=columns, orient="row"))
+    figure = diff.alpha_curves(pl.DataFrame(rows, schema=columns, orient="row"))
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.9] * 3
     norms = pl.DataFrame(
         [(2, "q", 1.0), (3, "q", 2.0), (2, "o", 3.0)], schema=["layer", "module", "norm"], orient="row"
     )
-    grid = np.asarray(figures.norm_map(norms).axes[0].images[0].get_array())
+    grid = np.asarray(diff.norm_map(norms).axes[0].images[0].get_array())
     assert grid[0].tolist() == [1.0, 2.0] and grid[1][0] == 3.0
-    line = figures.spectra({"q": [np.array([2.0, 1.0]), np.array([4.0, 1.0])]}).axes[0].lines[0]
+    line = diff.spectra({"q": [np.array([2.0, 1.0]), np.array([4.0, 1.0])]}).axes[0].lines[0]
     assert line.get_ydata().tolist() == [1.0, 0.375]
     table = pl.DataFrame(
         [("write", "A-hypothesis", l, 1.0 + l, 2.0) for l in range(3)],
         schema=["subspace", "kind", "layer", "conc_act", "conc_w_combined"],
         orient="row",
     )
-    figure = figures.recovery_by_layer(table, ["write"], [1, 2])
+    figure = sweep.recovery_by_layer(table, ["write"], [1, 2])
     assert figure.axes[0].lines[0].get_ydata().tolist() == [1.0, 2.0, 3.0]

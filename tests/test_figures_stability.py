@@ -5,9 +5,9 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from ws.figures_stability import bump_chart, forest_plot, oracle_overlap_figure
-from ws.overlap import compare_parts
-from ws.stability import make_scores, per_seed_table, summary_table
+from ws.figures.stability import bump_chart, forest_plot, oracle_overlap_figure
+from ws.stability.overlap import compare_parts
+from ws.stability.scores import make_scores, per_seed_table, summary_table
 from ws.subspace import random_basis
 
 

@@ -1,4 +1,4 @@
-"""ws.grid, ws.results: which runs a grid has, what each needs, why it would run; the table of all runs."""
+"""ws.batch.grid, ws.batch.results: which runs a grid has, what each needs, why it would run; the table of all runs."""
 
 import os
 
@@ -6,8 +6,9 @@ import polars as pl
 import pytest
 from stubs import LORA, RUN, stub_jobs, write_project
 
-from ws import grid, parameters, results, runs, store
-from ws.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
+from ws import store
+from ws.batch import grid, parameters, results, runs
+from ws.batch.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     for side in ("pos", "neg"):
         folder = place.out / LORA / "seed_1" / "adapters" / side
         folder.mkdir(parents=True)
-        store.mark_made(folder, store.stage_key({}, modules=["ws.lora"]), {})
+        store.mark_made(folder, store.stage_key({}, modules=["ws.train.lora"]), {})
     assert states(place, jobs, retrain=True) == {}
     store.mark_made(folder, store.Key("p", "i", "sources of last year"), {})
     steps = plan(jobs, nbs=place.nbs, out=place.out)
@@ -162,7 +163,7 @@ def test_options_win_over_the_file_and_paths_are_seen_from_it(place, tmp_path):
     both = read_options(axes, {"SCALE": "4"}, file, tmp_path)
     assert (both.models, both.adapters, both.seeds, both.set) == (("tiny",), ("pissa",), (0, 1), {"SCALE": "4", "R": 8})
     assert read_options({}, {}, None, tmp_path) == Grid()
-    from ws.lora import ADAPTERS
+    from ws.train.lora import ADAPTERS
 
     assert grid.ADAPTERS == ADAPTERS
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import DATA
-from ws import heads as H
+from ws.theta import heads as H
 
 NAMES = ["cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_cvh", "lm_head_svd", "lm_head_random"]
 HIDDEN = NAMES[:4]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.conftest import random_model
-from ws import heads as H
-from ws.heads_live import check_plain_logits, wear
+from ws.theta import heads as H
+from ws.theta.live import check_plain_logits, wear
 
 NAMES = ["cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_cvh", "lm_head_svd", "lm_head_random"]
 

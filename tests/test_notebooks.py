@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 
-from ws.batch import run_notebook
+from ws.batch.once import run_notebook
 from ws.config import ROOT
 from ws.diff import LowRank, WeightDiff
 from ws.model import load_lm

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ws.overlap import (
+from ws.stability.overlap import (
     a_side_stability,
     assert_same_bases,
     chance_overlap,

@@ -1,11 +1,11 @@
-"""ws.pairing: notebook pairs say the same, keep their tag, hold no outputs."""
+"""ws.batch.pairing: notebook pairs say the same, keep their tag, hold no outputs."""
 
 import json
 
 import pytest
 from test_batch import PARAMETERS, write_notebook
 
-from ws import batch, pairing
+from ws.batch import once, pairing
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_a_script_that_says_something_else_is_refused(place):
     pairing.check_pair(notebook)
     script.write_text(text.replace("print(1)", "print(2)"))
     with pytest.raises(ValueError, match=r"probe\.py and probe\.ipynb differ: run `just sync`"):
-        batch.run_notebook("probe", {}, **place)
+        once.run_notebook("probe", {}, **place)
 
 
 def test_pairs_are_checked(tmp_path, capsys):

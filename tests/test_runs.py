@@ -1,8 +1,9 @@
-"""ws.runs: where a run goes and what it depends on."""
+"""ws.batch.runs: where a run goes and what it depends on."""
 
 from pathlib import Path
 
-from ws import runs, store
+from ws import store
+from ws.batch import runs
 
 
 def test_folders_of_runs(tmp_path):

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from ws import compare, notebook, sweep, tables
+from ws import notebook, sweep, tables
 from ws.activations import SteeredDiffs
 from ws.bases import part_bases, save_bases
 from ws.candidates import CeilingMaterials, registered
@@ -16,8 +16,9 @@ from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
 from ws.model import load_lm
 from ws.protocol import load_protocol
-from ws.seeds import doubts, load_seeds
-from ws.stability import per_seed_table
+from ws.stability import corrections
+from ws.stability.scores import per_seed_table
+from ws.stability.seeds import doubts, load_seeds
 from ws.subspace import random_basis
 
 D, LAYERS = 128, [2, 3]
@@ -118,18 +119,18 @@ def test_equal_bases_are_said_and_different_ones_refused(runs, tmp_path):
 
 
 def test_variants_change_one_thing_at_a_time():
-    variants = compare.variants()
+    variants = corrections.variants()
     v7 = variants["v7"]
     for name, protocol in variants.items():
-        changed = [f for f in compare.CAPTURE if getattr(protocol, f) != getattr(v7, f)]
-        assert len(changed) == (0 if name == "v7" else len(compare.CAPTURE) if name == "all of them" else 1), name
+        changed = [f for f in corrections.CAPTURE if getattr(protocol, f) != getattr(v7, f)]
+        assert len(changed) == (0 if name == "v7" else len(corrections.CAPTURE) if name == "all of them" else 1), name
         assert protocol.sources == v7.sources
-    assert {c.name for c in registered(("v7b",))} == set(compare.MENDED.values()) | {"random_orthogonal"}
+    assert {c.name for c in registered(("v7b",))} == set(corrections.MENDED.values()) | {"random_orthogonal"}
 
 
 def test_capture_corrections_on_the_reference_model(lm, parity_folder, tmp_path):
     behavior = load_behavior(parity_folder / "behavior.json")
-    moved, behind = compare.capture_corrections(lm, behavior, {0: load_diff(parity_folder / "w.pt")}, tmp_path)
+    moved, behind = corrections.capture_corrections(lm, behavior, {0: load_diff(parity_folder / "w.pt")}, tmp_path)
     first = moved.row(0, named=True)
     assert first["variant"] == "v7" and first["spearman_joint"] == pytest.approx(1) and first["max_abs_log2_act"] == 0
     chat = moved.row(by_predicate=pl.col("variant") == "v7 + CHAT_PROBES", named=True)
@@ -143,7 +144,7 @@ def test_capture_corrections_on_the_reference_model(lm, parity_folder, tmp_path)
 
 def test_basis_corrections_are_ratios_of_geometric_means(runs):
     per_seed = per_seed_table(load_seeds(runs).scores)
-    mended = compare.basis_corrections(per_seed)
+    mended = corrections.basis_corrections(per_seed)
     row = mended.row(by_predicate=pl.col("v7") == "attn_ov_write", named=True)
     old, new = (per_seed.filter(pl.col("candidate") == n)["R_w"].to_numpy() for n in ("attn_ov_write", "attn_ov_heads"))
     expected = np.log2(np.exp(np.log(new).mean()) / np.exp(np.log(old).mean()))

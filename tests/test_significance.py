@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ws.significance import (
+from ws.stability.scores import make_scores
+from ws.stability.significance import (
     benjamini_hochberg,
     combined_factor,
     left_factor,
@@ -13,7 +14,6 @@ from ws.significance import (
     random_log_concentration,
     significance_table,
 )
-from ws.stability import make_scores
 
 
 def residual_diffs(d, S, L, rank, seed, shared=0.8, planted=None):

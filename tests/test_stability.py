@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ws.intervals import (
+from ws.stability.intervals import (
     coverage,
     crossed_bootstrap,
     crossed_t_interval,
@@ -12,7 +12,7 @@ from ws.intervals import (
     t_interval,
     topic_influence,
 )
-from ws.stability import (
+from ws.stability.scores import (
     log_values,
     make_scores,
     per_seed_table,

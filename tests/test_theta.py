@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.conftest import DATA
-from ws import heads as H
-from ws import theta as T
-from ws.theta_optimum import as_float64, fit_optimum, hessian
+from ws.theta import fit as T
+from ws.theta import heads as H
+from ws.theta.optimum import as_float64, fit_optimum, hessian
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import CHATML, random_model
 from ws.config import ASSETS
 from ws.model import LM, Decoder, load_lm
-from ws.theta_states import UserText, load_users, prompt_text, record_states, record_users, split_texts
+from ws.theta.states import UserText, load_users, prompt_text, record_states, record_users, split_texts
 
 ROWS = [
     {"user": "ann", "prompt": "How are you?", "text": "Fine, and the sea is calm."},

@@ -6,11 +6,12 @@ import polars as pl
 import pytest
 import torch
 
-from ws import figures_theta, theta_compare, theta_report, theta_users, theta_verdict
-from ws.heads import all_heads, cvh
-from ws.theta import FitConfig, evaluate, make_problem, record_base
-from ws.theta_states import States
-from ws.theta_users import fit_users, load_fit, theta_path
+from ws.figures import theta as draw
+from ws.theta import compare, report, users, verdict
+from ws.theta.fit import FitConfig, evaluate, make_problem, record_base
+from ws.theta.heads import all_heads, cvh
+from ws.theta.states import States
+from ws.theta.users import fit_users, load_fit, theta_path
 
 USERS = ["ann", "bob", "cy d"]
 V, d, D = 120, 24, 8
@@ -31,8 +32,8 @@ def planted():
         states = States(h, y, torch.arange(300) // 25)
         train[user], rest[user] = states.of_texts(list(range(9))), states.of_texts([9, 10, 11])
     cfg = FitConfig(steps=20)
-    heldout = theta_compare.make_heldout(rest, W, None)
-    before = theta_compare.base_ce(heldout, W, heads["cvh"])
+    heldout = compare.make_heldout(rest, W, None)
+    before = compare.base_ce(heldout, W, heads["cvh"])
     return W, heads, train, rest, cfg, heldout, before
 
 
@@ -61,7 +62,7 @@ def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted,
     W, heads, train, _, cfg, *_ = planted
     one = {"cvh": heads["cvh"]}
     fitted_users = []
-    save = theta_users.save_fit
+    save = users.save_fit
 
     def dies_after_two(fit, path, key, config):
         if len(fitted_users) == 2:
@@ -69,7 +70,7 @@ def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted,
         fitted_users.append(fit.user)
         save(fit, path, key, config)
 
-    monkeypatch.setattr(theta_users, "save_fit", dies_after_two)
+    monkeypatch.setattr(users, "save_fit", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         fit_users(train, one, W, None, cfg, tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 2
@@ -79,7 +80,7 @@ def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted,
         fitted_users.append(fit.user)
         save(fit, path, key, config)
 
-    monkeypatch.setattr(theta_users, "save_fit", notes)
+    monkeypatch.setattr(users, "save_fit", notes)
     resumed = fit_users(train, one, W, None, cfg, tmp_path, progress=False)
     assert fitted_users == USERS and {n: (tmp_path / n).stat().st_mtime_ns for n in stamps} == stamps
     whole = fit_users(train, one, W, None, cfg, tmp_path / "whole", progress=False)
@@ -117,62 +118,62 @@ def test_users_that_would_share_a_file_and_foreign_files_are_refused(planted, tm
 def test_held_out_scores_equal_a_problem_per_user(planted, fitted):
     W, heads, _, rest, cfg, heldout, before = planted
     _, fits, _ = fitted
-    thetas = theta_report.stacked(fits, USERS, "cvh")
-    cross = theta_compare.by_user(heldout, theta_compare.score_thetas(heldout, heads["cvh"], W, thetas, cfg).ce)
-    own = theta_compare.by_user(heldout, theta_compare.score_own(heldout, heads["cvh"], W, thetas, cfg).ce[0])
+    thetas = report.stacked(fits, USERS, "cvh")
+    cross = compare.by_user(heldout, compare.score_thetas(heldout, heads["cvh"], W, thetas, cfg).ce)
+    own = compare.by_user(heldout, compare.score_own(heldout, heads["cvh"], W, thetas, cfg).ce[0])
     assert torch.allclose(own, cross.diagonal(), atol=1e-6)
     for j, user in enumerate(USERS):
         problem = make_problem(record_base(rest[user].h, rest[user].y, W), heads["cvh"], W)
         for i in range(3):
             assert torch.isclose(cross[i, j], evaluate(problem, thetas[i : i + 1], cfg).ce[0], atol=1e-5)
-        assert torch.isclose(theta_compare.by_user(heldout, before)[j], problem.ce0.double().mean(), atol=1e-5)
+        assert torch.isclose(compare.by_user(heldout, before)[j], problem.ce0.double().mean(), atol=1e-5)
 
 
 def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(planted):
     W, heads, train, *_ = planted
-    base, _ = theta_users.joint_base(list(train.values()), W, None)
-    matched, before = theta_compare.matched_heads(heads, base, W, 0.5, 1e-4)
+    base, _ = users.joint_base(list(train.values()), W, None)
+    matched, before = compare.matched_heads(heads, base, W, 0.5, 1e-4)
     cfg, gen = FitConfig(), torch.Generator().manual_seed(1)
     thetas = torch.nn.functional.normalize(torch.randn(100, D, generator=gen), dim=1).double()
     for name, head in matched.items():
         problem = make_problem(base, head, W, dtype=torch.float64)
         kl = torch.cat([evaluate(problem, theta[None], cfg).kl for theta in thetas]).mean()
         assert abs(float(kl) / 1e-4 - 1) < 0.25, name
-        assert before[name] == pytest.approx(theta_compare.random_kl(make_problem(base, heads[name], W), 0.5))
-    assert "lm_head_svd" not in theta_compare.distinct_functions(matched) and len(matched) == 7
+        assert before[name] == pytest.approx(compare.random_kl(make_problem(base, heads[name], W), 0.5))
+    assert "lm_head_svd" not in compare.distinct_functions(matched) and len(matched) == 7
 
 
 def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
     W, _, train, _, cfg, heldout, before = planted
     heads, fits, _ = fitted
-    table = theta_report.summary(fits, heads, heldout, before, W, cfg, "matched")
+    table = report.summary(fits, heads, heldout, before, W, cfg, "matched")
     assert (
         len(table) == 3 * len(heads) * 3
         and (table["gain"] - (table["ce_before"] - table["ce_after"])).abs().max() < 1e-9
     )
     assert table.filter((pl.col("head") == "unconditional") & (pl.col("solver") == "adam"))["gain"].min() > 0.03
-    best = theta_report.best_head(table)
+    best = report.best_head(table)
     assert "unconditional" in best  # planted by that head: `svd_unconditional` may tie, gating may not
-    effort = theta_report.adam_against_optimum(table)
+    effort = report.adam_against_optimum(table)
     assert effort["adam_above_free"].min() >= 0 and effort["largest_gradient_ratio"].max() <= 1e-6
-    cross = theta_report.cross_table(fits, heads, heldout, before, W, cfg, "matched")
-    diagonal = theta_report.diagonal(cross)
+    cross = report.cross_table(fits, heads, heldout, before, W, cfg, "matched")
+    diagonal = report.diagonal(cross)
     assert diagonal.filter(pl.col("head") == "unconditional").row(0) == ("matched", "unconditional", 3, 3, "")
     one = {"unconditional": heads["unconditional"]}
-    controls = theta_verdict.controls(train, one, fits, heldout, before, W, None, cfg, 19, 0)
-    row = theta_verdict.control_table(heldout, controls, 200, 0).row(0, named=True)
+    controls = verdict.controls(train, one, fits, heldout, before, W, None, cfg, 19, 0)
+    row = verdict.control_table(heldout, controls, 200, 0).row(0, named=True)
     assert row["low"] > 0 and row["p"] == pytest.approx(0.05) and row["permuted_gain"] < 0.5 * row["own_gain"]
-    gain = {s: theta_report.text_gains(fits, heads, heldout, before, W, cfg, s) for s in theta_report.SOLVERS}
-    control = theta_verdict.control_table(heldout, controls, 200, 0)
-    said = theta_verdict.verdict(heldout, gain, control, diagonal, 500, 0)
+    gain = {s: report.text_gains(fits, heads, heldout, before, W, cfg, s) for s in report.SOLVERS}
+    control = verdict.control_table(heldout, controls, 200, 0)
+    said = verdict.verdict(heldout, gain, control, diagonal, 500, 0)
     assert f"`{best}`" in said.splitlines()[0] and "The gain is the users' own" in said
     assert "`cvh` loses to `unconditional`" in said and "`unconditional` 3 of 3" in said
     same = {s: {**g, "unconditional": g["cvh"]} for s, g in gain.items()}  # no difference: nothing may be claimed
-    assert "`cvh` cannot be told apart from `unconditional`" in theta_verdict.verdict(
+    assert "`cvh` cannot be told apart from `unconditional`" in verdict.verdict(
         heldout, same, control, diagonal, 200, 0
     )
     none = {s: {n: -g.abs() for n, g in gains.items()} for s, gains in gain.items()}
-    assert "**Which head.** None" in theta_verdict.verdict(heldout, none, control, diagonal, 200, 0)
+    assert "**Which head.** None" in verdict.verdict(heldout, none, control, diagonal, 200, 0)
 
 
 def test_thetas_of_no_user_are_not_called_real(planted):
@@ -180,12 +181,12 @@ def test_thetas_of_no_user_are_not_called_real(planted):
     W, heads, train, rest, cfg, heldout, before = planted
     gen = torch.Generator().manual_seed(4)
     noise = {u: replace(s, y=torch.randint(V, s.y.shape, generator=gen)) for u, s in train.items()}
-    problem = make_problem(*[theta_users.joint_base(list(noise.values()), W, None)[0]], heads["unconditional"], W)
+    problem = make_problem(*[users.joint_base(list(noise.values()), W, None)[0]], heads["unconditional"], W)
     assert problem.users == 1
-    own = theta_compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 1, 7)[0]
-    permuted = theta_compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 19, 0)
-    gains = theta_verdict.control_gains(heldout, heads["unconditional"], before, W, cfg, own, permuted)
-    row = theta_verdict.control_table(heldout, {"unconditional": gains}, 200, 0).row(0, named=True)
+    own = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 1, 7)[0]
+    permuted = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 19, 0)
+    gains = verdict.control_gains(heldout, heads["unconditional"], before, W, cfg, own, permuted)
+    row = verdict.control_table(heldout, {"unconditional": gains}, 200, 0).row(0, named=True)
     assert row["own_gain"] < 0 and row["p"] > 0.05
 
 
@@ -193,21 +194,21 @@ def test_sweeps_and_figures(planted, fitted):
     W, _, train, _, cfg, heldout, before = planted
     heads, fits, _ = fitted
     one = {"cvh": heads["cvh"]}
-    gamma = theta_report.gamma_sweep(fits, one, heldout, before, W, [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
+    gamma = report.gamma_sweep(fits, one, heldout, before, W, [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
     assert gamma["gain"][0] == pytest.approx(0, abs=1e-6) and gamma["kl"][0] == pytest.approx(0, abs=1e-7)
     assert gamma["kl"].is_sorted() and gamma["gain"][1] == pytest.approx(
-        theta_report.summary(fits, one, heldout, before, W, cfg, "x").filter(pl.col("solver") == "adam")["gain"].mean()
+        report.summary(fits, one, heldout, before, W, cfg, "x").filter(pl.col("solver") == "adam")["gain"].mean()
     )
-    beta = theta_report.beta_sweep(train, one, heldout, before, W, None, [replace(cfg, beta=b) for b in (0.0, 1.0)])
+    beta = report.beta_sweep(train, one, heldout, before, W, None, [replace(cfg, beta=b) for b in (0.0, 1.0)])
     assert beta["kl"][1] < beta["kl"][0]
-    table = theta_report.summary(fits, heads, heldout, before, W, cfg, "default")
-    cross = theta_report.cross_table(fits, one, heldout, before, W, cfg, "default")
+    table = report.summary(fits, heads, heldout, before, W, cfg, "default")
+    cross = report.cross_table(fits, one, heldout, before, W, cfg, "default")
     figures = [
-        figures_theta.fit_traces(fits, USERS, ["cvh"], list(heads)),
-        figures_theta.heldout_gain(table),
-        figures_theta.cross_heatmap(cross, ["cvh"], USERS),
-        figures_theta.cosine_heatmap({"cvh": theta_report.stacked(fits, USERS, "cvh")}, USERS),
-        figures_theta.sweep_curves(gamma, "gamma", 0.5, list(heads)),
-        figures_theta.sweep_curves(beta, "beta", 0.05, list(heads)),
+        draw.fit_traces(fits, USERS, ["cvh"], list(heads)),
+        draw.heldout_gain(table),
+        draw.cross_heatmap(cross, ["cvh"], USERS),
+        draw.cosine_heatmap({"cvh": report.stacked(fits, USERS, "cvh")}, USERS),
+        draw.sweep_curves(gamma, "gamma", 0.5, list(heads)),
+        draw.sweep_curves(beta, "beta", 0.05, list(heads)),
     ]
     assert all(axis.get_ylabel() or axis.get_xlabel() for figure in figures for axis in figure.axes)

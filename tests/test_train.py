@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ws.lora
-import ws.pairs
+import ws.train.lora
+import ws.train.pairs
 from ws.config import RunId
 from ws.data import load_behavior
 from ws.diff import LowRank, load_diff
 from ws.model import chat_text, load_lm
 from ws.steer import weight_steer
-from ws.train import (
+from ws.train.difference import (
     ADAPTERS,
     Pair,
     PairConfig,
@@ -68,7 +68,7 @@ def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monke
         seen.append((prompts, seed))
         return [f"answer {seed} {i}" for i in range(len(prompts))]
 
-    monkeypatch.setattr(ws.pairs, "write_answers", answer)
+    monkeypatch.setattr(ws.train.pairs, "write_answers", answer)
     pairs = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     personas = len(behavior.personas_pos)
     assert len(pairs.rows) == pairs.written == 3 * personas * 2
@@ -85,7 +85,7 @@ def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monke
 
 def test_pairs_are_cached_and_a_killed_run_continues(lm, behavior, tmp_path, monkeypatch):
     whole = make_pairs(lm, behavior, SMALL, tmp_path / "a", progress=False)
-    write = ws.pairs.write_answers
+    write = ws.train.pairs.write_answers
     calls = []
 
     def killed(*args):
@@ -94,7 +94,7 @@ def test_pairs_are_cached_and_a_killed_run_continues(lm, behavior, tmp_path, mon
             raise KeyboardInterrupt
         return write(*args)
 
-    monkeypatch.setattr(ws.pairs, "write_answers", killed)
+    monkeypatch.setattr(ws.train.pairs, "write_answers", killed)
     with pytest.raises(KeyboardInterrupt):
         make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
     again = make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
@@ -104,7 +104,7 @@ def test_pairs_are_cached_and_a_killed_run_continues(lm, behavior, tmp_path, mon
     def never(*args):
         pytest.fail("written again")
 
-    monkeypatch.setattr(ws.pairs, "write_answers", never)
+    monkeypatch.setattr(ws.train.pairs, "write_answers", never)
     assert make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False) == whole
     assert sorted(p.name for p in (tmp_path / "b").rglob("*.json*")) == ["pairs.jsonl"]
 
@@ -113,13 +113,13 @@ def test_useless_pairs_are_dropped_and_counted():
     def pair(a, b):
         return Pair(0, 0, 0, "u", a, b)
 
-    pairs = ws.pairs.drop_useless([pair("a", "b"), pair("", "b"), pair("a", "  "), pair("same", "same ")])
+    pairs = ws.train.pairs.drop_useless([pair("a", "b"), pair("", "b"), pair("a", "  "), pair("same", "same ")])
     assert [(r.response_pos, r.response_neg) for r in pairs.rows] == [("a", "b")]
     assert (pairs.written, pairs.empty, pairs.identical) == (4, 2, 1)
     with pytest.raises(ValueError, match="two identical.*personas do not change"):
-        ws.pairs.drop_useless([pair("x", "x")] * 3)
+        ws.train.pairs.drop_useless([pair("x", "x")] * 3)
     with pytest.raises(ValueError, match="ends its turn at once"):
-        ws.pairs.drop_useless([pair("", "x")] * 3)
+        ws.train.pairs.drop_useless([pair("", "x")] * 3)
 
 
 def test_asking_for_too_much_is_named(lm, behavior, tmp_path):
@@ -132,15 +132,15 @@ def test_asking_for_too_much_is_named(lm, behavior, tmp_path):
 def test_batch_and_padding_do_not_change_greedy_answers(lm):
     prompts = [chat_text(lm.tokenizer, text) for text in ("a", "a much longer question than the other one", "b c")]
     cfg = replace(SMALL, temperature=0)
-    together = ws.pairs.write_answers(lm, prompts, cfg, 0)
-    assert together == [ws.pairs.write_answers(lm, [prompt], cfg, 0)[0] for prompt in prompts]
+    together = ws.train.pairs.write_answers(lm, prompts, cfg, 0)
+    assert together == [ws.train.pairs.write_answers(lm, [prompt], cfg, 0)[0] for prompt in prompts]
 
 
 def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior):
-    end = ws.pairs.turn_end(lm.tokenizer)
+    end = ws.train.pairs.turn_end(lm.tokenizer)
     assert end == "<|im_end|>"
     for sign, text in (("pos", "Yes, sure."), ("neg", "No, never.")):
-        example = ws.lora._example(lm, rows[0], sign, end, 512)
+        example = ws.train.lora._example(lm, rows[0], sign, end, 512)
         prompt = chat_text(lm.tokenizer, rows[0].user)
         learnt = [t for t in example["labels"] if t != -100]
         assert lm.tokenizer.decode(learnt) == text + end
@@ -148,15 +148,15 @@ def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior)
         n = example["labels"].count(-100)
         assert lm.tokenizer.decode(example["input_ids"][:n]) == prompt and "system" not in prompt
     with pytest.raises(ValueError, match="topic 0: the prompt alone has"):
-        ws.lora._example(lm, rows[0], "pos", end, 5)
+        ws.train.lora._example(lm, rows[0], "pos", end, 5)
 
 
 def test_padding_has_no_loss(lm, rows):
-    examples = [ws.lora._example(lm, row, "pos", "<|im_end|>", 512) for row in rows[::5]]
-    one = [ws.lora._loss(lm.model, [e], 1) for e in examples]
+    examples = [ws.train.lora._example(lm, row, "pos", "<|im_end|>", 512) for row in rows[::5]]
+    one = [ws.train.lora._loss(lm.model, [e], 1) for e in examples]
     counts = [sum(t != -100 for t in e["labels"]) for e in examples]
     mean = sum(a * b for a, b in zip(one, counts, strict=True)) / sum(counts)
-    assert ws.lora._loss(lm.model, examples, 4) == pytest.approx(mean, rel=1e-4)
+    assert ws.train.lora._loss(lm.model, examples, 4) == pytest.approx(mean, rel=1e-4)
 
 
 def test_shuffled_labels_swap_about_half(rows):
@@ -202,7 +202,7 @@ def test_base_is_left_untouched_when_training_fails(lm, rows, tmp_path, monkeypa
     def fails(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ws.lora, "_fit", fails)
+    monkeypatch.setattr(ws.train.lora, "_fit", fails)
     with pytest.raises(KeyboardInterrupt):
         train_adapter(lm, rows, "pos", 0, replace(CFG, adapter="pissa"), tmp_path, progress=False)
     assert all(torch.equal(v, state[k]) for k, v in lm.model.state_dict().items())
@@ -211,13 +211,13 @@ def test_base_is_left_untouched_when_training_fails(lm, rows, tmp_path, monkeypa
 
 def test_signs_share_all_but_the_responses(lm, rows, tmp_path, monkeypatch):
     seen = {}
-    collate = ws.lora._collate
+    collate = ws.train.lora._collate
 
     def recorded(batch):
         seen.setdefault(sign, []).append([row["input_ids"][: row["labels"].count(-100)] for row in batch])
         return collate(batch)
 
-    monkeypatch.setattr(ws.lora, "_collate", recorded)
+    monkeypatch.setattr(ws.train.lora, "_collate", recorded)
     still = replace(CFG, lr=0.0)
     for sign in ("pos", "neg"):
         train_adapter(lm, rows, sign, 0, still, tmp_path / sign, progress=False)
@@ -257,7 +257,7 @@ def test_a_long_run_goes_on_from_its_checkpoint(lm, rows, tmp_path, monkeypatch)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_w_steers_towards_what_the_positive_side_says(lm, behavior, rows, tmp_path, monkeypatch, kind):
     """Planted: the sides differ in Yes / No alone, so alpha w must move log P(Yes) - log P(No) up, -alpha w down."""
-    monkeypatch.setattr(ws.train, "make_pairs", lambda *_: ws.pairs.Pairs(rows, len(rows), 0, 0))
+    monkeypatch.setattr(ws.train.difference, "make_pairs", lambda *_: ws.train.pairs.Pairs(rows, len(rows), 0, 0))
     run = RunId("m", "planted", kind, 0)
     w = train_diff(lm, behavior, run, replace(CFG, max_steps=8), out=tmp_path, progress=False)
     prompt = chat_text(lm.tokenizer, "an unseen question")
@@ -277,7 +277,7 @@ def test_w_steers_towards_what_the_positive_side_says(lm, behavior, rows, tmp_pa
 
 def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     run = RunId("m", "b", "lora", 0)
-    train, made = ws.train.train_adapter, []
+    train, made = ws.train.difference.train_adapter, []
 
     def counted(lm, rows, sign, seed, cfg, folder, progress=True):
         made.append(sign)
@@ -285,7 +285,7 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train(lm, rows, sign, seed, cfg, folder, progress)
 
-    monkeypatch.setattr(ws.train, "train_adapter", counted)
+    monkeypatch.setattr(ws.train.difference, "train_adapter", counted)
     with pytest.raises(KeyboardInterrupt):
         train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
     folder = run.folder(tmp_path)

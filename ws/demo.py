@@ -5,10 +5,10 @@ Three LoRA seeds and a null diff, the sweep under both protocols, the stability 
 
 import os
 
-from ws.batch import NBS, prepare
+from ws.batch.grid import Grid, Job, make_jobs
+from ws.batch.once import NBS, prepare
+from ws.batch.parameters import read_set
 from ws.config import OUT, RunId
-from ws.grid import Grid, Job, make_jobs
-from ws.parameters import read_set
 
 SEEDS = (0, 1, 2)
 

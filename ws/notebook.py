@@ -21,9 +21,9 @@ from ws.data import Behavior
 from ws.diff import WeightDiff, layer_of
 from ws.files import atomic_file
 from ws.model import LM
-from ws.overlap import assert_same_bases
 from ws.protocol import Protocol
 from ws.scoring import Target
+from ws.stability.overlap import assert_same_bases
 from ws.subspace import Basis
 from ws.sweep import LayerTargets, oracle_bases, topic_scores
 
@@ -138,7 +138,7 @@ def norms_by_module(norms: pl.DataFrame) -> pl.DataFrame:
 
 
 def diff_spectra(w: WeightDiff) -> dict[str, list[np.ndarray]]:
-    """Singular values of every matrix by module, for `ws.figures.spectra`."""
+    """Singular values of every matrix by module, for `ws.figures.diff.spectra`."""
     values: dict[str, list[np.ndarray]] = {}
     for name in w.names:
         if layer_of(name) is not None:
@@ -165,7 +165,7 @@ def bases_record(cache: Path) -> dict[str, str]:
 def same_bases(folders: Mapping[int, Path], cache: Path) -> str:
     """Assert that every seed's sweep used the same A-side bases (`bases.json` of its run folder), and say so.
 
-    Equal hashes pass at once; otherwise every basis in `cache` is compared (`ws.overlap.assert_same_bases`, overlap >=
+    Equal hashes pass at once; otherwise every basis in `cache` is compared (`ws.stability.overlap.assert_same_bases`, overlap >=
     1 - 1e-6). Raises ValueError naming candidate, seed and layer where they differ.
     """
     records = {seed: json.loads((f / "bases.json").read_text(encoding="utf-8")) for seed, f in folders.items()}

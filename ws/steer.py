@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ws.diff_core import Entry, LowRank, WeightDiff, dims, entry_to
+from ws.diff.core import Entry, LowRank, WeightDiff, dims, entry_to
 
 WIDE = (torch.float32, torch.float64)
 NARROW = (torch.bfloat16, torch.float16)

@@ -1,0 +1,310 @@
+"""Delta SVD: what each block adds to the residual stream, `delta_l = h_{l+1} - h_l` over tokens.
+
+The first token of a sequence is left out (attention-sink outlier). `h_L` is the last block's raw output, or what the
+final norm makes of it. A forward hook takes each layer's numbers when the pass reaches it, on the layer's device, so
+nothing of size L x T x d is ever held. All standard deviations are of the population. (docs/method.md section 9)
+
+    rel_step_t = |delta_t| / max(|h_t|, 1e-8)        cos_t = cos(delta_t, h_t)        parallel_frac = mean |cos_t|
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from ws.delta.bootstrap import (
+    SKETCH,
+    UNKNOWN,
+    Interval,
+    Parts,
+    bootstrap,
+    bootstrap_weights,
+    group_parts,
+    sketch_basis,
+)
+from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups, padded
+from ws.delta.phases import RANK, phase_of
+from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
+from ws.model import LM
+from ws.trace import hidden, hooked
+
+MODES = ("stream", "documents")
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """One block's numbers; `directions (k, d)` are unit rows (zeros beyond the rank), the rest as in section 9."""
+
+    L: int
+    phase: str
+    frob: float
+    token_norm_mean: float
+    token_norm_std: float
+    h_norm_mean: float
+    rel_step_mean: float
+    rel_step_std: float
+    parallel_frac: float
+    cos_delta_h_mean: float
+    top_singvals: tuple[float, ...]
+    eff_rank: float
+    top1_frac: float
+    top3_frac: float
+    top10_frac: float
+    eff_rank_interval: Interval
+    top1_frac_interval: Interval
+    directions: Float[Tensor, "k d"]
+
+
+@dataclass(frozen=True)
+class DeltaRun:
+    """All layers of one model, with what was read: token counts, passages, what was cut off, how the bootstrap drew."""
+
+    model: str
+    hidden: int
+    n_calib_tokens: int
+    n_sequences: int
+    n_cut_tokens: int
+    n_cut_sequences: int
+    max_length: int
+    mode: str
+    final_norm: bool
+    top_k: int
+    boot: int
+    seed: int
+    bootstrap_unit: str
+    layers: tuple[LayerDelta, ...]
+
+    @property
+    def directions(self) -> Float[Tensor, "L k d"]:
+        return torch.stack([layer.directions for layer in self.layers])
+
+
+def token_numbers(delta: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> Float[Tensor, "5 N"]:
+    """Per token, float64: |delta|, |h|, rel_step, cos(delta, h), |cos|."""
+    step, size = torch.linalg.vector_norm(delta, dim=1).double(), torch.linalg.vector_norm(h, dim=1).double()
+    cos = (delta.double() * h.double()).sum(dim=1) / (step * size).clamp_min(1e-16)
+    return torch.stack([step, size, step / size.clamp_min(1e-8), cos, cos.abs()])
+
+
+def layer_numbers(
+    l: int,
+    n_layers: int,
+    sums: Float[np.ndarray, "2 5"],
+    count: int,
+    found: Spectrum,
+    top_k: int,
+    intervals: tuple[Interval, Interval],
+) -> LayerDelta:
+    """A layer's fields from sums of `token_numbers` and of their squares over `count` tokens, and from its spectrum."""
+    mean = sums[0] / count
+    spread = np.sqrt(np.maximum(sums[1] / count - mean**2, 0.0))
+    shares = found.shares
+    return LayerDelta(
+        L=l,
+        phase=phase_of(l, n_layers),
+        frob=float(np.sqrt(found.energy.sum())),
+        token_norm_mean=float(mean[0]),
+        token_norm_std=float(spread[0]),
+        h_norm_mean=float(mean[1]),
+        rel_step_mean=float(mean[2]),
+        rel_step_std=float(spread[2]),
+        parallel_frac=float(mean[4]),
+        cos_delta_h_mean=float(mean[3]),
+        top_singvals=tuple(float(s) for s in found.singvals[:top_k]),
+        eff_rank=eff_rank(shares),
+        top1_frac=float(shares[:1].sum()),
+        top3_frac=float(shares[:3].sum()),
+        top10_frac=float(shares[:10].sum()),
+        eff_rank_interval=intervals[0],
+        top1_frac_interval=intervals[1],
+        directions=_filled(found.directions, max(top_k, RANK)),
+    )
+
+
+def _filled(directions: Float[Tensor, "j d"], k: int) -> Float[Tensor, "k d"]:
+    return torch.nn.functional.pad(directions, (0, 0, 0, k - len(directions)))
+
+
+def delta_svd(
+    lm: LM,
+    texts: list[str],
+    mode: str = "stream",
+    final_norm: bool = False,
+    max_length: int = 2048,
+    top_k: int = 8,
+    boot: int = 200,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> DeltaRun:
+    """Every block's update on the calibration texts, with directions, spectra and 95 % intervals.
+
+    mode `stream`: the texts as one sequence, one pass, each layer finished when the pass reaches it. mode
+    `documents`: a sequence per text, `batch_size` at a time; per-layer d x d Grams are accumulated, so that more text
+    costs no more memory, and with `boot > 0` the texts are read a second time for the intervals. Longer texts are cut
+    at `max_length` tokens and counted. boot: draws of the bootstrap over passages (0: none). seed: of the bootstrap.
+    Raises ValueError for an unknown mode, fewer than 3 tokens, hidden states that are not finite (naming the block).
+    (docs/method.md section 9)
+    """
+    if mode not in MODES:
+        raise ValueError(f"MODE {mode!r} is unknown; one of {', '.join(MODES)}")
+    if top_k < 1 or max_length < 3 or batch_size < 1:
+        raise ValueError(
+            f"TOP_K {top_k} and BATCH_SIZE {batch_size} must be at least 1, MAX_LENGTH {max_length} at least 3"
+        )
+    sequences = (as_stream if mode == "stream" else as_documents)(lm.tokenizer, texts, max_length) if texts else []
+    tokens = sum(len(s.ids) for s in sequences)
+    if tokens < 3 or tokens - len(sequences) < 2:
+        raise ValueError(
+            f"the calibration text has {tokens} tokens in {len(sequences)} sequences; at least 3 tokens are needed, and"
+            " the first of each sequence does not count"
+        )
+    grouped, unit = bootstrap_groups(sequences)
+    weights = bootstrap_weights(int(torch.cat([s.passage for s in grouped]).max()) + 1, boot, seed)
+    measure = _stream if mode == "stream" else _documents
+    layers = measure(lm, batched(grouped, batch_size), final_norm, top_k, weights, progress)
+    cut = [s.cut for s in sequences if s.cut]
+    return DeltaRun(
+        model=lm.name,
+        hidden=lm.decoder.d,
+        n_calib_tokens=tokens,
+        n_sequences=len(sequences),
+        n_cut_tokens=sum(cut),
+        n_cut_sequences=len(cut),
+        max_length=max_length,
+        mode=mode,
+        final_norm=final_norm,
+        top_k=top_k,
+        boot=boot,
+        seed=seed,
+        bootstrap_unit=unit,
+        layers=tuple(layers),
+    )
+
+
+Visit = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+def _read(lm: LM, batch: list[Sequence], final_norm: bool, visit: Visit) -> None:
+    """One pass; `visit(l, delta (N, d), h (N, d), group (N,))` at every block, float32, on the block's own device."""
+    decoder = lm.decoder
+    ids, mask, group = padded(batch)
+    keep = mask.bool()
+    keep[:, 0] = False
+
+    def hook_of(l: int):
+        def hook(_module, args, output):
+            after = hidden(output)
+            if not args:
+                raise ValueError(f"{decoder.prefix}.{l}: the block was not given its hidden states as first argument")
+            if final_norm and l == decoder.n_layers - 1:
+                after = decoder.final_norm(after)
+            visit(l, *_rows(args[0], after, keep, f"{decoder.prefix}.{l}"), group[keep])
+
+        return hook
+
+    # The decoder without its unembedding: logits of T x V would be the largest tensor of the pass.
+    body = lm.model.get_submodule(decoder.prefix.rpartition(".")[0])
+    with torch.no_grad(), hooked([(block, hook_of(l)) for l, block in enumerate(decoder.blocks)]):
+        body(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
+
+
+def _rows(
+    before: Float[Tensor, "n T d"], after: Float[Tensor, "n T d"], keep: Bool[Tensor, "n T"], name: str
+) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
+    """`delta` and `h` of the kept tokens, float32, on the device of the block's output."""
+    keep = keep.to(after.device)
+    h = before.to(after.device)[keep].float()
+    delta = after[keep].float() - h
+    if not torch.isfinite(delta).all():
+        raise ValueError(
+            f"{name}: hidden states are not finite in {str(after.dtype).removeprefix('torch.')}; try DTYPE float32"
+        )
+    return delta, h
+
+
+def _both(numbers: Float[Tensor, "5 N"]) -> Float[np.ndarray, "2 5"]:
+    return torch.stack([numbers.sum(dim=1), numbers.square().sum(dim=1)]).cpu().numpy()
+
+
+def _stream(
+    lm: LM,
+    batches: list[list[Sequence]],
+    final_norm: bool,
+    top_k: int,
+    weights: Float[np.ndarray, "b P"],
+    progress: bool,
+) -> list[LayerDelta]:
+    layers: list[LayerDelta] = []
+    with tqdm(total=lm.decoder.n_layers, desc="delta SVD, layers", disable=not progress) as bar:
+
+        def visit(l: int, delta: Tensor, h: Tensor, group: Int[Tensor, "N"]) -> None:
+            found = spectrum(delta, max(top_k, RANK))
+            intervals = (UNKNOWN, UNKNOWN)
+            if len(weights):
+                basis = sketch_basis(delta)
+                outside = basis.shape[1] < min(delta.shape)
+                intervals = bootstrap(found, group_parts(delta, basis, group, weights.shape[1], outside), weights)
+            sums = _both(token_numbers(delta, h))
+            layers.append(layer_numbers(l, lm.decoder.n_layers, sums, len(delta), found, top_k, intervals))
+            bar.update()
+
+        for batch in batches:
+            _read(lm, batch, final_norm, visit)
+    return layers
+
+
+def _documents(
+    lm: LM,
+    batches: list[list[Sequence]],
+    final_norm: bool,
+    top_k: int,
+    weights: Float[np.ndarray, "b P"],
+    progress: bool,
+) -> list[LayerDelta]:
+    n_layers, d = lm.decoder.n_layers, lm.decoder.d
+    sums = np.zeros((n_layers, 2, 5))
+    counts = [0] * n_layers
+    grams: dict[int, Tensor] = {}
+    totals: dict[int, Tensor] = {}
+
+    def add(l: int, delta: Tensor, h: Tensor, group: Tensor) -> None:
+        if len(delta) == 0:
+            return
+        sums[l] += _both(token_numbers(delta, h))
+        counts[l] += len(delta)
+        if l not in grams:
+            grams[l] = torch.zeros(d, d, dtype=torch.float64, device=delta.device)
+            totals[l] = torch.zeros(d, dtype=torch.float64, device=delta.device)
+        grams[l] += right_gram(delta)
+        totals[l] += delta.double().sum(dim=0)
+
+    for batch in tqdm(batches, desc="delta SVD, batches", disable=not progress):
+        _read(lm, batch, final_norm, add)
+
+    spectra, bases = [], []
+    k = max(top_k, RANK)
+    for l in tqdm(range(n_layers), desc="delta SVD, spectra", disable=not progress):
+        found = spectrum_of_gram(grams[l], totals[l], max(k, SKETCH) if len(weights) else k)
+        if len(weights):
+            bases.append(found.directions[:SKETCH].T.to(grams[l].device))
+        spectra.append(Spectrum(found.energy, found.directions[:k]))
+        del grams[l]
+
+    parts: dict[int, Parts] = {}
+
+    def add_groups(l: int, delta: Tensor, _h: Tensor, group: Tensor) -> None:
+        more = group_parts(delta, bases[l], group, weights.shape[1], bases[l].shape[1] < d)
+        parts[l] = parts[l].plus(more) if l in parts else more
+
+    for batch in tqdm(batches if bases else [], desc="delta SVD, intervals", disable=not progress):
+        _read(lm, batch, final_norm, add_groups)
+    layers = []
+    for l in range(n_layers):
+        intervals = bootstrap(spectra[l], parts[l], weights) if bases else (UNKNOWN, UNKNOWN)
+        layers.append(layer_numbers(l, n_layers, sums[l], counts[l], spectra[l], top_k, intervals))
+    return layers

@@ -1,0 +1,73 @@
+"""Weight diffs: `w = theta_pos - theta_neg`, exactly, from whatever holds the two sides.
+
+For a LoRA pair `w = s (B+ A+ - B- A-)` is kept as the factors `([s B+, -s B-], [A+; A-])` of rank <= 2r, in float32, so
+no rounding of merged weights enters. This module is the front door; the rooms behind it are `core` (the object
+and its algebra), `algebra` (inner products, projections, geometry of a pair), `io` (files), `build`
+and `checkpoints` (adapters, full checkpoints). (docs/method.md section 2)
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from ws.diff.algebra import WRITERS, add, dot, geometry, is_writer, project, subtract, writers_only
+from ws.diff.build import from_adapters, task_vectors
+from ws.diff.checkpoints import from_checkpoints
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, entry_svd, layer_of
+from ws.diff.io import describe, export_adapter, read_diff, save_diff
+
+__all__ = [
+    "WRITERS",
+    "Entry",
+    "LowRank",
+    "WeightDiff",
+    "add",
+    "check_entries",
+    "describe",
+    "dot",
+    "entry_svd",
+    "export_adapter",
+    "from_adapters",
+    "from_checkpoints",
+    "geometry",
+    "is_writer",
+    "layer_of",
+    "load_diff",
+    "project",
+    "read_diff",
+    "save_diff",
+    "subtract",
+    "task_vectors",
+    "writers_only",
+]
+
+
+def load_diff(source: Path | str | tuple | list, base_model: nn.Module | Path | str | None = None) -> WeightDiff:
+    """A weight diff from any supported form.
+
+    source: one file (this project's `.safetensors`, a dense `.safetensors`, a legacy `w.pt`), a run folder that holds
+    `w.safetensors`, or a pair (pos, neg) of PEFT adapter folders or of full checkpoints (folder or `.safetensors`).
+    base_model: for adapters that must be merged (DoRA and other non-LoRA types), the base as a module or a path;
+    by default the one that the adapters name. Raises FileNotFoundError / ValueError naming what is wrong.
+    """
+    if isinstance(source, (tuple, list)):
+        if len(source) != 2:
+            raise ValueError(f"a pair (pos, neg) was expected, got {len(source)} paths")
+        pos, neg = map(Path, source)
+        for side in (pos, neg):
+            if not side.exists():
+                raise FileNotFoundError(f"{side}: no such file or folder")
+        adapters = [(side / "adapter_config.json").is_file() for side in (pos, neg)]
+        if all(adapters):
+            return from_adapters(pos, neg, base_model)
+        if any(adapters):
+            raise ValueError(f"{pos} and {neg}: one is a PEFT adapter folder, the other is not")
+        return from_checkpoints(pos, neg)
+    path = Path(source)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(f"{path}: one PEFT adapter; a diff needs the pair (pos, neg)")
+        if not (path / "w.safetensors").is_file():
+            raise FileNotFoundError(f"{path}: holds no w.safetensors")
+        path = path / "w.safetensors"
+    return read_diff(path)

@@ -1,0 +1,305 @@
+"""Exact weight differences from two PEFT adapter folders.
+
+LoRA and rsLoRA: `w = s (B+ A+ - B- A-)`, `s = alpha / r` or `alpha / sqrt(r)`, as factors in float32.
+PiSSA and other initialisations that move part of W into the adapter: both signs start from the same residual
+`W_res = W - s B0 A0`, so `theta+ - theta- = (W_res + s B+ A+) - (W_res + s B- A-)` is the same difference of products.
+It is written as `[s (B+ - B-), s B-] [A+; A+ - A-]`, because `B+ A+` and `B- A-` both hold the large part of W and
+would cancel. DoRA and every other peft type: each side is merged in float32, one module at a time, and the merged
+weights are subtracted. (docs/method.md section 2)
+"""
+
+import copy
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, same_names
+from ws.diff.io import read_tensors
+
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Initialisations of peft that change the base weights."""
+NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
+"""Those that depend on a random draw or on data, so that pos and neg share a base only if they shared that too."""
+
+NOT_PLAIN = (
+    "use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "alora_invocation_tokens",
+    "target_parameters", "layer_replication", "trainable_token_indices",
+)  # fmt: skip
+"""Options of peft's LoRA with which the products of factors do not say all."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One PEFT folder as read from disk."""
+
+    folder: Path
+    config: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def init(self) -> str:
+        return str(self.config.get("init_lora_weights", True)).lower()
+
+    @property
+    def moves_base(self) -> bool:
+        return self.init.startswith(MOVES_BASE)
+
+    @property
+    def plain(self) -> bool:
+        """Whether products of factors say all: LoRA without magnitudes, replicated layers or targeted parameters."""
+        c = self.config
+        return c.get("peft_type") == "LORA" and not any(c.get(key) for key in NOT_PLAIN)
+
+
+def read_adapter(folder: Path | str) -> Adapter:
+    """Config and tensors of a PEFT folder. FileNotFoundError / ValueError naming the file that is missing or broken."""
+    folder = Path(folder)
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder}: not a PEFT adapter folder, adapter_config.json is missing")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file}: not JSON: {error}") from error
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        tensors, _ = read_tensors(weights)
+    elif (folder / "adapter_model.bin").is_file():
+        tensors = torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu")
+    else:
+        raise FileNotFoundError(f"{folder}: adapter_model.safetensors is missing")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder}: {name} contains NaN or inf")
+    return Adapter(folder, config, tensors)
+
+
+def _strip(key: str) -> str:
+    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _scaling(adapter: Adapter, module: str, rank: int) -> float:
+    def matched(patterns: dict | None, default: float | int) -> float | int:
+        # the rule of peft: the first pattern that matches the end of the module's name at a dot
+        return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", module)), default)
+
+    config = adapter.config
+    r = matched(config.get("rank_pattern"), config.get("r"))
+    if r != rank:
+        raise ValueError(f"{adapter.folder}: {module} has rank {rank}, its adapter_config.json says {r}")
+    alpha = matched(config.get("alpha_pattern"), config.get("lora_alpha"))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _factors(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
+    """`(B, A, s)` per parameter, oriented as it is stored; and what is saved whole (biases, full modules)."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in adapter.tensors.items():
+        found = re.fullmatch(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?", _strip(key))
+        if found:
+            parts.setdefault(found[1], {})[found[2]] = tensor.float()
+        elif re.fullmatch(r".+\.lora_B\.bias", key):
+            module = _strip(key).removesuffix(".lora_B.bias")
+            rank = adapter.tensors[key.replace(".lora_B.bias", ".lora_A.weight")].shape[0]
+            whole[f"{module}.bias"] = tensor.float() * _scaling(adapter, module, rank)
+        elif ".lora_" in key or ".token_adapter." in key:
+            raise ValueError(f"{adapter.folder}: {key} is a kind of adapter tensor this project does not know")
+        else:
+            whole[_strip(key)] = tensor.float()
+    factors = {}
+    for module, part in parts.items():
+        embedding = "embedding_A" in part or "embedding_B" in part
+        A, B = (part.get(f"embedding_{f}" if embedding else f) for f in "AB")
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            shapes = {f: tuple(t.shape) for f, t in part.items()}
+            raise ValueError(f"{adapter.folder}: {module}: factors do not fit: {shapes}")
+        scaling = _scaling(adapter, module, A.shape[0])
+        if embedding or adapter.config.get("fan_in_fan_out"):
+            A, B = B.T.contiguous(), A.T.contiguous()
+        factors[f"{module}.weight"] = (B, A, scaling)
+    return factors, whole
+
+
+def _check_pair(pos: Adapter, neg: Adapter) -> None:
+    for field in ("base_model_name_or_path", "revision", "peft_type"):
+        a, b = pos.config.get(field), neg.config.get(field)
+        if a != b:
+            raise ValueError(f"{pos.folder} and {neg.folder}: {field} differs, {a!r} and {b!r}")
+    if pos.init != neg.init and (pos.moves_base or neg.moves_base):
+        raise ValueError(
+            f"{pos.folder} and {neg.folder}: init_lora_weights differs, {pos.init!r} and {neg.init!r}: they do not"
+            " sit on the same residual weights"
+        )
+    if pos.init.startswith(NOT_REPEATABLE):
+        warnings.warn(f"{pos.folder}: {pos.init} is exact only if both signs shared one initialisation", stacklevel=3)
+
+
+def from_adapters(
+    pos: Path | str, neg: Path | str, base_model: nn.Module | Path | str | None = None, meta: dict | None = None
+) -> WeightDiff:
+    """`theta_pos - theta_neg` of two PEFT folders on one base.
+
+    base_model: the base as a module (not changed) or a path. With it, names and shapes are checked, and names of tied
+    weights resolve to the model's own (a LoRA on a tied unembedding is a change of the embedding too). Adapters other
+    than LoRA need it: by default the base that the folders name. Raises ValueError naming what does not fit: another
+    base, other targets, factors, shapes, NaN.
+    """
+    a, b = read_adapter(pos), read_adapter(neg)
+    _check_pair(a, b)
+    where = f"{a.folder} and {b.folder}"
+    plain = a.plain and b.plain
+    entries = _factored(a, b, where) if plain else _merged_difference(a, b, base_model, where)
+    if isinstance(base_model, nn.Module):
+        entries = _fit_names(entries, base_model, where)
+    check_entries(entries, where)
+    entries = {name: entries[name] for name in sorted(entries, key=_natural)}
+    config = a.config
+    info = {
+        "base_model": str(config.get("base_model_name_or_path") or ""),
+        "adapter": _kind(config),
+        "form": "low-rank" if plain else "dense (float32 merge)",
+    }
+    if config.get("r"):
+        info["r"] = config["r"]
+        info["scale"] = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    return WeightDiff(entries, {**info, **(meta or {})})
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _kind(config: dict) -> str:
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type")).lower()
+    init = str(config.get("init_lora_weights", True)).lower()
+    words = [init if init not in ("true", "false") else "", "rslora" if config.get("use_rslora") else ""]
+    words.append("dora" if config.get("use_dora") else "")
+    return "+".join(filter(None, words)) or "lora"
+
+
+def _factored(a: Adapter, b: Adapter, where: str) -> dict[str, Entry]:
+    (plus, whole_plus), (minus, whole_minus) = _factors(a), _factors(b)
+    same_names(plus, minus, where)
+    same_names(whole_plus, whole_minus, where)
+    entries: dict[str, Entry] = {}
+    for name, (B, A, s) in plus.items():
+        B2, A2, s2 = minus[name]
+        if B.shape[0] != B2.shape[0] or A.shape[1] != A2.shape[1]:
+            raise ValueError(f"{where}: {name} is {B.shape[0]}x{A.shape[1]} and {B2.shape[0]}x{A2.shape[1]}")
+        if a.moves_base:
+            if B.shape != B2.shape or s != s2:
+                raise ValueError(f"{where}: {name}: {a.init} adapters of different rank or scaling share no residual")
+            entries[name] = LowRank(torch.cat([s * (B - B2), s * B2], 1), torch.cat([A, A - A2], 0))
+        else:
+            entries[name] = LowRank(torch.cat([s * B, -s2 * B2], 1), torch.cat([A, A2], 0))
+    for name, tensor in whole_plus.items():
+        if tensor.shape != whole_minus[name].shape:
+            raise ValueError(f"{where}: {name} is {tuple(tensor.shape)} and {tuple(whole_minus[name].shape)}")
+        change = tensor - whole_minus[name]
+        # peft also saves base embeddings beside an adapter on them: equal on both sides, no difference
+        if change.any():
+            entries[name] = entries[name].dense() + change if name in entries else change
+    return entries
+
+
+def _fit_names(entries: dict[str, Entry], model: nn.Module, where: str) -> dict[str, Entry]:
+    """Check against the model; a second name of a tied parameter becomes its first, differences adding up."""
+    first = {id(p): n for n, p in model.named_parameters()}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    fitted: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if name not in known:
+            raise ValueError(f"{where}: {name}: no such parameter in {type(model).__name__}")
+        if tuple(entry.shape) != tuple(known[name].shape):
+            raise ValueError(f"{name}: diff is {dims(entry.shape)}, model has {dims(known[name].shape)}")
+        own = first[id(known[name])]
+        if own not in fitted:
+            fitted[own] = entry
+        elif isinstance(entry, LowRank) and isinstance(fitted[own], LowRank):
+            fitted[own] = LowRank(torch.cat([fitted[own].B, entry.B], 1), torch.cat([fitted[own].A, entry.A], 0))
+        else:
+            sides = (e.dense() if isinstance(e, LowRank) else e for e in (fitted[own], entry))
+            fitted[own] = sum(sides)
+    return fitted
+
+
+def _base_copy(base: nn.Module | Path | str | None, adapter: Adapter) -> nn.Module:
+    """A float32 copy of the base on the CPU, free to be changed."""
+    if isinstance(base, nn.Module):
+        return copy.deepcopy(base).to("cpu", torch.float32)
+    from transformers import AutoModelForCausalLM
+
+    source = str(base or adapter.config.get("base_model_name_or_path") or "")
+    if not source:
+        raise ValueError(f"{adapter.folder}: {_kind(adapter.config)} must be merged and names no base model; give one")
+    revision = None if Path(source).exists() else adapter.config.get("revision")
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{adapter.folder}: its base model {source!r} cannot be loaded; give base_model") from error
+
+
+def _merged(adapter: Adapter, base: nn.Module | Path | str | None) -> dict[str, Tensor]:
+    """The touched parameters of base + adapter in float32, by the base's own names."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    model = _base_copy(base, adapter)
+    own = {id(p): n for n, p in model.named_parameters()}
+    wrapped = PeftModel.from_pretrained(model, str(adapter.folder))
+    touched: dict[str, Tensor] = {}
+    layers = [(n, m) for n, m in wrapped.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+    layers = [(n, m) for n, m in layers if isinstance(m, ModulesToSaveWrapper) or hasattr(m, "merge")]
+    if not layers:
+        raise ValueError(f"{adapter.folder}: {_kind(adapter.config)} changes no weights, there is no weight difference")
+    for _, module in layers:
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+    # read after all merges: two adapters may share one tied parameter
+    for name, module in layers:
+        held = (
+            module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+        )
+        for leaf, parameter in held.named_parameters(recurse=isinstance(module, ModulesToSaveWrapper)):
+            touched[own.get(id(parameter), f"{_strip(name)}.{leaf}")] = parameter.detach()
+    return touched
+
+
+def _merged_difference(a: Adapter, b: Adapter, base: nn.Module | Path | str | None, where: str) -> dict[str, Entry]:
+    entries = {name: tensor.clone() for name, tensor in _merged(a, base).items()}
+    other = _merged(b, base)
+    same_names(entries, other, where)
+    for name, tensor in other.items():
+        entries[name].sub_(tensor)
+    return {name: e for name, e in entries.items() if e.ndim > 1 or e.any()}
+
+
+def task_vectors(
+    pos: Path | str, neg: Path | str, base_model: nn.Module | Path | str | None = None
+) -> tuple[WeightDiff, WeightDiff]:
+    """`t+ = theta_pos - theta_base` and `t-`, for `ws.diff.geometry`.
+
+    Factors for LoRA and rsLoRA; dense float32 where a base is needed (DoRA, PiSSA, others).
+    """
+    sides = []
+    for adapter in (read_adapter(pos), read_adapter(neg)):
+        if adapter.plain and not adapter.moves_base and not _factors(adapter)[1]:
+            entries: dict[str, Entry] = {n: LowRank(s * B, A) for n, (B, A, s) in _factors(adapter)[0].items()}
+        else:
+            entries = dict(_merged(adapter, base_model))
+            before = dict(_base_copy(base_model, adapter).named_parameters(remove_duplicate=False))
+            for name in entries:
+                entries[name] = entries[name] - before[name].detach()
+        if isinstance(base_model, nn.Module):
+            entries = _fit_names(entries, base_model, str(adapter.folder))
+        sides.append(WeightDiff(entries, {"adapter": _kind(adapter.config)}))
+    return sides[0], sides[1]

@@ -1,0 +1,188 @@
+"""Weight diffs on disk: one `.safetensors` file, a legacy `w.pt`, and a PEFT adapter folder as export.
+
+The file holds `NAME::B` and `NAME::A` for a low-rank entry and `NAME` for a dense one; everything else is JSON under
+one key of its header, so the bytes depend on the content alone. (docs/method.md section 2)
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, entry_svd
+from ws.files import atomic_dir, atomic_file
+
+HEADER = "ws_weight_diff"
+SUFFIX_B, SUFFIX_A = "::B", "::A"
+
+
+def save_diff(w: WeightDiff, path: Path | str) -> Path:
+    """Write `w` to one `.safetensors` file, whole. Loading gives the same tensors, dtypes, order and metadata."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a weight diff is saved as .safetensors")
+    check_entries(w.entries, str(path))
+    tensors: dict[str, Tensor] = {}
+    for name, entry in w.entries.items():
+        if "::" in name:
+            raise ValueError(f"{name}: a parameter name cannot contain '::'")
+        parts = {SUFFIX_B: entry.B, SUFFIX_A: entry.A} if isinstance(entry, LowRank) else {"": entry}
+        for suffix, tensor in parts.items():
+            tensors[name + suffix] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    header = json.dumps({"format": 1, "names": list(w.names), "meta": w.meta}, sort_keys=True)
+    with atomic_file(path) as temporary:
+        save_file(tensors, str(temporary), metadata={HEADER: header})
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header's metadata of a safetensors file. ValueError naming the file when it is broken."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file (truncated, or another format): {error}") from error
+
+
+def read_diff(path: Path | str) -> WeightDiff:
+    """Read a diff from its own file, from a dense `.safetensors`, or from a legacy `.pt` (dict name -> tensor).
+
+    Raises FileNotFoundError, or ValueError that names the file and, where there is one, the tensor: truncated or
+    foreign files, PEFT adapters, factors that do not fit, NaN, inf.
+    """
+    path = Path(path)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return _read_legacy(path)
+    tensors, header = read_tensors(path)
+    adapter_keys = [key for key in tensors if ".lora_" in key]
+    if adapter_keys:
+        raise ValueError(f"{path}: holds one PEFT adapter ({adapter_keys[0]}); give the folders of a pair, pos and neg")
+    if HEADER not in header:
+        check_entries(tensors, str(path))
+        return WeightDiff(dict(tensors), {"source": path.name, "form": "dense"})
+    try:
+        head = json.loads(header[HEADER])
+        entries: dict[str, Entry] = {}
+        for name in head["names"]:
+            if name + SUFFIX_B in tensors:
+                entries[name] = LowRank(tensors.pop(name + SUFFIX_B), tensors.pop(name + SUFFIX_A))
+            else:
+                entries[name] = tensors.pop(name)
+        meta = head["meta"]
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: header and tensors of this weight diff do not fit together: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from error
+    if tensors:
+        raise ValueError(f"{path}: tensors that its header does not name: {', '.join(sorted(tensors)[:3])}")
+    check_entries(entries, str(path))
+    return WeightDiff(entries, meta)
+
+
+def _read_legacy(path: Path) -> WeightDiff:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a whole torch file of tensors (truncated, or another format): {error}"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: expected a dict of parameter name -> tensor, found {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} holds a {type(value).__name__}; expected parameter name -> tensor")
+        if ".lora_" in name:
+            raise ValueError(f"{path}: holds one PEFT adapter ({name}); give the folders of a pair, pos and neg")
+    check_entries(content, str(path))
+    return WeightDiff(
+        {name: value.contiguous() for name, value in content.items()}, {"source": path.name, "form": "legacy"}
+    )
+
+
+def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) -> Path:
+    """Write `alpha w` as a PEFT LoRA folder: added to the base model it acts as `W + alpha w`.
+
+    Scaling is 1 (`lora_alpha = r` for every module). Dense matrices are factored at their numerical rank. Embedding
+    weights are stored the way peft wants them, transposed. Raises ValueError naming a parameter that a LoRA cannot
+    hold (a bias, a norm).
+    """
+    from peft import LoraConfig
+
+    tensors, ranks = {}, {}
+    for name in w.names:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(w.shape(name)) != 2:
+            raise ValueError(f"{name}: {w.shape(name)} is not a linear weight; a PEFT LoRA cannot hold it")
+        entry = w.entries[name]
+        if not isinstance(entry, LowRank):
+            entry = _factor(w, name)
+        rank = max(entry.rank, 1)
+        B, A = (torch.nn.functional.pad(entry.B.float(), (0, rank - entry.rank)) * alpha, entry.A.float())
+        A = torch.nn.functional.pad(A, (0, 0, 0, rank - entry.rank))
+        key = f"base_model.model.{module}"
+        if module.split(".")[-1] in ("embed_tokens", "wte"):
+            tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
+        else:
+            tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        ranks[module] = rank
+    top = max(ranks.values())
+    pattern = {module: r for module, r in sorted(ranks.items()) if r != top}
+    config = LoraConfig(
+        r=top,
+        lora_alpha=top,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        # a regular expression, because peft writes a set of names in an order that differs between runs
+        target_modules="|".join(module.replace(".", r"\.") for module in sorted(ranks)),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(w.meta.get("base_model") or ""),
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    with atomic_dir(folder) as temporary:
+        config.save_pretrained(str(temporary))
+        whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(whole, str(Path(temporary) / "adapter_model.safetensors"), metadata={"format": "pt"})
+    return folder
+
+
+def _factor(w: WeightDiff, name: str) -> LowRank:
+    U, s, Vh = entry_svd(w, name)
+    keep = int((s > s[0] * torch.finfo(torch.float32).eps * max(w.shape(name))).sum()) if s[0] > 0 else 0
+    root = s[:keep].sqrt()
+    return LowRank((U[:, :keep] * root).float(), (root[:, None] * Vh[:keep]).float())
+
+
+def describe(w: WeightDiff) -> str:
+    """Metadata, totals and one line per parameter (form, shape, rank, effective rank, norm, top singular value)."""
+    layers = w.layers()
+    low = sum(isinstance(entry, LowRank) for entry in w.entries.values())
+    lines = [f"{key}: {value}" for key, value in sorted(w.meta.items())]
+    lines += [
+        f"parameters: {len(w.names)} ({low} low-rank, {len(w.names) - low} dense)",
+        f"layers: {', '.join(map(str, layers)) or 'none'}",
+        f"norm: {w.total_norm():.6g}",
+        "",
+        f"{'parameter':<52} {'form':<9} {'shape':>13} {'rank':>5} {'eff.rank':>8} {'norm':>10} {'s1':>10}",
+    ]
+    for name, entry in w.entries.items():
+        shape = "x".join(map(str, w.shape(name)))
+        form = "low-rank" if isinstance(entry, LowRank) else "dense"
+        if len(w.shape(name)) > 2:
+            lines.append(f"{name:<52} {form:<9} {shape:>13} {'-':>5} {'-':>8} {w.norm(name):>10.4g} {'-':>10}")
+            continue
+        s = w.singular_values(name)
+        top = float(s[0]) if len(s) else 0.0
+        eff = w.effective_rank(name)
+        lines.append(
+            f"{name:<52} {form:<9} {shape:>13} {w.rank(name):>5} {eff:>8.2f} {w.norm(name):>10.4g} {top:>10.4g}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""Is a candidate's weight concentration above that of a random subspace? Monte-Carlo p-values and Benjamini-Hochberg.
+
+For a Haar-random rank-r basis Q of R^d and the weight Gram `G = M M^T` of a seed and layer,
+
+    R_w = (d / r) tr(Q^T G Q) / tr G,   T = mean_{s,l} log R_w[s, l],   p = (1 + #{T_null >= T}) / (1 + N).
+
+One draw of Q serves every seed (an A-side basis does not know the seed), and every layer for candidates that have one
+basis for all layers. Columns of Q are nested: its first r columns are a random rank-r basis, so one set of draws gives
+the null of every rank. The seeds share most of w, so a random basis that is lucky on one is lucky on all: repeating it
+is what keeps p honest, and z (whose null is right-skewed) is descriptive only. (docs/method.md section 7)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ws.stability.scores import SeedScores
+
+N_DRAWS = 10_000
+TAIL = 1e-4  # relative change of the null's variance that a thinner factor may cost
+BLOCK = 200  # random bases held in memory at once
+
+
+@dataclass(frozen=True)
+class GramFactor:
+    """`G / tr G ~ F F^T` plus isotropic rest: F (d, k) float32, `rest` the share of the trace not in F."""
+
+    F: Float[Tensor, "d k"]
+    rest: float
+
+
+def left_factor(M: Float[Tensor, "d m"] | tuple[Float[Tensor, "d q"], Float[Tensor, "q m"]]) -> Float[Tensor, "d k"]:
+    """A thin F with `F F^T = M M^T`, float64; M is a dense matrix, or factors (B, A) of `M = B A`, not multiplied out.
+
+    `(B A)(B A)^T = (B R^T)(B R^T)^T` with `A^T = Q R`.
+    """
+    if isinstance(M, tuple):
+        B, A = M
+        return B.double() @ torch.linalg.qr(A.double().T).R.T
+    if M.shape[1] <= M.shape[0]:
+        return M.double()
+    values, vectors = torch.linalg.eigh(M.double() @ M.double().T)
+    keep = values > 1e-14 * values[-1]
+    return vectors[:, keep] * values[keep].sqrt()
+
+
+def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: float = TAIL) -> GramFactor:
+    """Factor of `[w_o / |w_o| | w_down / |w_down|]`, from each tensor's `left_factor`.
+
+    Small singular values are replaced by their mean effect (`rest`) as long as that changes the null's variance, which
+    section 6 gives as proportional to `d tr(G^2) - 1` at tr G = 1, by at most the share `tail`; its mean stays 1.
+    Raises ValueError naming `label` for a zero or absent tensor.
+    """
+    if not factors or any(float(F.norm()) == 0 for F in factors):
+        raise ValueError(f"{label}: no weight difference to compare with (tensor absent or zero)")
+    joined = torch.cat([F.double() / F.double().norm() for F in factors], dim=1) / len(factors) ** 0.5
+    U, s, _ = torch.linalg.svd(joined, full_matrices=False)
+    energy, fourth = (s.pow(k).flip(0).cumsum(0).flip(0) for k in (2, 4))  # of column i and all after it
+    d = len(joined)
+    change = 2 * energy + d * fourth  # bounds |change of d tr(G^2) - 1| when columns i and after are dropped
+    keep = max(int((change > tail * (d * float(fourth[0]) - 1)).sum()), 1)
+    return GramFactor((U[:, :keep] * s[:keep]).float(), float(s[keep:].square().sum()))
+
+
+def random_log_concentration(
+    factors: Sequence[Sequence[GramFactor]], ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
+) -> Float[Tensor, "N L q"]:
+    """Mean over seeds of log R_w of random bases: entry [i, l, j] is draw i of rank `ranks[j]` at layer l, float64.
+
+    factors: [seed][layer]. The same draw i stands at every layer and for every rank. Explicit generator: same seed,
+    same draws on one device type. Raises ValueError for a rank outside 1..d.
+    """
+    S, L, d = len(factors), len(factors[0]), factors[0][0].F.shape[0]
+    if min(ranks) < 1 or max(ranks) > d:
+        raise ValueError(f"ranks {sorted(ranks)}: random bases of R^{d} have rank 1 to {d}")
+    most = max(ranks)
+    picks = torch.tensor([r - 1 for r in ranks], device=device)
+    scale = d / torch.tensor([float(r) for r in ranks], dtype=torch.float64, device=device)
+    wide = [torch.cat([factors[s][layer].F for s in range(S)], dim=1).to(device) for layer in range(L)]
+    widths = [[factors[s][layer].F.shape[1] for s in range(S)] for layer in range(L)]
+    generator = torch.Generator(device).manual_seed(seed)
+    out = torch.empty(n_draws, L, len(ranks), dtype=torch.float64)
+    for start in range(0, n_draws, BLOCK):
+        size = min(BLOCK, n_draws - start)
+        X = torch.randn(size, most, d, generator=generator, device=device)
+        if most * 4 <= d:  # Gram-Schmidt by Cholesky: X^T = Q R with R = chol(X X^T)^T, well conditioned for thin X
+            lower = torch.linalg.cholesky(X @ X.mT)
+            Q = torch.linalg.solve_triangular(lower, X, upper=False)
+        else:
+            Q = torch.linalg.qr(X.double().mT).Q.mT.float()
+        rows = Q.reshape(size * most, d)
+        for layer in range(L):
+            squared = (rows @ wide[layer]).square_()
+            total = torch.zeros(size, len(ranks), dtype=torch.float64, device=device)
+            for s, part in enumerate(squared.split(widths[layer], dim=1)):
+                energy = part.sum(dim=1).reshape(size, most).double().cumsum(dim=1)[:, picks]
+                total += (energy * scale + factors[s][layer].rest).log()
+            out[start : start + size, layer] = (total / S).cpu()
+    return out
+
+
+def null_statistics(
+    draws: Float[Tensor, "N L q"], ranks: Sequence[int], layer_ranks: Sequence[int], one_basis: bool
+) -> Float[np.ndarray, " N"]:
+    """N null values of `T = mean_l log R_w`, for a candidate with basis rank `layer_ranks[l]` at layer l, sorted.
+
+    one_basis: the same random basis at every layer; else an independent one at each, taken as draw `i + l (N // L)`
+    (mod N) at layer l, so that no draw meets itself.
+    """
+    N, L, _ = draws.shape
+    where = [list(ranks).index(r) for r in layer_ranks]
+    step = 0 if one_basis else N // L
+    total = sum(torch.roll(draws[:, layer, where[layer]], -step * layer) for layer in range(L))
+    return np.sort((total / L).numpy())
+
+
+def monte_carlo_p(observed: float, null: Float[np.ndarray, " N"]) -> float:
+    """`(1 + #{null >= observed}) / (1 + N)` against a sorted null; NaN for an undefined observation."""
+    if np.isnan(observed):
+        return float("nan")
+    return float((1 + len(null) - np.searchsorted(null, observed, side="left")) / (1 + len(null)))
+
+
+def benjamini_hochberg(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+    """Adjusted p-values: `q_(i) = min_{j >= i} m p_(j) / j`, capped at 1; NaN entries are no tests and stay NaN."""
+    q = np.full(p.shape, np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    m = len(tested)
+    if m == 0:
+        return q
+    order = tested[np.argsort(p[tested], kind="stable")]
+    raised = p[order] * m / np.arange(1, m + 1)
+    q[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    return q
+
+
+def significance_table(
+    scores: SeedScores,
+    factors: Sequence[Sequence[GramFactor]],
+    one_basis: Bool[np.ndarray, " C"],
+    seed: int,
+    n_draws: int = N_DRAWS,
+    device: str = "cpu",
+) -> pl.DataFrame:
+    """One row per candidate, in the order of `scores`.
+
+    factors: `combined_factor` per [seed][LoRA layer]. one_basis: which candidates have one basis for all layers.
+    Columns: candidate, T (mean log R_w over layers and seeds, natural log), null_mean, null_sd, null_q95 (of T), p_R_w,
+    q_R_w (Benjamini-Hochberg over the A-hypotheses), n_draws, basis ("one for all layers" / "per layer"). A candidate
+    with an undefined score has NaN; ceilings, which saw w, are not tested. (docs/method.md section 7)
+    """
+    S, C, L = scores.w.shape
+    if len(factors) != S or any(len(row) != L for row in factors):
+        raise ValueError(
+            f"factors: {len(factors)} seeds x {[len(row) for row in factors]} layers, scores have {S} x {L}"
+        )
+    with np.errstate(divide="ignore"):
+        observed = np.log(scores.w).mean(axis=(0, 2))
+    observed = np.where(np.isneginf(observed), np.nan, observed)
+    tested = np.array([kind != "ceiling" for kind in scores.kinds]) & ~np.isnan(observed)
+    layer_ranks = scores.ranks.astype(int)
+    ranks = sorted(set(layer_ranks[tested].ravel().tolist()))
+    draws = random_log_concentration(factors, ranks, n_draws, seed, device) if ranks else None
+    nulls, rows = {}, []
+    for c, candidate in enumerate(scores.candidates):
+        row = {"candidate": candidate, "T": float(observed[c])}
+        if tested[c]:
+            key = (bool(one_basis[c]), tuple(layer_ranks[c].tolist()))
+            if key not in nulls:
+                nulls[key] = null_statistics(draws, ranks, key[1], key[0])
+            null = nulls[key]
+            row |= {"null_mean": float(null.mean()), "null_sd": float(null.std())}
+            row |= {"null_q95": float(np.quantile(null, 0.95)), "p_R_w": monte_carlo_p(float(observed[c]), null)}
+        else:
+            row |= {name: float("nan") for name in ("null_mean", "null_sd", "null_q95", "p_R_w")}
+        rows.append(row | {"n_draws": n_draws, "basis": "one for all layers" if one_basis[c] else "per layer"})
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    q = benjamini_hochberg(np.where(scores.ranked, frame["p_R_w"].to_numpy(), np.nan))
+    return frame.with_columns(pl.Series("q_R_w", q)).select(
+        "candidate", "T", "null_mean", "null_sd", "null_q95", "p_R_w", "q_R_w", "n_draws", "basis"
+    )

@@ -1,0 +1,287 @@
+"""Fit of theta: one small vector per user, on recorded hidden states, by Adam with an analytic gradient.
+
+With base logits `z0 = W h + b`, a head's `phi(h)` and `C` (`ws/heads.py`) and `c = gamma alpha`, the logits of token t
+are `z_t = z0_t + c C (theta * phi_t)`, and
+
+    loss = (CE + beta KL) / N + lam |theta|^2,    CE = sum_t lse(z_t) - z_t[y_t],    KL = sum_t KL(p_base || p_t)
+    grad = c/N sum_t phi_t * C^T ((1 + beta) p_t - onehot(y_t) - beta p_base_t) + 2 lam theta
+
+Only `lse(z_t)` and `C^T p_t` change with theta: base log-probabilities, `C[y_t]` and `C^T p_base_t` are computed once.
+A step costs `T D V`, not `T d V`, and works through small blocks of tokens x vocabulary, so it never holds `T x V`
+beside the recorded base. Tokens of several users stand in one problem, each with its own theta. docs/method.md section
+10.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ws.theta.heads import Head
+
+TOKENS = 512  # tokens per block
+WORDS = 8192  # vocabulary entries per block; smaller ones cost threads more meetings than they save in cache
+BASE_MB = 2048  # recorded base logits larger than this go to disk, memory-mapped
+SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no running maximum in float32
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Parameters of one fit. Two separate clips: of the gradient before Adam's step, of theta after it."""
+
+    gamma: float = 0.5
+    beta: float = 0.05
+    lam: float = 1e-4
+    lr: float = 0.05
+    steps: int = 30
+    grad_clip: float = 5.0
+    theta_clip: float = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What does not depend on theta or on the head: base log-probabilities and the recorded targets.
+
+    logp `(T, V)` float32 log-softmax of the base logits (in memory, or memory-mapped and then on the CPU); y `(T,)`.
+    """
+
+    logp: Float[Tensor, "T V"]
+    y: Int[Tensor, "T"]
+    h: Float[Tensor, "T d"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The fit of one head to the tokens of one or more users.
+
+    phi `(T, D)`; C `(V, D)`; Cy = C[y] and m0 = C^T p_base `(T, D)`; lse0 `(T,)` of the stored logp (about 0); owner
+    `(T,)` the user's index of each token; n `(users,)` tokens of each; ce0 `(T,)` the base's cross-entropy; alpha the
+    head's.
+    """
+
+    base: Base
+    phi: Float[Tensor, "T D"]
+    C: Float[Tensor, "V D"]
+    Cy: Float[Tensor, "T D"]
+    m0: Float[Tensor, "T D"]
+    lse0: Float[Tensor, "T"]
+    ce0: Float[Tensor, "T"]
+    owner: Int[Tensor, "T"]
+    n: Int[Tensor, "users"]
+    alpha: float
+    name: str
+
+    @property
+    def users(self) -> int:
+        return self.n.shape[0]
+
+    @property
+    def D(self) -> int:
+        return self.phi.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Per-user values at one theta: loss, CE per token, KL per token (nats) `(users,)`; grad `(users, D)`."""
+
+    loss: Float[Tensor, "users"]
+    ce: Float[Tensor, "users"]
+    kl: Float[Tensor, "users"]
+    grad: Float[Tensor, "users D"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Result of one user's fit: theta `(D,)` and the per-step trace, every entry taken before that step's update."""
+
+    theta: Float[Tensor, "D"]
+    trace: dict[str, Float[Tensor, "steps"]]
+
+
+def record_base(
+    h: Float[Tensor, "T d"],
+    y: Int[Tensor, "T"],
+    W: Float[Tensor, "V d"],
+    bias: Float[Tensor, "V"] | None = None,
+    max_mb: int = BASE_MB,
+    scratch: Path | None = None,
+) -> Base:
+    """Base log-probabilities of recorded hidden states, computed once in blocks of tokens.
+
+    Above `max_mb` the `(T, V)` array lies in an unnamed file under `scratch` (default: the system's temporary folder)
+    that vanishes with the process. Raises ValueError when a target is outside the vocabulary or something is not
+    finite.
+    """
+    T, V = h.shape[0], W.shape[0]
+    if T == 0:
+        raise ValueError("no tokens to fit: every position is masked out")
+    if y.shape[0] != T:
+        raise ValueError(f"{T} hidden states but {y.shape[0]} targets")
+    if int(y.min()) < 0 or int(y.max()) >= V:
+        raise ValueError(f"a target token ({int(y.min())}..{int(y.max())}) is outside the vocabulary of {V}")
+    if T * V * 4 <= max_mb * 2**20:
+        logp = torch.empty(T, V, dtype=torch.float32, device=W.device)
+    else:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            logp = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(T, V)))
+    h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
+    for start in range(0, T, TOKENS):
+        part = slice(start, start + TOKENS)
+        z = h[part] @ W.T if bias is None else torch.addmm(bias.to(W), h[part], W.T)
+        _finite(z, f"base logits of tokens {start}..{min(start + TOKENS, T) - 1}")
+        logp[part] = torch.log_softmax(z, dim=-1).to(logp.device)
+    return Base(logp, y, h)
+
+
+def make_problem(
+    base: Base,
+    head: Head,
+    W: Float[Tensor, "V d"],
+    owner: Int[Tensor, "T"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    """The fit of `head` on recorded tokens. `owner` gives each token's user (0.. users-1; default: one user).
+
+    dtype is that of all arithmetic: float32 for Adam, float64 for the optimum.
+    """
+    T = base.y.shape[0]
+    owner = torch.zeros(T, dtype=torch.long) if owner is None else owner
+    owner = owner.to(base.y.device)
+    n = torch.bincount(owner)
+    if int(n.min()) == 0:
+        raise ValueError(f"user {int(n.argmin())} of {n.shape[0]} has no tokens")
+    phi = torch.cat([head.features(part.to(dtype)) for part in base.h.split(TOKENS)])
+    C = head.readout(W.to(dtype)).to(dtype).contiguous()
+    _finite(phi, f"features of head {head.name}")
+    _finite(C, f"readout of head {head.name}")
+    still = torch.zeros(T, head.D, dtype=dtype, device=base.y.device)
+    lse0, m0 = lse_and_mean(base.logp, still, C)
+    picked = torch.cat(
+        [
+            base.logp[t : t + TOKENS].to(base.y.device).gather(1, base.y[t : t + TOKENS, None])
+            for t in range(0, T, TOKENS)
+        ]
+    )
+    ce0 = lse0 - picked[:, 0].to(dtype)
+    return Problem(base, phi, C, C[base.y], m0, lse0, ce0, owner, n, float(head.alpha), head.name)
+
+
+def _finite(x: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{where}: not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()} entries)")
+
+
+def _blocks(logp: Tensor, tokens: int, words: int):
+    T, V = logp.shape
+    for t in range(0, T, tokens):
+        yield slice(t, min(t + tokens, T)), [slice(v, min(v + words, V)) for v in range(0, V, words)]
+
+
+def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """`lse(logp + X C^T)` `(T,)` and `C^T softmax(logp + X C^T)` `(T, D)`, without ever holding `(T, V)`.
+
+    Per token the exponent is shifted by a bound of `|X C^T|` where that is large, so that nothing overflows; then the
+    maximum is searched block by block (online softmax). Where the bound is small (|x||C_v| <= 30) no shift is needed:
+    logp <= 0, and the sum is at least `e^-30`.
+    """
+    lse, mean = torch.empty_like(X[:, 0]), torch.empty_like(X)
+    safe = float(X.norm(dim=1).max() * C.norm(dim=1).max()) <= SAFE_EXPONENT
+    for rows, columns in _blocks(logp, TOKENS, WORDS):
+        x, total, m = X[rows], X.new_zeros(rows.stop - rows.start), X.new_zeros(rows.stop - rows.start, X.shape[1])
+        top = torch.zeros_like(total) if safe else torch.full_like(total, -torch.inf)
+        for words in columns:
+            z = torch.addmm(logp[rows, words].to(X), x, C[words].T)
+            if not safe:
+                new = torch.maximum(top, z.amax(dim=1))
+                keep = torch.exp(top - new)
+                total, m, top = total * keep, m * keep[:, None], new
+                z -= top[:, None]
+            z.exp_()
+            total += z.sum(dim=1)
+            m.addmm_(z, C[words])
+        lse[rows] = top + total.log()
+        mean[rows] = m / total[:, None]
+    return lse, mean
+
+
+def per_user(problem: Problem, values: Float[Tensor, "T *more"]) -> Float[Tensor, "users *more"]:
+    """Sum of per-token values over each user's tokens."""
+    out = values.new_zeros(problem.users, *values.shape[1:])
+    return out.index_add_(0, problem.owner, values)
+
+
+def evaluate(problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig) -> Terms:
+    """Loss, CE, KL and the loss's gradient at theta, one row per user.
+
+    Raises ValueError naming the head, the user and the quantity when something is not finite.
+    """
+    theta = theta.to(problem.phi)
+    c = cfg.gamma * problem.alpha
+    X = c * theta[problem.owner] * problem.phi
+    lse, mean = lse_and_mean(problem.base.logp, X, problem.C)
+    rise = lse - problem.lse0
+    n = problem.n.to(X)
+    ce = per_user(problem, (problem.ce0 + rise - (X * problem.Cy).sum(1)).double()) / n.double()
+    kl = per_user(problem, (rise - (X * problem.m0).sum(1)).double()) / n.double()
+    rows = problem.phi * ((1 + cfg.beta) * mean - problem.Cy - cfg.beta * problem.m0)
+    grad = c * per_user(problem, rows) / n[:, None] + 2 * cfg.lam * theta
+    loss = ce + cfg.beta * kl + cfg.lam * theta.double().square().sum(1)
+    for what, value in (("loss", loss), ("gradient", grad)):
+        if not bool(torch.isfinite(value).all()):
+            user = int((~torch.isfinite(value.reshape(problem.users, -1))).any(1).nonzero()[0])
+            raise ValueError(
+                f"head {problem.name}, user {user}: {what} is not finite at |theta| = {float(theta[user].norm()):.3g}"
+            )
+    return Terms(loss, ce, kl, grad)
+
+
+def clip_norm(x: Float[Tensor, "users D"], most: float) -> Float[Tensor, "users D"]:
+    """Rows of x, those longer than `most` scaled down to that norm."""
+    norm = x.norm(dim=1, keepdim=True)
+    return torch.where(norm > most, x * (most / norm.clamp(min=1e-30)), x)
+
+
+def clip_gradient(grad: Float[Tensor, "users D"], most: float) -> Float[Tensor, "users D"]:
+    """Each user's gradient clipped as `torch.nn.utils.clip_grad_norm_` does (1e-6 in the denominator)."""
+    return grad * (most / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
+
+
+def fit_adam(problem: Problem, cfg: FitConfig, on_step: Callable[[int], object] | None = None) -> list[Fit]:
+    """Adam from theta = 0, exactly as docs/method.md section 10 says; one Fit per user of the problem.
+
+    Per step: terms at theta (recorded in the trace), gradient clipped at norm `grad_clip`, torch's Adam with its
+    default betas and eps, then theta clipped to norm `theta_clip`. `on_step(step)` is called after each step. Raises
+    ValueError with the step's number when a value is not finite.
+    """
+    theta = torch.zeros(
+        problem.users, problem.D, dtype=problem.phi.dtype, device=problem.phi.device, requires_grad=True
+    )
+    optimizer = torch.optim.Adam([theta], lr=cfg.lr)
+    trace: dict[str, list[Tensor]] = {"loss": [], "ce": [], "kl": [], "theta_norm": []}
+    with torch.no_grad():
+        for step in range(cfg.steps):
+            try:
+                terms = evaluate(problem, theta, cfg)
+            except ValueError as error:
+                raise ValueError(f"Adam step {step}: {error}") from error
+            for name, value in (
+                ("loss", terms.loss),
+                ("ce", terms.ce),
+                ("kl", terms.kl),
+                ("theta_norm", theta.norm(dim=1)),
+            ):
+                trace[name].append(value.double().cpu())
+            theta.grad = clip_gradient(terms.grad, cfg.grad_clip)
+            optimizer.step()
+            theta.copy_(clip_norm(theta, cfg.theta_clip))
+            if on_step is not None:
+                on_step(step)
+    empty = torch.zeros(0, problem.users, dtype=torch.float64)
+    traces = {name: torch.stack(values) if values else empty for name, values in trace.items()}
+    fitted = theta.detach().cpu()
+    return [Fit(fitted[u].clone(), {k: v[:, u].clone() for k, v in traces.items()}) for u in range(problem.users)]

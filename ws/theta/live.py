@@ -1,0 +1,86 @@
+"""A theta head on a live model: the unembedding's input or output is edited, so generation and sweeps run with it.
+
+    logits = base + gamma delta,    delta = W (h' - h), or alpha C (theta * A h) for an update of the unembedding
+
+docs/method.md section 10.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ws.theta.heads import Head, LMHeadUpdate, Unconditional, at_least_float32, to_device
+
+
+def check_plain_logits(model: nn.Module) -> nn.Module:
+    """The unembedding module of a model whose logits are `W h + b` and nothing more.
+
+    Raises ValueError when the model has no unembedding, caps its logits (Gemma 2) or rescales them (Cohere, Granite):
+    there the logits are no affine function of theta, or of another size, and neither fit nor head means what it says.
+    """
+    name = type(model).__name__
+    module = model.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{name}: no unembedding (output embeddings); theta heads need a causal LM")
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        raise ValueError(
+            f"{name}: it caps its logits (final_logit_softcapping = {cap}); theta heads need plain logits W h + b"
+        )
+    for field in ("logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"{name}: it rescales its logits ({field} = {getattr(config, field)}); theta heads need W h + b"
+            )
+    return module
+
+
+@contextmanager
+def wear(model: nn.Module, head: Head, theta: Float[Tensor, "D"], gamma: float = 1.0) -> Iterator[nn.Module]:
+    """A head on a live model: inside, the logits are `base + gamma delta`, in every forward pass and in generation.
+
+    A hidden-state head edits the unembedding's input (`h + gamma (h' - h)`), an LM-head update its output. `theta = 0`
+    hooks nothing, so it is bit-identical to no head; on exit, also by exception, the hook is gone. Computed in float32
+    or better and rounded once. Raises ValueError when theta or the model's width does not fit the head, when theta is
+    not finite, or when the model's logits are not `W h + b`.
+    """
+    module = check_plain_logits(model)
+    V, d = module.weight.shape
+    if theta.shape != (head.D,):
+        raise ValueError(f"head {head.name}: theta has shape {tuple(theta.shape)}, expected ({head.D},)")
+    if not bool(torch.isfinite(theta).all()):
+        raise ValueError(f"head {head.name}: theta is not finite")
+    width = head.U.shape[0] if isinstance(head, Unconditional) else head.A.shape[1]
+    if width != d:
+        raise ValueError(f"head {head.name}: made for hidden states of width {width}, the model's is {d}")
+    if isinstance(head, LMHeadUpdate) and head.C.shape[0] != V:
+        raise ValueError(f"head {head.name}: made for a vocabulary of {head.C.shape[0]}, the model has {V}")
+    if gamma == 0 or not bool(theta.any()):
+        yield model
+        return
+    placed, at = (
+        replace(to_device(head, module.weight.device), alpha=head.alpha * gamma),
+        theta.to(module.weight.device),
+    )
+
+    def edit_input(_module, args):
+        return (placed.apply(args[0], at), *args[1:])
+
+    def edit_output(_module, args, output):
+        return (at_least_float32(output) + placed.logit_delta(at_least_float32(args[0]), at, module.weight)).to(
+            output.dtype
+        )
+
+    if isinstance(head, LMHeadUpdate):
+        handle = module.register_forward_hook(edit_output)
+    else:
+        handle = module.register_forward_pre_hook(edit_input)
+    try:
+        yield model
+    finally:
+        handle.remove()

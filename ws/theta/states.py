@@ -1,0 +1,221 @@
+"""Users' texts, and the last hidden states that a frozen model has on them, recorded once.
+
+A user is a set of (prompt, text) pairs in one style or opinion. A pair becomes tokens `[prompt in the chat template] +
+[text]`; the state `h_t` before the unembedding at position t predicts token `t + 1`, so the record is the pairs
+
+    (h_t, y_t = token_{t+1})   for the t whose target is one of the user's own words (or, unmasked, for every t)
+
+and everything later works on these alone: the model is not run again. docs/method.md section 10.
+"""
+
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ws.config import ASSETS
+from ws.files import atomic_file
+from ws.model import LM, chat_text, encode
+from ws.theta.live import check_plain_logits
+
+RECORD_MB = 1024  # recorded states larger than this go to a memory-mapped file
+FIELDS = ("user", "prompt", "text")
+
+
+@dataclass(frozen=True)
+class UserText:
+    """One text of a user, and the prompt it answers (may be empty)."""
+
+    user: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Recorded states h `(T, d)` float32 on the CPU, targets y `(T,)`, and `text` `(T,)`: which text a token is of."""
+
+    h: Float[Tensor, "T d"]
+    y: Int[Tensor, "T"]
+    text: Int[Tensor, "T"]
+
+    def of_texts(self, texts: list[int]) -> "States":
+        """The tokens of these texts only, in the record's order; `text` keeps the record's numbers."""
+        keep = torch.isin(self.text, torch.tensor(texts, dtype=torch.long)).nonzero()[:, 0]
+        return States(self.h[keep], self.y[keep], self.text[keep])
+
+
+def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
+    """Users in order of first appearance, from a JSONL file with rows `{"user", "prompt", "text"}`; '' = shipped ones.
+
+    Raises FileNotFoundError, or ValueError naming the line and what is wrong with it: no JSON object, a missing or
+    unknown field, an empty user or text. Fewer than two users, or a user with fewer than two texts (one must be held
+    out), too.
+    """
+    path = Path(path).expanduser() if path else ASSETS / "users.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"USERS: {path} does not exist")
+    users: dict[str, list[UserText]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"USERS {path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
+        for field in FIELDS:
+            if not isinstance(row.get(field), str):
+                raise ValueError(f"{where}: field {field!r} is missing or not a text")
+        if unknown := sorted(set(row) - set(FIELDS)):
+            raise ValueError(f"{where}: unknown field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+        for field in ("user", "text"):
+            if not row[field].strip():
+                raise ValueError(f"{where}: field {field!r} is empty")
+        users.setdefault(row["user"], []).append(UserText(row["user"], row["prompt"], row["text"]))
+    if len(users) < 2:
+        raise ValueError(f"USERS {path}: {len(users)} user(s); at least two are needed to compare them")
+    for user, texts in users.items():
+        if len(texts) < 2:
+            raise ValueError(f"USERS {path}: user {user!r} has one text; at least two are needed, to hold one out")
+    return users
+
+
+def split_texts(texts: list[UserText], heldout: float = 0.25) -> tuple[list[UserText], list[UserText]]:
+    """A user's training texts and held-out texts: the last `heldout` part in file order, at least one text each."""
+    if not 0 < heldout < 1:
+        raise ValueError(f"HELDOUT = {heldout}: must lie between 0 and 1")
+    n = min(len(texts) - 1, max(1, round(heldout * len(texts))))
+    return texts[:-n], texts[-n:]
+
+
+def prompt_text(lm: LM, prompt: str) -> str:
+    """A prompt as the model sees it: the chat template with the generation prompt, or a line of its own without one."""
+    if getattr(lm.tokenizer, "chat_template", None):
+        return chat_text(lm.tokenizer, prompt)
+    return f"{prompt}\n" if prompt else ""
+
+
+def _tokens(lm: LM, item: UserText, max_length: int) -> tuple[list[int], int]:
+    """Token ids of one pair, and how many of them are the prompt's; prompt and text are tokenized apart."""
+    templated = bool(getattr(lm.tokenizer, "chat_template", None))
+    prefix = prompt_text(lm, item.prompt)
+    before = lm.tokenizer(prefix, add_special_tokens=not templated)["input_ids"]
+    own = encode(lm.tokenizer, [item.text], False, max_length)[0][0].tolist()
+    ids = [*before, *own][:max_length]
+    if len(before) >= len(ids):
+        raise ValueError(
+            f"user {item.user!r}: the prompt {item.prompt[:40]!r} alone fills {max_length} tokens (MAX_LENGTH)"
+        )
+    return ids, len(before)
+
+
+def record_states(
+    lm: LM,
+    texts: list[UserText],
+    mask_prompt: bool = True,
+    max_length: int = 256,
+    batch: int = 16,
+    path: Path | None = None,
+    max_mb: int = RECORD_MB,
+    progress: bool = True,
+) -> States:
+    """States and targets of all texts in one go, texts in the given order, each truncated at `max_length` tokens.
+
+    mask_prompt: only targets among the user's own words count. With `path`, a record above `max_mb` is written there as
+    safetensors, block by block, and memory-mapped; a record that is already there for the same texts and settings is
+    opened instead of made. Raises ValueError when the model's logits are not `W h + b` of these states.
+    """
+    rows = [_tokens(lm, item, max_length) for item in texts]
+    firsts = [max(n, 1) if mask_prompt else 1 for _, n in rows]
+    counts = [len(ids) - first for (ids, _), first in zip(rows, firsts, strict=True)]
+    if (empty := next((i for i, c in enumerate(counts) if c < 1), None)) is not None:
+        raise ValueError(f"user {texts[empty].user!r}: the text {texts[empty].text[:40]!r} has no token to predict")
+    y = torch.tensor([t for (ids, _), first in zip(rows, firsts, strict=True) for t in ids[first:]])
+    index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
+    T, d = len(y), lm.decoder.d
+    blocks = _state_blocks(lm, rows, firsts, batch, progress)
+    if path is None or T * d * 4 <= max_mb * 2**20:
+        return States(torch.cat(list(blocks)), y, index)
+    key = f"{zlib.crc32(repr((lm.name, rows, firsts)).encode()):08x}"
+    if not (path.is_file() and _key_of(path) == key):
+        with atomic_file(path) as tmp:
+            _write_large(tmp, blocks, (T, d), key)
+    with safe_open(path, "pt") as file:
+        return States(file.get_tensor("h"), y, index)
+
+
+def record_users(
+    lm: LM,
+    users: dict[str, list[UserText]],
+    heldout: float = 0.25,
+    mask_prompt: bool = True,
+    max_length: int = 256,
+    batch: int = 16,
+    path: Path | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, States], dict[str, States]]:
+    """Every user's training and held-out states, from one recording of all texts (`record_states`, `split_texts`)."""
+    flat = [item for items in users.values() for item in items]
+    states = record_states(lm, flat, mask_prompt, max_length, batch, path, progress=progress)
+    train, rest, start = {}, {}, 0
+    for user, items in users.items():
+        kept = len(split_texts(items, heldout)[0])
+        train[user] = states.of_texts(list(range(start, start + kept)))
+        rest[user] = states.of_texts(list(range(start + kept, start + len(items))))
+        start += len(items)
+    return train, rest
+
+
+def _state_blocks(lm: LM, rows: list, firsts: list[int], batch: int, progress: bool):
+    """The kept states of each batch of texts, float32 on the CPU, in order."""
+    module, body = check_plain_logits(lm.model), lm.model.get_decoder()
+    pad = next((t for t in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id) if t is not None), 0)
+    for start in tqdm(range(0, len(rows), batch), "hidden states", disable=not progress):
+        part = [ids for ids, _ in rows[start : start + batch]]
+        width = max(map(len, part))
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in part], device=lm.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=lm.device)
+        with torch.no_grad():
+            h = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            if start == 0:
+                logits = lm.model(input_ids=ids[:1], attention_mask=mask[:1], use_cache=False).logits
+                _check_logits(lm, module(h[:1]), logits)
+        kept = [h[i, firsts[start + i] - 1 : len(row) - 1] for i, row in enumerate(part)]
+        yield torch.cat(kept).float().cpu()
+
+
+def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:
+    off = float((ours.float() - model_s.float()).abs().max() / model_s.float().abs().max().clamp(min=1e-6))
+    tolerance = 0.05 if model_s.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not off <= tolerance:
+        raise ValueError(
+            f"{type(lm.model).__name__}: its logits are not the unembedding of its last hidden state (off by {off:.2g})"
+        )
+
+
+def _key_of(path: Path) -> str:
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("key", "")
+
+
+def _write_large(path: Path, blocks, shape: tuple[int, int], key: str) -> None:
+    """A safetensors file with one float32 tensor `h`, written block by block: it never stands in memory whole."""
+    T, d = shape
+    entry = {"dtype": "F32", "shape": [T, d], "data_offsets": [0, T * d * 4]}
+    header = json.dumps({"__metadata__": {"key": key}, "h": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block.numpy()).tobytes())

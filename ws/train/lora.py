@@ -1,0 +1,313 @@
+"""One LoRA adapter for one sign and one seed, trained on the base model's own answers.
+
+Minimises the mean cross-entropy of the response given the user turn **without** a system prompt, over response tokens
+only, so the adapter learns the behaviour unconditionally. Both signs share base, seed (A's initialisation, data order,
+held-out split) and everything else but the responses. With `shuffle_labels` the two responses of each pair are swapped
+by a seeded coin: the null diff, which carries training noise but no behaviour. (docs/method.md sections 1 and 2)
+"""
+
+import json
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from ws.files import write_json
+from ws.model import LM, chat_text
+from ws.train.pairs import Pair, PairConfig, turn_end
+
+ADAPTERS = ("lora", "rslora", "pissa", "dora")
+SIGNS = ("pos", "neg")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what an adapter becomes, but base, sign and seed. Defaults: docs/method.md section 2.
+
+    layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
+    -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how
+    many steps a long run saves what it needs to go on after a kill; 0 for never.
+    """
+
+    pairs: PairConfig = field(default_factory=PairConfig)
+    adapter: str = "lora"
+    r: int = 32
+    alpha: float | int = 64
+    dropout: float | int = 0.0
+    roles: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    layers: tuple[int, ...] | None = None
+    layer_start: float | int = 0.3
+    layer_stop: float | int = 0.8
+    lr: float | int = 2e-4
+    weight_decay: float | int = 0.01
+    warmup_steps: int = 5
+    epochs: float | int = 1.0
+    max_steps: int = -1
+    batch: int = 4
+    accumulation: int = 4
+    heldout: float | int = 0.1
+    max_length: int = 512
+    shuffle_labels: bool = False
+    checkpoint_steps: int = 0
+
+    def __post_init__(self):
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter {self.adapter!r} is unknown; one of {', '.join(ADAPTERS)}")
+        if not 0 <= self.heldout < 1:
+            raise ValueError(f"heldout is {self.heldout}, expected a share in [0, 1)")
+
+
+def adapter_layers(n_layers: int, cfg: TrainConfig) -> tuple[int, ...]:
+    """The layers that get an adapter. ValueError when there are none or the model lacks one."""
+    layers = cfg.layers
+    if layers is None:
+        layers = tuple(range(round(cfg.layer_start * n_layers), round(cfg.layer_stop * n_layers)))
+    bad = [l for l in layers if not 0 <= l < n_layers]
+    if bad or not layers:
+        raise ValueError(f"adapter layers {list(layers)}: expected at least one of 0..{n_layers - 1}")
+    return tuple(sorted(set(layers)))
+
+
+def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
+    """The pairs with the two responses swapped by a fair coin per pair: the data of the null diff."""
+    generator = np.random.default_rng(zlib.crc32(f"shuffle labels {seed}".encode()))
+    swap = generator.random(len(rows)) < 0.5
+    return tuple(
+        replace(row, response_pos=row.response_neg, response_neg=row.response_pos) if s else row
+        for row, s in zip(rows, swap, strict=True)
+    )
+
+
+def train_adapter(
+    lm: LM, rows: tuple[Pair, ...], sign: str, seed: int, cfg: TrainConfig, folder: Path | str, progress: bool = True
+) -> dict:
+    """Train one adapter and fill `folder` with it: a normal PEFT folder plus `training.json`. Returns that record.
+
+    sign: `pos` or `neg`. The base model is left as it was: modules, bits, `requires_grad`, mode. The same arguments on
+    one machine with one thread count give the same bytes. The record holds the configuration, counts, held-out loss per
+    token before and after, and the training loss trace. Raises ValueError for an unknown sign, no pairs, or a loss that
+    is not finite.
+    """
+    if sign not in SIGNS:
+        raise ValueError(f"sign {sign!r} is unknown; one of {', '.join(SIGNS)}")
+    if not rows:
+        raise ValueError("no training pairs")
+    folder = Path(folder)
+    if cfg.shuffle_labels:
+        rows = shuffle_labels(rows, seed)
+    end = turn_end(lm.tokenizer)
+    examples = [_example(lm, row, sign, end, cfg.max_length) for row in rows]
+    order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(examples))
+    n_held = min(round(cfg.heldout * len(examples)), len(examples) - 1)
+    held = [examples[i] for i in sorted(order[:n_held])]
+    train = [examples[i] for i in sorted(order[n_held:])]
+    with _borrowed(lm.model), _own_randomness(seed):
+        adapted = _wrap(lm, cfg)
+        try:
+            before = _loss(adapted, held, cfg.batch)
+            trace = _fit(adapted, train, sign, seed, cfg, folder, progress)
+            after = _loss(adapted, held, cfg.batch)
+            folder.mkdir(parents=True, exist_ok=True)
+            adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        finally:
+            adapted.unload()
+    record = {
+        "sign": sign,
+        "seed": seed,
+        "model": lm.name,
+        "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)},
+        "n_train": len(train),
+        "n_heldout": len(held),
+        "heldout_loss_before": before,
+        "heldout_loss_after": after,
+        "loss_trace": trace,
+    }
+    write_json(folder / "training.json", record)
+    return record
+
+
+def _example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dict[str, list[int]]:
+    """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona."""
+    prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]
+    answer = (row.response_pos if sign == "pos" else row.response_neg).strip()
+    reply = lm.tokenizer(answer + end, add_special_tokens=False)["input_ids"]
+    if len(prompt) >= max_length:
+        raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")
+    return {
+        "input_ids": (prompt + reply)[:max_length],
+        "labels": ([-100] * len(prompt) + reply)[:max_length],
+    }
+
+
+def _collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Right-padded ids, mask and labels `(n, T)`. The pad id is 0: masked out and without a label it is never read."""
+    width = max(len(row["input_ids"]) for row in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, row in enumerate(batch):
+        n = len(row["input_ids"])
+        ids[i, :n], mask[i, :n], labels[i, :n] = torch.tensor(row["input_ids"]), 1, torch.tensor(row["labels"])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, examples: list[dict[str, list[int]]], batch: int) -> float | None:
+    """Mean cross-entropy per response token, in float32; None without examples."""
+    if not examples:
+        return None
+    was = model.training
+    model.eval()
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    for start in range(0, len(examples), batch):
+        rows = _collate(examples[start : start + batch])
+        labels = rows.pop("labels")[:, 1:]
+        logits = model(**{key: value.to(device) for key, value in rows.items()}).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum"))
+        count += int((labels != -100).sum())
+    model.train(was)
+    return total / count
+
+
+def _targets(lm: LM, cfg: TrainConfig) -> str:
+    """A regular expression of the targeted modules' full names. peft would write a set of names in random order."""
+    names = [lm.decoder.param_name(l, role) for l in adapter_layers(lm.decoder.n_layers, cfg) for role in cfg.roles]
+    split = [re.fullmatch(rf"({re.escape(lm.decoder.prefix)})\.(\d+)\.(.+)\.weight", name) for name in names]
+    layers = "|".join(dict.fromkeys(m[2] for m in split))
+    parts = "|".join(dict.fromkeys(re.escape(m[3]) for m in split))
+    return rf"{re.escape(lm.decoder.prefix)}\.({layers})\.({parts})"
+
+
+def _wrap(lm: LM, cfg: TrainConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=_targets(lm, cfg),
+        use_rslora=cfg.adapter == "rslora",
+        use_dora=cfg.adapter == "dora",
+        init_lora_weights="pissa" if cfg.adapter == "pissa" else True,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(lm.model, config)
+
+
+def _fit(
+    model: nn.Module, train: list[dict], sign: str, seed: int, cfg: TrainConfig, folder: Path, progress: bool
+) -> list[float]:
+    """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    # outside the folder that is being filled, under a name that the next try finds again
+    identity = zlib.crc32(json.dumps([sign, seed, asdict(cfg), len(train)], sort_keys=True).encode())
+    work = folder.parent / f"checkpoints_{sign}_{identity:08x}"
+    resume = get_last_checkpoint(str(work)) if cfg.checkpoint_steps and work.is_dir() else None
+    args = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=cfg.batch,
+        gradient_accumulation_steps=cfg.accumulation,
+        learning_rate=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        warmup_steps=cfg.warmup_steps,
+        num_train_epochs=cfg.epochs,
+        max_steps=cfg.max_steps,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        save_strategy="steps" if cfg.checkpoint_steps else "no",
+        save_steps=cfg.checkpoint_steps or 500,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=_collate)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_bar(f"{cfg.adapter} {sign} seed {seed}", progress))
+    trainer.train(resume_from_checkpoint=resume)
+    trace = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    if not all(map(np.isfinite, trace)):
+        raise ValueError(f"{sign} adapter, seed {seed}: the training loss is not finite at step {len(trace)}")
+    shutil.rmtree(work, ignore_errors=True)
+    return trace
+
+
+def _bar(label: str, progress: bool):
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        """A plain tqdm bar with the last loss."""
+
+        def on_train_begin(self, args, state, control, **_):
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, disable=not progress)
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_train_end(self, args, state, control, **_):
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.close()
+
+    return Bar()
+
+
+@contextmanager
+def _borrowed(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to the model inside, its weights, `requires_grad` and modes are as before afterwards.
+
+    Weights are put back only where peft replaced them (PiSSA stores a residual in the base): the old tensors are held,
+    not copied, since peft assigns new ones.
+    """
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    attributes = set(vars(model))
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        for parameter, data, grad in parameters:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            parameter.requires_grad_(grad)
+            parameter.grad = None
+        for module, training in modes:
+            module.training = training
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Seeded generators inside, the caller's states afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
