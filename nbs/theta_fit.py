@@ -90,8 +90,7 @@ train, rest = record_users(
 )
 heldout = compare.make_heldout(rest, W, bias)
 users, heads = list(texts), all_heads(W, THETA_DIM, float(ALPHA), SEED)
-before = compare.base_ce(heldout, W, heads["cvh"])
-display(HTML(as_text(report.user_table(texts, train, rest, heldout, before), style="html")))
+display(HTML(as_text(report.user_table(texts, train, rest, heldout), style="html")))
 
 # %% [markdown]
 # ## The scale of a head
@@ -120,8 +119,8 @@ distinct = compare.distinct_functions(matched)
 fits = fit_users(train, heads, W, bias, cfg, folder)
 fits_matched = fit_users(train, distinct, W, bias, cfg, folder / "matched")
 summary = report.join(
-    report.summary(fits, heads, heldout, before, W, cfg, "default"),
-    report.summary(fits_matched, distinct, heldout, before, W, cfg, "matched"),
+    report.summary(fits, heads, heldout, cfg, "default"),
+    report.summary(fits_matched, distinct, heldout, cfg, "matched"),
 )
 write_table(summary, folder / "theta_summary.tsv")
 display(HTML(as_text(report.adam_against_optimum(summary), style="html")))
@@ -160,8 +159,8 @@ display(notebook.show(figure))
 
 # %%
 cross = report.join(
-    report.cross_table(fits, heads, heldout, before, W, cfg, "default"),
-    report.cross_table(fits_matched, distinct, heldout, before, W, cfg, "matched"),
+    report.cross_table(fits, heads, heldout, cfg, "default"),
+    report.cross_table(fits_matched, distinct, heldout, cfg, "matched"),
 )
 write_table(cross, folder / "theta_cross.csv")
 diagonal = report.diagonal(cross)
@@ -186,14 +185,14 @@ display(notebook.show(figure))
 
 # %%
 four = {name: matched[name] for name in shown}
-by_gamma = report.gamma_sweep(fits_matched, four, heldout, before, W, [replace(cfg, gamma=float(g)) for g in GAMMAS])
+by_gamma = report.gamma_sweep(fits_matched, four, heldout, [replace(cfg, gamma=float(g)) for g in GAMMAS])
 write_table(by_gamma, folder / "theta_gamma.tsv")
 figure = draw.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
 save(figure, folder / "theta_gamma")
 display(notebook.show(figure))
 
 # %%
-by_beta = report.beta_sweep(train, chosen, heldout, before, W, bias, [replace(cfg, beta=float(b)) for b in BETAS])
+by_beta = report.beta_sweep(train, chosen, heldout, bias, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
 figure = draw.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
 save(figure, folder / "theta_beta")
@@ -207,7 +206,7 @@ display(notebook.show(figure))
 # chosen because it gains most here is read a little too kindly.
 
 # %%
-controls = verdict.controls(train, chosen, fits_matched, heldout, before, W, bias, cfg, PERMUTATIONS, SEED)
+controls = verdict.controls(train, chosen, fits_matched, heldout, bias, cfg, PERMUTATIONS, SEED)
 control = verdict.control_table(heldout, controls, BOOT, SEED)
 write_table(control, folder / "theta_control.tsv")
 display(HTML(as_text(control, style="html")))
@@ -228,7 +227,7 @@ display(HTML(as_text(samples, style="html")))
 # ## Verdict
 
 # %%
-text_gains = {s: report.text_gains(fits_matched, distinct, heldout, before, W, cfg, s) for s in report.SOLVERS}
+text_gains = {s: report.text_gains(fits_matched, distinct, heldout, cfg, s) for s in report.SOLVERS}
 said = verdict.verdict(heldout, text_gains, control, diagonal, BOOT, SEED)
 verdict.write_conclusion(said, folder / "theta_conclusion.md")
 log.info("done: %s", folder)

@@ -33,8 +33,7 @@ def planted():
         train[user], rest[user] = states.of_texts(list(range(9))), states.of_texts([9, 10, 11])
     cfg = FitConfig(steps=20)
     heldout = compare.make_heldout(rest, W, None)
-    before = compare.base_ce(heldout, W, heads["cvh"])
-    return W, heads, train, rest, cfg, heldout, before
+    return W, heads, train, rest, cfg, heldout
 
 
 @pytest.fixture(scope="module")
@@ -116,17 +115,17 @@ def test_users_that_would_share_a_file_and_foreign_files_are_refused(planted, tm
 
 
 def test_held_out_scores_equal_a_problem_per_user(planted, fitted):
-    W, heads, _, rest, cfg, heldout, before = planted
+    W, heads, _, rest, cfg, heldout = planted
     _, fits, _ = fitted
     thetas = report.stacked(fits, USERS, "cvh")
-    cross = compare.by_user(heldout, compare.score_thetas(heldout, heads["cvh"], W, thetas, cfg).ce)
-    own = compare.by_user(heldout, compare.score_own(heldout, heads["cvh"], W, thetas, cfg).ce[0])
+    cross = compare.by_user(heldout, compare.score_thetas(heldout, heads["cvh"], thetas, cfg).ce)
+    own = compare.by_user(heldout, compare.score_own(heldout, heads["cvh"], thetas, cfg).ce[0])
     assert torch.allclose(own, cross.diagonal(), atol=1e-6)
     for j, user in enumerate(USERS):
         problem = make_problem(record_base(rest[user].h, rest[user].y, W), heads["cvh"], W)
         for i in range(3):
             assert torch.isclose(cross[i, j], evaluate(problem, thetas[i : i + 1], cfg).ce[0], atol=1e-5)
-        assert torch.isclose(compare.by_user(heldout, before)[j], problem.ce0.double().mean(), atol=1e-5)
+        assert torch.isclose(compare.by_user(heldout, heldout.ce0)[j], problem.ce0.double().mean(), atol=1e-5)
 
 
 def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(planted):
@@ -144,9 +143,9 @@ def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(plant
 
 
 def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
-    W, _, train, _, cfg, heldout, before = planted
+    W, _, train, _, cfg, heldout = planted
     heads, fits, _ = fitted
-    table = report.summary(fits, heads, heldout, before, W, cfg, "matched")
+    table = report.summary(fits, heads, heldout, cfg, "matched")
     assert (
         len(table) == 3 * len(heads) * 3
         and (table["gain"] - (table["ce_before"] - table["ce_after"])).abs().max() < 1e-9
@@ -156,14 +155,14 @@ def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
     assert "unconditional" in best  # planted by that head: `svd_unconditional` may tie, gating may not
     effort = report.adam_against_optimum(table)
     assert effort["adam_above_free"].min() >= 0 and effort["largest_gradient_ratio"].max() <= 1e-6
-    cross = report.cross_table(fits, heads, heldout, before, W, cfg, "matched")
+    cross = report.cross_table(fits, heads, heldout, cfg, "matched")
     diagonal = report.diagonal(cross)
     assert diagonal.filter(pl.col("head") == "unconditional").row(0) == ("matched", "unconditional", 3, 3, "")
     one = {"unconditional": heads["unconditional"]}
-    controls = verdict.controls(train, one, fits, heldout, before, W, None, cfg, 19, 0)
+    controls = verdict.controls(train, one, fits, heldout, None, cfg, 19, 0)
     row = verdict.control_table(heldout, controls, 200, 0).row(0, named=True)
     assert row["low"] > 0 and row["p"] == pytest.approx(0.05) and row["permuted_gain"] < 0.5 * row["own_gain"]
-    gain = {s: report.text_gains(fits, heads, heldout, before, W, cfg, s) for s in report.SOLVERS}
+    gain = {s: report.text_gains(fits, heads, heldout, cfg, s) for s in report.SOLVERS}
     control = verdict.control_table(heldout, controls, 200, 0)
     said = verdict.verdict(heldout, gain, control, diagonal, 500, 0)
     assert f"`{best}`" in said.splitlines()[0] and "The gain is the users' own" in said
@@ -178,31 +177,31 @@ def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
 
 def test_thetas_of_no_user_are_not_called_real(planted):
     """Every user's words drawn at random: own and permuted thetas gain alike, and the verdict says so."""
-    W, heads, train, rest, cfg, heldout, before = planted
+    W, heads, train, rest, cfg, heldout = planted
     gen = torch.Generator().manual_seed(4)
     noise = {u: replace(s, y=torch.randint(V, s.y.shape, generator=gen)) for u, s in train.items()}
     problem = make_problem(*[users.joint_base(list(noise.values()), W, None)[0]], heads["unconditional"], W)
     assert problem.users == 1
     own = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 1, 7)[0]
     permuted = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 19, 0)
-    gains = verdict.control_gains(heldout, heads["unconditional"], before, W, cfg, own, permuted)
+    gains = verdict.control_gains(heldout, heads["unconditional"], cfg, own, permuted)
     row = verdict.control_table(heldout, {"unconditional": gains}, 200, 0).row(0, named=True)
     assert row["own_gain"] < 0 and row["p"] > 0.05
 
 
 def test_sweeps_and_figures(planted, fitted):
-    W, _, train, _, cfg, heldout, before = planted
+    W, _, train, _, cfg, heldout = planted
     heads, fits, _ = fitted
     one = {"cvh": heads["cvh"]}
-    gamma = report.gamma_sweep(fits, one, heldout, before, W, [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
+    gamma = report.gamma_sweep(fits, one, heldout, [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
     assert gamma["gain"][0] == pytest.approx(0, abs=1e-6) and gamma["kl"][0] == pytest.approx(0, abs=1e-7)
     assert gamma["kl"].is_sorted() and gamma["gain"][1] == pytest.approx(
-        report.summary(fits, one, heldout, before, W, cfg, "x").filter(pl.col("solver") == "adam")["gain"].mean()
+        report.summary(fits, one, heldout, cfg, "x").filter(pl.col("solver") == "adam")["gain"].mean()
     )
-    beta = report.beta_sweep(train, one, heldout, before, W, None, [replace(cfg, beta=b) for b in (0.0, 1.0)])
+    beta = report.beta_sweep(train, one, heldout, None, [replace(cfg, beta=b) for b in (0.0, 1.0)])
     assert beta["kl"][1] < beta["kl"][0]
-    table = report.summary(fits, heads, heldout, before, W, cfg, "default")
-    cross = report.cross_table(fits, one, heldout, before, W, cfg, "default")
+    table = report.summary(fits, heads, heldout, cfg, "default")
+    cross = report.cross_table(fits, one, heldout, cfg, "default")
     figures = [
         draw.fit_traces(fits, USERS, ["cvh"], list(heads)),
         draw.heldout_gain(table),

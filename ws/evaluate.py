@@ -29,8 +29,8 @@ SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
 class Answers:
     """Per text, float32 on the CPU: `logratio (n,)` in nats and `pmass (n,)`."""
 
-    logratio: Float[Tensor, "n"]
-    pmass: Float[Tensor, "n"]
+    logratio: Float[Tensor, " n"]
+    pmass: Float[Tensor, " n"]
 
 
 def answer_ids(tokenizer, words: tuple[str, ...]) -> list[int]:

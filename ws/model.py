@@ -86,7 +86,7 @@ class Decoder:
         """The embedding matrix, float32 (without the factor that Gemma multiplies in)."""
         return self.embed_tokens.weight.detach().float()
 
-    def norm_gain(self, l: int, where: str) -> Float[Tensor, "d"]:
+    def norm_gain(self, l: int, where: str) -> Float[Tensor, " d"]:
         """Effective gain of a block norm, float32; ones where the block has no such norm.
 
         `where`: `attn_in`, `mlp_in` (norm before the part), `attn_out`, `mlp_out` (norm of the part's output, Gemma 2/3
@@ -234,7 +234,7 @@ def encode(
     return ids, mask
 
 
-def last_index(mask: Int[Tensor, "n T"]) -> Int[Tensor, "n"]:
+def last_index(mask: Int[Tensor, "n T"]) -> Int[Tensor, " n"]:
     """Index of each row's last non-zero mask entry; the same token for left and right padding."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (mask * positions).argmax(dim=1)

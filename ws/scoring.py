@@ -32,7 +32,7 @@ class Target:
     dim: int
     trace: float
     square: float
-    energies: Float[Tensor, "p"]
+    energies: Float[Tensor, " p"]
     axes: Float[Tensor, "d p"]
 
     @property
@@ -111,7 +111,7 @@ def score(target: Target | None, basis: Tensor, missing: Score = UNDEFINED) -> S
     return Score(conc, (conc - 1.0) / sd if sd > 0 else 0.0, f)
 
 
-def topic_terms(target: Target, basis: Float[Tensor, "d r"]) -> Float[Tensor, "n"]:
+def topic_terms(target: Target, basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
     """R of every row by itself, `(|B^T x_i|^2 / |x_i|^2) d / r`; their mean is R. Zeros for an empty basis."""
     r = basis.shape[1]
     if r == 0:
@@ -152,7 +152,7 @@ def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
     return energy(target, basis) / inside
 
 
-def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, "draws"]:
+def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, " draws"]:
     """R of `draws` uniformly random rank-r subspaces; the seed is a stable hash of `label` and `seed`."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{label}/{r}/{seed}".encode()))
     d = target.F.shape[0]

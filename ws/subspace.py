@@ -28,7 +28,7 @@ class Basis:
     """
 
     B: Float[Tensor, "d r"]
-    s: Float[Tensor, "q"] = field(default_factory=lambda: torch.zeros(0))
+    s: Float[Tensor, " q"] = field(default_factory=lambda: torch.zeros(0))
     gap: float = float("nan")
     ill_conditioned: bool = False
     note: str = ""
@@ -58,14 +58,14 @@ def _eigh(G: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     return values[first : last + 1], vectors[:, first : last + 1]
 
 
-def top_eigh(G: Float[Tensor, "d d"], k: int) -> tuple[Float[Tensor, "q"], Float[Tensor, "d p"]]:
+def top_eigh(G: Float[Tensor, "d d"], k: int) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
     """Leading eigenpairs of a symmetric matrix in float64: `min(k + 1, d)` values, `min(k, d)` vectors, largest first."""
     d = G.shape[0]
     values, vectors = _eigh(G.double(), max(d - k - 1, 0), d - 1)
     return values.flip(0), vectors.flip(1)[:, : min(k, d)]
 
 
-def _cut(s: Float[Tensor, "q"], k: int) -> tuple[float, bool, str]:
+def _cut(s: Float[Tensor, " q"], k: int) -> tuple[float, bool, str]:
     """gap, ill_conditioned and note of keeping k directions of a spectrum s (largest first, at least one past the cut)."""
     if k == 0 or len(s) == 0 or float(s[0]) <= 0:
         return float("nan"), k > 0, "no signal: the directions are arbitrary" if k else ""

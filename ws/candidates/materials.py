@@ -80,7 +80,7 @@ class LayerWeights:
         return self.qkv_gram + self.up_gram + self.gate_gram
 
 
-def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, "d"]:
+def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
     """Gain of the norm on the output that `role` (`o` or `down`) writes; ones where there is none."""
     return decoder.norm_gain(l, "attn_out" if role == "o" else "mlp_out")
 

@@ -40,7 +40,7 @@ class Parts:
     """
 
     grams: Float[Tensor, "P m m"]
-    energy: Float[Tensor, "P"]
+    energy: Float[Tensor, " P"]
     images: Float[Tensor, "P d s"]
 
     def plus(self, other: "Parts") -> "Parts":
@@ -61,7 +61,7 @@ def sketch_basis(delta: Float[Tensor, "N d"], size: int = SKETCH) -> Float[Tenso
 
 
 def group_parts(
-    delta: Float[Tensor, "N d"], basis: Float[Tensor, "d m"], group: Int[Tensor, "N"], count: int, outside: bool
+    delta: Float[Tensor, "N d"], basis: Float[Tensor, "d m"], group: Int[Tensor, " N"], count: int, outside: bool
 ) -> Parts:
     """`Parts` of these rows, computed on their device. outside: whether anything lies outside the basis."""
     d = delta.shape[1]

@@ -69,8 +69,8 @@ def _text(entry, where: str) -> str:
 class Sequence:
     """One token sequence `ids (T,)`, the passage that each token comes from, and how many tokens were cut off."""
 
-    ids: Int[Tensor, "T"]
-    passage: Int[Tensor, "T"]
+    ids: Int[Tensor, " T"]
+    passage: Int[Tensor, " T"]
     cut: int
 
 

@@ -242,7 +242,7 @@ def _stream(
     layers: list[LayerDelta] = []
     with tqdm(total=lm.decoder.n_layers, desc="delta SVD, layers", disable=not progress) as bar:
 
-        def visit(l: int, delta: Tensor, h: Tensor, group: Int[Tensor, "N"]) -> None:
+        def visit(l: int, delta: Tensor, h: Tensor, group: Int[Tensor, " N"]) -> None:
             found = spectrum(delta, max(top_k, RANK))
             intervals = (UNKNOWN, UNKNOWN)
             if len(weights):

@@ -38,7 +38,7 @@ def expected_cos(d: int) -> float:
     return float(np.sqrt(2 / (np.pi * d)))
 
 
-def capture_of(vectors: Float[Tensor, "j d"], directions: Float[Tensor, "n k d"]) -> Float[Tensor, "j"]:
+def capture_of(vectors: Float[Tensor, "j d"], directions: Float[Tensor, "n k d"]) -> Float[Tensor, " j"]:
     """`|B^T v|^2` per row v, `B` = top 8 left singular vectors of the layers' first 8 directions side by side.
 
     Through the Gram of the directions: `B = D U S^-1`. Where they span fewer than 8 dimensions, `B` is that span.

@@ -55,7 +55,7 @@ def spectrum(delta: Float[Tensor, "N d"], k: int) -> Spectrum:
     return Spectrum(_clipped(energy), _directions(rows.T @ left, energy, rows.sum(dim=0)))
 
 
-def spectrum_of_gram(gram: Float[Tensor, "d d"], total: Float[Tensor, "d"], k: int) -> Spectrum:
+def spectrum_of_gram(gram: Float[Tensor, "d d"], total: Float[Tensor, " d"], k: int) -> Spectrum:
     """Spectrum from an accumulated `delta^T delta` and the sum of the rows of `delta` (for the signs)."""
     energy, right = eigen(gram, min(k, gram.shape[0]))
     singvals = torch.from_numpy(_clipped(energy)[: right.shape[1]] ** 0.5).to(right)
@@ -81,7 +81,7 @@ def _clipped(energy: np.ndarray) -> np.ndarray:
     return np.maximum(energy, 0.0)
 
 
-def _directions(scaled: Float[Tensor, "d k"], energy: np.ndarray, total: Float[Tensor, "d"]) -> Float[Tensor, "k d"]:
+def _directions(scaled: Float[Tensor, "d k"], energy: np.ndarray, total: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
     """Unit rows out of `V S`, with fixed signs; a direction without energy is a row of zeros, not an arbitrary one."""
     top = max(float(energy[0]), 0.0) if len(energy) else 0.0
     lengths = torch.linalg.vector_norm(scaled, dim=0)
@@ -90,7 +90,7 @@ def _directions(scaled: Float[Tensor, "d k"], energy: np.ndarray, total: Float[T
     return fix_signs(unit.T, total).float().cpu()
 
 
-def fix_signs(directions: Float[Tensor, "k d"], total: Float[Tensor, "d"]) -> Float[Tensor, "k d"]:
+def fix_signs(directions: Float[Tensor, "k d"], total: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
     """Rows turned so that the block moves the stream along `+v` on average: `v . sum_t delta_t >= 0`.
 
     Where that sum says nothing (under 1e-6 of its own length) the component of largest magnitude is made positive.

@@ -137,7 +137,7 @@ class WeightDiff:
         U = _svd(name, self._entry(name))[0]
         return U[:, :k].float()
 
-    def singular_values(self, name: str) -> Float[Tensor, "r"]:
+    def singular_values(self, name: str) -> Float[Tensor, " r"]:
         """Singular values in descending order, float64: as many as the bound of the rank."""
         return _svd(name, self._entry(name))[1]
 

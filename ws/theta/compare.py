@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws.theta.fit import Base, FitConfig, Problem, evaluate, fit_adam, lse_and_mean, make_problem
+from ws.theta.fit import Base, FitConfig, Problem, evaluate, fit_adam, lse_and_mean, make_problem, target_logp
 from ws.theta.heads import Head
 from ws.theta.states import States
 from ws.theta.users import joint_base
@@ -51,12 +51,15 @@ def distinct_functions(heads: dict[str, Head]) -> dict[str, Head]:
 
 @dataclass(frozen=True, eq=False)
 class Heldout:
-    """Held-out tokens of all users: the base, each token's text, each text's user and number of tokens."""
+    """Held-out tokens of all users: the base and its unembedding W, each token's text, each text's user, number of
+    tokens, and cross-entropy per token under the base (nats)."""
 
     base: Base
-    text: Int[Tensor, "T"]
-    user: Int[Tensor, "texts"]
-    tokens: Int[Tensor, "texts"]
+    W: Float[Tensor, "V d"]
+    text: Int[Tensor, " T"]
+    user: Int[Tensor, " texts"]
+    tokens: Int[Tensor, " texts"]
+    ce0: Float[Tensor, " texts"]
     users: list[str]
 
 
@@ -68,18 +71,10 @@ def make_heldout(states: dict[str, States], W: Float[Tensor, "V d"], bias: Tenso
             texts.append(s.of_texts([t]))
             user.append(u)
     base, owner = joint_base(texts, W, bias)
-    return Heldout(base, owner, torch.tensor(user), torch.bincount(owner), list(states))
-
-
-def base_ce(heldout: Heldout, W: Float[Tensor, "V d"], head: Head) -> Float[Tensor, "texts"]:
-    """Cross-entropy per token of each held-out text without any head (the head only serves to build the problem)."""
-    problem = make_problem(heldout.base, head, W, heldout.text)
-    return (
-        torch.zeros(len(heldout.user), dtype=torch.float64).index_add_(
-            0, heldout.text.cpu(), problem.ce0.double().cpu()
-        )
-        / heldout.tokens
-    )
+    tokens = torch.bincount(owner)
+    ce0 = -target_logp(base).double().cpu()
+    per_text = torch.zeros(len(user), dtype=torch.float64).index_add_(0, owner.cpu(), ce0) / tokens
+    return Heldout(base, W, owner, torch.tensor(user), tokens, per_text, list(states))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,20 +85,16 @@ class Scores:
     kl: Float[Tensor, "thetas texts"]
 
 
-def score_thetas(
-    heldout: Heldout, head: Head, W: Float[Tensor, "V d"], thetas: Float[Tensor, "thetas D"], cfg: FitConfig
-) -> Scores:
+def score_thetas(heldout: Heldout, head: Head, thetas: Float[Tensor, "thetas D"], cfg: FitConfig) -> Scores:
     """Every theta on every held-out text."""
-    problem = make_problem(heldout.base, head, W, heldout.text)
+    problem = make_problem(heldout.base, head, heldout.W, heldout.text)
     terms = [evaluate(problem, theta.expand(len(heldout.user), -1), cfg) for theta in thetas]
     return Scores(torch.stack([t.ce.cpu() for t in terms]), torch.stack([t.kl.cpu() for t in terms]))
 
 
-def score_own(
-    heldout: Heldout, head: Head, W: Float[Tensor, "V d"], thetas: Float[Tensor, "users D"], cfg: FitConfig
-) -> Scores:
+def score_own(heldout: Heldout, head: Head, thetas: Float[Tensor, "users D"], cfg: FitConfig) -> Scores:
     """Each held-out text under its own user's theta: one row."""
-    problem = make_problem(heldout.base, head, W, heldout.text)
+    problem = make_problem(heldout.base, head, heldout.W, heldout.text)
     terms = evaluate(problem, thetas[heldout.user], cfg)
     return Scores(terms.ce.cpu()[None], terms.kl.cpu()[None])
 
@@ -152,7 +143,7 @@ def permuted_thetas(
 
 
 def bootstrap_users(
-    heldout: Heldout, per_text: Float[Tensor, "texts"], draws: int, seed: int, level: float = 0.95
+    heldout: Heldout, per_text: Float[Tensor, " texts"], draws: int, seed: int, level: float = 0.95
 ) -> tuple[float, float, float]:
     """Mean over users of a per-text quantity, and its percentile interval over texts resampled within each user."""
     gen = torch.Generator().manual_seed(seed)

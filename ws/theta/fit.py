@@ -51,7 +51,7 @@ class Base:
     """
 
     logp: Float[Tensor, "T V"]
-    y: Int[Tensor, "T"]
+    y: Int[Tensor, " T"]
     h: Float[Tensor, "T d"]
 
 
@@ -69,10 +69,10 @@ class Problem:
     C: Float[Tensor, "V D"]
     Cy: Float[Tensor, "T D"]
     m0: Float[Tensor, "T D"]
-    lse0: Float[Tensor, "T"]
-    ce0: Float[Tensor, "T"]
-    owner: Int[Tensor, "T"]
-    n: Int[Tensor, "users"]
+    lse0: Float[Tensor, " T"]
+    ce0: Float[Tensor, " T"]
+    owner: Int[Tensor, " T"]
+    n: Int[Tensor, " users"]
     alpha: float
     name: str
 
@@ -89,9 +89,9 @@ class Problem:
 class Terms:
     """Per-user values at one theta: loss, CE per token, KL per token (nats) `(users,)`; grad `(users, D)`."""
 
-    loss: Float[Tensor, "users"]
-    ce: Float[Tensor, "users"]
-    kl: Float[Tensor, "users"]
+    loss: Float[Tensor, " users"]
+    ce: Float[Tensor, " users"]
+    kl: Float[Tensor, " users"]
     grad: Float[Tensor, "users D"]
 
 
@@ -99,15 +99,15 @@ class Terms:
 class Fit:
     """Result of one user's fit: theta `(D,)` and the per-step trace, every entry taken before that step's update."""
 
-    theta: Float[Tensor, "D"]
-    trace: dict[str, Float[Tensor, "steps"]]
+    theta: Float[Tensor, " D"]
+    trace: dict[str, Float[Tensor, " steps"]]
 
 
 def record_base(
     h: Float[Tensor, "T d"],
-    y: Int[Tensor, "T"],
+    y: Int[Tensor, " T"],
     W: Float[Tensor, "V d"],
-    bias: Float[Tensor, "V"] | None = None,
+    bias: Float[Tensor, " V"] | None = None,
     max_mb: int = BASE_MB,
     scratch: Path | None = None,
 ) -> Base:
@@ -138,11 +138,18 @@ def record_base(
     return Base(logp, y, h)
 
 
+def target_logp(base: Base) -> Float[Tensor, " T"]:
+    """The base's log-probability of each token's target."""
+    T = base.y.shape[0]
+    parts = [slice(t, t + TOKENS) for t in range(0, T, TOKENS)]
+    return torch.cat([base.logp[p].to(base.y.device).gather(1, base.y[p, None])[:, 0] for p in parts])
+
+
 def make_problem(
     base: Base,
     head: Head,
     W: Float[Tensor, "V d"],
-    owner: Int[Tensor, "T"] | None = None,
+    owner: Int[Tensor, " T"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Problem:
     """The fit of `head` on recorded tokens. `owner` gives each token's user (0.. users-1; default: one user).
@@ -161,13 +168,7 @@ def make_problem(
     _finite(C, f"readout of head {head.name}")
     still = torch.zeros(T, head.D, dtype=dtype, device=base.y.device)
     lse0, m0 = lse_and_mean(base.logp, still, C)
-    picked = torch.cat(
-        [
-            base.logp[t : t + TOKENS].to(base.y.device).gather(1, base.y[t : t + TOKENS, None])
-            for t in range(0, T, TOKENS)
-        ]
-    )
-    ce0 = lse0 - picked[:, 0].to(dtype)
+    ce0 = lse0 - target_logp(base).to(dtype)
     return Problem(base, phi, C, C[base.y], m0, lse0, ce0, owner, n, float(head.alpha), head.name)
 
 
@@ -209,7 +210,7 @@ def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     return lse, mean
 
 
-def per_user(problem: Problem, values: Float[Tensor, "T *more"]) -> Float[Tensor, "users *more"]:
+def per_user(problem: Problem, values: Float[Tensor, " T *more"]) -> Float[Tensor, " users *more"]:
     """Sum of per-token values over each user's tokens."""
     out = values.new_zeros(problem.users, *values.shape[1:])
     return out.index_add_(0, problem.owner, values)

@@ -34,12 +34,12 @@ class Head(Protocol):
     @property
     def D(self) -> int: ...
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "D"]) -> Float[Tensor, "*lead d"]:
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
         """The edited hidden state `h'`. An LM-head update leaves h as it is."""
         ...
 
     def logit_delta(
-        self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "D"], W: Float[Tensor, "V d"]
+        self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"], W: Float[Tensor, "V d"]
     ) -> Float[Tensor, "*lead V"]:
         """What the head adds to the logits (the unembedding's bias cancels)."""
         ...
@@ -61,7 +61,7 @@ class _Linear:
     """What all heads share: logits are affine in theta, `logit_delta = alpha (theta * phi(h)) C^T`."""
 
     def logit_delta(
-        self: Head, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "D"], W: Float[Tensor, "V d"]
+        self: Head, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"], W: Float[Tensor, "V d"]
     ) -> Float[Tensor, "*lead V"]:
         phi = self.features(h)
         return (self.alpha * (theta.to(phi) * phi) @ self.readout(W).to(phi).T).to(h.dtype)
@@ -94,7 +94,7 @@ class CVH(_Gated):
     name: str = "cvh"
     singular_values: Tensor | None = None
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "D"]) -> Float[Tensor, "*lead d"]:
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
         x = at_least_float32(h)
         gated = theta.to(x) * (x @ self.A.to(x).T)
         return (x + self.alpha * (gated @ self.B.to(x).T)).to(h.dtype)
@@ -117,7 +117,7 @@ class Unconditional(_Linear):
     def D(self) -> int:
         return self.U.shape[1]
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "D"]) -> Float[Tensor, "*lead d"]:
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
         x = at_least_float32(h)
         return (x + self.alpha * (self.U.to(x) @ theta.to(x))).to(h.dtype)
 
@@ -146,7 +146,7 @@ class LMHeadUpdate(_Gated):
     name: str = "lm_head"
     singular_values: Tensor | None = None
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "D"]) -> Float[Tensor, "*lead d"]:
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
         return h
 
     def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
@@ -179,7 +179,7 @@ def unconditional(d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> Un
     return Unconditional(torch.randn(d, D, generator=gen) / D**0.5, alpha, "unconditional")
 
 
-def svd_basis(W: Float[Tensor, "V d"], D: int) -> tuple[Float[Tensor, "d D"], Float[Tensor, "D"]]:
+def svd_basis(W: Float[Tensor, "V d"], D: int) -> tuple[Float[Tensor, "d D"], Float[Tensor, " D"]]:
     """Top-D right singular vectors and singular values of the unembedding, float32, largest first.
 
     Through the `d x d` Gram in float64, so the `V x d` SVD is never formed. Sign convention: the entry of largest

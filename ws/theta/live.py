@@ -41,7 +41,7 @@ def check_plain_logits(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def wear(model: nn.Module, head: Head, theta: Float[Tensor, "D"], gamma: float = 1.0) -> Iterator[nn.Module]:
+def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float = 1.0) -> Iterator[nn.Module]:
     """A head on a live model: inside, the logits are `base + gamma delta`, in every forward pass and in generation.
 
     A hidden-state head edits the unembedding's input (`h + gamma (h' - h)`), an LM-head update its output. `theta = 0`

@@ -33,7 +33,7 @@ class Optimum:
     Hessian formed; mu = the multiplier of the norm bound (0 where the bound does not bind, or where there is none).
     """
 
-    theta: Float[Tensor, "D"]
+    theta: Float[Tensor, " D"]
     loss: float
     ce: float
     kl: float

@@ -32,21 +32,19 @@ def summary(
     fits: dict[tuple[str, str], UserFit],
     heads: dict[str, Head],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     cfg: FitConfig,
     scale: str,
 ) -> pl.DataFrame:
     """A row per head, user and solver: held-out CE and perplexity per token before and after, gain, KL, |theta|.
 
-    `before`: base CE of each held-out text. `scale` names the choice of alpha. Iterations, condition number and
+    `scale` names the choice of alpha. Iterations, condition number and
     gradient_ratio belong to the optimum rows and are null in Adam's.
     """
-    rows, ce0 = [], by_user(heldout, before)
+    rows, ce0 = [], by_user(heldout, heldout.ce0)
     tokens = torch.zeros(len(heldout.users), dtype=torch.long).index_add_(0, heldout.user, heldout.tokens)
     for name, head in heads.items():
         for solver in SOLVERS:
-            scores = score_own(heldout, head, W, stacked(fits, heldout.users, name, solver), cfg)
+            scores = score_own(heldout, head, stacked(fits, heldout.users, name, solver), cfg)
             ce, kl = by_user(heldout, scores.ce[0]), by_user(heldout, scores.kl[0])
             for u, user in enumerate(heldout.users):
                 fit = fits[user, name]
@@ -111,15 +109,13 @@ def cross_table(
     fits: dict[tuple[str, str], UserFit],
     heads: dict[str, Head],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     cfg: FitConfig,
     scale: str,
 ) -> pl.DataFrame:
     """A row per head, user of theta and user of held-out texts: CE, gain, KL; `best` = least CE on those texts."""
-    rows, ce0, users = [], by_user(heldout, before), heldout.users
+    rows, ce0, users = [], by_user(heldout, heldout.ce0), heldout.users
     for name, head in heads.items():
-        scores = score_thetas(heldout, head, W, stacked(fits, users, name), cfg)
+        scores = score_thetas(heldout, head, stacked(fits, users, name), cfg)
         ce, kl = by_user(heldout, scores.ce), by_user(heldout, scores.kl)
         best = ce.argmin(dim=0)
         rows += [
@@ -146,8 +142,6 @@ def gamma_sweep(
     fits: dict[tuple[str, str], UserFit],
     heads: dict[str, Head],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     cfgs: list[FitConfig],
 ) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of the fitted thetas worn at other gammas (`cfgs` differ in gamma)."""
@@ -155,8 +149,8 @@ def gamma_sweep(
     for name, head in heads.items():
         thetas = stacked(fits, heldout.users, name)
         for cfg in cfgs:
-            scores = score_own(heldout, head, W, thetas, cfg)
-            gain, kl = by_user(heldout, before - scores.ce[0]).mean(), by_user(heldout, scores.kl[0]).mean()
+            scores = score_own(heldout, head, thetas, cfg)
+            gain, kl = by_user(heldout, heldout.ce0 - scores.ce[0]).mean(), by_user(heldout, scores.kl[0]).mean()
             rows.append({"head": name, "gamma": cfg.gamma, "gain": float(gain), "kl": float(kl)})
     return pl.DataFrame(rows)
 
@@ -165,20 +159,18 @@ def beta_sweep(
     train: dict[str, States],
     heads: dict[str, Head],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     bias: Tensor | None,
     cfgs: list[FitConfig],
 ) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of thetas fitted by Adam at other betas (`cfgs` differ in beta)."""
-    base, owner = joint_base(list(train.values()), W, bias)
+    base, owner = joint_base(list(train.values()), heldout.W, bias)
     rows = []
     for name, head in heads.items():
-        problem = make_problem(base, head, W, owner)
+        problem = make_problem(base, head, heldout.W, owner)
         for cfg in cfgs:
             thetas = torch.stack([fit.theta for fit in fit_adam(problem, cfg)])
-            scores = score_own(heldout, head, W, thetas, cfg)
-            gain, kl = by_user(heldout, before - scores.ce[0]).mean(), by_user(heldout, scores.kl[0]).mean()
+            scores = score_own(heldout, head, thetas, cfg)
+            gain, kl = by_user(heldout, heldout.ce0 - scores.ce[0]).mean(), by_user(heldout, scores.kl[0]).mean()
             rows.append({"head": name, "beta": cfg.beta, "gain": float(gain), "kl": float(kl)})
     return pl.DataFrame(rows)
 
@@ -188,10 +180,9 @@ def user_table(
     train: dict[str, States],
     rest: dict[str, States],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
 ) -> pl.DataFrame:
     """Per user: texts, training and held-out tokens, the base's held-out CE and perplexity, and a first text."""
-    ce = by_user(heldout, before)
+    ce = by_user(heldout, heldout.ce0)
     return pl.DataFrame(
         [
             {
@@ -239,14 +230,12 @@ def text_gains(
     fits: dict[tuple[str, str], UserFit],
     heads: dict[str, Head],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     cfg: FitConfig,
     solver: str,
-) -> dict[str, Float[Tensor, "texts"]]:
+) -> dict[str, Float[Tensor, " texts"]]:
     """Per head: the gain of each held-out text under its own user's theta."""
     own = {name: stacked(fits, heldout.users, name, solver) for name in heads}
-    return {name: before - score_own(heldout, head, W, own[name], cfg).ce[0] for name, head in heads.items()}
+    return {name: heldout.ce0 - score_own(heldout, head, own[name], cfg).ce[0] for name, head in heads.items()}
 
 
 def join(*tables: pl.DataFrame) -> pl.DataFrame:

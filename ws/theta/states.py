@@ -44,8 +44,8 @@ class States:
     """Recorded states h `(T, d)` float32 on the CPU, targets y `(T,)`, and `text` `(T,)`: which text a token is of."""
 
     h: Float[Tensor, "T d"]
-    y: Int[Tensor, "T"]
-    text: Int[Tensor, "T"]
+    y: Int[Tensor, " T"]
+    text: Int[Tensor, " T"]
 
     def of_texts(self, texts: list[int]) -> "States":
         """The tokens of these texts only, in the record's order; `text` keeps the record's numbers."""

@@ -36,7 +36,7 @@ class UserFit:
     optimum: Optimum
     clipped: Optimum
 
-    def theta(self, solver: str = "adam") -> Float[Tensor, "D"]:
+    def theta(self, solver: str = "adam") -> Float[Tensor, " D"]:
         """Theta by `adam`, `optimum` or `clipped`, float32."""
         return self.adam.theta.float() if solver == "adam" else getattr(self, solver).theta.float()
 
@@ -165,7 +165,7 @@ def _groups(users: list[str], states: dict[str, States], V: int, max_mb: int) ->
 
 def joint_base(
     states: list[States], W: Float[Tensor, "V d"], bias: Tensor | None, max_mb: int = BASE_MB
-) -> tuple[Base, Int[Tensor, "T"]]:
+) -> tuple[Base, Int[Tensor, " T"]]:
     """Base logits of several records side by side, and which record each token is of."""
     owner = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(s.y) for s in states]))
     return record_base(torch.cat([s.h for s in states]), torch.cat([s.y for s in states]), W, bias, max_mb), owner

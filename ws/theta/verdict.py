@@ -29,8 +29,6 @@ def controls(
     heads: dict[str, Head],
     fits: dict[tuple[str, str], UserFit],
     heldout: Heldout,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     bias: Tensor | None,
     cfg: FitConfig,
     draws: int,
@@ -39,23 +37,21 @@ def controls(
     """Per head: gains of each held-out text under the own and the permuted thetas (`control_gains`), both by Adam."""
     out = {}
     for name, head in heads.items():
-        permuted = permuted_thetas(train, head, W, bias, cfg, draws, seed)
-        out[name] = control_gains(heldout, head, before, W, cfg, stacked(fits, heldout.users, name), permuted)
+        permuted = permuted_thetas(train, head, heldout.W, bias, cfg, draws, seed)
+        out[name] = control_gains(heldout, head, cfg, stacked(fits, heldout.users, name), permuted)
     return out
 
 
 def control_gains(
     heldout: Heldout,
     head: Head,
-    before: Float[Tensor, "texts"],
-    W: Float[Tensor, "V d"],
     cfg: FitConfig,
     own: Float[Tensor, "users D"],
     permuted: list[Tensor],
 ) -> dict[str, Tensor]:
     """Gains of each held-out text: `own` theta `(texts,)`, each permuted theta `(draws, texts)`."""
-    mine = before - score_own(heldout, head, W, own, cfg).ce[0]
-    control = torch.stack([before - score_own(heldout, head, W, thetas, cfg).ce[0] for thetas in permuted])
+    mine = heldout.ce0 - score_own(heldout, head, own, cfg).ce[0]
+    control = torch.stack([heldout.ce0 - score_own(heldout, head, thetas, cfg).ce[0] for thetas in permuted])
     return {"own": mine, "permuted": control}
 
 
@@ -78,7 +74,7 @@ def control_table(heldout: Heldout, controls: dict[str, dict[str, Tensor]], draw
 
 def compare_gains(
     heldout: Heldout,
-    gain: dict[str, Float[Tensor, "texts"]],
+    gain: dict[str, Float[Tensor, " texts"]],
     pairs: list[tuple[str, str]],
     draws: int,
     seed: int,
@@ -94,7 +90,7 @@ def compare_gains(
 
 def verdict(
     heldout: Heldout,
-    gain: dict[str, dict[str, Float[Tensor, "texts"]]],
+    gain: dict[str, dict[str, Float[Tensor, " texts"]]],
     control: pl.DataFrame,
     diagonals: pl.DataFrame,
     draws: int,
