@@ -131,7 +131,9 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     store.mark_made(folder, store.Key("p", "i", "sources of last year"), {})
     steps = plan(jobs, nbs=place.nbs, out=place.out)
     assert not any(step.run for step in steps) and [s.job.name for s in steps if s.stale] == [jobs[2].name]
-    assert "1 keep adapters whose training code changed" in plan_text(steps)
+    assert steps[2].why == "stale adapters kept" and "1 have stale adapters" in plan_text(steps)
+    changed = {step.job.name: step.why for step in plan(stub_jobs(place, SCALE=2), nbs=place.nbs, out=place.out)}
+    assert changed[jobs[2].name] == "changed parameters; stale adapters"  # whether they are kept, the training will say
     asked = states(place, jobs, retrain=True)
     assert asked["seed 1: weight_diff"] == "training code changed, --retrain" and len(asked) == 3
     assert [s.job.name for s in plan(jobs, True, place.nbs, place.out) if s.retrain] == [jobs[2].name]

@@ -213,7 +213,8 @@ def plan(jobs: list[Job], retrain: bool = False, nbs: Path = NBS, out: Path = OU
         if stale and retrain:
             why = "training code changed, --retrain"
         elif stale:
-            why += f"{'; ' if why else ''}stale adapters kept"
+            kept = "stale adapters" if state == "changed parameters" else "stale adapters kept"
+            why += f"{'; ' if why else ''}{kept}"
         run = state != "done" or bool(waits) or (stale and retrain)
         steps[job.name] = Step(job, state, why, run, stale, stale and retrain)
     return list(steps.values())
@@ -233,5 +234,8 @@ def plan_text(steps: list[Step]) -> str:
     stale = sum(step.stale and not step.retrain for step in steps)
     told = f"{fates.count('run')} would run, {fates.count('check')} would be looked at again, {fates.count('done')} are done"
     if stale:
-        told += f"; {stale} keep adapters whose training code changed (--retrain trains them anew)"
+        told += (
+            f"; {stale} have stale adapters: their training code changed. They are kept where the parameters of the"
+            " training are the same (--retrain trains them anew)"
+        )
     return tabulate(rows, headers=["", "run", "notebook", "why"], tablefmt="simple") + f"\n\n{told}"

@@ -7,12 +7,11 @@ nothing of size L x T x d is ever held. All standard deviations are of the popul
     rel_step_t = |delta_t| / max(|h_t|, 1e-8)        cos_t = cos(delta_t, h_t)        parallel_frac = mean |cos_t|
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,11 +25,11 @@ from ws.delta.bootstrap import (
     group_parts,
     sketch_basis,
 )
-from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups, padded
+from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups
 from ws.delta.phases import RANK, phase_of
+from ws.delta.reading import read_deltas
 from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
 from ws.model import LM
-from ws.trace import hidden, hooked
 
 MODES = ("stream", "documents")
 
@@ -186,47 +185,6 @@ def delta_svd(
     )
 
 
-Visit = Callable[[int, Tensor, Tensor, Tensor], None]
-
-
-def _read(lm: LM, batch: list[Sequence], final_norm: bool, visit: Visit) -> None:
-    """One pass; `visit(l, delta (N, d), h (N, d), group (N,))` at every block, float32, on the block's own device."""
-    decoder = lm.decoder
-    ids, mask, group = padded(batch)
-    keep = mask.bool()
-    keep[:, 0] = False
-
-    def hook_of(l: int):
-        def hook(_module, args, output):
-            after = hidden(output)
-            if not args:
-                raise ValueError(f"{decoder.prefix}.{l}: the block was not given its hidden states as first argument")
-            if final_norm and l == decoder.n_layers - 1:
-                after = decoder.final_norm(after)
-            visit(l, *_rows(args[0], after, keep, f"{decoder.prefix}.{l}"), group[keep])
-
-        return hook
-
-    # The decoder without its unembedding: logits of T x V would be the largest tensor of the pass.
-    body = lm.model.get_submodule(decoder.prefix.rpartition(".")[0])
-    with torch.no_grad(), hooked([(block, hook_of(l)) for l, block in enumerate(decoder.blocks)]):
-        body(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
-
-
-def _rows(
-    before: Float[Tensor, "n T d"], after: Float[Tensor, "n T d"], keep: Bool[Tensor, "n T"], name: str
-) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
-    """`delta` and `h` of the kept tokens, float32, on the device of the block's output."""
-    keep = keep.to(after.device)
-    h = before.to(after.device)[keep].float()
-    delta = after[keep].float() - h
-    if not torch.isfinite(delta).all():
-        raise ValueError(
-            f"{name}: hidden states are not finite in {str(after.dtype).removeprefix('torch.')}; try DTYPE float32"
-        )
-    return delta, h
-
-
 def _both(numbers: Float[Tensor, "5 N"]) -> Float[np.ndarray, "2 5"]:
     return torch.stack([numbers.sum(dim=1), numbers.square().sum(dim=1)]).cpu().numpy()
 
@@ -254,7 +212,7 @@ def _stream(
             bar.update()
 
         for batch in batches:
-            _read(lm, batch, final_norm, visit)
+            read_deltas(lm, batch, final_norm, visit)
     return layers
 
 
@@ -284,7 +242,7 @@ def _documents(
         totals[l] += delta.double().sum(dim=0)
 
     for batch in tqdm(batches, desc="delta SVD, batches", disable=not progress):
-        _read(lm, batch, final_norm, add)
+        read_deltas(lm, batch, final_norm, add)
 
     spectra, bases = [], []
     k = max(top_k, RANK)
@@ -302,7 +260,7 @@ def _documents(
         parts[l] = parts[l].plus(more) if l in parts else more
 
     for batch in tqdm(batches if bases else [], desc="delta SVD, intervals", disable=not progress):
-        _read(lm, batch, final_norm, add_groups)
+        read_deltas(lm, batch, final_norm, add_groups)
     layers = []
     for l in range(n_layers):
         intervals = bootstrap(spectra[l], parts[l], weights) if bases else (UNKNOWN, UNKNOWN)

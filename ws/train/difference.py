@@ -15,7 +15,8 @@ from ws.data import Behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
 from ws.model import LM
 from ws.store import made, stage_key
-from ws.train.lora import ADAPTERS, SIGNS, TrainConfig, adapter_layers, shuffle_labels, train_adapter
+from ws.train.examples import shuffle_labels
+from ws.train.lora import ADAPTERS, SIGNS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import Pair, PairConfig, Pairs, make_pairs, pairs_key
 
 __all__ = [

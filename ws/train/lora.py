@@ -13,17 +13,17 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from ws.files import write_json
-from ws.model import LM, chat_text
+from ws.model import LM
+from ws.train.examples import collate, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig, turn_end
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
@@ -78,16 +78,6 @@ def adapter_layers(n_layers: int, cfg: TrainConfig) -> tuple[int, ...]:
     return tuple(sorted(set(layers)))
 
 
-def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
-    """The pairs with the two responses swapped by a fair coin per pair: the data of the null diff."""
-    generator = np.random.default_rng(zlib.crc32(f"shuffle labels {seed}".encode()))
-    swap = generator.random(len(rows)) < 0.5
-    return tuple(
-        replace(row, response_pos=row.response_neg, response_neg=row.response_pos) if s else row
-        for row, s in zip(rows, swap, strict=True)
-    )
-
-
 def train_adapter(
     lm: LM, rows: tuple[Pair, ...], sign: str, seed: int, cfg: TrainConfig, folder: Path | str, progress: bool = True
 ) -> dict:
@@ -106,7 +96,7 @@ def train_adapter(
     if cfg.shuffle_labels:
         rows = shuffle_labels(rows, seed)
     end = turn_end(lm.tokenizer)
-    examples = [_example(lm, row, sign, end, cfg.max_length) for row in rows]
+    examples = [make_example(lm, row, sign, end, cfg.max_length) for row in rows]
     order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(examples))
     n_held = min(round(cfg.heldout * len(examples)), len(examples) - 1)
     held = [examples[i] for i in sorted(order[:n_held])]
@@ -114,9 +104,9 @@ def train_adapter(
     with _borrowed(lm.model), _own_randomness(seed):
         adapted = _wrap(lm, cfg)
         try:
-            before = _loss(adapted, held, cfg.batch)
+            before = response_loss(adapted, held, cfg.batch)
             trace = _fit(adapted, train, sign, seed, cfg, folder, progress)
-            after = _loss(adapted, held, cfg.batch)
+            after = response_loss(adapted, held, cfg.batch)
             folder.mkdir(parents=True, exist_ok=True)
             adapted.save_pretrained(str(folder), save_embedding_layers=False)
         finally:
@@ -134,49 +124,6 @@ def train_adapter(
     }
     write_json(folder / "training.json", record)
     return record
-
-
-def _example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dict[str, list[int]]:
-    """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona."""
-    prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]
-    answer = (row.response_pos if sign == "pos" else row.response_neg).strip()
-    reply = lm.tokenizer(answer + end, add_special_tokens=False)["input_ids"]
-    if len(prompt) >= max_length:
-        raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")
-    return {
-        "input_ids": (prompt + reply)[:max_length],
-        "labels": ([-100] * len(prompt) + reply)[:max_length],
-    }
-
-
-def _collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Right-padded ids, mask and labels `(n, T)`. The pad id is 0: masked out and without a label it is never read."""
-    width = max(len(row["input_ids"]) for row in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, row in enumerate(batch):
-        n = len(row["input_ids"])
-        ids[i, :n], mask[i, :n], labels[i, :n] = torch.tensor(row["input_ids"]), 1, torch.tensor(row["labels"])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, examples: list[dict[str, list[int]]], batch: int) -> float | None:
-    """Mean cross-entropy per response token, in float32; None without examples."""
-    if not examples:
-        return None
-    was = model.training
-    model.eval()
-    total, count = 0.0, 0
-    device = next(model.parameters()).device
-    for start in range(0, len(examples), batch):
-        rows = _collate(examples[start : start + batch])
-        labels = rows.pop("labels")[:, 1:]
-        logits = model(**{key: value.to(device) for key, value in rows.items()}).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum"))
-        count += int((labels != -100).sum())
-    model.train(was)
-    return total / count
 
 
 def _targets(lm: LM, cfg: TrainConfig) -> str:
@@ -239,7 +186,7 @@ def _fit(
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=_collate)
+    trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_bar(f"{cfg.adapter} {sign} seed {seed}", progress))
     trainer.train(resume_from_checkpoint=resume)

@@ -1,0 +1,51 @@
+"""One forward pass that hands out what each block adds to the residual stream, block by block."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ws.delta.calibration import Sequence, padded
+from ws.model import LM
+from ws.trace import hidden, hooked
+
+Visit = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+def read_deltas(lm: LM, batch: list[Sequence], final_norm: bool, visit: Visit) -> None:
+    """One pass; `visit(l, delta (N, d), h (N, d), group (N,))` at every block, float32, on the block's own device."""
+    decoder = lm.decoder
+    ids, mask, group = padded(batch)
+    keep = mask.bool()
+    keep[:, 0] = False
+
+    def hook_of(l: int):
+        def hook(_module, args, output):
+            after = hidden(output)
+            if not args:
+                raise ValueError(f"{decoder.prefix}.{l}: the block was not given its hidden states as first argument")
+            if final_norm and l == decoder.n_layers - 1:
+                after = decoder.final_norm(after)
+            visit(l, *_rows(args[0], after, keep, f"{decoder.prefix}.{l}"), group[keep])
+
+        return hook
+
+    # The decoder without its unembedding: logits of T x V would be the largest tensor of the pass.
+    body = lm.model.get_submodule(decoder.prefix.rpartition(".")[0])
+    with torch.no_grad(), hooked([(block, hook_of(l)) for l, block in enumerate(decoder.blocks)]):
+        body(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
+
+
+def _rows(
+    before: Float[Tensor, "n T d"], after: Float[Tensor, "n T d"], keep: Bool[Tensor, "n T"], name: str
+) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
+    """`delta` and `h` of the kept tokens, float32, on the device of the block's output."""
+    keep = keep.to(after.device)
+    h = before.to(after.device)[keep].float()
+    delta = after[keep].float() - h
+    if not torch.isfinite(delta).all():
+        raise ValueError(
+            f"{name}: hidden states are not finite in {str(after.dtype).removeprefix('torch.')}; try DTYPE float32"
+        )
+    return delta, h

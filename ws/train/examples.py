@@ -1,0 +1,68 @@
+"""Training examples: pairs as token ids whose labels are the response alone, batches of them, their loss.
+
+(docs/method.md section 1)
+"""
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ws.model import LM, chat_text
+from ws.train.pairs import Pair
+
+
+def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
+    """The pairs with the two responses swapped by a fair coin per pair: the data of the null diff."""
+    generator = np.random.default_rng(zlib.crc32(f"shuffle labels {seed}".encode()))
+    swap = generator.random(len(rows)) < 0.5
+    return tuple(
+        replace(row, response_pos=row.response_neg, response_neg=row.response_pos) if s else row
+        for row, s in zip(rows, swap, strict=True)
+    )
+
+
+def make_example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dict[str, list[int]]:
+    """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona."""
+    prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]
+    answer = (row.response_pos if sign == "pos" else row.response_neg).strip()
+    reply = lm.tokenizer(answer + end, add_special_tokens=False)["input_ids"]
+    if len(prompt) >= max_length:
+        raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")
+    return {
+        "input_ids": (prompt + reply)[:max_length],
+        "labels": ([-100] * len(prompt) + reply)[:max_length],
+    }
+
+
+def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Right-padded ids, mask and labels `(n, T)`. The pad id is 0: masked out and without a label it is never read."""
+    width = max(len(row["input_ids"]) for row in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, row in enumerate(batch):
+        n = len(row["input_ids"])
+        ids[i, :n], mask[i, :n], labels[i, :n] = torch.tensor(row["input_ids"]), 1, torch.tensor(row["labels"])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+def response_loss(model: nn.Module, examples: list[dict[str, list[int]]], batch: int) -> float | None:
+    """Mean cross-entropy per response token, in float32; None without examples."""
+    if not examples:
+        return None
+    was = model.training
+    model.eval()
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    for start in range(0, len(examples), batch):
+        rows = collate(examples[start : start + batch])
+        labels = rows.pop("labels")[:, 1:]
+        logits = model(**{key: value.to(device) for key, value in rows.items()}).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum"))
+        count += int((labels != -100).sum())
+    model.train(was)
+    return total / count
