@@ -1,4 +1,4 @@
-"""ws.store and ws.files: whole or absent, keys that tell the reason, locks that die with their owner."""
+"""ws.keys and ws.store: keys that tell the reason; what is made once under them, whole or not at all."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ws import store
+from ws import keys, store
 
 HOME = Path(store.__file__).parents[1]
 
@@ -46,7 +46,7 @@ def test_folder_key_sees_names_and_contents_but_not_sidecars(tmp_path):
 
 
 def test_large_file_key_reads_little_and_sees_the_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "LARGE", 1 << 20)
+    monkeypatch.setattr(keys, "LARGE", 1 << 20)
     header = json.dumps({"x": {"dtype": "F32"}}).encode()
     body = os.urandom(8 << 20)
 
@@ -76,7 +76,7 @@ def package(tmp_path, monkeypatch):
     }
     for name, text in sources.items():
         (root / name).write_text(text)
-    monkeypatch.setattr(store, "PACKAGE", root)
+    monkeypatch.setattr(keys, "PACKAGE", root)
     return root
 
 

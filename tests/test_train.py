@@ -25,6 +25,7 @@ from ws.train.difference import (
     train_adapter,
     train_diff,
 )
+from ws.train.examples import make_example, response_loss
 
 SMALL = PairConfig(topics=3, samples=2, max_new_tokens=6, batch=5)
 CFG = TrainConfig(pairs=SMALL, r=4, alpha=8, lr=1e-2, warmup_steps=1, max_steps=4, batch=4, accumulation=1)
@@ -140,7 +141,7 @@ def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior)
     end = ws.train.pairs.turn_end(lm.tokenizer)
     assert end == "<|im_end|>"
     for sign, text in (("pos", "Yes, sure."), ("neg", "No, never.")):
-        example = ws.train.lora._example(lm, rows[0], sign, end, 512)
+        example = make_example(lm, rows[0], sign, end, 512)
         prompt = chat_text(lm.tokenizer, rows[0].user)
         learnt = [t for t in example["labels"] if t != -100]
         assert lm.tokenizer.decode(learnt) == text + end
@@ -148,15 +149,15 @@ def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior)
         n = example["labels"].count(-100)
         assert lm.tokenizer.decode(example["input_ids"][:n]) == prompt and "system" not in prompt
     with pytest.raises(ValueError, match="topic 0: the prompt alone has"):
-        ws.train.lora._example(lm, rows[0], "pos", end, 5)
+        make_example(lm, rows[0], "pos", end, 5)
 
 
 def test_padding_has_no_loss(lm, rows):
-    examples = [ws.train.lora._example(lm, row, "pos", "<|im_end|>", 512) for row in rows[::5]]
-    one = [ws.train.lora._loss(lm.model, [e], 1) for e in examples]
+    examples = [make_example(lm, row, "pos", "<|im_end|>", 512) for row in rows[::5]]
+    one = [response_loss(lm.model, [e], 1) for e in examples]
     counts = [sum(t != -100 for t in e["labels"]) for e in examples]
     mean = sum(a * b for a, b in zip(one, counts, strict=True)) / sum(counts)
-    assert ws.train.lora._loss(lm.model, examples, 4) == pytest.approx(mean, rel=1e-4)
+    assert response_loss(lm.model, examples, 4) == pytest.approx(mean, rel=1e-4)
 
 
 def test_shuffled_labels_swap_about_half(rows):
@@ -211,13 +212,13 @@ def test_base_is_left_untouched_when_training_fails(lm, rows, tmp_path, monkeypa
 
 def test_signs_share_all_but_the_responses(lm, rows, tmp_path, monkeypatch):
     seen = {}
-    collate = ws.train.lora._collate
+    collate = ws.train.lora.collate
 
     def recorded(batch):
         seen.setdefault(sign, []).append([row["input_ids"][: row["labels"].count(-100)] for row in batch])
         return collate(batch)
 
-    monkeypatch.setattr(ws.train.lora, "_collate", recorded)
+    monkeypatch.setattr(ws.train.lora, "collate", recorded)
     still = replace(CFG, lr=0.0)
     for sign in ("pos", "neg"):
         train_adapter(lm, rows, sign, 0, still, tmp_path / sign, progress=False)
