@@ -152,4 +152,4 @@ else:
 
 # %%
 log.info("done: %s", folder)
-display(Markdown(report.conclusion(run, found).replace("# Delta SVD", "### Delta SVD")))
+display(notebook.embedded(report.conclusion(run, found)))

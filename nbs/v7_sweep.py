@@ -192,7 +192,7 @@ write_text(folder / "v7_conclusion.md", verdict)
 write_text(folder / "v7_definitions.md", conclusion.definitions(candidates))
 write_text(folder / "v7_plan_merge.md", conclusion.PLAN_MERGE)
 log.info("done: %s", folder)
-display(Markdown(verdict.replace("\n# ", "\n## ")))
+display(notebook.embedded(verdict))
 
 # %% [markdown]
 # ## Definitions

@@ -151,7 +151,7 @@ display(HTML(tables.as_text(ranks, style="html")))
 # %%
 text = conclusion(v, summary, ranks, significance, subspaces, unstable)
 write_text(folder / "v7b_conclusion.md", text)
-display(Markdown(text.replace("\n# ", "\n## ")))
+display(notebook.embedded(text))
 
 # %% [markdown]
 # ## What the corrections moved

@@ -12,7 +12,7 @@ from ws.candidates import CeilingMaterials, registered
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff
 from ws.model import load_lm
-from ws.notebook import null_summary, save_scores
+from ws.notebook import embedded, null_summary, save_scores
 from ws.protocol import load_protocol
 from ws.subspace import Basis, empty, random_basis
 
@@ -140,6 +140,13 @@ def test_conclusion_takes_every_number_from_the_tables(planted, parity_folder):
     assert "4 of 16 EVAL probes are topics that the adapters may have been trained on" in text
     assert "One of 2 persona pairs is used" in text
     assert "Undefined joint score, sorted last: churn" in text
+    assert "not told apart from a random" not in text
+    faint = pct.with_columns(mean_z_act=pl.lit(3.0), mean_z_w_combined=pl.lit(1.9))
+    assert "**On weights it is not told apart from a random subspace**" in conclusion.conclusion(
+        faint, table, facts, {}
+    )
+    shown = embedded(text).data
+    assert "### Conclusion: planted\n" in shown and "\n#### Winner\n" in shown and "\n# " not in shown
     sound = conclusion.RunFacts("planted", behavior, load_protocol("v7b"), LAYERS, 6, 20, 12, D)
     assert "may have been trained on" not in conclusion.conclusion(pct, table, sound, {})
     rows = conclusion.definitions(candidates).strip().splitlines()

@@ -14,6 +14,7 @@ from ws.protocol import Protocol
 from ws.tables import as_text, sort_nan_last
 
 TOP = 5
+DISTINCT_Z = 2.0  # mean z over layers below which a winner is not told apart from a random subspace
 
 PLAN_MERGE = """# What v7 measures that its predecessor did not
 
@@ -104,6 +105,14 @@ def _winner(pct: pl.DataFrame, ranked: list[str]) -> list[str]:
         f" That is {best['pct_act_ceiling']:.0f} % of the activation ceiling and {best['pct_w_oracle_combined']:.0f} % of"
         f" the weight ceiling (o_proj {best['pct_w_oracle_oproj']:.0f} %, down_proj {best['pct_w_oracle_downproj']:.0f} %)."
     ]
+    weak = [
+        n for n, z in (("activations", "mean_z_act"), ("weights", "mean_z_w_combined")) if not best[z] >= DISTINCT_Z
+    ]
+    if weak:
+        text.append(
+            f"**On {' and '.join(weak)} it is not told apart from a random subspace** of its rank (mean z under"
+            f" {DISTINCT_Z:g}): best of {len(ranked)} is not yet good."
+        )
     if len(ranked) > 1:
         second = _row(pct, ranked[1])
         lead = 100 * (best["joint_score"] / second["joint_score"] - 1)

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from IPython.display import Image
+from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
@@ -50,6 +51,11 @@ def show(figure: Figure) -> Image:
     figure.savefig(buffer, format="png", dpi=170, metadata={"Software": None})
     width = int(figure.get_figwidth() * 85)
     return Image(buffer.getvalue(), format="png", width=width)
+
+
+def embedded(text: str) -> Markdown:
+    """A Markdown file as part of a report: its headings two levels deeper, below the section that shows it."""
+    return Markdown(re.sub(r"^(#+) ", r"##\1 ", text, flags=re.MULTILINE))
 
 
 def setting(lm: LM, behavior: Behavior, protocol: Protocol, w: WeightDiff, layers: list[int]) -> str:

@@ -8,6 +8,8 @@ Colours follow the Okabe-Ito palette, so that families stay apart in print and f
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure  # noqa: E402
@@ -27,3 +29,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
             figure.savefig(tmp, format=suffix[1:], dpi=150, metadata=meta)
         paths.append(path)
     return paths
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Names 1, 2, 5, 10, 20 and so on as plain numbers on an axis (`ax.xaxis`, `ax.yaxis`) of log scale."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

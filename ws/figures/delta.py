@@ -4,10 +4,9 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ws.delta.phases import RANK, bands, expected_cos
-from ws.figures import PALETTE
+from ws.figures import PALETTE, plain_log_ticks
 
 BAND = {"A": "#56B4E9", "B": "#E69F00", "C": "#009E73", "D": "#CC79A7", "E": "#D55E00", "tail": "#7F7F7F"}
 
@@ -34,11 +33,8 @@ def _legend(ax: Axes, title: str | None = None) -> None:
 
 
 def _log_scale(ax: Axes) -> None:
-    """A log scale that names 1, 2, 5, 10, 20 and so on as plain numbers."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
+    plain_log_ticks(ax.yaxis)
 
 
 def rel_step(layers: pl.DataFrame) -> Figure:

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from ws.figures import MARKERS, PALETTE
+from ws.figures import MARKERS, PALETTE, plain_log_ticks
 
 
 def family_styles(families: list[str]) -> dict[str, tuple[str, str]]:
@@ -63,6 +63,8 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
         axis.axvline(1, ls="--", c="0.5", lw=1, zorder=1)
         _name_points(axis, pl.concat([part.head(10), ceilings]))
         axis.set(xscale="log", yscale="log", title=f"{name} ({len(part)} candidates)")
+        plain_log_ticks(axis.xaxis)
+        plain_log_ticks(axis.yaxis)
         axis.set_xlabel("activation recovery R_act (1 = chance)")
         axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
         axis.grid(True, which="major", alpha=0.2)
@@ -119,6 +121,7 @@ def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) 
             axis.axvspan(min(layers) - 0.5, max(layers) + 0.5, color="0.93", zorder=0)
         axis.axhline(1, ls="--", c="0.5", lw=1)
         axis.set(xlabel="layer (shaded: LoRA layers)", ylabel=f"{label} (1 = chance)", yscale="log")
+        plain_log_ticks(axis.yaxis)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
