@@ -57,18 +57,18 @@ from ws.protocol import load_protocol
 from ws.stability import corrections, overlap
 from ws.stability.conclusion import conclusion
 from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
-from ws.stability.seeds import doubts, load_seeds
+from ws.stability.seeds import doubts, load_seeds, seed_folders
 from ws.stability.significance import significance_table
 from ws.stability.verdict import verdict
 
 behavior = load_behavior(BEHAVIOR)
 protocol = load_protocol(PROTOCOL)
-run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEEDS[0])
+run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, 0)
 runs_folder = Path(RUNS_DIR) if RUNS_DIR else run.adapter_folder()
-seed_folders = {seed: runs_folder / f"seed_{seed}" for seed in SEEDS}
+folders = seed_folders(SEEDS, runs_folder)
 folder = Path(OUT_DIR) if OUT_DIR else runs_folder / "v7b"
 log = notebook.start_log("v7b_stability", folder)
-runs = load_seeds({seed: f / PROTOCOL for seed, f in seed_folders.items()})
+runs = load_seeds({seed: f / PROTOCOL for seed, f in folders.items()})
 scores = runs.scores
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 candidates = registered(protocol.sources)
@@ -89,7 +89,7 @@ display(
 # 0.5 a candidate counts as unstable and cannot win.
 
 # %%
-same = notebook.same_bases({seed: f / PROTOCOL for seed, f in seed_folders.items()}, cache_folder(run.model))
+same = notebook.same_bases({seed: f / PROTOCOL for seed, f in folders.items()}, cache_folder(run.model))
 display(Markdown(same))
 parts = part_bases(lm, behavior, protocol, candidates, PCS, K_BROAD)
 rows = [
@@ -127,7 +127,7 @@ display(notebook.show(figure))
 # %%
 summary = summary_table(scores, STAT_SEED, BOOT)
 significance = significance_table(scores, runs.factors, runs.one_basis, STAT_SEED, N_NULL, lm.device.type)
-doubtful = doubts({seed: f / PROTOCOL for seed, f in seed_folders.items()}, scores.layers)
+doubtful = doubts({seed: f / PROTOCOL for seed, f in folders.items()}, scores.layers)
 summary = notebook.join_summary(summary, significance, a_side).join(doubtful, on="candidate", maintain_order="left")
 per_seed = per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left")
 ranks = rank_stability_table(scores)
@@ -160,7 +160,7 @@ display(notebook.embedded(text))
 
 # %%
 if CORRECTIONS:
-    diffs = {seed: load_diff(f / "w.safetensors") for seed, f in seed_folders.items()}
+    diffs = {seed: load_diff(f / "w.safetensors") for seed, f in folders.items()}
     moved, behind = corrections.capture_corrections(lm, behavior, diffs, cache_folder(run.model))
     tables.write_table(moved, folder / "v7b_capture_corrections.tsv")
     tables.write_table(behind, folder / "v7b_capture_corrections_scores.csv")

@@ -72,6 +72,7 @@ folder = Path(OUT_DIR) if OUT_DIR else seed_folder / "weight_diff"
 home = seed_folder if folder.resolve() == (seed_folder / "weight_diff").resolve() else folder
 log = notebook.start_log("weight_diff", folder)
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+alphas = evaluate.check_alphas(ALPHAS)
 config = TrainConfig(
     pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS),
     adapter=ADAPTER,
@@ -126,7 +127,7 @@ display(HTML(tables.as_text(notebook.norms_by_module(norms), style="html")))
 # look at how the three curves move against each other. `pmass = P(yes) + P(no)`: under 0.5 the ratio says little.
 
 # %%
-sweep = evaluate.alpha_sweep(lm, behavior, w, ALPHAS)
+sweep = evaluate.alpha_sweep(lm, behavior, w, alphas)
 summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
@@ -142,7 +143,7 @@ display(HTML(tables.as_text(summary, style="html")))
 # reading; `completions_key.jsonl` has the key.
 
 # %%
-rows = evaluate.completions(lm, behavior, w, [min(ALPHAS), 0.0, max(ALPHAS)])
+rows = evaluate.completions(lm, behavior, w, [alphas[0], 0.0, alphas[-1]])
 evaluate.write_blind(rows, folder)
 display(HTML(tables.as_text(notebook.side_by_side(rows, 6), style="html")))
 

@@ -299,3 +299,14 @@ def test_tables_order_of_axis_kinds(materials):
     reads = table.filter(pl.col("f").is_in(["W:read", "W:unembed"]))["a"].unique().to_list()
     writes = table.filter(pl.col("f").is_in(["W:write", "W:write-not-read", "W:OV", "W:MLP"]))["a"].unique().to_list()
     assert reads == ["read"] and writes == ["write"]
+
+
+def test_a_width_that_no_basis_can_have_is_refused(materials):
+    decoder, base = materials.decoder, materials.base
+    for k, k_broad, message in (
+        (0, 64, "PCS = 0"),
+        (decoder.d + 1, 64, f"1 to d = {decoder.d}"),
+        (8, 0, "K_BROAD = 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Materials(decoder, base, 0, k, k_broad)

@@ -90,3 +90,10 @@ def test_blind_completions_hide_alpha_and_the_key_restores_it(lm, behavior, pari
         match = [x for x in rows if x["topic"] == known[r["id"]]["topic"] and x["alpha"] == known[r["id"]]["alpha"]]
         assert match[0]["completion"] == r["completion"]
     assert [r["alpha"] for r in known.values()] != sorted(r["alpha"] for r in known.values())
+
+
+def test_strengths_of_a_sweep_are_checked_before_anything_is_trained():
+    assert E.check_alphas([1, -1.0, 0, 1]) == [-1.0, 0.0, 1.0]
+    for bad in ([], [1.0], [0.0, float("nan")]):
+        with pytest.raises(ValueError, match="ALPHAS = .*at least two different strengths"):
+            E.check_alphas(bad)

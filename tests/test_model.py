@@ -66,6 +66,20 @@ def test_loading_errors_name_the_folder(tmp_path):
         load_lm(str(tmp_path))
     with pytest.raises(ValueError, match="DTYPE 'int8' is unknown"):
         load_lm("tiny", "int8")
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(ValueError, match=f"DEVICE '{device}' is not available here; choose among auto, cpu"):
+            load_lm("tiny", device=device)
+
+
+def test_a_model_that_is_nowhere_is_named(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    with pytest.raises(
+        FileNotFoundError, match="MODEL_ID 'org/absent' at revision v2: no local folder.*\n*no connection"
+    ):
+        load_lm("org/absent", revision="v2")
 
 
 def test_dtype_and_fingerprint(model_folder):

@@ -18,7 +18,7 @@ from ws.model import load_lm
 from ws.protocol import load_protocol
 from ws.stability import corrections
 from ws.stability.scores import per_seed_table
-from ws.stability.seeds import doubts, load_seeds
+from ws.stability.seeds import doubts, load_seeds, seed_folders
 from ws.subspace import random_basis
 
 D, LAYERS = 128, [2, 3]
@@ -104,6 +104,14 @@ def test_missing_and_unlike_runs_are_named(runs, tmp_path):
         load_seeds({0: runs[0], 7: tmp_path})
     with pytest.raises(ValueError, match="no seeds"):
         load_seeds({})
+
+
+def test_a_seed_is_named_once(tmp_path):
+    assert seed_folders([2, 0], tmp_path) == {2: tmp_path / "seed_2", 0: tmp_path / "seed_0"}
+    with pytest.raises(ValueError, match=r"SEEDS \[0, 1, 0\]: 0 is named more than once"):
+        seed_folders([0, 1, 0], tmp_path)
+    with pytest.raises(ValueError, match="SEEDS is empty"):
+        seed_folders([], tmp_path)
 
 
 def test_equal_bases_are_said_and_different_ones_refused(runs, tmp_path):

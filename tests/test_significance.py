@@ -171,3 +171,5 @@ def test_table_skips_ceilings_and_undefined_and_repeats_itself():
     assert q[0] == pytest.approx(p[0]) and np.isnan(q[3])
     with pytest.raises(ValueError, match="factors: 1 seeds"):
         significance_table(scores, factors_of(diffs)[:1], np.zeros(4, bool), seed=2, n_draws=500)
+    with pytest.raises(ValueError, match="N_NULL = 0"):
+        significance_table(scores, factors_of(diffs), np.zeros(4, bool), seed=2, n_draws=0)

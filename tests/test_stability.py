@@ -164,6 +164,11 @@ def test_bootstrap_is_reproducible_and_marks_undefined_columns():
     assert not np.array_equal(first, crossed_bootstrap(scores, w, seed=6, boot=300)["joint"])
 
 
+def test_no_draws_are_refused():
+    with pytest.raises(ValueError, match="BOOT = 0: at least one"):
+        crossed_bootstrap(np.ones((2, 1, 3)), np.ones((2, 1)), 0, 0)
+
+
 def test_a_seed_without_energy_makes_minus_infinity_not_nan():
     scores = np.ones((2, 1, 2))
     scores[0] = [[0.0, 1.0]]  # draws of topic 0 alone have no energy on seed 0

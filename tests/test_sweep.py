@@ -104,9 +104,13 @@ def test_self_checks_fail_on_a_broken_run(planted):
 
 def test_lora_layers_come_from_w_unless_given():
     w = WeightDiff({"model.layers.4.mlp.up_proj.weight": torch.ones(2, 2)}, {})
-    assert sweep.lora_layers(w) == [4] and sweep.lora_layers(w, [3, 1]) == [1, 3]
+    assert sweep.lora_layers(w, 6) == [4] and sweep.lora_layers(w, 6, [4, 1]) == [1, 4]
+    with pytest.raises(ValueError, match=r"the model has layers 0 to 5, asked for were \[6\]"):
+        sweep.lora_layers(w, 6, [4, 6])
+    with pytest.raises(ValueError, match=r"LORA_LAYERS \[1, 3\]: the weight diff touches none of them, but \[4\]"):
+        sweep.lora_layers(w, 6, [3, 1])
     with pytest.raises(ValueError, match="names no layer"):
-        sweep.lora_layers(WeightDiff({"lm_head.weight": torch.ones(2, 2)}, {}))
+        sweep.lora_layers(WeightDiff({"lm_head.weight": torch.ones(2, 2)}, {}), 6)
 
 
 def test_tables_are_written_whole_with_nan_and_read_back(planted, tmp_path):

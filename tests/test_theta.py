@@ -118,6 +118,19 @@ def test_blocks_large_exponents_and_a_base_on_disk_give_the_same(monkeypatch, tm
     assert torch.isclose(far.ce[0], ce, rtol=1e-4)
 
 
+def test_parameters_out_of_range_are_named():
+    for name, value in {
+        "steps": 0,
+        "lr": 0.0,
+        "theta_clip": -1.0,
+        "gamma": -0.1,
+        "beta": -1.0,
+        "lam": float("nan"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name.upper()} = {value}: must"):
+            T.FitConfig(**{name: value})
+
+
 def test_clips_are_two_and_independent():
     h, y, W, b, head = small(alpha=200.0)
     problem = T.make_problem(T.record_base(h, y, W, b), head, W)

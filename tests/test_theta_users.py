@@ -134,6 +134,10 @@ def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(plant
     matched, before = compare.matched_heads(heads, base, W, 0.5, 1e-4)
     cfg, gen = FitConfig(), torch.Generator().manual_seed(1)
     thetas = torch.nn.functional.normalize(torch.randn(100, D, generator=gen), dim=1).double()
+    with pytest.raises(ValueError, match="MATCHED_KL = 0.0: must be above 0"):
+        compare.matched_heads(heads, base, W, 0.5, 0.0)
+    with pytest.raises(ValueError, match="head cvh moves nothing at ALPHA 1 and GAMMA 0"):
+        compare.matched_heads(heads, base, W, 0.0, 1e-4)
     for name, head in matched.items():
         problem = make_problem(base, head, W, dtype=torch.float64)
         kl = torch.cat([evaluate(problem, theta[None], cfg).kl for theta in thetas]).mean()

@@ -11,7 +11,7 @@ import ws.train.lora
 import ws.train.pairs
 from ws.config import RunId
 from ws.data import load_behavior
-from ws.diff import LowRank, load_diff
+from ws.diff import LowRank, WeightDiff, load_diff
 from ws.model import chat_text, load_lm
 from ws.steer import weight_steer
 from ws.train.difference import (
@@ -21,6 +21,7 @@ from ws.train.difference import (
     TrainConfig,
     adapter_layers,
     make_pairs,
+    obtain_diff,
     shuffle_labels,
     train_adapter,
     train_diff,
@@ -60,6 +61,9 @@ def test_default_layers_and_settings():
         adapter_layers(6, replace(cfg, layers=(7,)))
     with pytest.raises(ValueError, match="'ia3' is unknown"):
         TrainConfig(adapter="ia3")
+    for given in ({"r": 0}, {"batch": -1}, {"lr": -1.0}, {"max_steps": 0}, {"epochs": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(given)).upper()} = "):
+            TrainConfig(**given)
 
 
 def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monkeypatch):
@@ -304,3 +308,11 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     again = load_diff((folder / "adapters" / "pos", folder / "adapters" / "neg"))
     stored = load_diff(folder)
     assert all(torch.equal(again.dense(n), stored.dense(n)) for n in stored.names)
+
+
+def test_a_difference_of_zero_is_refused_by_name(lm, behavior, tmp_path):
+    name = lm.decoder.param_name(1, "o")
+    path = WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}).save(tmp_path / "w.safetensors")
+    run = RunId("tiny", "sycophancy", "lora", 0)
+    with pytest.raises(ValueError, match=r"w\.safetensors: the weight difference is 0 everywhere"):
+        obtain_diff(lm, behavior, run, CFG, w_path=path or tmp_path / "w.safetensors", out=tmp_path)

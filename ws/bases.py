@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ws.activations import BaseCaptures, capture_base
 from ws.candidates import Candidate, Materials, build
+from ws.candidates.materials import check_widths
 from ws.config import cache_folder
 from ws.data import Behavior
 from ws.model import LM
@@ -81,6 +82,7 @@ def a_side_bases(
     The key covers the model's weights and dtype, the behaviour, the protocol, k, k_broad, the candidates' names and the
     sources that make them. cache defaults to `out/<model>/cache`.
     """
+    check_widths(k, k_broad, lm.decoder.d)
     chosen = [c for c in candidates if c.kind != "ceiling"]
     switches = {f: v for f, v in asdict(protocol).items() if f not in ("name", "sources")}
     params = {

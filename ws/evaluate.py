@@ -6,6 +6,7 @@ claims side by side. (docs/method.md sections 1 and 2)
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def claim_sets(behavior: Behavior) -> dict[str, tuple[str, ...]]:
         "true": behavior.true_claims,
     }
     return {name: claims for name, claims in sets.items() if claims}
+
+
+def check_alphas(alphas: list[float | int]) -> list[float]:
+    """The strengths of a sweep, ascending. ValueError unless there are at least two different ones, all finite."""
+    found = sorted(set(map(float, alphas)))
+    if len(found) < 2 or not all(map(math.isfinite, found)):
+        raise ValueError(f"ALPHAS = {list(alphas)}: a sweep needs at least two different strengths")
+    return found
 
 
 def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], progress: bool = True) -> pl.DataFrame:

@@ -152,6 +152,17 @@ class LM:
         return self.decoder.embed_tokens.weight.device
 
 
+def _available(device: str) -> str:
+    """`device` as it was given; ValueError where torch does not know it or this machine lacks it."""
+    try:
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count()
+        here = f"auto, cpu{''.join(f', cuda:{i}' for i in range(gpus))}"
+        raise ValueError(f"DEVICE {device!r} is not available here; choose among {here}") from error
+    return device
+
+
 def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> LM:
     """Load a model and tokenizer for reading and steering, in eval mode.
 
@@ -159,7 +170,7 @@ def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: 
     `bfloat16`, `float16`. device: `auto` (all GPUs through `device_map="auto"`, else CPU), `cpu`, `cuda`, `cuda:1`, ...
     revision: a hub revision to pin. Raises ValueError / FileNotFoundError naming what is wrong.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
@@ -169,9 +180,18 @@ def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: 
         raise FileNotFoundError(f"{source}: not a model folder, config.json is missing")
     if source.startswith((".", "/")) and not Path(source).is_dir():
         raise FileNotFoundError(f"{source}: no such model folder")
-    placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else _available(device)
+    try:
+        AutoConfig.from_pretrained(source, revision=revision)
+    except OSError as error:
+        at = f" at revision {revision}" if revision else ""
+        where = "no local folder, and not to be had from the hub or its cache"
+        raise FileNotFoundError(f"MODEL_ID {model_id!r}{at}: {where}\n{error}") from error
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtypes[dtype], device_map=None if placement == "cpu" else placement, revision=revision
+        source,
+        dtype=dtypes[dtype],
+        device_map=None if placement == "cpu" else placement,
+        revision=revision,
     )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     model.eval()

@@ -72,11 +72,19 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> list[LayerTa
     return targets
 
 
-def lora_layers(w: WeightDiff, given: list[int] | None = None) -> list[int]:
-    """Layers the summary averages over: those w touches, unless given. ValueError where there are none."""
-    layers = sorted(given) if given else w.layers()
+def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) -> list[int]:
+    """Layers the summary averages over: those w touches, unless given.
+
+    ValueError where there are none, where the model lacks one, or where w touches none of those given.
+    """
+    layers = sorted(set(given)) if given else w.layers()
     if not layers:
         raise ValueError("the weight diff names no layer; give LORA_LAYERS")
+    beyond = [l for l in layers if not 0 <= l < n_layers]
+    if beyond:
+        raise ValueError(f"LORA_LAYERS: the model has layers 0 to {n_layers - 1}, asked for were {beyond}")
+    if w.layers() and not set(layers) & set(w.layers()):
+        raise ValueError(f"LORA_LAYERS {layers}: the weight diff touches none of them, but {w.layers()}")
     return layers
 
 

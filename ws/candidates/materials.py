@@ -80,6 +80,14 @@ class LayerWeights:
         return self.qkv_gram + self.up_gram + self.gate_gram
 
 
+def check_widths(k: int, k_broad: int, d: int) -> None:
+    """ValueError unless `1 <= PCS <= d` and `K_BROAD >= 1` (a broad basis has at most d columns)."""
+    if not 1 <= k <= d:
+        raise ValueError(f"PCS = {k}: a basis has 1 to d = {d} columns")
+    if k_broad < 1:
+        raise ValueError(f"K_BROAD = {k_broad}: a broad basis has at least 1 column")
+
+
 def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
     """Gain of the norm on the output that `role` (`o` or `down`) writes; ones where there is none."""
     return decoder.norm_gain(l, "attn_out" if role == "o" else "mlp_out")
@@ -100,6 +108,7 @@ class Materials:
         k_broad: int = 64,
         fold_gain: bool = False,
     ):
+        check_widths(k, k_broad, decoder.d)
         self.decoder, self.base, self.k, self.sink_token = decoder, base, k, sink_token
         self.k_broad = min(k_broad, decoder.d)
         self.d, self.n_layers = decoder.d, decoder.n_layers
@@ -179,6 +188,7 @@ class CeilingMaterials:
     """What only the ceilings may see: the weight diff and the steered differences."""
 
     def __init__(self, decoder: Decoder, w: WeightDiff, steered: SteeredDiffs, k: int = 8, fold_gain: bool = False):
+        check_widths(k, 1, decoder.d)
         self.decoder, self.w, self.steered, self.k = decoder, w, steered, k
         self.d, self.n_layers = decoder.d, decoder.n_layers
         self._fold = fold_gain

@@ -66,7 +66,7 @@ def joint_scores(
         )
         bases = a_side | build(b_side, [c for c in candidates if c.kind == "ceiling"], progress=False)
         targets = layer_targets(b_side, bases["layer_clean_resid_pca"])
-        summary = summarise(per_layer(candidates, bases, targets), lora_layers(w))
+        summary = summarise(per_layer(candidates, bases, targets), lora_layers(w, lm.decoder.n_layers))
         rows.append(
             summary.select(
                 pl.lit(seed).alias("seed"),

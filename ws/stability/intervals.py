@@ -35,6 +35,8 @@ def crossed_bootstrap(
     candidate and both scores. Returns natural logs under "R_act", "R_w", "joint"; columns are NaN where a score is
     undefined, and -inf where a draw holds only topics without any energy. (docs/method.md section 7)
     """
+    if boot < 1:
+        raise ValueError(f"BOOT = {boot}: at least one bootstrap draw is needed")
     S, C, n = topic_scores.shape
     generator = np.random.default_rng(seed)
     seed_weights = resample_counts(S, boot, generator) / S

@@ -32,6 +32,16 @@ class SeedRuns:
     one_basis: np.ndarray
 
 
+def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
+    """`runs/seed_<k>` of each seed. ValueError where there is no seed, or one is named twice (a copy is no new seed)."""
+    if not seeds:
+        raise ValueError("SEEDS is empty: no seeds to compare")
+    twice = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})
+    if twice:
+        raise ValueError(f"SEEDS {list(seeds)}: {', '.join(map(str, twice))} is named more than once")
+    return {seed: runs / f"seed_{seed}" for seed in seeds}
+
+
 def load_seeds(folders: Mapping[int, Path]) -> SeedRuns:
     """Read the sweep of each seed. folders: seed -> run folder.
 

@@ -154,6 +154,8 @@ def significance_table(
     q_R_w (Benjamini-Hochberg over the A-hypotheses), n_draws, basis ("one for all layers" / "per layer"). A candidate
     with an undefined score has NaN; ceilings, which saw w, are not tested. (docs/method.md section 7)
     """
+    if n_draws < 1:
+        raise ValueError(f"N_NULL = {n_draws}: at least one random subspace is needed")
     S, C, L = scores.w.shape
     if len(factors) != S or any(len(row) != L for row in factors):
         raise ValueError(

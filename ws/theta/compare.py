@@ -36,8 +36,16 @@ def random_kl(problem: Problem, gamma: float) -> float:
 def matched_heads(
     heads: dict[str, Head], base: Base, W: Float[Tensor, "V d"], gamma: float, target: float
 ) -> tuple[dict[str, Head], dict[str, float]]:
-    """The same heads with alpha such that `kappa` is `target` nats of KL per token; and kappa at the given alphas."""
+    """The same heads with alpha such that `kappa` is `target` nats of KL per token; and kappa at the given alphas.
+
+    ValueError for a target that is not above 0, and for a head that moves nothing (alpha or gamma is 0).
+    """
+    if not target > 0:
+        raise ValueError(f"MATCHED_KL = {target}: must be above 0")
     before = {name: random_kl(make_problem(base, head, W), gamma) for name, head in heads.items()}
+    for name, kappa in before.items():
+        if not kappa > 0:
+            raise ValueError(f"head {name} moves nothing at ALPHA {heads[name].alpha:g} and GAMMA {gamma:g}")
     return {n: replace(h, alpha=h.alpha * (target / before[n]) ** 0.5) for n, h in heads.items()}, before
 
 

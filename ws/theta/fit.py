@@ -32,7 +32,10 @@ SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no run
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Parameters of one fit. Two separate clips: of the gradient before Adam's step, of theta after it."""
+    """Parameters of one fit. Two separate clips: of the gradient before Adam's step, of theta after it.
+
+    ValueError where one is out of its range.
+    """
 
     gamma: float = 0.5
     beta: float = 0.05
@@ -41,6 +44,14 @@ class FitConfig:
     steps: int = 30
     grad_clip: float = 5.0
     theta_clip: float = 5.0
+
+    def __post_init__(self):
+        for name in ("steps", "lr", "grad_clip", "theta_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name.upper()} = {getattr(self, name)}: must be above 0")
+        for name in ("gamma", "beta", "lam"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name.upper()} = {getattr(self, name)}: must not be under 0")
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,7 +112,7 @@ def obtain_diff(
     folder: where `w.safetensors` and `adapters/` go, by default `run.folder(out)` (`null_diff/` below it for shuffled
     labels). The difference of own adapters is saved there too, so that the sweep finds it. The record holds
     the source, norms and geometry of the pair and, where this project trained it, pairs and held-out losses.
-    Raises ValueError when only one adapter is given, or both a diff and adapters.
+    Raises ValueError when only one adapter is given, both a diff and adapters, or when w is 0.
     """
     if bool(pos_adapter) != bool(neg_adapter):
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {pos_adapter or neg_adapter} was given")
@@ -121,7 +121,7 @@ def obtain_diff(
     if folder is None:
         folder = run.folder(out) / "null_diff" if cfg.shuffle_labels else run.folder(out)
     if w_path:
-        w = load_diff(w_path)
+        w = _not_zero(load_diff(w_path), w_path)
         return w, {"source": Path(w_path).name, "norm_w": w.total_norm()}
     if pos_adapter:
         sides = (Path(pos_adapter), Path(neg_adapter))
@@ -145,6 +145,13 @@ def obtain_diff(
                 f"held_out_loss_{sign}_before": log["heldout_loss_before"],
                 f"held_out_loss_{sign}_after": log["heldout_loss_after"],
             }
-    w = load_diff(target)
+    w = _not_zero(load_diff(target), target)
     kept = {k: w.meta[k] for k in ("pairs_empty", "pairs_identical") if k in w.meta}
     return w, record | kept | geometry(*task_vectors(*sides, lm.model))
+
+
+def _not_zero(w: WeightDiff, source: Path | str) -> WeightDiff:
+    """The same diff; ValueError where there is nothing to look at."""
+    if w.total_norm() == 0:
+        raise ValueError(f"{source}: the weight difference is 0 everywhere; the two sides are the same")
+    return w

@@ -65,6 +65,13 @@ class TrainConfig:
             raise ValueError(f"adapter {self.adapter!r} is unknown; one of {', '.join(ADAPTERS)}")
         if not 0 <= self.heldout < 1:
             raise ValueError(f"heldout is {self.heldout}, expected a share in [0, 1)")
+        if not self.lr >= 0:
+            raise ValueError(f"LR = {self.lr}: must not be under 0")
+        for name in ("r", "batch", "accumulation"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name.upper()} = {getattr(self, name)}: must be above 0")
+        if self.max_steps == 0 or self.max_steps < 0 and not self.epochs > 0:
+            raise ValueError(f"MAX_STEPS = {self.max_steps} and EPOCHS = {self.epochs}: no step would be trained")
 
 
 def adapter_layers(n_layers: int, cfg: TrainConfig) -> tuple[int, ...]:
