@@ -57,6 +57,14 @@ def test_one_file_per_user_and_head_that_loads_as_it_was(fitted):
         assert fit.optimum.gradient_ratio <= 1e-6
 
 
+def test_the_same_fits_give_the_same_bytes(planted, fitted, tmp_path):
+    W, _, train, _, cfg, *_ = planted
+    heads, _, folder = fitted
+    fit_users(train, heads, W, None, cfg, tmp_path, progress=False)
+    files = sorted(folder.iterdir())
+    assert len(files) == 15 and all(p.read_bytes() == (tmp_path / p.name).read_bytes() for p in files)
+
+
 def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted, tmp_path, monkeypatch):
     W, heads, train, _, cfg, *_ = planted
     one = {"cvh": heads["cvh"]}

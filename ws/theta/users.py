@@ -50,14 +50,17 @@ def theta_path(folder: Path, user: str, head: str) -> Path:
 
 
 def save_fit(fit: UserFit, path: Path, key: str, cfg: FitConfig) -> None:
-    """One file per user and head: thetas, trace, and everything else as JSON in the header."""
+    """One file per user and head: thetas, trace, and everything else as JSON in the header.
+
+    The header has one entry: safetensors writes several in random order, and the same fit must give the same bytes.
+    """
     tensors = {"theta": fit.adam.theta, "theta_optimum": fit.optimum.theta, "theta_clipped": fit.clipped.theta}
     tensors |= {f"trace/{name}": values for name, values in fit.adam.trace.items()}
-    about = {"user": fit.user, "head": fit.head, "alpha": fit.alpha, "config": asdict(cfg)}
+    about = {"key": key, "user": fit.user, "head": fit.head, "alpha": fit.alpha, "config": asdict(cfg)}
     for name in ("optimum", "clipped"):
         about[name] = {k: v for k, v in vars(getattr(fit, name)).items() if k != "theta"}
     with atomic_file(path) as tmp:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"key": key, "about": json.dumps(about)})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"about": json.dumps(about)})
 
 
 def load_fit(path: Path) -> UserFit:
@@ -91,7 +94,8 @@ def _is_done(path: Path, key: str) -> bool:
     if not path.is_file():
         return False
     with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("key") == key
+        about = (file.metadata() or {}).get("about", "{}")
+    return json.loads(about).get("key") == key
 
 
 # ---- fitting -----------------------------------------------------------------------------------------------------
