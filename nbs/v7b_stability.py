@@ -66,9 +66,10 @@ protocol = load_protocol(PROTOCOL)
 run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, 0)
 runs_folder = Path(RUNS_DIR) if RUNS_DIR else run.adapter_folder()
 folders = seed_folders(SEEDS, runs_folder)
+sweeps = {seed: f / PROTOCOL for seed, f in folders.items()}
 folder = Path(OUT_DIR) if OUT_DIR else runs_folder / "v7b"
 log = notebook.start_log("v7b_stability", folder)
-runs = load_seeds({seed: f / PROTOCOL for seed, f in folders.items()})
+runs = load_seeds(sweeps)
 scores = runs.scores
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 candidates = registered(protocol.sources)
@@ -89,7 +90,7 @@ display(
 # 0.5 a candidate counts as unstable and cannot win.
 
 # %%
-same = notebook.same_bases({seed: f / PROTOCOL for seed, f in folders.items()}, cache_folder(run.model))
+same = notebook.same_bases(sweeps, cache_folder(run.model))
 display(Markdown(same))
 parts = part_bases(lm, behavior, protocol, candidates, PCS, K_BROAD)
 rows = [
@@ -127,7 +128,7 @@ display(notebook.show(figure))
 # %%
 summary = summary_table(scores, STAT_SEED, BOOT)
 significance = significance_table(scores, runs.factors, runs.one_basis, STAT_SEED, N_NULL, lm.device.type)
-doubtful = doubts({seed: f / PROTOCOL for seed, f in folders.items()}, scores.layers)
+doubtful = doubts(sweeps, scores.layers)
 summary = notebook.join_summary(summary, significance, a_side).join(doubtful, on="candidate", maintain_order="left")
 per_seed = per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left")
 ranks = rank_stability_table(scores)
