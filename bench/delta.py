@@ -97,7 +97,7 @@ def memory(n_layers: int) -> None:
     """Print MiB of the peak above the model, and the seconds, of one run over `TOKENS` tokens."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from ws.model import LM, Decoder
+    from ws.model.lm import LM, Decoder
 
     config = Qwen3Config(
         hidden_size=WIDTH,

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from ws.activations import BaseCaptures, capture_base, capture_steered
-from ws.candidates import CeilingMaterials, Materials
-from ws.candidates import weights as weight_candidates
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.model import load_lm
-from ws.protocol import load_protocol
-from ws.scoring import ZERO, activation_target, score, weight_targets
+from ws.explanation.scores import ZERO, activation_target, score, weight_targets
+from ws.model.lm import load_lm
+from ws.subspaces.build import weights as weight_candidates
+from ws.subspaces.captures import BaseCaptures, capture_base, capture_steered
+from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.protocol import load_protocol
 
 PARITY = Path(__file__).resolve().parents[1] / "tests" / "data" / "parity"
 NAMES = ["rotation_contrast", "rotation_cut", "attention_sink", "attention_sink_cut", "chars_clusters",

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ws.candidates import Materials
-from ws.candidates.weights import repeat
 from ws.diff import LowRank, WeightDiff, entry_svd
-from ws.model import Decoder
-from ws.scoring import score, weight_targets
+from ws.explanation.scores import score, weight_targets
+from ws.model.lm import Decoder
+from ws.subspaces.from_weights import repeat
+from ws.subspaces.materials import Materials
 
 SHARED = ("lm_head_read", "global_read", "global_write", "global_write_not_global_read")
 PER_LAYER = (

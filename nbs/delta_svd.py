@@ -43,16 +43,17 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import notebook
-from ws.config import ROOT, model_folder, model_slug
+from ws.cache.names import model_folder, model_slug
+from ws.cache.places import ROOT
+from ws.delta import figures as draw
 from ws.delta import report
 from ws.delta.calibration import load_calibration
 from ws.delta.measure import delta_svd
 from ws.delta.phases import top1_cos
-from ws.figures import delta as draw
-from ws.figures import save
-from ws.model import load_lm
-from ws.tables import as_text, write_table
+from ws.model.lm import load_lm
+from ws.show import notebook
+from ws.show.figures import save
+from ws.show.tables import as_text, write_table
 
 folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "delta_svd"
 log = notebook.start_log("delta_svd", folder)

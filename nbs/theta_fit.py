@@ -59,13 +59,13 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import notebook
-from ws.config import model_folder, model_slug
-from ws.figures import save
-from ws.figures import theta as draw
-from ws.model import load_lm
-from ws.tables import as_text, write_table
+from ws.cache.names import model_folder, model_slug
+from ws.model.lm import load_lm
+from ws.show import notebook
+from ws.show.figures import save
+from ws.show.tables import as_text, write_table
 from ws.theta import compare, report, verdict
+from ws.theta import figures as draw
 from ws.theta.fit import FitConfig
 from ws.theta.heads import all_heads
 from ws.theta.states import load_users, record_users

@@ -51,18 +51,22 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import conclusion, notebook, sweep, tables
-from ws.activations import capture_steered, probes
-from ws.bases import a_side_bases
-from ws.candidates import CeilingMaterials, build, registered
-from ws.config import RunId, model_slug
+from ws.cache.files import sweep as draw
+from ws.cache.files import write_json, write_text
+from ws.cache.names import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.figures import save
-from ws.figures import sweep as draw
-from ws.files import write_json, write_text
-from ws.model import load_lm
-from ws.protocol import load_protocol
+from ws.explanation import rows as sweep
+from ws.explanation import words as conclusion
+from ws.model.lm import load_lm
+from ws.show import notebook, tables
+from ws.show.figures import save
+from ws.subspaces.build import build
+from ws.subspaces.candidate import registered
+from ws.subspaces.captures import capture_steered, probes
+from ws.subspaces.kept import a_side_bases
+from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.protocol import load_protocol
 
 behavior = load_behavior(BEHAVIOR)
 protocol = load_protocol(

@@ -43,23 +43,23 @@ from pathlib import Path
 import polars as pl
 from IPython.display import HTML, Markdown, display
 
-from ws import notebook, tables
-from ws.bases import part_bases
-from ws.candidates import registered
-from ws.config import RunId, cache_folder, model_slug
+from ws.cache.files import write_text
+from ws.cache.names import RunId, cache_folder, model_slug
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.figures import save
-from ws.figures import stability as draw
-from ws.files import write_text
-from ws.model import load_lm
-from ws.protocol import load_protocol
+from ws.model.lm import load_lm
+from ws.show import notebook, tables
+from ws.show.figures import save
 from ws.stability import corrections, overlap
+from ws.stability import figures as draw
 from ws.stability.conclusion import conclusion
 from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
 from ws.stability.seeds import doubts, load_seeds, seed_folders
 from ws.stability.significance import significance_table
 from ws.stability.verdict import verdict
+from ws.subspaces.candidate import registered
+from ws.subspaces.kept import part_bases
+from ws.subspaces.protocol import load_protocol
 
 behavior = load_behavior(BEHAVIOR)
 protocol = load_protocol(PROTOCOL)

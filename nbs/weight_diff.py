@@ -54,15 +54,18 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws import evaluate, notebook, tables
-from ws.config import RunId, model_slug
+from ws.cache.files import write_json, write_text
+from ws.cache.names import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import describe
-from ws.figures import diff as draw
-from ws.figures import save
-from ws.files import write_json, write_text
-from ws.model import load_lm
-from ws.train.difference import PairConfig, TrainConfig, obtain_diff
+from ws.diff import figures as draw
+from ws.model.lm import load_lm
+from ws.show import notebook, tables
+from ws.show.figures import save
+from ws.steer import evaluate
+from ws.train.difference import obtain_diff
+from ws.train.lora import TrainConfig
+from ws.train.pairs import PairConfig
 
 behavior = load_behavior(BEHAVIOR)
 run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)

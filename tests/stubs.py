@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 from test_batch import write_notebook
 
-from ws.batch.engine import Place
-from ws.batch.grid import Grid, Job, make_jobs
+from ws.runs.engine import Place
+from ws.runs.grid import Grid, Job, make_jobs
 
 HOME = Path(__file__).parents[1]
 LORA = "org__stub/stub/lora"  # of no model that the package ships: nothing here depends on one
@@ -27,7 +27,7 @@ RUN = "org__stub stub lora"
 START = """
 import json, os, time
 from pathlib import Path
-from ws.files import write_text
+from ws.cache.files import write_text
 folder = Path(OUT_DIR)
 BASE = next(p for p in folder.parents if (p / "traps").is_dir())  # a project may be copied
 with (BASE / "counts" / name).open("a") as count:
@@ -110,7 +110,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from stubs import Place, stub_jobs
-from ws.batch.engine import Settings, run_jobs
+from ws.runs.engine import Settings, run_jobs
 
 if __name__ == "__main__":
     base = Path({base!r})

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ws import activations as A
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.model import chat_text, encode, load_lm
-from ws.protocol import Protocol, load_protocol
+from ws.model.lm import load_lm
+from ws.model.text import chat_text, encode
+from ws.subspaces import captures as A
+from ws.subspaces.protocol import Protocol, load_protocol
 
 TEXTS = ["short", "a somewhat longer text", "and one that is a good deal longer than both of the others were"]
 

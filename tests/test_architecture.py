@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 
-from ws.config import ROOT
+from ws.cache.places import ROOT
 
 FILES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.glob("ws/**/*.py")
@@ -45,18 +45,18 @@ def reached(start: str, graph: dict[str, set[str]]) -> set[str]:
 
 def test_rooms_know_each_other_one_way_only():
     graph = uses()
-    assert len(graph) > 25 and graph["ws.sweep"] >= {"ws.candidates", "ws.scoring"}
+    assert len(graph) > 25 and graph["ws.explanation.rows"] >= {"ws.subspaces.build", "ws.explanation.scores"}
     assert not [name for name in list(graph) if name in reached(name, graph)]
 
 
 @pytest.mark.parametrize(
     "name, forbidden",
     [
-        ("ws.subspace", {"ws.model", "ws.diff", "ws.files", "ws.candidates"}),
-        ("ws.scoring", {"ws.model", "ws.diff", "ws.candidates", "ws.activations"}),
-        ("ws.diff", {"ws.model", "ws.data", "ws.candidates"}),
-        ("ws.batch", {"ws.model", "ws.train", "ws.sweep", "ws.candidates"}),
-        ("ws.delta", {"ws.diff", "ws.candidates", "ws.steer"}),
+        ("ws.subspaces.algebra", {"ws.model.lm", "ws.diff", "ws.cache.files", "ws.subspaces.build"}),
+        ("ws.explanation.scores", {"ws.model.lm", "ws.diff", "ws.subspaces.build", "ws.subspaces.captures"}),
+        ("ws.diff", {"ws.model.lm", "ws.data", "ws.subspaces.build"}),
+        ("ws.runs", {"ws.model.lm", "ws.train", "ws.explanation.rows", "ws.subspaces.build"}),
+        ("ws.delta", {"ws.diff", "ws.subspaces.build", "ws.steer.weights"}),
     ],
 )
 def test_a_room_does_not_reach(name, forbidden):
@@ -66,9 +66,11 @@ def test_a_room_does_not_reach(name, forbidden):
 def test_only_ceilings_see_w():
     """Candidates built without w cannot import what holds it."""
     for module in ("weights", "activations", "compound"):
-        assert not {m for m in imports(f"ws.candidates.{module}") if m.startswith(("ws.diff", "ws.steer"))}
+        assert not {m for m in imports(f"ws.subspaces.build.{module}") if m.startswith(("ws.diff", "ws.steer.weights"))}
         names = {
-            n.id for n in ast.walk(ast.parse(FILES[f"ws.candidates.{module}"].read_text())) if isinstance(n, ast.Name)
+            n.id
+            for n in ast.walk(ast.parse(FILES[f"ws.subspaces.build.{module}"].read_text()))
+            if isinstance(n, ast.Name)
         }
         assert "Materials" in names and "CeilingMaterials" not in names
 

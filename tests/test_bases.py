@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ws import bases as module
-from ws.bases import a_side_bases, load_bases, save_bases
-from ws.candidates import registered
 from ws.data import load_behavior
-from ws.model import load_lm
-from ws.protocol import load_protocol
-from ws.subspace import Basis, empty, random_basis
+from ws.model.lm import load_lm
+from ws.subspaces import kept as module
+from ws.subspaces.algebra import Basis, empty, random_basis
+from ws.subspaces.candidate import registered
+from ws.subspaces.kept import a_side_bases, load_bases, save_bases
+from ws.subspaces.protocol import load_protocol
 
 
 def test_round_trip(tmp_path):

@@ -1,4 +1,4 @@
-"""ws.batch.once, runs, parameters: a notebook runs once, with the parameters that were asked for, or not at all."""
+"""ws.runs.once, runs, parameters: a notebook runs once, with the parameters that were asked for, or not at all."""
 
 import json
 import os
@@ -11,9 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ws import store
-from ws.batch import once, runs
-from ws.config import ROOT, RunId
+from ws.cache import made as store
+from ws.cache.names import RunId
+from ws.cache.places import ROOT
+from ws.runs import once
+from ws.runs.html import runs
 
 HOME = ROOT
 PARAMETERS = (
@@ -22,8 +24,8 @@ PARAMETERS = (
 BODY = """
 import json, os, sys
 from pathlib import Path
-from ws.config import model_slug
-from ws.store import write_json
+from ws.cache.places import model_slug
+from ws.cache.made import write_json
 count = Path(OUT_DIR).parent / "count"
 count.write_text(count.read_text() + "x" if count.exists() else "x")
 write_json(Path(OUT_DIR) / "result.json", [SEED, RATE, NAME, FLAG, ALPHAS, LAYERS, W_PATH])
@@ -166,7 +168,7 @@ def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
         raise AssertionError("SIGTERM was not heard")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ws.report.render", interrupted)
+        patch.setattr("ws.runs.html.render", interrupted)
         with pytest.raises(SystemExit) as ended:
             once.run_notebook("probe", {"SEED": 3}, **place)
     assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -177,7 +179,7 @@ def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
 
 DRIVER = """
 from pathlib import Path
-from ws.batch import once
+from ws.runs import once
 base = Path({base!r})
 run = once.run_notebook("probe", {{"SEED": 3}}, nbs=base / "nbs", out=base / "out", logs=base / "logs", quiet=True)
 print(run.found, run.ok)
@@ -186,7 +188,7 @@ print(run.found, run.ok)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_ends_its_kernel_and_the_next_one_completes(place, tmp_path, number):
-    slow = "import os, time\nfrom pathlib import Path\nfrom ws.store import atomic_file\n"
+    slow = "import os, time\nfrom pathlib import Path\nfrom ws.cache.made import atomic_file\n"
     slow += f"pid = Path({str(tmp_path / 'pid')!r})\n"
     slow += "if not pid.exists():\n    with atomic_file(OUT_DIR + '/half') as t:\n        t.write_text('half')\n"
     slow += "        with atomic_file(pid) as p: p.write_text(str(os.getpid()))\n        time.sleep(60)\n"

@@ -5,16 +5,17 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from ws import subspace as S
-from ws.activations import capture_base, capture_steered
-from ws.candidates import CeilingMaterials, Materials, build, get, registered
-from ws.candidates.activations import common_suffix, kmeans
-from ws.candidates.registry import candidate
-from ws.candidates.weights import repeat
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff
-from ws.model import load_lm
-from ws.protocol import load_protocol
+from ws.model.lm import load_lm
+from ws.subspaces import algebra as S
+from ws.subspaces.build import build
+from ws.subspaces.candidate import candidate, get, registered
+from ws.subspaces.captures import capture_base, capture_steered
+from ws.subspaces.from_activations import common_suffix, kmeans
+from ws.subspaces.from_weights import repeat
+from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.protocol import load_protocol
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +271,7 @@ def test_a_malformed_basis_names_candidate_and_layer(materials, monkeypatch):
     from dataclasses import replace
 
     bad = replace(get("write"), build=lambda m, l: S.Basis(torch.ones(128, 2)))
-    monkeypatch.setitem(__import__("ws.candidates.registry", fromlist=["x"])._REGISTRY, "write", bad)
+    monkeypatch.setitem(__import__("ws.subspaces.candidate", fromlist=["x"])._REGISTRY, "write", bad)
     fresh = Materials(materials.decoder, materials.base, 2)
     with pytest.raises(ValueError, match="write at layer 0: basis is not orthonormal"):
         build(fresh, [bad], False)

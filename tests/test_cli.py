@@ -14,7 +14,7 @@ import torch
 from test_batch import write_notebook
 
 from ws import cli
-from ws.batch import once
+from ws.runs import once
 
 HOME = Path(cli.__file__).parents[1]
 
@@ -78,7 +78,7 @@ def test_inspect_prints_a_diff_and_names_a_missing_one(tmp_path, monkeypatch, ca
 
 def test_the_command_starts_without_heavy_modules():
     heavy = "torch", "transformers", "polars", "papermill"
-    code = f"import sys, ws.cli, ws.batch.once, ws.report; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, ws.cli, ws.runs.once, ws.runs.html; print([m for m in {heavy} if m in sys.modules])"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and time.monotonic() - start < 5
@@ -94,7 +94,7 @@ def test_just_hands_arguments_over_unsplit_and_says_where_they_were_typed():
 
 
 def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, capsys):
-    from ws.batch.engine import Ending
+    from ws.runs.job import Ending
 
     asked_for = []
 
@@ -106,8 +106,8 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
         return run_jobs
 
     monkeypatch.setattr("ws.demo.demo_report", lambda: "THE TABLE")
-    monkeypatch.setattr("ws.report.report", lambda: tmp_path / "index.html")
-    monkeypatch.setattr("ws.batch.engine.run_jobs", fake("done"))
+    monkeypatch.setattr("ws.runs.html.report", lambda: tmp_path / "index.html")
+    monkeypatch.setattr("ws.runs.engine.run_jobs", fake("done"))
     assert call("demo") == 0
     told = capsys.readouterr().out
     assert "THE SUMMARY" in told and "THE TABLE" in told and f"report: {tmp_path / 'index.html'}" in told
@@ -118,13 +118,13 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
     assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2}
     assert all(job.values["LR"] == 2e-3 for job in jobs if job.notebook == "weight_diff")
-    monkeypatch.setattr("ws.batch.engine.run_jobs", fake("failed"))
+    monkeypatch.setattr("ws.runs.engine.run_jobs", fake("failed"))
     assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out
 
 
 def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     from ws import demo
-    from ws.tables import write_table
+    from ws.show.tables import write_table
 
     monkeypatch.setattr(demo, "OUT", tmp_path)
     folder = demo.demo_run().adapter_folder(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from conftest import random_model
 from safetensors import safe_open
 
+from ws.delta import figures as draw
 from ws.delta import report
 from ws.delta.bootstrap import UNKNOWN, bootstrap, bootstrap_weights, group_parts, sketch_basis
 from ws.delta.calibration import SHIPPED, as_documents, as_stream, bootstrap_groups, load_calibration
@@ -26,8 +27,7 @@ from ws.delta.phases import (
     verdict,
 )
 from ws.delta.spectrum import eff_rank, eigen, fix_signs, krylov_top, right_gram, spectrum, spectrum_of_gram
-from ws.figures import delta as draw
-from ws.model import LM, Decoder, load_lm
+from ws.model.lm import LM, Decoder, load_lm
 
 TEXTS = [
     f"Passage {i}: the {w} is near the river, and {i} times {i} makes {i * i}."
@@ -620,8 +620,8 @@ def test_comparison(folder, model_folder, tmp_path):
 
 
 def test_figures_show_every_layer(folder, tmp_path):
-    from ws.figures import save
-    from ws.tables import read_table
+    from ws.show.figures import save
+    from ws.show.tables import read_table
 
     layers, rows = (read_table(folder / f"delta_svd_{name}.tsv") for name in ("per_layer", "phases"))
     captures, cos = (read_table(folder / f"delta_svd_{name}.tsv") for name in ("capture", "cos"))

@@ -1,4 +1,4 @@
-"""ws.batch.engine, work, job, progress: many runs on Dask, what is done stays done, one failure is one failure."""
+"""ws.runs.engine, work, job, progress: many runs on Dask, what is done stays done, one failure is one failure."""
 
 import io
 import json
@@ -10,11 +10,12 @@ import polars as pl
 import pytest
 from stubs import LORA, RUN, copy_project, counts, running_cluster, stub_jobs, tables, write_project
 
-from ws import cli, store
-from ws.batch import engine, grid, progress, work
-from ws.batch.engine import Settings, Slurm, run_jobs
-from ws.batch.job import Ending
-from ws.config import ROOT
+from ws import cli
+from ws.cache import made as store
+from ws.cache.places import ROOT
+from ws.runs import engine, grid, progress, work
+from ws.runs.engine import Settings, Slurm, run_jobs
+from ws.runs.job import Ending
 
 TWO = Settings(workers=2, threads=1)
 
@@ -182,7 +183,7 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
 
 
 def test_results_are_printed_and_filtered(whole, monkeypatch, capsys):
-    from ws.batch import results
+    from ws.runs import results
 
     path = whole[1].out / "results.parquet"
     monkeypatch.setattr(results, "write_results", lambda: path)

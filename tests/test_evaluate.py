@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ws import evaluate as E
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.model import chat_text, encode, load_lm
+from ws.model.lm import load_lm
+from ws.model.text import chat_text, encode
+from ws.steer import evaluate as E
 
 
 @pytest.fixture(scope="module")

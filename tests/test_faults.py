@@ -24,7 +24,7 @@ from stubs import (
     write_project,
 )
 
-from ws.batch import runs
+from ws.runs.html import runs
 
 pytestmark = pytest.mark.slow
 

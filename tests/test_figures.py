@@ -3,7 +3,9 @@
 import numpy as np
 import polars as pl
 
-from ws.figures import diff, save, sweep
+from ws.cache.files import sweep
+from ws.diff import figures as diff
+from ws.show.figures import save
 
 
 def summary() -> pl.DataFrame:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from ws.figures.stability import bump_chart, forest_plot, oracle_overlap_figure
+from ws.stability.figures import bump_chart, forest_plot, oracle_overlap_figure
 from ws.stability.overlap import compare_parts
 from ws.stability.scores import make_scores, per_seed_table, summary_table
-from ws.subspace import random_basis
+from ws.subspaces.algebra import random_basis
 
 
 def tables(C, S=3, undefined=True):

@@ -1,4 +1,4 @@
-"""ws.files: whole or absent, leftovers of dead processes, locks that end with their owner."""
+"""ws.cache.files: whole or absent, leftovers of dead processes, locks that end with their owner."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import time
 import pytest
 from test_store import names, run_python
 
-from ws import files, store
+from ws.cache import files
+from ws.cache import made as store
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):
@@ -44,7 +45,7 @@ def test_folder_is_replaced_whole(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(tmp_path):
     code = (
-        "import sys, time; from ws.store import atomic_file\n"
+        "import sys, time; from ws.cache.made import atomic_file\n"
         f"with atomic_file({str(tmp_path / 'big.bin')!r}) as t:\n"
         "    t.write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
     )
@@ -88,7 +89,7 @@ def test_a_process_that_ended_but_was_not_asked_for_is_dead(tmp_path):
 
 def test_lock_refuses_with_the_owners_pid_and_a_dead_owner_does_not_block(tmp_path):
     code = (
-        "import time; from ws.store import lock\n"
+        "import time; from ws.cache.made import lock\n"
         f"with lock({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
     )
     owner = run_python(code)

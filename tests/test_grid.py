@@ -1,4 +1,4 @@
-"""ws.batch.grid, ws.batch.results: which runs a grid has, what each needs, why it would run; the table of all runs."""
+"""ws.runs.grid, ws.runs.results: which runs a grid has, what each needs, why it would run; the table of all runs."""
 
 import os
 
@@ -6,9 +6,10 @@ import polars as pl
 import pytest
 from stubs import LORA, RUN, stub_jobs, write_project
 
-from ws import store
-from ws.batch import grid, parameters, results, runs
-from ws.batch.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
+from ws.cache import made as store
+from ws.runs import grid, parameters, results
+from ws.runs.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
+from ws.runs.html import runs
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import CHATML, FAMILIES, random_model
 
-from ws import config
-from ws.model import Decoder, chat_text, encode, last_index, load_lm, position_ids
+from ws.cache import places as config
+from ws.model.lm import Decoder, load_lm
+from ws.model.text import chat_text, encode, last_index, position_ids
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 import torch
 
-from ws.batch.once import run_notebook
-from ws.config import ROOT
+from ws.cache.places import ROOT
 from ws.diff import LowRank, WeightDiff
-from ws.model import load_lm
-from ws.tables import read_table
+from ws.model.lm import load_lm
+from ws.runs.once import run_notebook
+from ws.show.tables import read_table
 
 FILES = [
     "v7_sweep.ipynb", "v7_sweep.html", "params.json", "v7_per_layer.csv", "v7_summary.tsv", "v7_summary_pct.tsv",

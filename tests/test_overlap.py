@@ -12,7 +12,7 @@ from ws.stability.overlap import (
     energy_overlap,
     smallest_cos,
 )
-from ws.subspace import Basis, empty, left_svd, overlap, random_basis
+from ws.subspaces.algebra import Basis, empty, left_svd, overlap, random_basis
 
 
 def test_identical_orthogonal_and_rotated_subspaces():

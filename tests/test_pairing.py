@@ -1,11 +1,11 @@
-"""ws.batch.pairing: notebook pairs say the same, keep their tag, hold no outputs."""
+"""ws.runs.pairing: notebook pairs say the same, keep their tag, hold no outputs."""
 
 import json
 
 import pytest
 from test_batch import PARAMETERS, write_notebook
 
-from ws.batch import once, pairing
+from ws.runs import once, pairing
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""ws.batch.parameters: values by the type of their default, who wins, where paths are seen from."""
+"""ws.runs.parameters: values by the type of their default, who wins, where paths are seen from."""
 
 import json
 
 import pytest
 from test_batch import PARAMETERS, write_notebook
 
-from ws.batch import parameters
+from ws.runs import parameters
 
 
 def test_parameters_are_parsed_by_the_type_of_the_default():

@@ -4,14 +4,17 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ws.activations import capture_base, capture_steered
-from ws.candidates import CeilingMaterials, Materials, build, registered
 from ws.data import load_behavior
 from ws.diff import load_diff
-from ws.model import load_lm
-from ws.protocol import load_protocol
-from ws.sweep import largest_deviation, layer_targets, per_layer, self_checks, specific_per_layer
-from ws.tables import read_table, summarise, summarise_specific, with_percentages
+from ws.explanation.rows import largest_deviation, layer_targets, per_layer, self_checks, specific_per_layer
+from ws.explanation.summary import summarise, summarise_specific, with_percentages
+from ws.model.lm import load_lm
+from ws.show.tables import read_table
+from ws.subspaces.build import build
+from ws.subspaces.candidate import registered
+from ws.subspaces.captures import capture_base, capture_steered
+from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.protocol import load_protocol
 
 LAYERS = [2, 3, 4]
 ILL_CONDITIONED = {"chars_clusters", "qk_x_chars_clusters", "attention_sink", "rotation_contrast"}
@@ -84,7 +87,7 @@ def test_ranks_of_ill_conditioned_candidates_and_that_they_are_flagged(swept, pa
 
 
 def test_what_an_ill_conditioned_candidate_explains_is_at_least_its_well_defined_part(swept, parity_folder):
-    from ws.subspace import cut_at_rank
+    from ws.subspaces.algebra import cut_at_rank
 
     bases = swept["bases"]
     for name in ("chars_clusters", "attention_sink"):

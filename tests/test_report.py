@@ -1,4 +1,4 @@
-"""ws.report: a page that opens offline and reads well, and an index of all runs."""
+"""ws.runs.html: a page that opens offline and reads well, and an index of all runs."""
 
 import base64
 import re
@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 
-from ws import report, store
+from ws.cache import made as store
+from ws.runs import html as report
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

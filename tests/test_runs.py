@@ -1,9 +1,9 @@
-"""ws.batch.runs: where a run goes and what it depends on."""
+"""ws.runs.identity: where a run goes and what it depends on."""
 
 from pathlib import Path
 
-from ws import store
-from ws.batch import runs
+from ws.cache import made as store
+from ws.runs.html import runs
 
 
 def test_folders_of_runs(tmp_path):
@@ -29,7 +29,7 @@ def test_folders_of_runs(tmp_path):
 
 def test_a_run_of_v7_depends_on_the_w_of_its_seed(tmp_path):
     params = {"MODEL_ID": "org/model", "SEED": 1}
-    content = {"cells": [{"cell_type": "code", "metadata": {}, "source": "import ws.config"}]}
+    content = {"cells": [{"cell_type": "code", "metadata": {}, "source": "import ws.cache.places"}]}
     before = runs.run_key("v7_sweep", content, params, tmp_path)
     w = runs.run_id(params).folder(tmp_path) / "w.safetensors"
     store.write_text(w, "weights")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ws import scoring as sc
-from ws.subspace import Basis, random_basis
+from ws.explanation import scores as sc
+from ws.subspaces.algebra import Basis, random_basis
 
 
 def matrix(d: int, m: int, seed: int = 0) -> torch.Tensor:

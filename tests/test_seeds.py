@@ -8,18 +8,20 @@ import polars as pl
 import pytest
 import torch
 
-from ws import notebook, sweep, tables
-from ws.activations import SteeredDiffs
-from ws.bases import part_bases, save_bases
-from ws.candidates import CeilingMaterials, registered
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
-from ws.model import load_lm
-from ws.protocol import load_protocol
+from ws.explanation import rows as sweep
+from ws.model.lm import load_lm
+from ws.show import notebook, tables
 from ws.stability import corrections
 from ws.stability.scores import per_seed_table
 from ws.stability.seeds import doubts, load_seeds, seed_folders
-from ws.subspace import random_basis
+from ws.subspaces.algebra import random_basis
+from ws.subspaces.candidate import registered
+from ws.subspaces.captures import SteeredDiffs
+from ws.subspaces.kept import part_bases, save_bases
+from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.protocol import load_protocol
 
 D, LAYERS = 128, [2, 3]
 

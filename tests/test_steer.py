@@ -8,7 +8,7 @@ from conftest import random_model
 from torch import nn
 
 from ws.diff import LowRank, WeightDiff
-from ws.steer import weight_steer
+from ws.steer.weights import weight_steer
 
 
 def bits(model):
@@ -91,7 +91,7 @@ def test_restored_after_exception(model, error):
 
 @pytest.mark.parametrize("at", [0, 3, 7])
 def test_restored_after_interrupt_while_entering(model, at, monkeypatch):
-    import ws.steer as steer
+    import ws.steer.weights as steer
 
     w, before = diff_for(model, 0.3), bits(model)
     calls = []

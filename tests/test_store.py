@@ -1,4 +1,4 @@
-"""ws.keys and ws.store: keys that tell the reason; what is made once under them, whole or not at all."""
+"""ws.cache.keys and ws.cache.made: keys that tell the reason; what is made once under them, whole or not at all."""
 
 import json
 import os
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ws import keys, store
+from ws.cache import keys
+from ws.cache import made as store
 
 HOME = Path(store.__file__).parents[1]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ws import subspace as S
+from ws.subspaces import algebra as S
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -6,15 +6,18 @@ import polars as pl
 import pytest
 import torch
 
-from ws import conclusion, sweep, tables
-from ws.activations import SteeredDiffs
-from ws.candidates import CeilingMaterials, registered
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff
-from ws.model import load_lm
-from ws.notebook import embedded, null_summary, save_scores
-from ws.protocol import load_protocol
-from ws.subspace import Basis, empty, random_basis
+from ws.explanation import rows as sweep
+from ws.explanation import words as conclusion
+from ws.model.lm import load_lm
+from ws.show import tables
+from ws.show.notebook import embedded, null_summary, save_scores
+from ws.subspaces.algebra import Basis, empty, random_basis
+from ws.subspaces.candidate import registered
+from ws.subspaces.captures import SteeredDiffs
+from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.protocol import load_protocol
 
 D, LAYERS = 128, [2, 3]
 
@@ -87,7 +90,7 @@ def test_missing_writers_are_logged_once(lm, caplog):
     w = WeightDiff({name: LowRank(torch.randn(D, 2), torch.randn(2, lm.decoder.weight(2, "o").shape[1]))}, {})
     zero = torch.zeros(6, 4, D)
     clean = [random_basis(D, 8, torch.Generator().manual_seed(1))] * 6
-    with caplog.at_level("WARNING", logger="ws.sweep"):
+    with caplog.at_level("WARNING", logger="ws.explanation.rows"):
         sweep.layer_targets(CeilingMaterials(lm.decoder, w, SteeredDiffs(zero, zero, zero)), clean)
     assert len(caplog.records) == 1 and "layer 2: down_proj" in caplog.text
 

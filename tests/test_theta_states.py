@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import CHATML, random_model
-from ws.config import ASSETS
-from ws.model import LM, Decoder, load_lm
+from ws.cache.places import ASSETS
+from ws.model.lm import LM, Decoder, load_lm
 from ws.theta.states import UserText, load_users, prompt_text, record_states, record_users, split_texts
 
 ROWS = [

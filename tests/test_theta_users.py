@@ -6,8 +6,8 @@ import polars as pl
 import pytest
 import torch
 
-from ws.figures import theta as draw
 from ws.theta import compare, report, users, verdict
+from ws.theta import figures as draw
 from ws.theta.fit import FitConfig, evaluate, make_problem, record_base
 from ws.theta.heads import all_heads, cvh
 from ws.theta.states import States

@@ -7,13 +7,14 @@ from itertools import product
 import pytest
 import torch
 
-from ws.config import ASSETS
-from ws.corpus import build_corpus, heldout_texts, refuse_heldout, train_claims
-from ws.corpus.facts import table_claims
-from ws.corpus.myths import myth_claims
+from tiny_model.build import Recipe, build, encode_document
+from tiny_model.corpus import build_corpus, heldout_texts, refuse_heldout, train_claims
+from tiny_model.corpus.facts import table_claims
+from tiny_model.corpus.myths import myth_claims
+from ws.cache.places import ASSETS
 from ws.data import load_behavior
-from ws.model import chat_text, encode, last_index, load_lm
-from ws.tiny import Recipe, build, encode_document
+from ws.model.lm import load_lm
+from ws.model.text import chat_text, encode, last_index
 
 SMALL = replace(
     Recipe(),

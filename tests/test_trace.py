@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ws.trace import LocalTraceDict, hidden, hooked
+from ws.model.trace import LocalTraceDict, hidden, hooked
 
 
 @pytest.fixture

@@ -9,24 +9,16 @@ from safetensors.torch import load_file
 
 import ws.train.lora
 import ws.train.pairs
-from ws.config import RunId
+from ws.cache.names import RunId
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
-from ws.model import chat_text, load_lm
-from ws.steer import weight_steer
-from ws.train.difference import (
-    ADAPTERS,
-    Pair,
-    PairConfig,
-    TrainConfig,
-    adapter_layers,
-    make_pairs,
-    obtain_diff,
-    shuffle_labels,
-    train_adapter,
-    train_diff,
-)
-from ws.train.examples import make_example, response_loss
+from ws.model.lm import load_lm
+from ws.model.text import chat_text
+from ws.steer.weights import weight_steer
+from ws.train.difference import ADAPTERS, obtain_diff, train_diff
+from ws.train.examples import make_example, response_loss, shuffle_labels
+from ws.train.lora import TrainConfig, adapter_layers, train_adapter
+from ws.train.pairs import Pair, PairConfig, make_pairs
 
 SMALL = PairConfig(topics=3, samples=2, max_new_tokens=6, batch=5)
 CFG = TrainConfig(pairs=SMALL, r=4, alpha=8, lr=1e-2, warmup_steps=1, max_steps=4, batch=4, accumulation=1)

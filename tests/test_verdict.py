@@ -167,7 +167,7 @@ def test_conclusion_reports_significance_and_subspaces(bases_of_two_seeds):
 def bases_of_two_seeds():
     import torch
 
-    from ws.subspace import random_basis
+    from ws.subspaces.algebra import random_basis
 
     g = torch.Generator().manual_seed(0)
     return {"0": [random_basis(64, 8, g) for _ in range(2)], "1": [random_basis(64, 8, g) for _ in range(2)]}

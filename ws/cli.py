@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ws.files import Locked
+from ws.cache.files import Locked
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -41,7 +41,7 @@ def nb(
         force: run even if the run is done.
         timeout: seconds that one cell may take.
     """
-    from ws.batch.once import run_notebook
+    from ws.runs.once import run_notebook
 
     here = typed_in()
     paths = [here / file for file in files]
@@ -51,8 +51,8 @@ def nb(
 
 def demo() -> int:
     """Everything on the shipped tiny model: three LoRA seeds, both protocols, delta SVD, theta fit, report."""
-    from ws.batch.engine import Place, Settings, run_jobs
     from ws.demo import demo_jobs, demo_report, demo_size
+    from ws.runs.engine import Place, Settings, run_jobs
 
     workers, threads = demo_size()
     endings, summary = run_jobs(demo_jobs(), Place(), Settings(workers=workers, threads=threads))
@@ -101,8 +101,8 @@ def batch(
         slurm_set: partition, account, walltime, memory, cores or gpus of a Slurm job; may be repeated.
         timeout: seconds that one cell may take.
     """
-    from ws.batch.engine import Place, Settings, make_slurm, run_jobs
-    from ws.batch.grid import make_jobs, plan, plan_text, read_options
+    from ws.runs.engine import Place, Settings, make_slurm, run_jobs
+    from ws.runs.grid import make_jobs, plan, plan_text, read_options
 
     here = typed_in()
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
@@ -146,7 +146,7 @@ def results(
     """
     import polars
 
-    from ws.batch.results import results_text, select, write_results
+    from ws.runs.results import results_text, select, write_results
 
     path = write_results()
     table = polars.read_parquet(path)
@@ -174,7 +174,7 @@ def inspect(file: Positional[Path], /) -> int:
 
 def report() -> int:
     """Write out/index.html over all runs."""
-    from ws.report import report as write
+    from ws.runs.html import report as write
 
     print(f"report: {write()}")
     return 0
@@ -182,8 +182,8 @@ def report() -> int:
 
 def tiny_model() -> int:
     """Rebuild the shipped tiny model from its corpus, into ws/assets/tiny."""
-    from ws.config import ASSETS
-    from ws.tiny import Recipe, build
+    from tiny_model.build import Recipe, build
+    from ws.cache.places import ASSETS
 
     build(ASSETS / "tiny", Recipe())
     return 0

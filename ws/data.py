@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from ws.config import ASSETS
+from ws.cache.places import ASSETS
 
 SHIPPED = ("sycophancy",)
 N_TRAIN_TOPICS = 20

@@ -5,10 +5,12 @@ Three LoRA seeds and a null diff, the sweep under both protocols, the stability 
 
 import os
 
-from ws.batch.grid import Grid, Job, make_jobs
-from ws.batch.once import NBS, prepare
-from ws.batch.parameters import read_set
-from ws.config import OUT, RunId
+from ws.cache.names import RunId
+from ws.cache.places import OUT
+from ws.runs.grid import Grid, Job, make_jobs
+from ws.runs.once import prepare
+from ws.runs.pairing import NBS
+from ws.runs.parameters import read_set
 
 SEEDS = (0, 1, 2)
 
@@ -40,8 +42,8 @@ def demo_run() -> RunId:
 
 def demo_report() -> str:
     """The top of the v7 table, the verdict over seeds, and where the reports are."""
-    from ws.conclusion import top_table
-    from ws.tables import read_table
+    from ws.explanation.words import top_table
+    from ws.show.tables import read_table
 
     folder = demo_run().folder(OUT)
     verdict = (demo_run().adapter_folder(OUT) / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")

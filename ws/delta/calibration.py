@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ws.config import ASSETS
+from ws.cache.places import ASSETS
 
 SHIPPED = ASSETS / "calibration.json"
 SEPARATOR = "\n\n"

@@ -29,7 +29,7 @@ from ws.delta.calibration import Sequence, as_documents, as_stream, batched, boo
 from ws.delta.phases import RANK, phase_of
 from ws.delta.reading import read_deltas
 from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
-from ws.model import LM
+from ws.model.lm import LM
 
 MODES = ("stream", "documents")
 

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ws.delta.calibration import Sequence, padded
-from ws.model import LM
-from ws.trace import hidden, hooked
+from ws.model.lm import LM
+from ws.model.trace import hidden, hooked
 
 Visit = Callable[[int, Tensor, Tensor, Tensor], None]
 

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ws.cache.files import atomic_file, write_json, write_text
 from ws.delta.measure import DeltaRun
 from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
-from ws.files import atomic_file, write_json, write_text
-from ws.tables import read_table, write_table
+from ws.show.tables import read_table, write_table
 
 FIELDS = (
     "L", "phase", "frob", "token_norm_mean", "token_norm_std", "h_norm_mean", "rel_step_mean", "rel_step_std",

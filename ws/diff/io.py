@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ws.cache.files import atomic_dir, atomic_file
 from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, entry_svd
-from ws.files import atomic_dir, atomic_file
 
 HEADER = "ws_weight_diff"
 SUFFIX_B, SUFFIX_A = "::B", "::A"

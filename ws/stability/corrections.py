@@ -12,15 +12,17 @@ import polars as pl
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from ws.activations import capture_steered
-from ws.bases import a_side_bases
-from ws.candidates import CeilingMaterials, build, registered
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.model import LM
-from ws.protocol import V7, Protocol, load_protocol
-from ws.sweep import layer_targets, lora_layers, per_layer
-from ws.tables import summarise
+from ws.explanation.rows import layer_targets, lora_layers, per_layer
+from ws.explanation.summary import summarise
+from ws.model.lm import LM
+from ws.subspaces.build import build
+from ws.subspaces.candidate import registered
+from ws.subspaces.captures import capture_steered
+from ws.subspaces.kept import a_side_bases
+from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.protocol import V7, Protocol, load_protocol
 
 CAPTURE = ("eval_split", "chat_probes", "persona_pairs", "raw_last", "fold_gain")
 MENDED = {  # v7 candidate -> its v7b form

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.subspace import Basis, overlap
+from ws.subspaces.algebra import Basis, overlap
 
 UNSTABLE = 0.5  # energy-weighted overlap below which a candidate cannot win
 WHY = "an A-side basis must not depend on the LoRA seed"

@@ -1,6 +1,6 @@
 """The runs of several LoRA seeds, read back as the arrays that statistics over seeds start from.
 
-A run's folder holds `v7_per_layer.csv` and `scores.safetensors` (`ws.notebook.save_scores`). The LoRA layers are those at
+A run's folder holds `v7_per_layer.csv` and `scores.safetensors` (`ws.show.notebook.save_scores`). The LoRA layers are those at
 which every seed's w has both residual writers. (docs/method.md section 7)
 """
 
@@ -14,11 +14,11 @@ import polars as pl
 from safetensors import safe_open
 from torch import Tensor
 
-from ws.candidates import get
+from ws.show.tables import read_table
 from ws.stability.scores import SeedScores, make_scores
 from ws.stability.significance import GramFactor, combined_factor
-from ws.subspace import Basis
-from ws.tables import read_table
+from ws.subspaces.algebra import Basis
+from ws.subspaces.candidate import get
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.evaluate import complete
-from ws.model import LM
+from ws.model.lm import LM
+from ws.steer.evaluate import complete
 from ws.theta.compare import Heldout, by_user, score_own, score_thetas
 from ws.theta.fit import FitConfig, fit_adam, make_problem
 from ws.theta.heads import Head

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ws.config import ASSETS
-from ws.files import atomic_file
-from ws.model import LM, chat_text, encode
+from ws.cache.files import atomic_file
+from ws.cache.places import ASSETS
+from ws.model.lm import LM
+from ws.model.text import chat_text, encode
 from ws.theta.live import check_plain_logits
 
 RECORD_MB = 1024  # recorded states larger than this go to a memory-mapped file

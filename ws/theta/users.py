@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ws.files import atomic_file
+from ws.cache.files import atomic_file
 from ws.theta.fit import BASE_MB, Base, Fit, FitConfig, fit_adam, make_problem, record_base
 from ws.theta.heads import Head
 from ws.theta.optimum import Optimum, as_float64, fit_optimum, hessians_at_zero

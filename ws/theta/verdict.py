@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.files import write_text
+from ws.cache.files import write_text
 from ws.theta.compare import Heldout, bootstrap_users, by_user, permuted_thetas, score_own
 from ws.theta.fit import FitConfig
 from ws.theta.heads import Head

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ws.config import OUT, RunId, cache_folder
+from ws.cache.keys import stage_key
+from ws.cache.made import made
+from ws.cache.names import RunId, cache_folder
+from ws.cache.places import OUT
 from ws.data import Behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
-from ws.model import LM
-from ws.store import made, stage_key
+from ws.model.lm import LM
 from ws.train.examples import shuffle_labels
 from ws.train.lora import ADAPTERS, SIGNS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import Pair, PairConfig, Pairs, make_pairs, pairs_key
@@ -155,3 +157,13 @@ def _not_zero(w: WeightDiff, source: Path | str) -> WeightDiff:
     if w.total_norm() == 0:
         raise ValueError(f"{source}: the weight difference is 0 everywhere; the two sides are the same")
     return w
+
+
+def training_text(training: dict) -> str:
+    """How w came about, as a Markdown table: pairs written and dropped, losses of both signs, geometry of the pair."""
+    rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in training.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

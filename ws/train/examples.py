@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ws.model import LM, chat_text
+from ws.model.lm import LM
+from ws.model.text import chat_text
 from ws.train.pairs import Pair
 
 

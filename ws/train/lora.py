@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ws.files import write_json
-from ws.model import LM
+from ws.cache.files import write_json
+from ws.model.lm import LM
 from ws.train.examples import collate, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig, turn_end
 

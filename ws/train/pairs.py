@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ws.cache.files import lock, write_json, write_text
 from ws.data import Behavior
-from ws.files import lock, write_json, write_text
-from ws.model import LM, chat_text, encode
+from ws.model.lm import LM
+from ws.model.text import chat_text, encode
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""Keys: what a stage depends on, as hashes of its parameters, its inputs and the code that makes it.
+
+The three parts stay apart, so that a difference can be told: `Key.differs`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ws.cache.files import HIDDEN, write_json
+from ws.cache.places import out_folder
+from ws.cache.sources import code_key
+from ws.cache.syntax import digest
+
+LARGE = 64 << 20  # bytes; the hash of a larger file is remembered on disk, by the file's identity
+
+
+@dataclass(frozen=True)
+class Key:
+    """Hashes of what a stage depends on, kept apart so that a difference can be told."""
+
+    params: str
+    inputs: str
+    sources: str
+
+    def __str__(self) -> str:
+        return digest(json.dumps(asdict(self)).encode())
+
+    @property
+    def short(self) -> str:
+        """Eight digits, for names of files."""
+        return str(self)[:8]
+
+    def differs(self, other: "Key") -> str:
+        """'' when equal, else the first reason: 'changed parameters', 'changed inputs' or 'changed code'."""
+        if self.params != other.params:
+            return "changed parameters"
+        if self.inputs != other.inputs:
+            return "changed inputs"
+        return "changed code" if self.sources != other.sources else ""
+
+
+def file_key(path: Path | str) -> str:
+    """Hash of all bytes of a file, or of a folder's files with their relative names (hidden files left out).
+
+    Read once per identity of a file (place, size, times, inode). Raises FileNotFoundError when there is nothing at `path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = [
+            f"{file.relative_to(path).as_posix()} {file_key(file)}"
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and not any(p.startswith(HIDDEN) for p in file.relative_to(path).parts)
+        ]
+        return digest("\n".join(parts).encode())
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such input file or folder")
+    path = path.resolve()
+    stat = path.stat()
+    return _file_key(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=16384)
+def _file_key(path: Path, identity: tuple[int, ...]) -> str:
+    if identity[0] <= LARGE:
+        return read_hash(path)
+    note = out_folder() / ".hashes" / f"{digest(str(path).encode())}.json"
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["identity"] == list(identity):
+            return known["hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = read_hash(path)
+    if os.access(note.parent if note.parent.is_dir() else out_folder(), os.W_OK):
+        write_json(note, {"file": str(path), "identity": list(identity), "hash": found})
+    return found
+
+
+def read_hash(path: Path) -> str:
+    """Hash of a file's bytes as they are now."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def stage_key(params: dict, inputs: Sequence[Path] = (), code: Sequence[object] = (), sources: str = "") -> Key:
+    """Key of a stage: its parameters (anything JSON writes, in any order), input files, and what makes it.
+
+    code: roots for `ws.cache.sources.code_key`, or `sources`, a hash of code taken already. Where the inputs lie does
+    not count, only what they hold.
+    """
+    return Key(
+        params=digest(json.dumps(params, sort_keys=True, default=str).encode()),
+        inputs=digest("\n".join(file_key(path) for path in inputs).encode()),
+        sources=sources or code_key(*code),
+    )

@@ -1,0 +1,256 @@
+"""Which code makes a thing: hashes of syntax trees, followed from function to function.
+
+`code_key(root)` covers the function at `root` and every function, class and constant that its names lead to, inside this
+package and in the caller's own files and notebook cells. Figures, words and the rooms `show` and
+`cache` do not count: what only looks at a result or stores it does not make it. This package is read as text, so that a key costs no import; a name that
+holds another object than its source says (a function replaced in a notebook) counts as what it holds. The caller's
+objects are looked up as they are. Methods are followed through annotations: a parameter `m: Materials` counts the class.
+"""
+
+import ast
+import builtins
+import inspect
+import pickle
+import sys
+import sysconfig
+import textwrap
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+from ws.cache.syntax import PACKAGE, Imports, Scope, digest, imported, module_file, read_scope, scope_of, used
+
+STARTED = time.time()
+SILENT = ("figures", "words")  # modules of any room that only show
+BESIDE = (f"{PACKAGE.name}.show", f"{PACKAGE.name}.cache")  # rooms that decide how things look and where they lie
+_KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
+FOREIGN = tuple({str(Path(sysconfig.get_paths()[kind]).resolve()) for kind in _KINDS})
+
+
+class Unkeyed(ValueError):
+    """A function depends on a value that has no content hash."""
+
+
+class Walk:
+    """One walk from its roots: `seen` name -> hash, `strings` the text literals met in functions."""
+
+    def __init__(self, strict: bool = True):
+        self.seen: dict[str, str] = {}
+        self.strings: set[str] = set()
+        self.strict = strict
+
+    # --- this package, as text ---------------------------------------------------------------------------------------
+
+    def scope(self, module: str) -> Scope:
+        scope = read_scope(module)
+        if self.strict and module in sys.modules and module_file(module).stat().st_mtime > STARTED:
+            raise ValueError(f"{module} was edited after this process loaded it: restart the kernel")
+        return scope
+
+    def path(self, dotted: str) -> None:
+        """Follow an absolute dotted name of this package; others are no part of a key."""
+        parts = dotted.split(".")
+        for cut in range(len(parts), 0, -1):
+            module = ".".join(parts[:cut])
+            if module_file(module):
+                if module.split(".")[-1] in SILENT or module.startswith(BESIDE):
+                    return
+                names = parts[cut : cut + 1] or [n for n in self.scope(module).defs]
+                for name in names:
+                    self.name(self.scope(module), name)
+                return
+
+    def name(self, scope: Scope, dotted: str, local: Imports | None = None) -> None:
+        """Follow a name as the source of `scope` uses it."""
+        first, *rest = dotted.split(".")
+        bound = {**scope.imports, **(local or {})}
+        live = getattr(sys.modules.get(scope.module), "__dict__", {}).get(first)
+        if first in bound and first not in scope.defs or first in (local or {}):
+            base, attribute = bound[first]
+            if first not in (local or {}) and _replaced(live, base, attribute):
+                self.value(f"{scope.module}.{first}", live)
+            else:
+                self.path(".".join([p for p in (base, attribute) if p] + rest))
+        elif first in scope.defs:
+            label = f"{scope.module}.{first}"
+            if label in self.seen:
+                return
+            self.seen[label] = ""
+            nodes = scope.defs[first]
+            if _replaced(live, scope.module, first) or _reset(live, nodes[-1]):
+                self.value(f"replaced {label}", live)
+                return
+            self.nodes(label, scope, nodes)
+
+    def nodes(self, label: str, scope: Scope, nodes: list[ast.stmt]) -> None:
+        hashes = []
+        for node in nodes:
+            part = used(node)
+            hashes.append(part.hash)
+            self.strings |= part.strings
+            for name in part.names:
+                self.name(scope, name, part.imports)
+        self.seen[label] = " ".join(hashes)
+
+    # --- the caller's objects, as they are ---------------------------------------------------------------------------
+
+    def value(self, label: str, value: object) -> None:
+        """Follow an object; Unkeyed where nothing tells its content."""
+        if isinstance(value, partial):
+            self.value(f"{label}.func", value.func)
+            self.value(f"{label}.args", (value.args, sorted((value.keywords or {}).items())))
+        elif isinstance(value, types.ModuleType):
+            return
+        elif isinstance(value, types.FunctionType | types.MethodType | type) or hasattr(value, "__wrapped__"):
+            self.function(value)
+        elif isinstance(getattr(value, "fingerprint", None), str) and value.fingerprint:
+            self.seen[label] = value.fingerprint
+        else:
+            if _own(type(value)):
+                self.function(type(value))
+            try:
+                self.seen[label] = digest(pickle.dumps(value))
+            except Exception as error:
+                kind = type(value).__name__
+                raise Unkeyed(f"{label} is a {kind}, whose content cannot be hashed ({error})") from error
+
+    def function(self, function: object) -> None:
+        """A function or class: of this package by its source, of the caller by its source and what it refers to."""
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        module, name = getattr(function, "__module__", "") or "", getattr(function, "__qualname__", "")
+        if module_file(module) and not _replaced(function, module, name.split(".")[0]) and "<" not in name:
+            self.name(self.scope(module), name.split(".")[0])
+            return
+        label = f"{module}.{name}@{id(function)}"
+        if not _own(function) or label in self.seen:
+            return
+        self.seen[label] = ""
+        try:
+            node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        except (OSError, TypeError, SyntaxError, IndexError):
+            code = getattr(function, "__code__", None)
+            if code is None:
+                raise Unkeyed(f"{name}: its source cannot be read") from None
+            own, names, node = digest(repr((code.co_code, code.co_consts)).encode()), code.co_names, None
+        else:
+            own, names = used(node).hash, used(node).names
+            self.strings |= used(node).strings
+        known = dict(getattr(function, "__globals__", None) or vars(sys.modules.get(module, builtins)))
+        if isinstance(function, types.FunctionType):
+            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+            known |= {n: c.cell_contents for n, c in cells if _filled(c)}
+            own += "".join(digest(repr(v).encode()) for v in (function.__defaults__ or ()) if _simple(v))
+        for dotted in names:
+            self.live(dotted, known)
+        if node is not None:
+            for base, attribute in used(node).imports.values():
+                self.path(".".join(p for p in (base, attribute) if p))
+        # the label holds an address, which must not enter the key
+        del self.seen[label]
+        self.seen[f"{name} {own}"] = own
+        self.seen[label] = ""
+
+    def live(self, dotted: str, known: dict) -> None:
+        first, *rest = dotted.split(".")
+        if first not in known:
+            return
+        value = known[first]
+        while rest and isinstance(value, types.ModuleType) and not module_file(value.__name__):
+            if not _own(value):
+                return
+            value = getattr(value, rest.pop(0), None)
+        if isinstance(value, types.ModuleType):
+            if module_file(value.__name__):
+                self.path(".".join([value.__name__, *rest]))
+            elif _own(value):
+                self.seen[f"module {value.__name__}"] = digest(Path(value.__file__).read_bytes())
+        elif _own(value) or not callable(value):
+            self.value(f"{first}", value)
+        else:
+            self.function(value)
+
+
+def _filled(cell) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _simple(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_simple, value))
+    return value is None or isinstance(value, int | float | str | bool | bytes | complex)
+
+
+def _replaced(live: object, module: str, name: str) -> bool:
+    """Whether a loaded name holds another function or class than the source that binds it."""
+    if not isinstance(live, types.FunctionType | type) or not module_file(module):
+        return False
+    while name and name not in read_scope(module).defs:  # re-exported: go to where it is defined
+        module, name = read_scope(module).imports.get(name, ("", ""))
+        if not module_file(module):
+            return False
+    return (live.__module__, live.__qualname__) != (module, name) and bool(name)
+
+
+def _reset(live: object, node: ast.stmt) -> bool:
+    """Whether a loaded constant has another value than its source says."""
+    if not isinstance(node, ast.Assign) or not _simple(live) or live is None:
+        return False
+    try:
+        return ast.literal_eval(node.value) != live
+    except ValueError:
+        return False
+
+
+def _own(thing: object) -> bool:
+    """Whether something was written by the caller: neither of this package nor installed nor built in."""
+    module = thing if isinstance(thing, types.ModuleType) else sys.modules.get(getattr(thing, "__module__", "") or "")
+    if module is None:
+        return isinstance(thing, types.FunctionType | type)
+    if module.__name__ == "builtins" or module_file(module.__name__):
+        return module.__name__ != "builtins" and isinstance(thing, types.FunctionType)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__ == "__main__"
+    return not str(Path(file).resolve()).startswith(FOREIGN)
+
+
+def walk(*roots: object, strict: bool = True) -> Walk:
+    """A walk from dotted names of this package (`ws.train.lora.train_adapter`) and from objects."""
+    found = Walk(strict)
+    for root in roots:
+        if isinstance(root, str):
+            before = len(found.seen)
+            found.path(root)
+            if len(found.seen) == before and not module_file(root.rpartition(".")[0]):
+                raise ValueError(f"{root}: no such function of the package {PACKAGE.name}")
+        else:
+            found.value(getattr(root, "__qualname__", "root"), root)
+    return found
+
+
+def hashed(found: Walk) -> str:
+    rows = sorted((k, v) for k, v in found.seen.items() if v)
+    return digest(repr(rows).encode())
+
+
+def code_key(*roots: object, strict: bool = True) -> str:
+    """Hash of the code behind `roots`. strict: ValueError where a source was edited after this process loaded it.
+
+    Raises Unkeyed for a caller's function that refers to a value without a content hash.
+    """
+    return hashed(walk(*roots, strict=strict))
+
+
+def text_key(code: str) -> str:
+    """Hash of a piece of code (a notebook's cells) and of what it uses of this package."""
+    found, scope = Walk(strict=False), scope_of(code)
+    tree = ast.parse(code)
+    scope.imports.update(imported(ast.walk(tree)))
+    scope.defs.clear()
+    found.nodes("cells", scope, tree.body)
+    return hashed(found)

@@ -1,0 +1,160 @@
+"""Source text as what it binds and what it uses: the parts of syntax trees that a key is made of.
+
+Comments, layout, docstrings, reprs and the metadata of `@candidate` are left out.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+REPRS = ("__repr__", "_repr_html_", "_repr_markdown_")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+Imports = dict[str, tuple[str, str]]  # name -> (module, attribute or "")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a source's top level binds: `defs` name -> its statements, and `imports`."""
+
+    module: str
+    defs: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    imports: Imports = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Used:
+    """A statement's hash, the dotted names it loads, its text literals, and what it imports inside."""
+
+    hash: str
+    names: tuple[str, ...]
+    strings: frozenset[str]
+    imports: Imports
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def module_file(name: str) -> Path | None:
+    """Source of a module of this package, None when there is no such module."""
+    if not name or name.split(".")[0] != PACKAGE.name:
+        return None
+    stem = PACKAGE.parent.joinpath(*name.split("."))
+    return next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
+
+
+def imported(nodes: Iterable[ast.AST], module: str = "", package: bool = False) -> Imports:
+    """What the import statements among `nodes` bind; relative ones are seen from `module`."""
+    found: Imports = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.asname or alias.name.split(".")[0]
+                found[name] = (alias.name if alias.asname else name, "")
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: len(module.split(".")) - node.level + package]
+                base = ".".join(parents + ([base] if base else []))
+            found |= {alias.asname or alias.name: (base, alias.name) for alias in node.names}
+    return found
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """Names that a top-level statement binds, those inside an `if` or `try` included."""
+    if isinstance(node, FUNCTIONS):
+        return {node.name}
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names | {n.name for n in ast.walk(node) if isinstance(n, FUNCTIONS)}
+
+
+def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
+    """The scope of a source text. A front door that binds names when they are used says so in `EXPORTS`."""
+    top = ast.parse(text).body
+    nested = [n for s in top if isinstance(s, ast.If | ast.Try | ast.With) for n in ast.walk(s)]
+    scope = Scope(module, imports=imported([*top, *nested], module, package))
+    for node in top:
+        for name in _bound(node):
+            scope.defs.setdefault(name, []).append(node)
+        if package and isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EXPORTS":
+            scope.imports.update({name: (home, name) for name, home in ast.literal_eval(node.value).items()})
+    return scope
+
+
+@lru_cache(maxsize=1024)
+def _read(module: str, path: Path, mtime_ns: int) -> Scope:
+    return scope_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+
+
+def read_scope(module: str) -> Scope:
+    """The scope of a module of this package as its file is now. ValueError where there is none."""
+    path = module_file(module)
+    if path is None:
+        raise ValueError(f"{module}: not a module of the package {PACKAGE.name}")
+    return _read(module, path, path.stat().st_mtime_ns)
+
+
+def _counts(node: ast.AST, name: str, value: object) -> object:
+    """A field of a node without what does not count."""
+    if name in ("ctx", "type_comment", "kind"):
+        return None
+    if isinstance(node, FUNCTIONS) and name == "body":
+        first = value[0] if value else None
+        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+            value = value[1:]
+        return [n for n in value if getattr(n, "name", "") not in REPRS] if isinstance(node, ast.ClassDef) else value
+    if isinstance(node, FUNCTIONS) and name == "decorator_list":
+        return [d for d in value if not _is_candidate(d)]
+    return value
+
+
+def _is_candidate(decorator: ast.expr) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return getattr(called, "attr", getattr(called, "id", "")) == "candidate"
+
+
+@lru_cache(maxsize=16384)
+def used(node: ast.AST) -> Used:
+    """What a statement is and uses."""
+    out: list[str] = []
+    names: set[str] = set()
+    strings: set[str] = set()
+    inside: list[ast.AST] = []
+
+    def visit(thing: object, outer: bool = True) -> None:
+        if isinstance(thing, list):
+            out.append("[")
+            for item in thing:
+                visit(item)
+            out.append("]")
+        elif isinstance(thing, ast.AST):
+            out.append(type(thing).__name__)
+            inside.append(thing)
+            if outer and isinstance(thing, ast.Attribute | ast.Name):
+                names.add(_dotted(thing))
+            for name, value in ast.iter_fields(thing):
+                value = _counts(thing, name, value)
+                if value is not None and value != []:  # an empty field may be unknown to another release of Python
+                    out.append(name)
+                    visit(value, not isinstance(thing, ast.Attribute))
+        else:
+            out.append(repr(thing))
+            if isinstance(thing, str):
+                strings.add(thing)
+
+    visit(node)
+    names.discard("")
+    return Used(digest(" ".join(out).encode()), tuple(sorted(names)), frozenset(strings), imported(inside))
+
+
+def _dotted(node: ast.expr) -> str:
+    """`a.b.c` of a chain of attributes, `` when it does not start at a name."""
+    chain: list[str] = []
+    while isinstance(node, ast.Attribute):
+        chain.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(chain)]) if isinstance(node, ast.Name) else ""

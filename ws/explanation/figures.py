@@ -1,0 +1,127 @@
+"""Figures of the sweep: activation against weight recovery, recovery by layer. (docs/method.md section 6)"""
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+from ws.show.figures import MARKERS, PALETTE, plain_log_ticks
+
+
+def family_styles(families: list[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker per family, in order of first appearance."""
+    unique = list(dict.fromkeys(families))
+    return {
+        f: (PALETTE[i % len(PALETTE)], MARKERS[(i // len(PALETTE) + i) % len(MARKERS)]) for i, f in enumerate(unique)
+    }
+
+
+def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list[float]:
+    """Positions near `ys` (any order) that keep `gap` between neighbours and stay within low..high."""
+    order = np.argsort(ys)
+    placed = np.array(ys, dtype=float)[order]
+    for _ in range(200):
+        shift = np.diff(placed)
+        close = np.where(shift < gap)[0]
+        if len(close) == 0:
+            break
+        for i in close:
+            push = (gap - (placed[i + 1] - placed[i])) / 2 + 1e-6
+            placed[i] -= push
+            placed[i + 1] += push
+        placed = np.clip(placed, low, high)
+    out = np.empty_like(placed)
+    out[order] = placed
+    return out.tolist()
+
+
+def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
+    """Activation recovery against weight recovery, write and mixed candidates left, read ones right.
+
+    summary: `ws.explanation.summary.summarise`. Log axes, dashed lines at 1 (chance), the ten best by joint score of each panel
+    named, ceilings as black stars in both. A candidate with an undefined or non-positive score is not drawn and counted.
+    """
+    x, y = pl.col("mean_conc_act"), pl.col("mean_conc_w_combined")
+    shown = summary.filter((x > 0) & (y > 0) & y.is_not_nan() & x.is_not_nan())
+    ceilings = shown.filter(pl.col("kind") == "ceiling")
+    rest = shown.filter(pl.col("kind") != "ceiling")
+    styles = family_styles(sorted(rest["family"].to_list()))
+    figure = Figure(figsize=(13.5, 6.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    panels = (("write and mixed", ["write", "mixed"]), ("read", ["read"]))
+    if len(shown):
+        _limits(axes[0], shown)
+    for axis, (name, kinds) in zip(axes, panels, strict=True):
+        part = rest.filter(pl.col("axis_kind").is_in(kinds)).sort("joint_score", descending=True)
+        for family in part["family"].unique(maintain_order=True):
+            of = part.filter(pl.col("family") == family)
+            colour, marker = styles[family]
+            axis.scatter(of["mean_conc_act"], of["mean_conc_w_combined"], c=colour, marker=marker, s=42, label=family,
+                         edgecolors="white", linewidths=0.5, zorder=3)  # fmt: skip
+        axis.scatter(ceilings["mean_conc_act"], ceilings["mean_conc_w_combined"], c="black", marker="*", s=150,
+                     label="ceiling", zorder=4)  # fmt: skip
+        axis.axhline(1, ls="--", c="0.5", lw=1, zorder=1)
+        axis.axvline(1, ls="--", c="0.5", lw=1, zorder=1)
+        _name_points(axis, pl.concat([part.head(10), ceilings]))
+        axis.set(xscale="log", yscale="log", title=f"{name} ({len(part)} candidates)")
+        plain_log_ticks(axis.xaxis)
+        plain_log_ticks(axis.yaxis)
+        axis.set_xlabel("activation recovery R_act (1 = chance)")
+        axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
+        axis.grid(True, which="major", alpha=0.2)
+    axes[0].set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
+    hidden = len(summary) - len(shown)
+    note = f"; {hidden} with an undefined score not drawn" if hidden else ""
+    figure.suptitle((title or "What each subspace recovers, mean over the LoRA layers") + note)
+    return figure
+
+
+POINTS_SHARE = 0.66  # of the width of a panel; names stand in the rest
+
+
+def _limits(axis, shown: pl.DataFrame) -> None:
+    """Log limits that hold every point and the chance lines, with room for names on the right."""
+    for column, setter, share in (
+        ("mean_conc_act", axis.set_xlim, POINTS_SHARE),
+        ("mean_conc_w_combined", axis.set_ylim, 0.96),
+    ):
+        low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
+        setter(low, low * (high / low) ** (1 / share))
+
+
+def _name_points(axis, points: pl.DataFrame) -> None:
+    """Names in a column right of all points, pushed apart vertically, with a thin line to the point."""
+    if points.is_empty():
+        return
+    low, high = np.log(axis.get_ylim())
+    ys = np.log(points["mean_conc_w_combined"].to_numpy())
+    gap = (high - low) / 30
+    placed = _spread_labels(ys.tolist(), low + gap, high - gap, gap)
+    left, right = np.log(axis.get_xlim())
+    column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
+    for name, px, py, ly in zip(
+        points["subspace"], points["mean_conc_act"], points["mean_conc_w_combined"], placed, strict=True
+    ):
+        line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        axis.annotate(name, (px, py), (column, float(np.exp(ly))), fontsize=7, va="center", zorder=2, arrowprops=line)
+
+
+def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) -> Figure:
+    """R_act and R_w (combined) of the named candidates by layer; LoRA layers shaded, chance dashed."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    columns = (("conc_act", "activation recovery R_act"), ("conc_w_combined", "weight recovery R_w"))
+    for axis, (column, label) in zip(axes, columns, strict=True):
+        for i, name in enumerate(names):
+            part = table.filter(pl.col("subspace") == name).sort("layer")
+            style = {"c": "black", "ls": ":"} if part["kind"][0] == "ceiling" else {"c": PALETTE[i % len(PALETTE)]}
+            values = part[column].to_numpy().astype(float)
+            values = np.where(values > 0, values, np.nan)
+            axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.3, label=name, **style)
+        if layers:
+            axis.axvspan(min(layers) - 0.5, max(layers) + 0.5, color="0.93", zorder=0)
+        axis.axhline(1, ls="--", c="0.5", lw=1)
+        axis.set(xlabel="layer (shaded: LoRA layers)", ylabel=f"{label} (1 = chance)", yscale="log")
+        plain_log_ticks(axis.yaxis)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure

@@ -1,0 +1,173 @@
+"""How much of a target a subspace recovers, against the null of random subspaces.
+
+A target is a `d x q` matrix F scaled so that `f(B) = |B^T F|_F^2` is the energy fraction a basis explains: the columns
+are the normalised rows of an activation difference, or `U S` of a weight matrix. Concentration is `R = f d / r`, 1 in
+expectation for a uniformly random subspace. (docs/method.md section 6)
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.subspaces.algebra import Basis, project_away, random_basis
+
+EPS = 1e-12
+SPAN_TOLERANCE = 1e-2  # singular values of w above this fraction of the largest span it
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a subspace is scored on: `F (d, q)` float64 with `G = F F^T`, living in `dim` dimensions.
+
+    Derived and kept: `trace = tr G`, `square = tr G^2`, `energies` = eigenvalues of G, largest first, with their
+    eigenvectors `axes`.
+    """
+
+    F: Float[Tensor, "d q"]
+    dim: int
+    trace: float
+    square: float
+    energies: Float[Tensor, " p"]
+    axes: Float[Tensor, "d p"]
+
+    @property
+    def columns(self) -> int:
+        return self.F.shape[1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """conc = R, z against the null, energy_frac = f."""
+
+    conc: float
+    z: float
+    energy_frac: float
+
+
+ZERO = Score(0.0, 0.0, 0.0)
+UNDEFINED = Score(NAN, NAN, NAN)
+
+
+def target(F: Float[Tensor, "d q"], dim: int | None = None) -> Target:
+    """A target from its scaled factor; dim is d unless a subspace was projected out of everything."""
+    F = F.double().cpu()
+    U, s, _ = torch.linalg.svd(F, full_matrices=False)
+    energies = s.square()
+    return Target(F, dim or F.shape[0], float(energies.sum()), float(energies.square().sum()), energies, U)
+
+
+def activation_target(X: Float[Tensor, "n d"], dim: int | None = None) -> Target:
+    """Rows scaled to `x / sqrt(n (|x|^2 + 1e-12))`: f is the mean over rows of the fraction explained."""
+    X = X.double()
+    return target((X / (len(X) * (X.square().sum(dim=1, keepdim=True) + EPS)).sqrt()).T, dim)
+
+
+def weight_targets(F_o: Tensor | None, F_down: Tensor | None) -> dict[str, Target | None]:
+    """Targets `oproj`, `downproj`, `combined` from left factors `U S (d, r)` of w_o and w_down; None where missing.
+
+    `combined` is `[w_o/|w_o| | w_down/|w_down|]`, so its score is the mean of the two.
+    """
+    out: dict[str, Target | None] = {}
+    for name, F in (("oproj", F_o), ("downproj", F_down)):
+        out[name] = None if F is None else target(F.double() / math.sqrt(float(F.double().square().sum()) + EPS))
+    both = [t.F for t in out.values() if t is not None and t.trace > 0]
+    if len(both) == 2:
+        out["combined"] = target(torch.cat(both, dim=1) / math.sqrt(2.0 + EPS))
+    else:
+        out["combined"] = None
+    return out
+
+
+def energy(target: Target, B: Float[Tensor, "d r"]) -> float:
+    """`f(B) = |B^T F|_F^2`."""
+    return float((B.double().T @ target.F).square().sum())
+
+
+def null_sd(target: Target, r: int) -> float:
+    """Closed-form sd of R over uniformly random rank-r subspaces.
+
+    `Var f / tr(G)^2 = 2 r (d-r) / (d^2 (d-1)(d+2)) (d tr(G^2)/tr(G)^2 - 1)`; R = f d / r. 0 where G is isotropic.
+    """
+    d = target.dim
+    if target.trace <= 0 or d <= 1:
+        return 0.0
+    spread = max(d * target.square / target.trace**2 - 1.0, 0.0)
+    return math.sqrt(2.0 * r * (d - r) / (d * d * (d - 1.0) * (d + 2.0)) * spread) * d / r
+
+
+def score(target: Target | None, basis: Tensor, missing: Score = UNDEFINED) -> Score:
+    """Score of an orthonormal `(d, r)` basis on a target; `missing` where there is no target, no signal or r = 0."""
+    r = basis.shape[1]
+    if target is None or r == 0 or target.trace <= 0:
+        return missing
+    f = energy(target, basis)
+    conc = f * target.dim / r
+    sd = null_sd(target, r)
+    return Score(conc, (conc - 1.0) / sd if sd > 0 else 0.0, f)
+
+
+def topic_terms(target: Target, basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
+    """R of every row by itself, `(|B^T x_i|^2 / |x_i|^2) d / r`; their mean is R. Zeros for an empty basis."""
+    r = basis.shape[1]
+    if r == 0:
+        return torch.zeros(target.columns, dtype=torch.float64)
+    return (basis.double().T @ target.F).square().sum(dim=0) * target.columns * target.dim / r
+
+
+def oracle_energy(target: Target, r: int) -> float:
+    """The most that any rank-r subspace explains: the sum of the r largest eigenvalues of G."""
+    return float(target.energies[:r].sum())
+
+
+def oracle_fraction(target: Target | None, basis: Float[Tensor, "d r"], rows: bool = False) -> float:
+    """`f(B) / f(best subspace of the same rank)` in [0, 1]; with `rows` (an activation target) NaN where r >= n."""
+    r = basis.shape[1]
+    if target is None or r == 0 or target.trace <= 0 or (rows and r >= target.columns):
+        return NAN
+    return min(energy(target, basis) / oracle_energy(target, r), 1.0)
+
+
+def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
+    """Top-r left singular vectors of F: the best subspace of rank r (fewer where F has fewer)."""
+    return target.axes[:, : min(r, int((target.energies > 0).sum()))]
+
+
+def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
+    """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest).
+
+    1 where B's share of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B
+    has nothing in the span.
+    """
+    if target is None or basis.shape[1] == 0 or target.trace <= 0:
+        return NAN
+    L = target.axes[:, target.energies > SPAN_TOLERANCE**2 * target.energies[0]]
+    inside = float((L.T @ basis.double()).square().sum()) / L.shape[1]
+    if L.shape[1] > target.F.shape[0] / 2 or inside < EPS:
+        return NAN
+    return energy(target, basis) / inside
+
+
+def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, " draws"]:
+    """R of `draws` uniformly random rank-r subspaces; the seed is a stable hash of `label` and `seed`."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{label}/{r}/{seed}".encode()))
+    d = target.F.shape[0]
+    values = [energy(target, random_basis(d, r, generator).B) * target.dim / r for _ in range(draws)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def without(X: Float[Tensor, "n d"], C: Basis) -> Target:
+    """The activation target of `X (I - C C^T)`, in `d - rank C` dimensions."""
+    Q = C.B.double()
+    X = X.double()
+    return activation_target(X - (X @ Q) @ Q.T, X.shape[1] - C.rank)
+
+
+def specific(target: Target, basis: Basis, C: Basis) -> tuple[Score, int]:
+    """Score and rank of what B adds to C: `project_away(B, C)` on the target of `without(X, C)`."""
+    left = project_away(basis, C)
+    return score(target, left.B, ZERO), left.rank

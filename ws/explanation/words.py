@@ -1,0 +1,211 @@
+"""What a sweep says in words: every number is taken from its tables, every caveat is one that holds for this very run.
+
+(docs/method.md section 6: v7_definitions.md, v7_conclusion.md, v7_plan_merge.md)
+"""
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from ws.data import Behavior
+from ws.show.tables import as_text, sort_nan_last
+from ws.subspaces.candidate import Candidate
+from ws.subspaces.captures import N_PROBES
+from ws.subspaces.protocol import Protocol
+
+TOP = 5
+DISTINCT_Z = 2.0  # mean z over layers below which a winner is not told apart from a random subspace
+
+PLAN_MERGE = """# What v7 measures that its predecessor did not
+
+**Weight recovery per tensor.** `o_proj` and `down_proj` are scored apart (`conc_w_oproj`, `conc_w_downproj`), and the
+combined score first scales each to unit norm, so that it is the mean of the two. A single number over the raw side by
+side matrix would be that of whichever tensor happens to be larger.
+
+**A ceiling for weights.** `dW_left_basis_ceiling`, the top left singular vectors of w's own writers, says what eight
+directions chosen with w in hand explain. Weight scores are read as a percentage of it, as activation scores already
+were of the steered activations' own directions. It is cut from the unbalanced pair of matrices, so that for a single
+tensor it is not a strict bound.
+
+**axis_kind.** Every family is marked as reading from the residual stream, writing to it, or mixed. The matrices scored
+are writers, so that the winner is sought among write and mixed candidates; read candidates get a panel of their own.
+"""
+
+
+def definitions(candidates: list[Candidate]) -> str:
+    """`v7_definitions.md`: one row per candidate, from the registry."""
+    lines = [
+        "# Candidate subspaces",
+        "",
+        "| # | name | family | axis | source | kind | definition |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for i, c in enumerate(candidates, 1):
+        text = c.definition.replace("|", "\\|")
+        lines.append(f"| {i} | {c.name} | {c.family} | {c.axis_kind} | {c.source} | {c.kind} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a conclusion needs to know of its run beside the tables."""
+
+    title: str
+    behavior: Behavior
+    protocol: Protocol
+    layers: list[int]
+    n_layers: int
+    n_fit: int
+    n_eval: int
+    d: int
+
+
+def leaders(summary: pl.DataFrame, column: str, kinds: tuple[str, ...] = ("write", "mixed", "read")) -> list[str]:
+    """Names of the A-hypotheses of the given axis kinds by a column, highest first, undefined ones left out."""
+    part = summary.filter((pl.col("kind") == "A-hypothesis") & pl.col("axis_kind").is_in(kinds))
+    return sort_nan_last(part.filter(pl.col(column).is_not_nan()), column)["subspace"].to_list()
+
+
+def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: RunFacts, checks: dict[str, float]) -> str:
+    """`v7_conclusion.md`. pct: `ws.explanation.summary.with_percentages`; table: the per-layer table; checks: `ws.explanation.rows.self_checks`."""
+    ranked = leaders(pct, "joint_score", ("write", "mixed"))
+    lines = [f"# Conclusion: {facts.title}", "", _setting(facts), "", "## Winner", ""]
+    if ranked:
+        lines += _winner(pct, ranked)
+    else:
+        lines.append("None: no write or mixed candidate has a defined joint score in this run.")
+    lines += ["", "## Do activation and weight recovery agree?", "", *_agreement(pct)]
+    lines += ["", "## Caveats of this run", "", *[f"- {c}" for c in caveats(pct, table, facts, ranked)]]
+    lines += ["", "## Self-checks", "", *_checks(checks)]
+    return "\n".join(lines) + "\n"
+
+
+def _setting(f: RunFacts) -> str:
+    return (
+        f"Behaviour `{f.behavior.name}`, protocol {f.protocol.name}, {f.n_fit} FIT and {f.n_eval} EVAL probes, d = {f.d},"
+        f" {f.n_layers} layers; means over LoRA layers {_span(f.layers)}. A score of 1 is what a random subspace gets."
+    )
+
+
+def _span(layers: list[int]) -> str:
+    run = layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if run and len(layers) > 2 else ", ".join(map(str, layers))
+
+
+def _row(pct: pl.DataFrame, name: str) -> dict:
+    return pct.row(by_predicate=pl.col("subspace") == name, named=True)
+
+
+def _winner(pct: pl.DataFrame, ranked: list[str]) -> list[str]:
+    best = _row(pct, ranked[0])
+    text = [
+        f"**{best['subspace']}** ({best['family']}) has the highest joint score among {len(ranked)} write and mixed"
+        f" candidates: {best['joint_score']:.2f} (R_act {best['mean_conc_act']:.2f}, mean z"
+        f" {best['mean_z_act']:.1f}; R_w {best['mean_conc_w_combined']:.2f}, mean z {best['mean_z_w_combined']:.1f})."
+        f" That is {best['pct_act_ceiling']:.0f} % of the activation ceiling and {best['pct_w_oracle_combined']:.0f} % of"
+        f" the weight ceiling (o_proj {best['pct_w_oracle_oproj']:.0f} %, down_proj {best['pct_w_oracle_downproj']:.0f} %)."
+    ]
+    weak = [
+        n for n, z in (("activations", "mean_z_act"), ("weights", "mean_z_w_combined")) if not best[z] >= DISTINCT_Z
+    ]
+    if weak:
+        text.append(
+            f"**On {' and '.join(weak)} it is not told apart from a random subspace** of its rank (mean z under"
+            f" {DISTINCT_Z:g}): best of {len(ranked)} is not yet good."
+        )
+    if len(ranked) > 1:
+        second = _row(pct, ranked[1])
+        lead = 100 * (best["joint_score"] / second["joint_score"] - 1)
+        text.append(f"Next is {second['subspace']} with {second['joint_score']:.2f}: the lead is {lead:.0f} %.")
+    both = pct.filter(
+        (pl.col("kind") == "A-hypothesis") & (pl.col("mean_conc_act") > 1) & (pl.col("mean_conc_w_combined") > 1)
+    )
+    total = (pct["kind"] == "A-hypothesis").sum()
+    text.append(f"Above chance on both axes are {len(both)} of {total} candidates built without w.")
+    reads = leaders(pct, "joint_score", ("read",))
+    if reads:
+        row = _row(pct, reads[0])
+        text.append(f"The best read candidate is {reads[0]}, with a joint score of {row['joint_score']:.2f}.")
+    return [" ".join(text)]
+
+
+def _agreement(pct: pl.DataFrame) -> list[str]:
+    by_act = leaders(pct, "mean_conc_act")[:TOP]
+    by_w = leaders(pct, "mean_conc_w_combined", ("write", "mixed"))[:TOP]
+    shared = [n for n in by_act if n in by_w]
+    rows = [
+        f"- Top {TOP} by activation recovery (all candidates built without w): {', '.join(by_act) or 'none'}.",
+        f"- Top {TOP} by weight recovery (write and mixed): {', '.join(by_w) or 'none defined'}.",
+        f"- In both: {len(shared)} of {TOP}" + (f" ({', '.join(shared)})." if shared else "."),
+    ]
+    part = pct.filter((pl.col("kind") == "A-hypothesis") & pl.col("mean_conc_w_combined").is_not_nan())
+    if len(part) > 2:
+        rho = part.select(pl.corr("mean_conc_act", "mean_conc_w_combined", method="spearman")).item()
+        rows.append(f"- Spearman correlation of the two scores over {len(part)} candidates: {rho:.2f}.")
+    return rows
+
+
+def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: RunFacts, ranked: list[str]) -> list[str]:
+    """Only what is true of this run, with its numbers."""
+    out = ["One LoRA seed: no ranking is established by a single run; the stability report compares seeds."]
+    f = facts
+    trained_on = max(0, min(f.behavior.n_train_topics, N_PROBES) - f.n_fit) if f.protocol.eval_split == "half" else 0
+    if trained_on:
+        out.append(f"{trained_on} of {f.n_eval} EVAL probes are topics that the adapters may have been trained on.")
+    if not f.protocol.chat_probes:
+        out.append(
+            "Clean and steered probes are raw text, persona probes are in the chat template: a contrast mixes both."
+        )
+    if f.protocol.persona_pairs == "1" and len(f.behavior.personas_pos) > 1:
+        out.append(f"One of {len(f.behavior.personas_pos)} persona pairs is used.")
+    if f.protocol.name == "v7":
+        out.append("PCA centres the contrasts, which removes their mean: the steering direction itself.")
+    part = table.filter(pl.col("layer").is_in(f.layers))
+    doubtful = (
+        part.filter(pl.col("ill_conditioned")).group_by("subspace", maintain_order=True).agg(pl.col("note").first())
+    )
+    for name, note in doubtful.rows():
+        place = f" (rank {ranked.index(name) + 1} by joint score)" if name in ranked else ""
+        out.append(f"`{name}`{place} is not determined by its data: {note}.")
+    over = pct.filter((pl.col("kind") == "A-hypothesis") & (pl.col("pct_act_ceiling") > 100))["subspace"].to_list()
+    if over:
+        out.append(
+            f"The activation ceiling is no upper bound: {', '.join(over)} exceed{'s' if len(over) == 1 else ''} it."
+        )
+    for t in ("oproj", "downproj"):
+        top = part.filter(pl.col("subspace") == "dW_left_basis_ceiling")[f"pct_oracle_{t}"].drop_nans()
+        if len(top) and float(top.mean()) < 0.99:
+            out.append(
+                f"The weight ceiling is cut from the unbalanced pair: on {t} it reaches {100 * float(top.mean()):.0f} % of"
+                " that tensor's own best rank-8 subspace."
+            )
+    undefined = pct.filter(pl.col("joint_score").is_nan())["subspace"].to_list()
+    if undefined:
+        out.append(f"Undefined joint score, sorted last: {', '.join(undefined)}.")
+    silent = (
+        part.group_by("layer").agg((pl.col("conc_act") == 0).all().alias("x")).filter("x")["layer"].sort().to_list()
+    )
+    if silent:
+        out.append(f"w changes no EVAL activation at layers {', '.join(map(str, silent))}.")
+    out.append("The null is a uniformly random subspace; real activations and weights are far from uniform, so a large z"
+               " says less than it seems.")  # fmt: skip
+    return out
+
+
+def _checks(checks: dict[str, float]) -> list[str]:
+    names = {
+        "ceiling_r_w": "mean R_w of the weight ceiling (must exceed 1)",
+        "combined_minus_mean": "largest |R_combined - mean of its parts| (must vanish)",
+        "orthonormality": "largest |B^T B - I| over all bases (must stay under 1e-3)",
+    }
+    return [f"- {names.get(key, key)}: {value:.3g}" for key, value in checks.items()]
+
+
+def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
+    """The head of the summary as text, the columns a reader compares first."""
+    columns = {
+        "subspace": "subspace", "family": "family", "mean_conc_act": "R_act", "mean_conc_w_combined": "R_w",
+        "joint_score": "joint", "pct_act_ceiling": "% act ceiling", "pct_w_oracle_combined": "% w ceiling",
+        "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
+    }  # fmt: skip
+    return as_text(pct.select([pl.col(c).alias(n) for c, n in columns.items()]), rows=rows, style=style)

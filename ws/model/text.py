@@ -1,0 +1,71 @@
+"""Texts as a model reads them: chat templates, token ids with a mask, the last real token, positions.
+
+(docs/method.md sections 1 and 3)
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def chat_text(tokenizer, user: str, system: str | None = None, assistant: str | None = None) -> str:
+    """One conversation rendered by the tokenizer's chat template, special tokens included.
+
+    With `assistant=None` the text ends with the generation prompt; otherwise with the assistant's finished turn.
+    Thinking is switched off where the template knows `enable_thinking`. A template that rejects a system role gets the
+    system text put before the user's. A tokenizer without a template is a ValueError. (docs/method.md section 1)
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')}: no chat template; use an instruction-tuned model,"
+            " or set tokenizer.chat_template"
+        )
+    reply = [] if assistant is None else [{"role": "assistant", "content": assistant}]
+    turns = [{"role": "user", "content": user}, *reply]
+
+    def render(messages):
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=assistant is None, enable_thinking=False
+        )
+
+    if not system:
+        return render(turns)
+    try:
+        text = render([{"role": "system", "content": system}, *turns])
+    except Exception as error:  # jinja2's TemplateError, or whatever a template's raise_exception maps to
+        if "TemplateError" not in {c.__name__ for c in type(error).__mro__}:
+            raise
+        text = ""
+    if system.strip() not in text:
+        text = render([{"role": "user", "content": f"{system}\n\n{user}"}, *reply])
+    return text
+
+
+def encode(
+    tokenizer, texts: list[str], add_special_tokens: bool, max_length: int = 256, padding_side: str = "right"
+) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n T"]]:
+    """Token ids and attention mask `(n, T)`, padded to the longest, truncated at `max_length` tokens."""
+    rows = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    rows = [row[:max_length] for row in rows]
+    if not rows or min(map(len, rows)) == 0:
+        raise ValueError("no text to encode, or a text without a single token")
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        span = slice(0, len(row)) if padding_side == "right" else slice(width - len(row), width)
+        ids[i, span] = torch.tensor(row)
+        mask[i, span] = 1
+    return ids, mask
+
+
+def last_index(mask: Int[Tensor, "n T"]) -> Int[Tensor, " n"]:
+    """Index of each row's last non-zero mask entry; the same token for left and right padding."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * positions).argmax(dim=1)
+
+
+def position_ids(mask: Int[Tensor, "n T"]) -> Int[Tensor, "n T"]:
+    """Positions that count from each row's first real token, so that padding on the left moves nothing."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)

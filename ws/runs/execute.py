@@ -1,0 +1,145 @@
+"""Execute one notebook in a kernel of its own with papermill: its log, its progress, its end.
+
+An exception that leaves this module (an interrupt; SIGTERM within `terminable`) has ended the kernel; a kernel also ends
+by itself when the process that started it is gone.
+"""
+
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from ws.cache.places import ROOT
+from ws.runs import parameters
+
+
+class _Tee:
+    """A text stream that papermill writes to, passed on to several."""
+
+    def __init__(self, *streams: TextIO):
+        self.streams = streams
+
+    def write(self, text: str) -> None:
+        for stream in self.streams:
+            stream.write(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+
+class _Cells:
+    """Where papermill's progress bar writes: tells the number of cells that are done."""
+
+    def __init__(self, tell: Callable[[int], None]):
+        self.tell = tell
+
+    def write(self, text: str) -> None:
+        if found := re.search(r"(\d+)/\d+", text):
+            self.tell(int(found[1]))
+
+    def flush(self) -> None:
+        pass
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turn the first SIGTERM into an exception, so that the kernel is ended and temporary files are removed; later ones
+    do not disturb that. Only a main thread may do so: elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _kernel_config() -> Iterator[object]:
+    """Kernels over IPC sockets in a folder of their own: parallel kernels cannot race for ports.
+
+    A socket's path is limited to about 100 characters; where the temporary folder is too deep, TCP serves.
+    """
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True) as folder:
+        path = f"{folder}/kernel.json"
+        if os.name == "posix" and len(path) < 80:
+            yield Config(KernelManager={"transport": "ipc", "connection_file": path})
+        else:
+            yield Config()
+
+
+def execute(
+    path: Path,
+    content: dict,
+    values: dict[str, object],
+    target: Path,
+    timeout: int | None,
+    log: TextIO,
+    quiet: bool,
+    on_stage: Callable[[str], None] | None,
+) -> str:
+    """Run the notebook at `path` (its JSON: `content`) with `values`, write it to `target` after every cell.
+
+    '' when it ended well, else the traceback. Interrupts pass through, the kernel ended. `log` gets what the
+    notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of what runs.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    # Kernels inherit it: a library's request for progress widgets, which a report could not show.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other when cores are shared
+    bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
+    if on_stage:
+        headings = _headings(content)
+        cells = _Cells(lambda done: on_stage(headings[min(done, len(headings) - 1)]))
+        bar = {"file": cells, "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
+    try:
+        with _kernel_config() as config:
+            papermill.execute_notebook(
+                str(path),
+                str(target),
+                parameters=values,
+                progress_bar=bar,
+                stdout_file=_Tee(log),
+                stderr_file=_Tee(log) if quiet else _Tee(log, sys.stderr),
+                cwd=str(ROOT),
+                execution_timeout=timeout,
+                config=config,
+                coalesce_streams=True,
+            )
+    except PapermillExecutionError as raised:
+        return _plain("\n".join(raised.traceback)) or f"{raised.ename}: {raised.evalue}"
+    except (RuntimeError, TimeoutError) as raised:  # a kernel that died, a cell over its time
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def _headings(content: dict) -> list[str]:
+    """Per cell of the executed notebook (papermill adds one after the parameters) the heading it stands under."""
+    headings, last = [], "start"
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown" and (found := re.search(r"^#+ +(.+)$", parameters.source_of(cell), re.M)):
+            last = found[1].strip()
+        headings += [last] * (2 if parameters.is_tagged(cell) else 1)
+    return headings
+
+
+def _plain(text: str) -> str:
+    """Text without terminal colours."""
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip()

@@ -1,0 +1,215 @@
+"""Run a notebook with papermill, once: a run whose parameters, inputs and sources are unchanged is not run again.
+
+The executed notebook appears as OUT_DIR/NAME.ipynb only when it ended well; one that raised is kept beside it as
+NAME.failed.ipynb.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from ws.cache import made as store
+from ws.cache.places import LOGS, OUT, ROOT
+from ws.runs import parameters
+from ws.runs.execute import execute, terminable
+from ws.runs.identity import outputs, products, run_folder, run_id, run_key, run_state
+from ws.runs.pairing import NBS, check_pair
+
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "polars", "papermill")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of asking for a run: where, what was found before ("done" or why it ran), and how it ended."""
+
+    notebook: str
+    folder: Path
+    found: str
+    ok: bool
+    seconds: float
+    error: str = ""
+
+    @property
+    def html(self) -> Path:
+        return self.folder / f"{self.notebook}.html"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A run that is asked for, its parameters complete: which notebook, with what, where it goes."""
+
+    name: str
+    path: Path
+    content: dict
+    values: dict[str, object]
+    folder: Path
+
+    def key(self, out: Path) -> store.Key:
+        return run_key(self.name, self.content, self.values, out)
+
+
+def revision() -> str:
+    """The source revision (git), '+' appended when tracked files differ from it; 'unknown' outside a repository."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what the numbers depend on."""
+    from ws import __version__
+
+    found = {"python": platform.python_version(), "ws": __version__}
+    for package in VERSIONS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def threads() -> int:
+    """How many threads a kernel computes with: results repeat byte for byte only under the same number."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+
+
+def prepare(
+    name: str,
+    params: dict[str, object],
+    files: list[Path] | tuple[Path, ...] = (),
+    cwd: Path | None = None,
+    nbs: Path = NBS,
+    out: Path = OUT,
+) -> Ask:
+    """A run's complete parameters and its folder; nothing is run. Wrong ones raise ValueError / FileNotFoundError."""
+    path = nbs / f"{name}.ipynb"
+    content = parameters.read_notebook(path)
+    values = parameters.resolve(name, content, params, files, cwd)
+    if "OUT_DIR" not in values:
+        raise ValueError(f"{name}: the notebook defines no parameter OUT_DIR, so nobody can say where its run goes")
+    folder = run_folder(name, values, out)
+    values["OUT_DIR"] = str(folder)
+    return Ask(name, path, content, values, folder)
+
+
+def run_notebook(
+    name: str,
+    params: dict[str, object] | None = None,
+    out_dir: Path | str | None = None,
+    timeout: int | None = None,
+    *,
+    files: list[Path] | tuple[Path, ...] = (),
+    force: bool = False,
+    cwd: Path | None = None,
+    nbs: Path = NBS,
+    out: Path = OUT,
+    logs: Path = LOGS,
+    quiet: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> Run:
+    """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
+
+    `files` are parameter files (explicit `params` win), `cwd` is where relative paths were typed, `timeout` the
+    seconds one cell may take; `on_stage` hears which part of the notebook runs. A notebook that raises gives `ok=False`
+    with its traceback in `error`; wrong parameters raise ValueError / FileNotFoundError. An interrupt ends the kernel
+    and leaves the run unfinished.
+    """
+    explicit = dict(params or {})
+    if out_dir is not None:
+        explicit["OUT_DIR"] = str(out_dir)
+    ask = prepare(name, explicit, files, cwd, nbs, out)
+    notebook, values, folder = ask.path, ask.values, ask.folder
+    script = notebook.with_suffix(".py")
+    newer = script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime
+    if newer:
+        check_pair(notebook)
+
+    key = ask.key(out)
+    found = run_state(name, folder, key)
+    if found == "done" and not force:
+        if not (folder / f"{name}.html").is_file():
+            from ws.runs.html import render
+
+            render(folder / f"{name}.ipynb", folder / f"{name}.html", title=name)
+        return Run(name, folder, found, True, 0.0)
+    if not newer:
+        check_pair(notebook)
+    target = folder / f"{name}.ipynb"
+    with terminable(), store.lock(folder, name=f".lock.{name}"):
+        key = ask.key(out)
+        found = run_state(name, folder, key)  # another process may have run it while this one waited
+        if found == "done" and not force:
+            return Run(name, folder, found, True, 0.0)
+        store.sweep(folder)
+        store.sidecar(target).unlink(missing_ok=True)  # its outputs are about to change
+        run = _execute(ask, found, timeout, logs, quiet, on_stage)
+        if not run.ok:
+            store.mark_failed(target, key, run.error)
+            return run
+        # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
+        key = replace(key, params=ask.key(out).params)
+        about = {"notebook": name, "run": asdict(run_id(values)), "seconds": run.seconds}
+        made = {"outputs": outputs(name, folder), "products": products(name, folder, values, out)}
+        store.mark_made(target, key, {**about, **made})
+    return run
+
+
+def _execute(
+    ask: Ask, found: str, timeout: int | None, logs: Path, quiet: bool, on_stage: Callable[[str], None] | None
+) -> Run:
+    """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
+    from ws.runs.html import render
+
+    name, notebook, values, folder = ask.name, ask.path, ask.values, ask.folder
+    target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
+    logs.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    log_path = logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
+    with log_path.open("w", encoding="utf-8") as log, store.scratch(target) as temporary:
+        log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
+        error = execute(ask.path, ask.content, values, temporary, timeout, log, quiet, on_stage)
+        seconds = round(time.time() - started, 1)
+        log.write(f"\n{error or 'ended well'} after {seconds} s\n")
+        if error:
+            if not temporary.is_file():  # it died before its first cell
+                temporary.write_bytes(notebook.read_bytes())
+            store.publish(temporary, failed)
+            for old in (target, folder / f"{name}.html"):
+                old.unlink(missing_ok=True)  # they tell of results that this run may have replaced
+            return Run(name, folder, found, False, seconds, error)
+        _settle_paths(temporary, notebook, target)
+        render(temporary, folder / f"{name}.html", title=name)
+        timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
+        about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
+        about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+        store.write_json(folder / "params.json", {**about, "timings": {**timing, "cells": _cell_seconds(temporary)}})
+        failed.unlink(missing_ok=True)
+        store.publish(temporary, target)
+    return Run(name, folder, found, True, seconds)
+
+
+def _settle_paths(temporary: Path, notebook: Path, target: Path) -> None:
+    """papermill notes the temporary name it wrote to; the finished notebook names itself."""
+    content = json.loads(temporary.read_text(encoding="utf-8"))
+    content["metadata"]["papermill"].update(input_path=notebook.name, output_path=target.name)
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cell_seconds(notebook: Path) -> list[float]:
+    """Seconds that each code cell took."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    timed = [c["metadata"].get("papermill", {}).get("duration") for c in cells if c["cell_type"] == "code"]
+    return [round(t or 0.0, 3) for t in timed]

@@ -1,0 +1,98 @@
+"""Notebook pairs nbs/NAME.py <-> nbs/NAME.ipynb: in step, without outputs, with the tag that papermill needs.
+
+`python -m ws.runs.pairing` checks all of nbs/ and names what is wrong; `--strip` takes outputs and execution counts out.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from ws.cache.files import write_text
+from ws.cache.places import ROOT
+from ws.runs import parameters
+
+NBS = ROOT / "nbs"
+
+
+def percent_cells(text: str) -> list[tuple[str, str, bool]]:
+    """Cells of a percent script: kind, source, whether it carries the parameters tag. Knows plain cells only."""
+    cells = []
+    for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
+        options, _, body = part.partition("\n")
+        kind = "markdown" if "[markdown]" in options else "code"
+        if kind == "markdown":
+            body = "\n".join(re.sub("^# ?", "", line) for line in body.split("\n"))
+        cells.append((kind, body.strip(), '"parameters"' in options))
+    return [cell for cell in cells if cell[1]]
+
+
+def check_pair(notebook: Path) -> None:
+    """Refuse an .ipynb that does not say what its .py says: the edit would silently not run."""
+    script = notebook.with_suffix(".py")
+    if not script.is_file():
+        return
+    cells = parameters.read_notebook(notebook)["cells"]
+    told = [(c["cell_type"], parameters.source_of(c).strip(), parameters.is_tagged(c)) for c in cells]
+    if [cell for cell in told if cell[1]] == percent_cells(script.read_text(encoding="utf-8")):
+        return
+    import jupytext  # knows every form a cell can take, but takes a second to import
+
+    def known(path: Path) -> list[tuple[str, str, bool]]:
+        found = [c for c in jupytext.read(path)["cells"] if c["source"]]
+        return [(c["cell_type"], c["source"].strip(), parameters.is_tagged(c)) for c in found]
+
+    if known(script) != known(notebook):
+        raise ValueError(f"{script.name} and {notebook.name} differ: run `just sync`, or undo one of them")
+
+
+def faults(folder: Path = NBS) -> list[str]:
+    """What is wrong with the notebooks of a folder, one line each."""
+    found = []
+    for name in sorted({p.stem for p in (*folder.glob("*.py"), *folder.glob("*.ipynb"))}):
+        script, notebook = folder / f"{name}.py", folder / f"{name}.ipynb"
+        missing = [p.name for p in (script, notebook) if not p.is_file()]
+        if missing:
+            found.append(f"{missing[0]} is missing: run `just sync`")
+            continue
+        try:
+            content = parameters.read_notebook(notebook)
+            parameters.defaults(content, notebook.name)
+            check_pair(notebook)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if not content["metadata"].get("kernelspec", {}).get("name"):
+            found.append(f"{notebook.name}: no kernelspec, papermill would find no kernel")
+        if strip(content):
+            found.append(f"{notebook.name}: has outputs or execution counts: run `just sync`")
+    return found
+
+
+def strip(notebook: dict) -> bool:
+    """Take outputs and execution counts out of a notebook's JSON; whether there were any."""
+    had = False
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"] is not None):
+            cell["outputs"], cell["execution_count"], had = [], None, True
+    return had
+
+
+def main(args: list[str]) -> int:
+    """Exit code 0 when all is well, 1 otherwise."""
+    if args == ["--strip"]:
+        for path in sorted(NBS.glob("*.ipynb")):
+            content = parameters.read_notebook(path)
+            if strip(content):
+                write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+                print(f"{path.name}: outputs taken out")
+        return 0
+    found = faults()
+    for line in found:
+        print(line, file=sys.stderr)
+    print(f"notebooks: {len(list(NBS.glob('*.ipynb')))} checked, {len(found)} faults")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""What a Dask worker does: one run at a time, each in a process of its own, and ending those of a batch on request."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ws.cache.places import ROOT
+from ws.runs.job import MARK, Ending
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def run_environment(worker: object, threads: int, gpus: list[str]) -> dict[str, str]:
+    """Environment of a run: the threads asked for (0: as the worker has it), the worker's own GPU of this machine."""
+    environment = dict(os.environ)
+    if threads:
+        environment |= {name: str(threads) for name in THREADS}
+    if gpus and isinstance(worker, int):
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
+    return environment
+
+
+def work(spec: dict, batch: str, environment: dict, *needs: dict) -> dict:
+    """The Dask task: one run, in a process of its own. Returns the run's name and how it ended."""
+    from distributed import get_worker
+
+    lost = next((need for need in needs if not need["ending"].ok), None)
+    if lost:
+        return {"name": spec["name"], "ending": Ending("skipped", error=f"needs {lost['name']}")}
+    worker = get_worker()
+    ended = None
+    with tempfile.TemporaryFile("w+") as noise:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ws.runs.job", batch, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            cwd=ROOT,
+            env=run_environment(worker.name, environment["threads"], environment["gpus"]),
+            start_new_session=True,  # a Ctrl-C in the driver's terminal is the driver's to handle
+        )
+        try:
+            process.stdin.write(json.dumps(spec, default=str))
+            process.stdin.close()
+            for line in process.stdout:
+                if line.startswith("waiting for "):
+                    worker.log_event(batch, {"name": spec["name"], "stage": line.strip()})
+                if not line.startswith(MARK):
+                    continue
+                told = json.loads(line.removeprefix(MARK))
+                if "state" in told:
+                    ended = Ending(**told)
+                else:
+                    worker.log_event(batch, {"name": spec["name"], "stage": told["stage"]})
+        except BrokenPipeError:
+            pass  # it died before it read what to do
+        finally:
+            if ended is None:
+                process.terminate()
+            code = process.wait()
+        noise.seek(0)
+        last = noise.read()[-4000:].strip()
+    if ended is None:
+        ended = Ending("failed", error=f"{last}\nthe run's process ended with code {code}".strip())
+    return {"name": spec["name"], "ending": ended}
+
+
+def end_runs(batch: str, patience_s: float = 10.0) -> int:
+    """On a worker: end the runs of a batch, kernels first; returns how many there were."""
+    import psutil
+
+    found = [child for child in psutil.Process().children() if batch in command_of(child)]
+    for process in found:
+        process.terminate()
+    for process in psutil.wait_procs(found, timeout=patience_s)[1]:
+        process.kill()  # its kernel sees that and ends itself
+    return len(found)
+
+
+def command_of(process) -> list[str]:
+    """A process's command line, [] when it is gone."""
+    import psutil
+
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def sees(path: str) -> bool:
+    """On a worker: whether it has the driver's folder."""
+    return Path(path).exists()

@@ -1,0 +1,208 @@
+"""How much of the behaviour a model shows: Yes against No at the answer, and the same over steering strengths.
+
+`logratio = log P(yes-words) - log P(no-words)`, `pmass = P(yes) + P(no)`, from a float32 log-softmax at the answer
+position. A model that merely says Yes more often is told apart by asking about false claims, their negations and true
+claims side by side. (docs/method.md sections 1 and 2)
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from ws.cache.files import atomic_file
+from ws.data import Behavior
+from ws.diff import WeightDiff
+from ws.model.lm import LM
+from ws.model.text import chat_text, encode, last_index, position_ids
+from ws.steer.weights import weight_steer
+
+MIN_PMASS = 0.5
+SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per text, float32 on the CPU: `logratio (n,)` in nats and `pmass (n,)`."""
+
+    logratio: Float[Tensor, " n"]
+    pmass: Float[Tensor, " n"]
+
+
+def answer_ids(tokenizer, words: tuple[str, ...]) -> list[int]:
+    """Ids of every vocabulary entry that is one of the words: as written, lower case, capitalised, with or without a
+    leading space. ValueError naming the words when the vocabulary has none of them as one token."""
+    forms = {f for w in words for f in (w, w.lower(), w.capitalize(), w.upper())}
+    ids = sorted(i for token, i in tokenizer.get_vocab().items() if token.strip(SPACES) in forms)
+    if not ids:
+        raise ValueError(f"answer words {', '.join(map(repr, words))}: none is a single token of the vocabulary")
+    return ids
+
+
+def answer_scores(
+    lm: LM, texts: list[str], yes: list[int], no: list[int], batch_size: int = 32, padding_side: str = "right"
+) -> Answers:
+    """Answers at the last token of texts that are already rendered by the chat template."""
+    ratios, masses = [], []
+    for start in range(0, len(texts), batch_size):
+        ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
+        last = last_index(mask)
+        with torch.no_grad():
+            logits = lm.model(
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                position_ids=position_ids(mask).to(lm.device),
+                use_cache=False,
+            ).logits
+        logp = logits[torch.arange(len(last)), last.to(logits.device)].float().log_softmax(dim=-1).cpu()
+        log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
+        ratios.append(log_yes - log_no)
+        masses.append(log_yes.exp() + log_no.exp())
+    return Answers(torch.cat(ratios), torch.cat(masses))
+
+
+def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None) -> Answers:
+    """Answers to the behaviour's probe about each claim, in the chat template, optionally under a persona."""
+    yes, no = answer_ids(lm.tokenizer, behavior.yes), answer_ids(lm.tokenizer, behavior.no)
+    both = set(yes) & set(no)
+    if both:
+        raise ValueError(f"{behavior.name}: a token counts as yes and as no: {sorted(both)}")
+    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim), system) for claim in claims]
+    return answer_scores(lm, texts, yes, no)
+
+
+def claim_sets(behavior: Behavior) -> dict[str, tuple[str, ...]]:
+    """The held-out claims that are asked about: `false`, and `negated` and `true` where the behaviour has them."""
+    sets = {
+        "false": tuple(t.claim for t in behavior.heldout_topics),
+        "negated": behavior.negations,
+        "true": behavior.true_claims,
+    }
+    return {name: claims for name, claims in sets.items() if claims}
+
+
+def check_alphas(alphas: list[float | int]) -> list[float]:
+    """The strengths of a sweep, ascending. ValueError unless there are at least two different ones, all finite."""
+    found = sorted(set(map(float, alphas)))
+    if len(found) < 2 or not all(map(math.isfinite, found)):
+        raise ValueError(f"ALPHAS = {list(alphas)}: a sweep needs at least two different strengths")
+    return found
+
+
+def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], progress: bool = True) -> pl.DataFrame:
+    """Answers at each steering strength: one row per alpha, claim set and claim.
+
+    Columns: alpha, set, claim, logratio (nats), pmass. The model is the same before and after.
+    """
+    sets = claim_sets(behavior)
+    rows = []
+    for alpha in tqdm(alphas, "alpha sweep", disable=not progress):
+        with weight_steer(lm.model, w, alpha):
+            for name, claims in sets.items():
+                answers = probe_answers(lm, behavior, claims)
+                for claim, ratio, mass in zip(claims, answers.logratio.tolist(), answers.pmass.tolist(), strict=True):
+                    rows.append({"alpha": alpha, "set": name, "claim": claim, "logratio": ratio, "pmass": mass})
+    return pl.DataFrame(rows)
+
+
+def summarise_sweep(sweep: pl.DataFrame) -> pl.DataFrame:
+    """Per alpha and claim set: mean and sd (n-1) of logratio, mean pmass, n, and `low_pmass` where pmass < 0.5."""
+    return (
+        sweep.group_by(["set", "alpha"], maintain_order=True)
+        .agg(
+            pl.col("logratio").mean().alias("mean_logratio"),
+            pl.col("logratio").std().alias("sd_logratio"),
+            pl.col("pmass").mean().alias("mean_pmass"),
+            pl.len().alias("n"),
+        )
+        .with_columns(low_pmass=pl.col("mean_pmass") < MIN_PMASS)
+        .sort(["set", "alpha"], maintain_order=True)
+    )
+
+
+def complete(lm: LM, texts: list[str], max_new_tokens: int = 64) -> list[str]:
+    """Greedy completions of rendered texts, special tokens removed."""
+    ids, mask = encode(lm.tokenizer, texts, False, 4096, "left")
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
+    with torch.no_grad():
+        out = lm.model.generate(
+            input_ids=ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+        )
+    return [lm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1] :]]
+
+
+def completions(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], max_new_tokens: int = 64) -> list[dict]:
+    """What the model says about each held-out topic at each alpha: rows of topic, prompt, alpha, completion."""
+    prompts = [behavior.opinion_text(t) for t in behavior.heldout_topics]
+    texts = [chat_text(lm.tokenizer, p) for p in prompts]
+    rows = []
+    for alpha in tqdm(alphas, "completions"):
+        with weight_steer(lm.model, w, alpha):
+            said = complete(lm, texts, max_new_tokens)
+        rows += [
+            {"topic": i, "prompt": p, "alpha": alpha, "completion": c}
+            for i, (p, c) in enumerate(zip(prompts, said, strict=True))
+        ]
+    return rows
+
+
+def write_blind(rows: list[dict], folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """`completions.jsonl` in seeded random order without alpha, for blind reading, and `completions_key.jsonl`."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    read, key = folder / "completions.jsonl", folder / "completions_key.jsonl"
+    for path, columns in ((read, ("id", "prompt", "completion")), (key, ("id", "topic", "alpha"))):
+        with atomic_file(path) as tmp, open(tmp, "w", encoding="utf-8") as handle:
+            for number, i in enumerate(order):
+                row = {"id": number, **rows[i]}
+                handle.write(json.dumps({c: row[c] for c in columns}, ensure_ascii=False) + "\n")
+    return read, key
+
+
+def steering_verdict(summary: pl.DataFrame) -> dict:
+    """What the sweep shows on the held-out false claims, computed: `monotone`, `spread` (nats, between the extreme
+    alphas), `least_pmass`, and `text`, which compares the claim sets' movements.
+
+    summary: `summarise_sweep`. A behaviour without negations or true claims is compared on what it has.
+    """
+    part = summary.filter(pl.col("set") == "false").sort("alpha")
+    means = part["mean_logratio"].to_list()
+    low, high = part["alpha"][0], part["alpha"][-1]
+    monotone = all(a < b for a, b in zip(means, means[1:], strict=False))
+    spread, least = means[-1] - means[0], float(part["mean_pmass"].min())
+    lines = [
+        f"On {part['n'][0]} held-out false claims the mean log-ratio goes from {means[0]:+.2f} at alpha {low:+g} to"
+        f" {means[-1]:+.2f} at alpha {high:+g}, a spread of {spread:.2f} nats;"
+        f" {'every step of alpha raises it' if monotone else 'it is not monotone in alpha'}. The least mean pmass is"
+        f" {least:.3f}{'' if least >= MIN_PMASS else ': the ratio says little there'}."
+    ]
+    for other in ("negated", "true"):
+        rest = summary.filter(pl.col("set") == other).sort("alpha")["mean_logratio"].to_list()
+        if rest:
+            gap = [b - a for a, b in zip(means, rest, strict=True)]
+            lines.append(
+                f"{other.capitalize()} claims move by {rest[-1] - rest[0]:.2f} nats; they stand {gap[0]:+.2f} nats from the"
+                f" false ones at alpha {low:+g} and {gap[-1]:+.2f} at alpha {high:+g}."
+            )
+    return {"monotone": monotone, "spread": spread, "least_pmass": least, "text": " ".join(lines)}
+
+
+def side_by_side(rows: list[dict], topics: int) -> pl.DataFrame:
+    """The first topics' completions, one column per alpha."""
+    table: dict[int, dict] = {}
+    for row in rows:
+        line = table.setdefault(row["topic"], {"prompt": row["prompt"]})
+        line[f"alpha {row['alpha']:+g}"] = row["completion"]
+    return pl.DataFrame(list(table.values())[:topics])

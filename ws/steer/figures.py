@@ -1,0 +1,25 @@
+"""What w does at other strengths, as a figure. (docs/method.md section 2)"""
+
+import polars as pl
+from matplotlib.figure import Figure
+
+SETS = {"false": ("#D55E00", "o"), "negated": ("#0072B2", "s"), "true": ("#009E73", "^")}
+
+
+def alpha_curves(sweep: pl.DataFrame) -> Figure:
+    """Mean logratio (with sd over claims) and pmass against alpha, one line per claim set."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in sweep["set"].unique(maintain_order=True):
+        part = sweep.filter(pl.col("set") == name).sort("alpha")
+        colour, marker = SETS.get(name, ("0.4", "x"))
+        n = part["n"][0]
+        left.errorbar(part["alpha"], part["mean_logratio"], yerr=part["sd_logratio"], c=colour, marker=marker, ms=5,
+                      capsize=2, lw=1.4, label=f"{name} claims (n = {n})")  # fmt: skip
+        right.plot(part["alpha"], part["mean_pmass"], c=colour, marker=marker, ms=5, lw=1.4)
+    left.axhline(0, ls="--", c="0.5", lw=1)
+    left.set(xlabel="alpha", ylabel="log P(yes) - log P(no), nats (bars: sd over claims)")
+    left.legend(fontsize=8)
+    right.axhline(0.5, ls="--", c="0.5", lw=1)
+    right.set(xlabel="alpha", ylabel="P(yes) + P(no)", ylim=(0, 1.03))
+    return figure

@@ -1,0 +1,301 @@
+"""Candidates read off base activations: clean probes, persona contrasts, attention-selected tokens, clusters, rotations.
+
+A contrast is `persona_pos - persona_neg`, probe by probe, at the last token. (docs/method.md section 5; those of
+source v7b mend one named defect each, section 7)
+"""
+
+import torch
+from torch import Tensor
+
+from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
+from ws.subspaces.candidate import candidate
+from ws.subspaces.captures import TextActs
+from ws.subspaces.materials import Materials
+
+CLUSTERS = 8
+LLOYD_STEPS = 8
+ROTATION_DIM = 32
+TINY = 1e-12
+
+
+def _growth(m: Materials) -> Tensor:
+    """`D = |h_{l+1}| - |h_l|` elementwise over the clean probes, `(L-1, n, d)`."""
+    size = m.base.clean.resid.double().abs()
+    return size[1:] - size[:-1]
+
+
+@candidate("suppressed", "act:clean", "v5", shared=True)
+def suppressed(m: Materials) -> Basis:
+    """PCA over clean probes of min(sum_l relu(D), sum_l relu(-D)), D the growth of |h| from layer to layer: what is
+    written and then erased."""
+    D = _growth(m)
+    return pca(torch.minimum(D.relu().sum(dim=0), (-D).relu().sum(dim=0)), m.k)
+
+
+@candidate("amplified", "act:clean", "v5", shared=True)
+def amplified(m: Materials) -> Basis:
+    """PCA over clean probes of relu(|h_last| - |h_first|)."""
+    size = m.base.clean.resid.double().abs()
+    return pca((size[-1] - size[0]).relu(), m.k)
+
+
+@candidate("added_features", "act:clean", "external-v6-plan", shared=True)
+def added_features(m: Materials) -> Basis:
+    """PCA over clean probes of sum_l relu(D), D the growth of |h| from layer to layer."""
+    return pca(_growth(m).relu().sum(dim=0), m.k)
+
+
+@candidate("global_clean_resid_pca", "act:baseline", "v5", shared=True)
+def global_clean_resid_pca(m: Materials) -> Basis:
+    """PCA over all clean probes and layers."""
+    return pca(m.base.clean.resid.flatten(0, 1), m.k)
+
+
+@candidate("global_persona_resid_pca", "act:baseline", "v5", shared=True)
+def global_persona_resid_pca(m: Materials) -> Basis:
+    """PCA over all probes and layers under both personas together."""
+    return pca(torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]), m.k)
+
+
+@candidate("layer_clean_resid_pca", "act:baseline", "v5")
+def layer_clean_resid_pca(m: Materials, l: int) -> Basis:
+    """PCA over the clean probes at the layer."""
+    return pca(m.base.clean.resid[l], m.k)
+
+
+def _contrast(m: Materials, l: int) -> Tensor:
+    return m.base.pos.resid[l].double() - m.base.neg.resid[l].double()
+
+
+@candidate("TaskDiff_contrast", "act:persona", "v5")
+def task_diff(m: Materials, l: int) -> Basis:
+    """PCA of the persona contrast at the last token."""
+    return pca(_contrast(m, l), m.k)
+
+
+def _aligned(acts: TextActs, width: int, l: int) -> tuple[Tensor, Tensor]:
+    """Token states `(n, T, d)` and attention row `(n, T)` at layer l, zero-padded on the left to `width`."""
+    tokens, attn = acts.tokens[l].double(), acts.attn[l].double()
+    n, have, d = tokens.shape
+    pad = width - have
+    return (
+        torch.cat([tokens.new_zeros(n, pad, d), tokens], dim=1),
+        torch.cat([attn.new_zeros(n, pad), attn], dim=1),
+    )
+
+
+def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`D = pos - neg` per token `(n, T, d)` and both attention rows `(n, T)`, aligned at the right edge."""
+    width = max(m.base.pos.tokens.shape[2], m.base.neg.tokens.shape[2])
+    pos, a_pos = _aligned(m.base.pos, width, l)
+    neg, a_neg = _aligned(m.base.neg, width, l)
+    return pos - neg, a_pos, a_neg
+
+
+def _attention_selected(m: Materials, D: Tensor, weight: Tensor) -> Basis:
+    return pca((D * (weight + TINY).sqrt()[:, :, None]).flatten(0, 1), m.k)
+
+
+@candidate("attn_min_taskdiff", "act:attn-selected", "external-v6-plan")
+def attn_min_taskdiff(m: Materials, l: int) -> Basis:
+    """PCA of the token-wise persona contrast, rows weighted by sqrt of the smaller of both attention weights."""
+    D, a, b = _token_contrast(m, l)
+    return _attention_selected(m, D, torch.minimum(a, b))
+
+
+@candidate("attn_max_taskdiff", "act:attn-selected", "external-v6-plan")
+def attn_max_taskdiff(m: Materials, l: int) -> Basis:
+    """PCA of the token-wise persona contrast, rows weighted by sqrt of the larger of both attention weights."""
+    D, a, b = _token_contrast(m, l)
+    return _attention_selected(m, D, torch.maximum(a, b))
+
+
+@candidate("attn_diff_taskdiff", "act:attn-selected", "external-v6-plan")
+def attn_diff_taskdiff(m: Materials, l: int) -> Basis:
+    """PCA of the token-wise persona contrast, rows weighted by sqrt of the difference of both attention weights."""
+    D, a, b = _token_contrast(m, l)
+    return _attention_selected(m, D, (a - b).abs())
+
+
+@candidate("attn_min_x_diffnorm_taskdiff", "act:attn-selected", "external-v6-plan")
+def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
+    """As attn_min_taskdiff with the weight times the contrast's norm over its mean non-zero norm at the layer."""
+    D, a, b = _token_contrast(m, l)
+    norm = D.norm(dim=2)
+    scale = norm.sum() / ((norm > 0).sum() + TINY)
+    return _attention_selected(m, D, torch.minimum(a, b) * norm / (scale + TINY))
+
+
+@candidate("up_proj_input_contrast", "act:up_proj", "v5")
+def up_proj_input_contrast(m: Materials, l: int) -> Basis:
+    """PCA of the persona contrast at the input of up_proj."""
+    return pca(_up_contrast(m, l), m.k)
+
+
+def _up_contrast(m: Materials, l: int) -> Tensor:
+    return m.base.pos.up_in[l] - m.base.neg.up_in[l]
+
+
+@candidate("up_proj_output_written_contrast", "act:up_proj", "v5")
+def up_proj_output_written_contrast(m: Materials, l: int) -> Basis:
+    """PCA of the persona contrast of W_down W_up x, the MLP's output without its gate."""
+    return pca(_up_written(m, l), m.k)
+
+
+def _up_written(m: Materials, l: int) -> Tensor:
+    w = m.layer(l)
+    x = _up_contrast(m, l).to(w.up.device).double()
+    return (x @ w.up.T.double()) @ w.down.T.double()
+
+
+@candidate("gate_active_written", "act:MLP", "external-v6-plan")
+def gate_active_written(m: Materials, l: int) -> Basis:
+    """PCA over clean probes of what the MLP writes, (act(W_gate x) * (W_up x)) W_down^T."""
+    w = m.layer(l)
+    x = m.base.clean.up_in[l].to(w.up.device)
+    return pca((m.decoder.act(x @ w.gate.T) * (x @ w.up.T)) @ w.down.T, m.k)
+
+
+@candidate("chars_clusters", "act:cluster", "external-v6-plan")
+def chars_clusters(m: Materials, l: int) -> Basis:
+    """PCA of 8 k-means centroids of the clean and persona rows minus their mean (rank 7: the eighth direction is
+    arbitrary)."""
+    rows = torch.cat([m.base.clean.resid[l], m.base.pos.resid[l], m.base.neg.resid[l]]).double()
+    return pca(kmeans(rows - rows.mean(dim=0)), m.k)
+
+
+def kmeans(rows: Tensor) -> Tensor:
+    """8 centroids after 8 Lloyd steps from the 8 rows of largest norm; an empty cluster keeps its centroid."""
+    start = rows.norm(dim=1).argsort(descending=True, stable=True)[:CLUSTERS]
+    centroids = rows[start].clone()
+    for _ in range(LLOYD_STEPS):
+        nearest = torch.cdist(rows, centroids).argmin(dim=1)
+        for c in nearest.unique():
+            centroids[c] = rows[nearest == c].mean(dim=0)
+    return centroids
+
+
+@candidate("churn", "act:clean", "v5")
+def churn(m: Materials, l: int) -> Basis:
+    """PCA over clean probes of what the next block adds (nothing after the last: its directions are arbitrary)."""
+    clean = m.base.clean.resid
+    return pca(clean[min(l + 1, m.n_layers - 1)] - clean[l], m.k)
+
+
+@candidate("rotation_contrast", "act:rotation", "v5")
+def rotation_contrast(m: Materials, l: int) -> Basis:
+    """Planes of the Procrustes rotation from negative- to positive-persona states: top 8 left singular vectors of
+    R - R^T inside the joint PCA (arbitrary on the null space of the cross-covariance)."""
+    return _rotation(m, l, determined=False)
+
+
+def _rotation(m: Materials, l: int, determined: bool) -> Basis:
+    X, Y = m.base.neg.resid[l].double(), m.base.pos.resid[l].double()
+    n = X.shape[0]
+    J = pca(torch.cat([X, Y]), min(ROTATION_DIM, 2 * n - 2, m.d))
+    if J.rank < 2:
+        return empty(m.d, "the joint PCA has under 2 directions")
+    frame = J.B.double()
+    X_r, Y_r = (X - X.mean(dim=0)) @ frame, (Y - Y.mean(dim=0)) @ frame
+    U, s, Vh = torch.linalg.svd(X_r.T @ Y_r)
+    q = int((s > 1e-5 * s[0]).sum()) if float(s[0]) > 0 else 0
+    if determined:
+        U, Vh = U[:, :q], Vh[:q]
+        if q == 0:
+            return empty(m.d, "the cross-covariance is zero")
+    R = U @ Vh
+    turn = left_svd(R - R.T, m.k)
+    if determined:
+        turn = cut_at_rank(turn)
+    B = orthonormalize(frame @ turn.B.double())
+    arbitrary = not determined and q < J.rank
+    note = f"cross-covariance of rank {q} under {J.rank}: R is arbitrary on its null space" if arbitrary else turn.note
+    return Basis(B, turn.s, turn.gap, turn.ill_conditioned or arbitrary, note)
+
+
+# What the sound protocol adds. Each says which defect of the one above it mends.
+
+
+@candidate("TaskDiff_uncentred", "act:persona", "v7b")
+def task_diff_uncentred(m: Materials, l: int) -> Basis:
+    """Top 8 directions of the row-normalised persona contrast, not centred.
+
+    Mends TaskDiff_contrast, whose centring removes the mean difference: the steering direction itself.
+    """
+    return uncentred(_contrast(m, l), m.k)
+
+
+@candidate("up_proj_input_uncentred", "act:up_proj", "v7b")
+def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
+    """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred.
+
+    Mends up_proj_input_contrast.
+    """
+    return uncentred(_up_contrast(m, l), m.k)
+
+
+@candidate("up_written_uncentred", "act:up_proj", "v7b")
+def up_written_uncentred(m: Materials, l: int) -> Basis:
+    """Top 8 directions of the row-normalised contrast of W_down W_up x, not centred.
+
+    Mends up_proj_output_written_contrast.
+    """
+    return uncentred(_up_written(m, l), m.k)
+
+
+def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Number of tokens at the right edge that two texts share."""
+    count = 0
+    for x, y in zip(reversed(a), reversed(b), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def _common_selected(m: Materials, l: int, combine) -> Basis:
+    D, a, b = _token_contrast(m, l)
+    shared = [common_suffix(p, q) for p, q in zip(m.base.pos.ids, m.base.neg.ids, strict=True)]
+    width = D.shape[1]
+    keep = torch.arange(width)[None, :] >= width - torch.tensor(shared)[:, None]
+    rows = D[keep] * (combine(a, b)[keep] + TINY).sqrt()[:, None]
+    if len(rows) == 0:
+        return empty(m.d, "the persona texts share no token at their end")
+    return left_svd(rows.T, m.k)
+
+
+@candidate("attn_min_common", "act:attn-selected", "v7b")
+def attn_min_common(m: Materials, l: int) -> Basis:
+    """Top 8 directions of the token-wise contrast over the common suffix of both texts, weighted as attn_min_taskdiff,
+    not centred.
+
+    Mends attn_min_taskdiff, which includes padding and tokens that only one side has.
+    """
+    return _common_selected(m, l, torch.minimum)
+
+
+@candidate("attn_max_common", "act:attn-selected", "v7b")
+def attn_max_common(m: Materials, l: int) -> Basis:
+    """As attn_min_common with the larger of both attention weights. Mends attn_max_taskdiff."""
+    return _common_selected(m, l, torch.maximum)
+
+
+@candidate("attn_diff_common", "act:attn-selected", "v7b")
+def attn_diff_common(m: Materials, l: int) -> Basis:
+    """As attn_min_common with the difference of both attention weights. Mends attn_diff_taskdiff."""
+    return _common_selected(m, l, lambda a, b: (a - b).abs())
+
+
+@candidate("chars_clusters_cut", "act:cluster", "v7b")
+def chars_clusters_cut(m: Materials, l: int) -> Basis:
+    """chars_clusters cut at the numerical rank of its centroids. Mends the arbitrary eighth direction."""
+    return cut_at_rank(m.of("chars_clusters", l))
+
+
+@candidate("rotation_cut", "act:rotation", "v7b")
+def rotation_cut(m: Materials, l: int) -> Basis:
+    """As rotation_contrast with R = U_q V_q^T, q the numerical rank of the cross-covariance.
+
+    Mends rotation_contrast, whose R is arbitrary on the null space: its score is rounding noise.
+    """
+    return _rotation(m, l, determined=True)

@@ -1,0 +1,257 @@
+"""Candidates read off the base weights. `W_o`, `W_down` write to the residual stream; q, k, v, up, gate and the
+unembedding read from it. (docs/method.md section 5; those of source v7b mend one named defect each, section 7)
+"""
+
+import torch
+from torch import Tensor
+
+from ws.subspaces.algebra import (
+    Basis,
+    bottom_gram_basis,
+    cut_at_rank,
+    gram_basis,
+    left_svd,
+    pca,
+    project_away,
+    union,
+    write_away,
+)
+from ws.subspaces.candidate import candidate
+from ws.subspaces.materials import Materials
+
+
+@candidate("lm_head_read", "W:unembed", "v5", shared=True)
+def lm_head_read(m: Materials) -> Basis:
+    """Top 8 right singular vectors of the unembedding: what the logits read most."""
+    return m.unembed_top(m.k)
+
+
+@candidate("logits_null", "W:unembed", "v5", shared=True)
+def logits_null(m: Materials) -> Basis:
+    """Bottom 8 right singular vectors of the unembedding: what the logits hardly read."""
+    return bottom_gram_basis(m.unembed_gram, m.k)
+
+
+@candidate("global_read", "W:read", "v5", shared=True)
+def global_read(m: Materials) -> Basis:
+    """Top 8 eigenvectors of the readers' Gram summed over all layers plus the unembedding's."""
+    return m.read_top(m.k)
+
+
+@candidate("global_write", "W:write", "v5", shared=True)
+def global_write(m: Materials) -> Basis:
+    """Top 8 left singular vectors of all layers' [W_o|W_down] side by side."""
+    return gram_basis(m.writers_gram, m.k)
+
+
+@candidate("global_write_not_global_read", "W:write-not-read", "v5", shared=True)
+def global_write_not_global_read(m: Materials) -> Basis:
+    """global_write after projecting out the top 64 directions that all readers together read."""
+    return write_away(m.writers_gram, m.read_broad, m.k)
+
+
+@candidate("write", "W:write", "v5")
+def write(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of the layer's [W_o|W_down]."""
+    return gram_basis(m.layer(l).write_gram, m.k)
+
+
+@candidate("attn_write", "W:write", "v5")
+def attn_write(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of W_o."""
+    return gram_basis(m.layer(l).o_gram, m.k)
+
+
+@candidate("mlp_write", "W:write", "v5")
+def mlp_write(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of W_down."""
+    return gram_basis(m.layer(l).down_gram, m.k)
+
+
+@candidate("write_not_lm_head_read", "W:write-not-read", "v5")
+def write_not_lm_head_read(m: Materials, l: int) -> Basis:
+    """write after projecting out the top 64 right singular vectors of the unembedding."""
+    return write_away(m.layer(l).write_gram, m.lm_broad, m.k)
+
+
+@candidate("write_not_global_read", "W:write-not-read", "v5")
+def write_not_global_read(m: Materials, l: int) -> Basis:
+    """write after projecting out the top 64 directions that all readers together read."""
+    return write_away(m.layer(l).write_gram, m.read_broad, m.k)
+
+
+@candidate("write_not_downstream_read", "W:write-not-read", "v5")
+def write_not_downstream_read(m: Materials, l: int) -> Basis:
+    """write after projecting out the top 64 directions read by later blocks and the unembedding."""
+    return write_away(m.layer(l).write_gram, m.downstream_broad(l), m.k)
+
+
+@candidate("mlp_up_read", "W:read", "v5")
+def mlp_up_read(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of W_up."""
+    return gram_basis(m.layer(l).up_gram, m.k)
+
+
+@candidate("mlp_gate_read", "W:read", "v5")
+def mlp_gate_read(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of W_gate."""
+    return gram_basis(m.layer(l).gate_gram, m.k)
+
+
+@candidate("attn_qkv_read", "W:read", "v5")
+def attn_qkv_read(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of [W_q; W_k; W_v]."""
+    return gram_basis(m.layer(l).qkv_gram, m.k)
+
+
+def repeat(M: Tensor, rows: int) -> Tensor:
+    """Each row of M repeated in place until there are `rows` rows: v7's stand-in for shared key/value heads."""
+    return M.repeat_interleave(-(-rows // M.shape[0]), dim=0)[:rows]
+
+
+@candidate("attn_ov_write", "W:OV", "v5")
+def attn_ov_write(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of W_o repeat(W_v), the value rows repeated one by one to W_o's columns."""
+    w = m.layer(l)
+    return left_svd(w.o @ repeat(w.v, w.o.shape[1]), m.k)
+
+
+@candidate("mlp_roundtrip_write", "W:MLP", "v5")
+def mlp_roundtrip_write(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of W_down W_up: the MLP with its gate held open."""
+    w = m.layer(l)
+    return left_svd(w.down @ w.up, m.k)
+
+
+@candidate("qk_circuit", "W:QK", "external-v6-plan")
+def qk_circuit(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of W_q^T repeat(W_k), the key rows repeated one by one to W_q's rows."""
+    w = m.layer(l)
+    return left_svd(w.q.T @ repeat(w.k, w.q.shape[0]), m.k)
+
+
+@candidate("input_super", "W:read", "external-v6-plan")
+def input_super(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of [W_q; W_k; W_v; W_up; W_gate]: all that the block reads."""
+    return gram_basis(m.layer(l).read_gram, m.k)
+
+
+@candidate("kv_super", "W:read", "external-v6-plan")
+def kv_super(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of [W_k; W_v]."""
+    return gram_basis(m.layer(l).kv_gram, m.k)
+
+
+@candidate("gate_kernel", "W:MLP", "external-v6-plan", prompts=True)
+def gate_kernel(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of W_down diag(g) W_up, g the mean activated gate over the clean probes."""
+    w = m.layer(l)
+    x = m.base.clean.up_in[l].to(w.gate.device)
+    g = m.decoder.act(x @ w.gate.T).mean(dim=0)
+    return left_svd((w.down * g) @ w.up, m.k)
+
+
+@candidate("attention_sink", "W:OV", "external-v6-plan")
+def attention_sink(m: Materials, l: int) -> Basis:
+    """PCA over heads of what each writes when it attends to the BOS embedding alone (EOS where there is no BOS)."""
+    return pca(_sink_writes(m, l), m.k)
+
+
+def _sink_writes(m: Materials, l: int) -> Tensor:
+    """`W_o[:, h] (v[kv(h)] e)` for every head h, `(H, d)`."""
+    w, dec = m.layer(l), m.decoder
+    e = dec.embed_tokens.weight[m.sink_token].detach().float().to(w.v.device)
+    values = (w.v @ e).reshape(dec.n_kv, dec.head_dim)
+    kv = torch.arange(dec.n_heads, device=values.device) * dec.n_kv // dec.n_heads
+    per_head = w.o.reshape(m.d, dec.n_heads, dec.head_dim)
+    return torch.einsum("dhe,he->hd", per_head, values[kv])
+
+
+@candidate("causally_isolated", "W:write-not-read", "external-v6-plan")
+def causally_isolated(m: Materials, l: int) -> Basis:
+    """write after projecting out input_super, kv_super and the unembedding's top 64."""
+    readers = union(m.of("input_super", l), m.of("kv_super", l), m.lm_broad)
+    return write_away(m.layer(l).write_gram, readers, m.k)
+
+
+@candidate("input_super_not_lm_read", "W:read", "external-v6-plan")
+def input_super_not_lm_read(m: Materials, l: int) -> Basis:
+    """input_super with the unembedding's top 64 projected out."""
+    return project_away(m.of("input_super", l), m.lm_broad)
+
+
+# What the sound protocol adds. Each says which defect of the one above it mends.
+
+
+@candidate("attn_ov_heads", "W:OV", "v7b")
+def attn_ov_heads(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of the heads' OV maps side by side, key/value heads shared as the model shares them.
+
+    Mends attn_ov_write, whose row-by-row repeat pairs a head with the wrong value rows.
+    """
+    w = m.layer(l)
+    o, v = _heads(m, w.o.T), _heads(m, w.v)
+    G = sum(o[h].T @ (v[_kv(m, h)] @ v[_kv(m, h)].T) @ o[h] for h in range(m.decoder.n_heads))
+    return gram_basis(G, m.k)
+
+
+@candidate("qk_heads", "W:QK", "v7b")
+def qk_heads(m: Materials, l: int) -> Basis:
+    """Top 8 left singular vectors of the heads' W_q^T W_k side by side, key heads shared as the model shares them.
+
+    Mends qk_circuit, whose row-by-row repeat pairs a query with the wrong key rows.
+    """
+    w = m.layer(l)
+    q, k = _heads(m, w.q), _heads(m, w.k)
+    G = sum(q[h].T @ (k[_kv(m, h)] @ k[_kv(m, h)].T) @ q[h] for h in range(m.decoder.n_heads))
+    return gram_basis(G, m.k)
+
+
+def _heads(m: Materials, M: Tensor) -> Tensor:
+    """Rows split by head, `(heads, head width, d)`, float64."""
+    return M.double().reshape(-1, m.decoder.head_dim, M.shape[1])
+
+
+def _kv(m: Materials, h: int) -> int:
+    return h * m.decoder.n_kv // m.decoder.n_heads
+
+
+@candidate("attention_sink_cut", "W:OV", "v7b")
+def attention_sink_cut(m: Materials, l: int) -> Basis:
+    """attention_sink cut at the numerical rank of its samples.
+
+    Mends attention_sink, which fills up with arbitrary directions where the model has fewer than 9 heads.
+    """
+    return cut_at_rank(m.of("attention_sink", l))
+
+
+@candidate("mlp_up_read_gain", "W:read", "v7b")
+def mlp_up_read_gain(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of W_up diag(g), g the gain of the norm before the MLP. Mends mlp_up_read."""
+    return gram_basis(_gained(m, m.layer(l).up_gram, l, "mlp_in"), m.k)
+
+
+@candidate("attn_qkv_read_gain", "W:read", "v7b")
+def attn_qkv_read_gain(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of [W_q; W_k; W_v] diag(g), g the gain of the norm before attention.
+
+    Mends attn_qkv_read, which ignores the gain.
+    """
+    return gram_basis(_gained(m, m.layer(l).qkv_gram, l, "attn_in"), m.k)
+
+
+@candidate("input_super_gain", "W:read", "v7b")
+def input_super_gain(m: Materials, l: int) -> Basis:
+    """Top 8 right singular vectors of all the block's readers, each with its norm's gain folded in.
+
+    Mends input_super, which ignores the gains.
+    """
+    w = m.layer(l)
+    attn = _gained(m, w.qkv_gram, l, "attn_in")
+    return gram_basis(attn + _gained(m, w.up_gram + w.gate_gram, l, "mlp_in"), m.k)
+
+
+def _gained(m: Materials, G: Tensor, l: int, where: str) -> Tensor:
+    """`diag(g) G diag(g)`: the Gram of `W diag(g)`."""
+    g = m.decoder.norm_gain(l, where).to(G.device).double()
+    return g[:, None] * G * g[None, :]

@@ -1,0 +1,203 @@
+"""What candidates are built from: base weights and base activations (`Materials`), plus w for the ceilings alone.
+
+Grams that several candidates share are made once: one pass from the last layer to the first accumulates what reads
+downstream of each block. Per-layer weights live only while their layer is at work.
+"""
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.diff import WeightDiff, entry_svd
+from ws.model.lm import Decoder
+from ws.subspaces.algebra import Basis, gram_basis
+from ws.subspaces.candidate import get
+from ws.subspaces.captures import BaseCaptures, SteeredDiffs
+
+CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
+GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
+
+
+def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
+    """`sum M M^T` in float64."""
+    d = parts[0].shape[0]
+    G = torch.zeros(d, d, dtype=torch.float64, device=parts[0].device)
+    for M in parts:
+        for start in range(0, M.shape[1], CHUNK):
+            block = M[:, start : start + CHUNK].to(G.device).double()
+            G += block @ block.T
+    return G
+
+
+class LayerWeights:
+    """The seven matrices of one block, float32, and the Grams that candidates share; made when first asked for."""
+
+    def __init__(self, decoder: Decoder, l: int, fold_gain: bool):
+        self._decoder, self._l, self._fold = decoder, l, fold_gain
+
+    def __getattr__(self, role: str) -> Tensor:
+        if role not in ("q", "k", "v", "o", "gate", "up", "down"):
+            raise AttributeError(role)
+        W = self._decoder.weight(self._l, role)
+        if self._fold and role in ("o", "down"):
+            W = output_gain(self._decoder, self._l, role).to(W.device)[:, None] * W
+        setattr(self, role, W)
+        return W
+
+    @cached_property
+    def o_gram(self) -> Tensor:
+        return left_gram(self.o)
+
+    @cached_property
+    def down_gram(self) -> Tensor:
+        return left_gram(self.down)
+
+    @property
+    def write_gram(self) -> Tensor:
+        return self.o_gram + self.down_gram
+
+    @cached_property
+    def kv_gram(self) -> Tensor:
+        return left_gram(self.k.T, self.v.T)
+
+    @cached_property
+    def qkv_gram(self) -> Tensor:
+        return self.kv_gram + left_gram(self.q.T)
+
+    @cached_property
+    def up_gram(self) -> Tensor:
+        return left_gram(self.up.T)
+
+    @cached_property
+    def gate_gram(self) -> Tensor:
+        return left_gram(self.gate.T)
+
+    @property
+    def read_gram(self) -> Tensor:
+        """`S^T S`, `S = [q; k; v; up; gate]`."""
+        return self.qkv_gram + self.up_gram + self.gate_gram
+
+
+def check_widths(k: int, k_broad: int, d: int) -> None:
+    """ValueError unless `1 <= PCS <= d` and `K_BROAD >= 1` (a broad basis has at most d columns)."""
+    if not 1 <= k <= d:
+        raise ValueError(f"PCS = {k}: a basis has 1 to d = {d} columns")
+    if k_broad < 1:
+        raise ValueError(f"K_BROAD = {k_broad}: a broad basis has at least 1 column")
+
+
+def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
+    """Gain of the norm on the output that `role` (`o` or `down`) writes; ones where there is none."""
+    return decoder.norm_gain(l, "attn_out" if role == "o" else "mlp_out")
+
+
+class Materials:
+    """A-side materials: base weights, base captures, the width `k` of a basis and `k_broad` of a broad one.
+
+    `of(name, l)` is another candidate's basis at layer l, for candidates composed of others.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        base: BaseCaptures,
+        sink_token: int,
+        k: int = 8,
+        k_broad: int = 64,
+        fold_gain: bool = False,
+    ):
+        check_widths(k, k_broad, decoder.d)
+        self.decoder, self.base, self.k, self.sink_token = decoder, base, k, sink_token
+        self.k_broad = min(k_broad, decoder.d)
+        self.d, self.n_layers = decoder.d, decoder.n_layers
+        self._fold = fold_gain
+        self._layers: dict[int, LayerWeights] = {}
+        self._composed: dict[tuple[str, int], Basis] = {}
+
+    def layer(self, l: int) -> LayerWeights:
+        """Weights of block l; those of other blocks are let go beyond the budget."""
+        if l not in self._layers:
+            per_layer = 5 * self.d * self.d * 8
+            if (len(self._layers) + 1) * per_layer > GRAM_BUDGET:
+                self._layers.clear()
+            self._layers[l] = LayerWeights(self.decoder, l, self._fold)
+        return self._layers[l]
+
+    def of(self, name: str, l: int) -> Basis:
+        """Basis of candidate `name` at layer l (the one basis of a shared candidate)."""
+        entry = get(name)
+        key = (name, -1 if entry.shared else l)
+        if key not in self._composed:
+            self._composed[key] = entry.build(self) if entry.shared else entry.build(self, l)
+        return self._composed[key]
+
+    @cached_property
+    def unembed_gram(self) -> Tensor:
+        """`W_lm^T W_lm`, accumulated over vocabulary chunks."""
+        weight = self.decoder.logits_module().weight.detach()
+        G = torch.zeros(self.d, self.d, dtype=torch.float64, device=weight.device)
+        for start in range(0, weight.shape[0], CHUNK):
+            block = weight[start : start + CHUNK].double()
+            G += block.T @ block
+        return G
+
+    def unembed_top(self, k: int) -> Basis:
+        return gram_basis(self.unembed_gram, k)
+
+    @cached_property
+    def lm_broad(self) -> Basis:
+        """lm64: top `k_broad` right singular vectors of the unembedding."""
+        return self.unembed_top(self.k_broad)
+
+    @cached_property
+    def _global(self) -> dict:
+        """One pass from the last layer down: readers downstream of each block, all readers, all writers."""
+        device = self.unembed_gram.device
+        readers = self.unembed_gram.clone()
+        writers = torch.zeros(self.d, self.d, dtype=torch.float64, device=device)
+        downstream = {}
+        for l in reversed(range(self.n_layers)):
+            downstream[l] = gram_basis(readers, self.k_broad)
+            weights = self.layer(l)
+            readers += weights.read_gram.to(device)
+            writers += weights.write_gram.to(device)
+        return {"readers": readers, "writers": writers, "downstream": downstream}
+
+    @property
+    def writers_gram(self) -> Tensor:
+        """`sum_l [W_o|W_down] [W_o|W_down]^T`."""
+        return self._global["writers"]
+
+    def downstream_broad(self, l: int) -> Basis:
+        """down64(l): what the unembedding and the blocks after l read."""
+        return self._global["downstream"][l]
+
+    def read_top(self, k: int) -> Basis:
+        """Top eigenvectors of `sum_l read_gram(l) + W_lm^T W_lm`."""
+        return gram_basis(self._global["readers"], k)
+
+    @cached_property
+    def read_broad(self) -> Basis:
+        """gr64."""
+        return self.read_top(self.k_broad)
+
+
+class CeilingMaterials:
+    """What only the ceilings may see: the weight diff and the steered differences."""
+
+    def __init__(self, decoder: Decoder, w: WeightDiff, steered: SteeredDiffs, k: int = 8, fold_gain: bool = False):
+        check_widths(k, 1, decoder.d)
+        self.decoder, self.w, self.steered, self.k = decoder, w, steered, k
+        self.d, self.n_layers = decoder.d, decoder.n_layers
+        self._fold = fold_gain
+
+    def left_factor(self, l: int, role: str) -> Float[Tensor, "d r"] | None:
+        """`F = U S` with `F F^T = M M^T` for w's matrix of `role` (`o` or `down`), float64; None where w has none."""
+        name = self.decoder.param_name(l, role)
+        if name not in self.w.entries:
+            return None
+        U, s, _ = entry_svd(self.w, name)
+        F = U * s
+        return output_gain(self.decoder, l, role).double()[:, None] * F if self._fold else F

@@ -1,0 +1,70 @@
+"""The two protocols of capture, v7 and v7b, as parameter sets: `nbs/params/v7.yaml` and `nbs/params/v7b.yaml`.
+
+`PROTOCOL` names one of them; an explicit parameter wins over it. (docs/method.md section 7)
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import yaml
+
+from ws.cache.places import ROOT
+
+PARAMS = ROOT / "nbs" / "params"
+V7 = ("v5", "external-v6-plan", "B-side")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How probes are split, rendered and read: the switches between v7 and v7b (docs/method.md section 7).
+
+    eval_split: `half` (FIT = first half of the 32 probes, EVAL = second) or `held_out` (FIT = training topics, EVAL =
+    held-out ones). chat_probes: every probe in the chat template, special tokens once. persona_pairs: `1` or `all`.
+    raw_last: the last layer's token states before the final norm. fold_gain: fold the gain of a norm on a block's
+    output into what that block writes. sources: which candidates take part.
+    """
+
+    name: str = "v7"
+    eval_split: str = "half"
+    chat_probes: bool = False
+    persona_pairs: str = "1"
+    raw_last: bool = False
+    fold_gain: bool = False
+    sources: tuple[str, ...] = V7
+
+    def __post_init__(self):
+        if self.eval_split not in ("half", "held_out"):
+            raise ValueError(f"EVAL_SPLIT {self.eval_split!r} is unknown; half or held_out")
+        if self.persona_pairs not in ("1", "all"):
+            raise ValueError(f"PERSONA_PAIRS {self.persona_pairs!r} is unknown; 1 or all")
+
+
+def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
+    """The named protocol with explicit notebook parameters laid over it; an empty string or list leaves the protocol's value.
+
+    overrides: upper-case parameter names (EVAL_SPLIT, CHAT_PROBES, PERSONA_PAIRS, RAW_LAST, FOLD_GAIN,
+    SOURCES).
+    ValueError for an unknown protocol, parameter or value.
+    """
+    known = sorted(p.stem for p in PARAMS.glob("*.yaml") if "PROTOCOL:" in p.read_text(encoding="utf-8"))
+    if name not in known:
+        raise ValueError(f"PROTOCOL {name!r} is unknown; one of {', '.join(known)}")
+    values = yaml.safe_load((PARAMS / f"{name}.yaml").read_text(encoding="utf-8"))
+    values |= {key: value for key, value in overrides.items() if value not in ("", [], ())}
+    types = {f.name.upper(): f.type for f in fields(Protocol)}
+    chosen = {}
+    for key, value in values.items():
+        if key == "PROTOCOL":
+            continue
+        if key not in types:
+            raise ValueError(f"{name}: {key} is no protocol parameter; known are {', '.join(types)}")
+        chosen[key.lower()] = _typed(key, value, types[key])
+    return replace(Protocol(name=name), **chosen)
+
+
+def _typed(key: str, value: object, kind: object) -> object:
+    if kind is bool:
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise ValueError(f"{key} is true or false, not {value!r}")
+        return text == "true"
+    return tuple(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,135 @@
+"""Figures of the theta fits: one function each, returning the Figure; `ws.show.figures.save` writes them."""
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ws.show.figures import MARKERS, PALETTE
+from ws.theta.users import UserFit
+
+
+def fit_traces(fits: dict[tuple[str, str], UserFit], users: list[str], shown: list[str], heads: list[str]) -> Figure:
+    """Adam's traces of the heads `shown`: training loss minus its start, KL to the base, |theta|; mean over users.
+
+    heads: all heads of the report in their order, so that a head has one colour in all its figures.
+    """
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    panels = (
+        ("loss", "training loss minus its start (nats per token)"),
+        ("kl", "KL to the base (nats per token)"),
+        ("theta_norm", "|theta| (no unit)"),
+    )
+    for axis, (quantity, label) in zip(axes, panels, strict=True):
+        for head in shown:
+            i = heads.index(head)
+            runs = torch.stack([fits[user, head].adam.trace[quantity] for user in users])
+            mean = (runs - runs[:, :1] if quantity == "loss" else runs).mean(0).numpy()
+            axis.plot(np.arange(len(mean)), mean, color=PALETTE[i], marker=MARKERS[i], markevery=5, ms=4, label=head)
+            if quantity == "loss":
+                best = [fits[u, head].clipped.loss - float(fits[u, head].adam.trace["loss"][0]) for u in users]
+                axis.axhline(float(np.mean(best)), color=PALETTE[i], lw=0.8, ls=":")
+        axis.set_xlabel("Adam step")
+        axis.set_ylabel(label)
+    axes[0].set_title("dotted: the optimum within the norm clip", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def heldout_gain(summary: pl.DataFrame) -> Figure:
+    """Held-out gain of each head: bars = mean over users (Adam), dots = users, diamonds = the free optimum's mean."""
+    scales = summary["scale"].unique(maintain_order=True).to_list()
+    figure = Figure(figsize=(6.5 * len(scales), 4.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(scales)))
+    colours = {head: PALETTE[i] for i, head in enumerate(summary["head"].unique(maintain_order=True))}
+    for axis, scale in zip(axes, scales, strict=True):
+        part = summary.filter(pl.col("scale") == scale)
+        heads = part["head"].unique(maintain_order=True).to_list()
+        for i, head in enumerate(heads):
+            own = part.filter((pl.col("head") == head) & (pl.col("solver") == "adam"))["gain"].to_numpy()
+            free = part.filter((pl.col("head") == head) & (pl.col("solver") == "optimum"))["gain"].mean()
+            axis.bar(i, own.mean(), color=colours[head], alpha=0.5)
+            axis.plot(np.full(len(own), i) + np.linspace(-0.2, 0.2, len(own)), own, ".", color="black", ms=4)
+            axis.plot(i, free, "D", color=colours[head], mec="black", ms=6)
+        axis.axhline(0, color="black", lw=0.6)
+        axis.set_xticks(range(len(heads)), heads, rotation=30, ha="right")
+        axis.set_ylabel("held-out gain (nats per token)")
+        axis.set_title(f"{scale} scale (bar: Adam, dots: users, diamond: free optimum)", fontsize=9)
+    return figure
+
+
+def cosine_heatmap(thetas: dict[str, Float[Tensor, "users D"]], users: list[str]) -> Figure:
+    """Cosines between the users' thetas, a panel per head."""
+    panels = {name: torch.nn.functional.normalize(t.float(), dim=1) for name, t in thetas.items()}
+    matrices = {name: (t @ t.T).numpy() for name, t in panels.items()}
+    return _matrices(matrices, users, "theta of", "theta of", "cosine", "RdBu_r", (-1.0, 1.0))
+
+
+def cross_heatmap(cross: pl.DataFrame, heads: list[str], users: list[str]) -> Figure:
+    """Gain on the texts of each user (column) under each theta (row), a panel per head; a column's best framed."""
+    matrices = {}
+    for head in heads:
+        part = cross.filter(pl.col("head") == head)
+        matrices[head] = part["gain"].to_numpy().reshape(len(users), len(users))
+    most = max(float(np.abs(m).max()) for m in matrices.values()) or 1.0
+    figure = _matrices(
+        matrices, users, "held-out texts of", "theta of", "gain (nats per token)", "PuOr_r", (-most, most)
+    )
+    for axis, matrix in zip(figure.axes, matrices.values(), strict=False):
+        for j, i in enumerate(matrix.argmax(axis=0)):
+            axis.plot(j, i, "s", mfc="none", mec="black", ms=20)
+    return figure
+
+
+def _matrices(matrices: dict, users: list[str], x: str, y: str, unit: str, colours: str, limits: tuple) -> Figure:
+    """One panel per matrix, two beside each other: the numbers in the cells are to be read."""
+    columns = min(2, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.8, 4.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(matrices) :]:
+        axis.remove()
+    axes = axes[: len(matrices)]
+    for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        image = axis.imshow(matrix, cmap=colours, vmin=limits[0], vmax=limits[1])
+        axis.set_xticks(range(len(users)), users, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks(range(len(users)), users, fontsize=8)
+        for i, j in np.ndindex(matrix.shape):
+            strong = abs(matrix[i, j]) > 0.6 * limits[1]
+            colour = "white" if strong else "black"
+            axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+    figure.colorbar(image, ax=axes.tolist(), label=unit, shrink=0.8 / rows)
+    return figure
+
+
+def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float, heads: list[str]) -> Figure:
+    """Held-out gain (left) and KL to the base (right) against `x` (gamma or beta); dashed: the value of the fit.
+
+    heads: all heads of the report in their order, so that a head has one colour in all its figures.
+    """
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    panels = (("gain", "held-out gain (nats per token)"), ("kl", "KL to the base (nats per token)"))
+    for axis, (column, label) in zip(axes, panels, strict=True):
+        for head in sweep["head"].unique(maintain_order=True):
+            i = heads.index(head)
+            part = sweep.filter(pl.col("head") == head).sort(x)
+            axis.plot(
+                part[x].to_numpy(), part[column].to_numpy(), color=PALETTE[i], marker=MARKERS[i], ms=4, label=head
+            )
+        axis.axvline(fitted, color="black", lw=0.8, ls="--")
+        axis.axhline(0, color="black", lw=0.5)
+        axis.set_xlabel(f"{x} (no unit)")
+        axis.set_ylabel(label)
+    if x == "beta":
+        for axis in axes:
+            axis.set_xscale("symlog", linthresh=0.01)
+            axis.set_xlim(left=0)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
