@@ -1,10 +1,11 @@
 """Which code makes a thing: hashes of syntax trees, followed from function to function.
 
 `code_key(root)` covers the function at `root` and every function, class and constant that its names lead to, inside this
-package and in the caller's own files and notebook cells. Figures, words and the rooms `show` and
-`cache` do not count: what only looks at a result or stores it does not make it. This package is read as text, so that a key costs no import; a name that
-holds another object than its source says (a function replaced in a notebook) counts as what it holds. The caller's
-objects are looked up as they are. Methods are followed through annotations: a parameter `m: Materials` counts the class.
+package and in the caller's own files and notebook cells. Figures, words and the rooms `show` and `cache` do not count:
+what only looks at a result or stores it does not make it. This package is read as text, so that a key costs no import; a
+name that holds another object than its source says (a function replaced in a notebook) counts as what it holds. The
+caller's objects are looked up as they are. Methods are followed through annotations: a parameter `m: Materials` counts
+the class.
 """
 
 import ast
