@@ -16,9 +16,9 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode, last_index, position_ids
-from ws.model.trace import hidden, hooked
-from ws.steer.weights import weight_steer
 from ws.subspaces.protocol import Protocol
+from ws.steer.weights import weight_steer
+from ws.model.trace import hidden, recorded
 
 N_PROBES = 32
 
@@ -131,7 +131,7 @@ def read_texts(
 
 
 def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detail: bool, padding_side: str) -> dict:
-    """Hooks reduce every layer to what is kept as the pass reaches it."""
+    """Every layer is reduced to what is kept as the pass reaches it."""
     decoder = lm.decoder
     n, width = ids.shape
     last = last_index(mask)
@@ -147,28 +147,28 @@ def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detai
     def at_last(states: Tensor) -> Tensor:
         return states[rows.to(states.device), last.to(states.device)].float().cpu()
 
-    def block_hook(l):
-        def hook(_module, args, output):
+    def at_block(l):
+        def record(output, inputs):
             states = hidden(output)
             if l == 0:
-                embed[0] = at_last(args[0])
+                embed[0] = at_last(inputs[0])
             resid[l] = at_last(states)
             if detail:
                 moved = states.float().cpu()[rows[:, None], source]
                 tokens[l] = moved * real[:, :, None]
 
-        return hook
+        return record
 
-    def up_hook(l):
-        def hook(_module, args, _output):
-            up_in[l] = at_last(args[0])
+    def at_up(l):
+        def record(_output, inputs):
+            up_in[l] = at_last(inputs[0])
 
-        return hook
+        return record
 
-    hooks = [(block, block_hook(l)) for l, block in enumerate(decoder.blocks)]
+    at = {f"{decoder.prefix}.{l}": at_block(l) for l in range(decoder.n_layers)}
     if detail:
-        hooks += [(decoder.linear(l, "up"), up_hook(l)) for l in range(decoder.n_layers)]
-    with hooked(hooks):
+        at |= {decoder.param_name(l, "up").removesuffix(".weight"): at_up(l) for l in range(decoder.n_layers)}
+    with recorded(lm.model, at):
         output = lm.model(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
