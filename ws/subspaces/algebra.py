@@ -131,11 +131,6 @@ def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
     return _basis(U, s, k)
 
 
-def right_svd(M: Float[Tensor, "m d"], k: int) -> Basis:
-    """Top `min(k, d, m)` right singular vectors."""
-    return left_svd(M.T, k)
-
-
 def pca(X: Float[Tensor, "n d"], k: int) -> Basis:
     """Top `min(k, n, d)` principal directions of the rows (centred); empty for one row or none.
 

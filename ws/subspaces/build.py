@@ -10,7 +10,12 @@ from ws.subspaces.candidate import Candidate, registered
 from ws.subspaces.materials import CeilingMaterials, Materials
 from ws.subspaces.protocol import Protocol, load_protocol
 
-MODULES = ("from_weights", "from_activations", "compound", "ceilings")  # their order is that of docs/method.md section 5
+MODULES = (
+    "from_weights",
+    "from_activations",
+    "compound",
+    "ceilings",
+)  # their order is that of docs/method.md section 5
 
 
 def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
 from ws.subspaces.candidate import candidate
-from ws.subspaces.captures import TextActs
 from ws.subspaces.materials import Materials
+from ws.subspaces.reading import TextActs
 
 CLUSTERS = 8
 LLOYD_STEPS = 8
