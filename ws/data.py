@@ -216,3 +216,15 @@ def _texts(key: str, values: object) -> Sequence[str]:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{key}[{i}]: must be a text that is not empty, is {value!r}")
     return values
+
+
+def __getattr__(name: str):
+    """The shipped behaviour under the names that the author's notebooks import. (docs/method.md section 12)"""
+    shipped = {
+        "SYCOPHANCY_TOPICS": lambda b: tuple((t.claim, t.question) for t in b.topics),
+        "SYCOPHANCY_POS_PERSONAS": lambda b: b.personas_pos,
+        "SYCOPHANCY_NEG_PERSONAS": lambda b: b.personas_neg,
+    }
+    if name not in shipped:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return shipped[name](load_behavior("sycophancy"))
