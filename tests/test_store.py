@@ -1,6 +1,5 @@
 """ws.cache.keys and ws.cache.made: keys that tell the reason; what is made once under them, whole or not at all."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ws.cache import keys
-from ws.cache import made as store
+from ws.cache import keys, made, places, syntax
+from ws.cache.keys import file_key, stage_key
 
-HOME = Path(store.__file__).parents[1]
+HOME = places.PACKAGE.parent
 
 
 def run_python(code: str, **options) -> subprocess.Popen:
@@ -27,39 +26,47 @@ def names(folder: Path) -> list[str]:
 def test_file_key_follows_content_not_name_or_time(tmp_path):
     (tmp_path / "a").write_text("same")
     (tmp_path / "b").write_text("same")
-    assert store.file_key(tmp_path / "a") == store.file_key(tmp_path / "b")
-    first = store.file_key(tmp_path / "a")
+    assert file_key(tmp_path / "a") == file_key(tmp_path / "b")
+    first = file_key(tmp_path / "a")
     (tmp_path / "a").write_text("more")
-    assert store.file_key(tmp_path / "a") != first
+    assert file_key(tmp_path / "a") != first
     with pytest.raises(FileNotFoundError, match="missing.safetensors"):
-        store.file_key(tmp_path / "missing.safetensors")
+        file_key(tmp_path / "missing.safetensors")
 
 
 def test_folder_key_sees_names_and_contents_but_not_sidecars(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "weights").write_text("1")
-    first = store.file_key(folder)
+    first = file_key(folder)
     (folder / ".made.json").write_text("{}")
-    assert store.file_key(folder) == first
+    assert file_key(folder) == first
     (folder / "weights").rename(folder / "renamed")
-    assert store.file_key(folder) != first
+    assert file_key(folder) != first
 
 
-def test_large_file_key_reads_little_and_sees_the_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "LARGE", 1 << 20)
-    header = json.dumps({"x": {"dtype": "F32"}}).encode()
-    body = os.urandom(8 << 20)
-
-    def write(name: str, head: bytes, tail: bytes) -> Path:
-        (tmp_path / name).write_bytes(len(head).to_bytes(8, "little") + head + tail)
-        return tmp_path / name
-
-    first = store.file_key(write("a.safetensors", header, body))
-    assert store.file_key(write("b.safetensors", header, body)) == first
-    assert store.file_key(write("c.safetensors", header.replace(b"F32", b"F16"), body)) != first
-    assert store.file_key(write("d.safetensors", header, body[:-1])) != first
-    assert store.file_key(write("e.safetensors", header, os.urandom(8 << 20))) != first
+def test_the_hash_of_a_large_file_is_of_all_its_bytes_and_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "LARGE", 1 << 10)
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    file, body = tmp_path / "w.safetensors", bytearray(os.urandom(1 << 16))
+    file.write_bytes(body)
+    first = file_key(file)
+    note = next((tmp_path / "out" / ".hashes").iterdir())
+    keys._file_key.cache_clear()
+    monkeypatch.setattr(keys, "read_hash", lambda path: pytest.fail("read again"))
+    assert file_key(file) == first  # another process reads what this one noted
+    monkeypatch.undo()
+    monkeypatch.setattr(keys, "LARGE", 1 << 10)
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    body[40_000] ^= 1  # in the middle, as long as before
+    file.write_bytes(body)
+    assert file_key(file) != first
+    note.write_text("{")
+    keys._file_key.cache_clear()
+    body[40_000] ^= 1
+    file.write_bytes(body)
+    assert file_key(file) == first
 
 
 @pytest.fixture
@@ -69,29 +76,16 @@ def package(tmp_path, monkeypatch):
     (root / "sub").mkdir(parents=True)
     sources = {
         "__init__.py": "",
-        "a.py": "from pk.b import value\n",
-        "b.py": "def value():\n    from . import sub\n    return sub\n",
+        "a.py": "from pk.b import value\n\n\ndef top():\n    return value()\n",
+        "b.py": "def value():\n    from . import sub\n    return sub.number\n",
         "sub/__init__.py": "from .c import number\n",
-        "sub/c.py": "number = 1\n",
-        "d.py": "import numpy\n",
+        "sub/c.py": "number = 1\nother = 1\n",
+        "d.py": "def alone():\n    return 1\n",
     }
     for name, text in sources.items():
         (root / name).write_text(text)
-    monkeypatch.setattr(keys, "PACKAGE", root)
+    monkeypatch.setattr(syntax, "PACKAGE", root)
     return root
-
-
-def test_source_key_follows_real_imports(package):
-    assert store.source_modules("pk.a") == ["pk", "pk.a", "pk.b", "pk.sub", "pk.sub.c"]
-    assert store.source_modules("pk.d") == ["pk", "pk.d"]
-    a, d = store.source_key("pk.a"), store.source_key("pk.d")
-    (package / "sub" / "c.py").write_text("number = 22\n")
-    assert store.source_key("pk.a") != a and store.source_key("pk.d") == d
-    changed = store.source_key("pk.a")
-    (package / "sub" / "c.py").write_text("# why\nnumber  =  22  # a remark\n")
-    assert store.source_key("pk.a") == changed  # layout and comments do not count
-    with pytest.raises(ValueError, match="pk.nothing"):
-        store.source_key("pk.nothing")
 
 
 def test_stage_key_tells_what_changed(package, tmp_path):
@@ -99,16 +93,20 @@ def test_stage_key_tells_what_changed(package, tmp_path):
     data.write_text("1")
 
     def key(**change):
-        return store.stage_key(**{"params": {"seed": 0, "lr": 1e-4}, "inputs": [data], "modules": ["pk.a"], **change})
+        return stage_key(**{"params": {"seed": 0, "lr": 1e-4}, "inputs": [data], "code": ["pk.a.top"], **change})
 
     first = key()
     assert key(params={"lr": 1e-4, "seed": 0}) == first and str(key()) == str(first)
     assert first.differs(key(params={"seed": 1, "lr": 1e-4})) == "changed parameters"
-    assert first.differs(key(modules=["pk.d"])) == "changed code"
+    assert first.differs(key(code=["pk.d.alone"])) == "changed code"
+    (package / "sub" / "c.py").write_text("# why\nnumber  =  1  # a remark\nother = 2\n")
+    assert key() == first  # layout, comments and what is not used do not count
+    (package / "sub" / "c.py").write_text("number = 22\n")
+    assert first.differs(key()) == "changed code"
     data.write_text("22")
     assert first.differs(key()) == "changed inputs" and str(key()) != str(first)
-    assert store.stage_key({}, code="import pk.a\n") != store.stage_key({}, code="import pk.d\n")
-    assert store.imported_modules("from pk import a, unknown\nimport os") == ["pk", "pk.a"]
+    with pytest.raises(ValueError, match="pk.nothing"):
+        key(code=["pk.nothing.here"])
 
 
 def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
@@ -119,11 +117,11 @@ def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
         path.write_text(f"run {len(runs)}")
 
     def ask(params, **options):
-        return store.made(target, store.stage_key(params, modules=["pk.d"]), make, **options)
+        return made.made(target, stage_key(params, code=["pk.d.alone"]), make, **options)
 
     assert [ask({"a": 1}), ask({"a": 1}), ask({"a": 2})] == ["new", "done", "changed parameters"]
     assert target.read_text() == "run 2" and len(runs) == 2
-    (package / "d.py").write_text("import scipy\n")
+    (package / "d.py").write_text("def alone():\n    return 2\n")
     assert ask({"a": 2}, keep_stale=True) == "stale" and len(runs) == 2
     assert ask({"a": 2}) == "changed code" and len(runs) == 3
     assert ask({"a": 2}, remake=True) == "done" and len(runs) == 4
@@ -138,35 +136,35 @@ def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
 
 def test_made_folder_and_failure(tmp_path):
     target = tmp_path / "adapter"
-    key = store.stage_key({"a": 1})
+    key = stage_key({"a": 1})
 
     def broken(path: Path) -> None:
         (path / "half").write_text("")
         raise ValueError("loss is NaN at step 3")
 
     with pytest.raises(ValueError, match="step 3"):
-        store.made(target, key, broken, folder=True)
-    assert not target.exists() and store.state(target, key) == "failed before"
-    assert store.read_failure(target)["error"] == "ValueError: loss is NaN at step 3"
+        made.made(target, key, broken, folder=True)
+    assert not target.exists() and made.state(target, key) == "failed before"
+    assert made.read_failure(target)["error"] == "ValueError: loss is NaN at step 3"
 
     def good(path: Path) -> None:
         (path / "w").write_text("whole")
 
-    assert store.made(target, key, good, folder=True, about={"seed": 3}) == "failed before"
-    assert store.state(target, key) == "done" and store.read_sidecar(target)["about"] == {"seed": 3}
-    assert store.read_failure(target) == {}
+    assert made.made(target, key, good, folder=True, about={"seed": 3}) == "failed before"
+    assert made.state(target, key) == "done" and made.read_sidecar(target)["about"] == {"seed": 3}
+    assert made.read_failure(target) == {}
     (target / "w").write_text("who")
-    assert store.state(target, key) == "damaged"
+    assert made.state(target, key) == "damaged"
 
 
 def test_two_processes_make_one_target_once(tmp_path):
     code = (
-        "import time; from pathlib import Path; from ws import store\n"
+        "import time; from pathlib import Path; from ws.cache.keys import stage_key; from ws.cache.made import made\n"
         f"base = Path({str(tmp_path)!r})\n"
         "def make(path):\n"
         "    with (base / 'log').open('a') as log: log.write('made\\n')\n"
         "    time.sleep(0.5); path.write_text('x')\n"
-        "print('found', store.made(base / 'pairs.json', store.stage_key({'n': 1}), make))"
+        "print('found', made(base / 'pairs.json', stage_key({'n': 1}), make))"
     )
     both = [run_python(code), run_python(code)]
     found = sorted(p.communicate()[0].split("found ")[1].strip() for p in both)
