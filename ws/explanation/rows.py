@@ -33,7 +33,7 @@ from ws.explanation.scores import (
 )
 from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
-from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.steered import CeilingMaterials
 
 WEIGHTS = ("oproj", "downproj", "combined")
 SKETCH = 64
