@@ -261,6 +261,16 @@ def null_check(targets: dict[int, dict[str, Target | None]], r: int, draws: int,
     return pl.DataFrame(rows)
 
 
+def null_summary(null: pl.DataFrame) -> pl.DataFrame:
+    """Per target, over layers: mean of the drawn means (expected 1) and of the ratio of drawn to closed-form sd."""
+    return null.group_by("target", maintain_order=True).agg(
+        pl.col("mc_mean").mean().alias("mean of R (expected 1)"),
+        pl.col("sd_ratio").mean().alias("drawn sd / closed form"),
+        pl.col("sd_ratio").min().alias("least over layers"),
+        pl.col("sd_ratio").max().alias("most over layers"),
+    )
+
+
 def largest_deviation(bases: dict[str, list[Basis]]) -> float:
     """`max |B^T B - I|` over all bases: the orthonormality check's value."""
     worst = 0.0
