@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ws.model.trace
-from ws.subspaces.captures import read_texts
+from ws.subspaces.reading import read_texts
 from ws.delta.calibration import as_documents
 from ws.delta.reading import read_deltas
 from ws.model.lm import load_lm

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ws.stability.conclusion import conclusion
+from ws.stability.words import conclusion
 from ws.stability.overlap import compare_parts
 from ws.stability.scores import make_scores, rank_stability_table, summary_table
 from ws.stability.verdict import false_winner_bound, verdict

@@ -1,11 +1,11 @@
 """Which code makes a thing: hashes of syntax trees, followed from function to function.
 
-`code_key(root)` covers the function at `root` and every function, class and constant that its names lead to, inside this
-package and in the caller's own files and notebook cells. Figures, words and the rooms `show` and `cache` do not count:
-what only looks at a result or stores it does not make it. This package is read as text, so that a key costs no import; a
-name that holds another object than its source says (a function replaced in a notebook) counts as what it holds. The
-caller's objects are looked up as they are. Methods are followed through annotations: a parameter `m: Materials` counts
-the class.
+`code_key(root)` covers the function at `root` and every function, class and constant that its names lead to, inside
+this package and in the caller's own files and notebook cells. What only shows, describes or stores a result does not make
+it: figures, words, the registry of candidates, the rooms `show` and `cache`. This package is read as text, so that a key
+costs no import; a name that holds another object than its source says (a function replaced in a notebook) counts as what
+it holds. The caller's objects are looked up as they are. Methods are followed through annotations: a parameter
+`m: Materials` counts the whole class.
 """
 
 import ast
@@ -23,7 +23,7 @@ from pathlib import Path
 from ws.cache.syntax import PACKAGE, Imports, Scope, digest, imported, module_file, read_scope, scope_of, used
 
 STARTED = time.time()
-SILENT = ("figures", "words")  # modules of any room that only show
+SILENT = ("figures", "words", "candidate")  # modules of any room that only show or describe
 BESIDE = (f"{PACKAGE.name}.show", f"{PACKAGE.name}.cache")  # rooms that decide how things look and where they lie
 _KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
 FOREIGN = tuple({str(Path(sysconfig.get_paths()[kind]).resolve()) for kind in _KINDS})

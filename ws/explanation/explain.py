@@ -28,10 +28,10 @@ from ws.subspaces.algebra import Basis, as_basis, empty
 from ws.subspaces.build import build
 from ws.subspaces.build import candidates as candidates_of
 from ws.subspaces.candidate import Candidate, as_candidate
-from ws.subspaces.captures import capture_steered, probes
+from ws.subspaces.captures import probes
 from ws.subspaces.kept import Shelf, make_shelf
-from ws.subspaces.materials import CeilingMaterials
 from ws.subspaces.protocol import Protocol, load_protocol
+from ws.subspaces.steered import CeilingMaterials, capture_steered
 
 CLEAN = "layer_clean_resid_pca"  # what specificity projects out
 

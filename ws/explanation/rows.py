@@ -33,7 +33,7 @@ from ws.explanation.scores import (
 )
 from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
-from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.steered import CeilingMaterials
 
 WEIGHTS = ("oproj", "downproj", "combined")
 SKETCH = 64
@@ -259,6 +259,16 @@ def null_check(targets: dict[int, dict[str, Target | None]], r: int, draws: int,
                 {"layer": l, "target": name, "mc_mean": mean, "mc_sd": sd, "closed_sd": closed, "sd_ratio": sd / closed}
             )
     return pl.DataFrame(rows)
+
+
+def null_summary(null: pl.DataFrame) -> pl.DataFrame:
+    """Per target, over layers: mean of the drawn means (expected 1) and of the ratio of drawn to closed-form sd."""
+    return null.group_by("target", maintain_order=True).agg(
+        pl.col("mc_mean").mean().alias("mean of R (expected 1)"),
+        pl.col("sd_ratio").mean().alias("drawn sd / closed form"),
+        pl.col("sd_ratio").min().alias("least over layers"),
+        pl.col("sd_ratio").max().alias("most over layers"),
+    )
 
 
 def largest_deviation(bases: dict[str, list[Basis]]) -> float:

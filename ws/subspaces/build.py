@@ -7,8 +7,9 @@ from tqdm import tqdm
 
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate, registered
-from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import Protocol, load_protocol
+from ws.subspaces.steered import CeilingMaterials
 
 MODULES = (
     "from_weights",

@@ -1,17 +1,12 @@
-"""What a model computes on a behaviour's probes, kept on disk.
-
-A-side captures come from the unsteered model alone;
-B-side differences are `H(w, +1) - H(w, -1)`, cumulative and block by block. (docs/method.md sections 3 and 7)
-"""
+"""What the unsteered model computes on a behaviour's FIT probes, kept on disk. (docs/method.md sections 3 and 7)"""
 
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.keys import stage_key
@@ -19,10 +14,8 @@ from ws.cache.made import kept
 from ws.cache.names import slug
 from ws.cache.syntax import digest
 from ws.data import Behavior
-from ws.diff import WeightDiff
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
-from ws.steer.weights import weight_steer
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
 
@@ -105,16 +98,7 @@ class BaseCaptures:
         return BaseCaptures(self.clean.take(probes), self.pos.take(rows), self.neg.take(rows), len(pairs))
 
 
-@dataclass(frozen=True)
-class SteeredDiffs:
-    """B-side differences `H(w, +1) - H(w, -1)`: on EVAL (`eval`), on FIT (`fit`), and what each block adds to them."""
-
-    eval: Float[Tensor, "L n d"]
-    fit: Float[Tensor, "L m d"]
-    eval_block: Float[Tensor, "L n d"]
-
-
-def _probe_set(lm: LM, behavior: Behavior, claims: tuple[str, ...], protocol: Protocol, label: str) -> TextSet:
+def probe_set(lm: LM, behavior: Behavior, claims: tuple[str, ...], protocol: Protocol, label: str) -> TextSet:
     texts = [behavior.probe_text(claim) for claim in claims]
     if protocol.chat_probes:
         texts = [chat_text(lm.tokenizer, text) for text in texts]
@@ -125,7 +109,7 @@ def base_sets(lm: LM, behavior: Behavior, protocol: Protocol) -> list[TextSet]:
     """The three A-side text sets of docs/method.md section 3: clean, persona_pos, persona_neg."""
     claims = probes(behavior, protocol).fit
     pairs = behavior.persona_pairs[:1] if protocol.persona_pairs == "1" else behavior.persona_pairs
-    sets = [_probe_set(lm, behavior, claims, protocol, "clean")]
+    sets = [probe_set(lm, behavior, claims, protocol, "clean")]
     for side, label in ((0, "persona_pos"), (1, "persona_neg")):
         texts = [chat_text(lm.tokenizer, behavior.probe_text(c), system=pair[side]) for pair in pairs for c in claims]
         # v7 lets the tokenizer add its special tokens to templated text too; v7b does not
@@ -157,40 +141,3 @@ def _last_normed(lm: LM, acts: TextActs) -> TextActs:
         normed = norm(states.to(next(norm.parameters()).device).to(lm.model.dtype)).float().cpu()
     acts.tokens[-1] = normed * (states.abs().sum(dim=-1, keepdim=True) > 0)
     return acts
-
-
-def capture_steered(
-    lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, batch_size: int = 16, cache: Path | None = None
-) -> SteeredDiffs:
-    """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes.
-
-    Kept in the folder `cache` under the model, w's content and the token ids: protocols that split and render the
-    probes alike share them.
-    """
-    split = probes(behavior, protocol)
-    sets = [_probe_set(lm, behavior, getattr(split, name), protocol, name) for name in ("eval", "fit")]
-
-    def make(path: Path) -> None:
-        save_file({n: x.contiguous() for n, x in vars(_steer(lm, w, *sets, batch_size)).items()}, path)
-
-    if cache is None or not lm.fingerprint:
-        return _steer(lm, w, *sets, batch_size)
-    params = {"model": lm.fingerprint, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
-    key = stage_key(params, code=["ws.subspaces.captures._steer"])
-    path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
-    return kept(path, key, make, lambda target: SteeredDiffs(**load_file(target)))
-
-
-def _steer(lm: LM, w: WeightDiff, on_eval: TextSet, on_fit: TextSet, batch_size: int) -> SteeredDiffs:
-    runs = {}
-    for sign in (1.0, -1.0):
-        with weight_steer(lm.model, w, sign):
-            for name, texts in (("eval", on_eval), ("fit", on_fit)):
-                label = f"{name} at alpha {sign:+.0f}"
-                runs[name, sign] = read_texts(lm, list(texts.texts), texts.special, False, batch_size, label=label)
-    plus, minus = runs["eval", 1.0], runs["eval", -1.0]
-    return SteeredDiffs(
-        eval=plus.resid - minus.resid,
-        fit=runs["fit", 1.0].resid - runs["fit", -1.0].resid,
-        eval_block=plus.block - minus.block,
-    )

@@ -7,7 +7,7 @@ import torch
 
 from ws.subspaces.algebra import Basis, empty, left_svd, pca, uncentred
 from ws.subspaces.candidate import candidate
-from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.steered import CeilingMaterials
 
 
 @candidate(name="TaskDiff_lora_ceiling", family="ceiling", source="B-side", sees=("w",))

@@ -29,7 +29,7 @@ from ws.subspaces.captures import BaseCaptures, capture_base, prompts_key
 from ws.subspaces.materials import Materials, check_widths
 from ws.subspaces.protocol import Protocol
 
-CODE = ("ws.subspaces.materials.Materials", "ws.subspaces.build.build")
+CODE = ("ws.subspaces.materials.Materials",)
 log = logging.getLogger(__name__)
 
 

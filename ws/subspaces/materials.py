@@ -1,4 +1,4 @@
-"""What candidates are built from: base weights and base activations (`Materials`), plus w for the ceilings alone.
+"""What candidates are built from: base weights and base activations.
 
 Grams that several candidates share are made once: one pass from the last layer to the first accumulates what reads
 downstream of each block. Float32 copies of a layer's weights live only while their layer is at work.
@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.diff import WeightDiff
 from ws.model.lm import ROLES, Decoder
 from ws.subspaces.algebra import Basis, as_basis, gram_basis
 from ws.subspaces.candidate import Candidate, get
-from ws.subspaces.captures import BaseCaptures, SteeredDiffs
+from ws.subspaces.captures import BaseCaptures
 
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
@@ -228,26 +227,3 @@ class Materials:
     def read_broad(self) -> Basis:
         """gr64."""
         return self.read_top(self.k_broad)
-
-
-class CeilingMaterials:
-    """What only the ceilings may see: the weight diff and the steered differences."""
-
-    def __init__(self, decoder: Decoder, w: WeightDiff, steered: SteeredDiffs, k: int = 8, fold_gain: bool = False):
-        check_widths(k, 1, decoder.d)
-        self.decoder, self.w, self.steered, self.k = decoder, w, steered, k
-        self.d, self.n_layers = decoder.d, decoder.n_layers
-        self._fold = fold_gain
-
-    def left_factor(self, l: int, role: str) -> Float[Tensor, "d r"] | None:
-        """`F = U S` with `F F^T = M M^T` for w's matrix of `role` (`o` or `down`), float64; None where w has none."""
-        name = self.decoder.param_name(l, role)
-        if name not in self.w.entries:
-            return None
-        U, s, _ = self.w.svd(name)
-        F = U * s
-        return output_gain(self.decoder, l, role).double()[:, None] * F if self._fold else F
-
-    def build(self, entry: Candidate, l: int) -> Basis:
-        """A ceiling's basis at layer l."""
-        return as_basis(entry.build(self, l), self.d, f"{entry.name} at layer {l}")
