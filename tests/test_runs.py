@@ -185,6 +185,26 @@ def test_candidates_of_a_run_are_those_of_its_protocol(package):
     assert fakes(PROTOCOL="v7", SOURCES=["v7b"]) == ["fake_v7b"]
 
 
+LOADED = """
+import importlib, pkgutil
+from ws.runs.notebooks import candidate_code
+from ws.cache.sources import code_key
+roots = [*candidate_code(None), "ws.train.lora.train_adapter", "ws.delta.measure.delta_svd", "ws.theta.users.fit_users"]
+before = code_key(*roots, strict=False)
+for room in "model diff delta train subspaces theta".split():
+    for found in pkgutil.iter_modules(importlib.import_module(f"ws.{room}").__path__):
+        importlib.import_module(f"ws.{room}.{found.name}")
+print(code_key(*roots, strict=False) == before)
+"""
+
+
+def test_keys_are_the_same_whatever_a_process_has_loaded():
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED], cwd=places.PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+
+
 # --- without the extras ------------------------------------------------------------------------------------------------
 
 BLOCKED = "jupyterlab ipykernel IPython jupytext papermill nbconvert nbformat nbclient jupyter_client mdit_py_plugins"
