@@ -11,8 +11,8 @@ from ws.model.lm import load_lm
 from ws.model.text import chat_text, encode
 from ws.subspaces import captures as A
 from ws.subspaces import reading as R
-from ws.subspaces.steered import capture_steered
 from ws.subspaces.protocol import Protocol, load_protocol
+from ws.subspaces.steered import capture_steered
 
 TEXTS = ["short", "a somewhat longer text", "and one that is a good deal longer than both of the others were"]
 

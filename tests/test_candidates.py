@@ -45,9 +45,9 @@ def top(M, k=8):
 
 
 def test_registry_has_every_candidate_of_the_method_once():
-    names = [c.name for c in candidates('v7b')]
+    names = [c.name for c in candidates("v7b")]
     assert len(names) == len(set(names))
-    v7 = [c for c in candidates('v7b') if c.source != "v7b"]
+    v7 = [c for c in candidates("v7b") if c.source != "v7b"]
     assert len([c for c in v7 if c.kind == "A-hypothesis"]) == 42 and len([c for c in v7 if c.kind == "ceiling"]) == 2
     added = {c.name for c in [c for c in candidates("v7b") if c.source == "v7b"]}
     assert added == {
@@ -56,7 +56,7 @@ def test_registry_has_every_candidate_of_the_method_once():
         "attention_sink_cut", "rotation_cut", "mlp_up_read_gain", "attn_qkv_read_gain", "input_super_gain",
         "random_orthogonal",
     }  # fmt: skip
-    assert all(len(c.definition) > 20 for c in candidates('v7b'))
+    assert all(len(c.definition) > 20 for c in candidates("v7b"))
     assert get("write").axis_kind == "write" and get("global_read").axis_kind == "read"
     assert get("TaskDiff_contrast").axis_kind == "mixed" and get("random_orthogonal").kind == "control"
 
@@ -277,11 +277,11 @@ def test_every_candidate_is_built_on_every_family(family, model_folder, behavior
     base = capture_base(lm, behavior, protocol)
     sink = lm.decoder.sink_token(lm.tokenizer)
     a_side = Materials(lm.decoder, base, sink, k_broad=16, fold_gain=protocol.fold_gain)
-    bases = build(a_side, [c for c in candidates('v7b') if c.kind != "ceiling"], False)
+    bases = build(a_side, [c for c in candidates("v7b") if c.kind != "ceiling"], False)
     b_side = CeilingMaterials(lm.decoder, w.scale(0.01), capture_steered(lm, behavior, w.scale(0.01), protocol),
                               fold_gain=protocol.fold_gain)  # fmt: skip
-    bases |= build(b_side, [c for c in candidates('v7b') if c.kind == "ceiling"], False)
-    assert len(bases) == len(candidates('v7b')) and all(len(rows) == 3 for rows in bases.values())
+    bases |= build(b_side, [c for c in candidates("v7b") if c.kind == "ceiling"], False)
+    assert len(bases) == len(candidates("v7b")) and all(len(rows) == 3 for rows in bases.values())
     assert bases["dW_left_basis_ceiling"][1].rank == 4 and bases["dW_left_basis_ceiling"][0].rank == 0
     assert "no residual writer" in bases["dW_left_basis_ceiling"][0].note
 
@@ -331,7 +331,9 @@ def test_planted_ceilings_are_found(lm, behavior):
 
 
 def test_tables_order_of_axis_kinds(materials):
-    table = pl.DataFrame([(c.name, c.family, c.axis_kind) for c in candidates('v7b')], orient="row", schema=["n", "f", "a"])
+    table = pl.DataFrame(
+        [(c.name, c.family, c.axis_kind) for c in candidates("v7b")], orient="row", schema=["n", "f", "a"]
+    )
     reads = table.filter(pl.col("f").is_in(["W:read", "W:unembed"]))["a"].unique().to_list()
     writes = table.filter(pl.col("f").is_in(["W:write", "W:write-not-read", "W:OV", "W:MLP"]))["a"].unique().to_list()
     assert reads == ["read"] and writes == ["write"]

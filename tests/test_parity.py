@@ -14,7 +14,6 @@ from ws.subspaces.build import candidates
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol
 
-
 LAYERS = [2, 3, 4]
 ILL_CONDITIONED = {"chars_clusters", "qk_x_chars_clusters", "attention_sink", "rotation_contrast"}
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ws.model.trace
-from ws.subspaces.reading import read_texts
 from ws.delta.calibration import as_documents
 from ws.delta.reading import read_deltas
 from ws.model.lm import load_lm
 from ws.model.trace import OwnTraceDict, find_trace_dict, hidden, recorded, trace_in_use
+from ws.subspaces.reading import read_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["short", "a somewhat longer text"]

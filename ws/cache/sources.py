@@ -242,7 +242,7 @@ def walk(*roots: object, strict: bool = True) -> Walk:
         if isinstance(root, str):
             before = len(found.seen)
             found.path(root)
-            if len(found.seen) == before and not module_file(root.rpartition(".")[0]):
+            if len(found.seen) == before and root not in found.seen:
                 raise ValueError(f"{root}: no such function of the package {PACKAGE.name}")
         else:
             found.value(getattr(root, "__qualname__", "root"), root)
