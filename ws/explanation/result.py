@@ -11,11 +11,13 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.files import atomic_file, write_json, write_text
 from ws.cache.keys import file_key
+from ws.cache.made import read_safetensors
+from ws.cache.syntax import digest
 from ws.explanation import words
 from ws.explanation.figures import joint_scatter, recovery_by_layer
 from ws.explanation.rows import null_check
@@ -117,7 +119,8 @@ class Explanation:
             save_file(self.tensors, tmp)
         hashes = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
         record = {f: getattr(self, f) for f in ("setting", "candidates", "checks", "bases")}
-        write_json(folder / RECORD, record | {"sources": list(self.sources), "files": hashes})
+        record |= {"sources": list(self.sources), "files": hashes}
+        write_json(folder / RECORD, record | {"hash": _hash(record)})
         return folder
 
     @classmethod
@@ -129,8 +132,10 @@ class Explanation:
             raise FileNotFoundError(f"{path} is missing: run the v7_sweep of this folder first")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if record.pop("hash") != _hash(record):
+                raise ValueError("its content is not what was written")
             hashes, sources = record.pop("files"), record.pop("sources")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({error}); run this v7_sweep again") from error
         for name, known in hashes.items():
             if not (folder / name).is_file() or file_key(folder / name) != known:
@@ -139,7 +144,7 @@ class Explanation:
         return cls(
             per_layer=rows.with_columns(pl.col("note").cast(pl.String).fill_null("")),
             specific_per_layer=read_table(folder / "v7_specific_per_layer.csv"),
-            tensors=load_file(folder / "scores.safetensors"),
+            tensors=read_safetensors(folder / "scores.safetensors")[0],
             sources={name: (folder / name).read_text(encoding="utf-8") for name in sources},
             **record,
         )
@@ -151,3 +156,7 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self.top(style="html")
+
+
+def _hash(record: dict) -> str:
+    return digest(json.dumps(record, sort_keys=True).encode())

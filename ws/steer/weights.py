@@ -62,6 +62,11 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
             step.exit()
 
 
+def check_fits(model: nn.Module, w: WeightDiff) -> None:
+    """ValueError naming the first parameter of w that the model lacks, has in another shape or cannot be steered at."""
+    _resolve(model, w)
+
+
 def _plain_name(name: str) -> str:
     """A parameter's name in the base model, whatever peft or torch.compile put around it."""
     parts = name.replace("_orig_mod.", "").removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
