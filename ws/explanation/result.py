@@ -38,6 +38,13 @@ class Explanation:
     candidates: what is known of each (name, family, sees, definition, ...). checks: the run's own assertions with their
     values. tensors: `ws.explanation.rows.kept_tensors`. bases: content hash of each A-side candidate's bases.
     sources: `{file name: text}` of the caller's own candidate files.
+
+    Example:
+        >>> import tempfile, ws
+        >>> found = ws.explain(ws.load_lm("tiny"), ws.load_diff("tiny"), candidates=["write"], progress=False)
+        >>> again = ws.Explanation.load(found.save(tempfile.mkdtemp()))
+        >>> again.top(1) == found.top(1), found.layers
+        (True, [2, 3, 4, 5])
     """
 
     per_layer: pl.DataFrame
