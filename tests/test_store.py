@@ -73,7 +73,7 @@ def package(tmp_path, monkeypatch):
     sources = {
         "__init__.py": "",
         "a.py": "from pk.b import value\nfrom pk import figures\n\ndef first():\n    figures.draw()\n    return value()\n",
-        "b.py": "from .sub import number\n\ndef value():\n    return number\n\ndef other():\n    return 0\n",
+        "b.py": "def value():\n    from .sub import number\n    return number\n\ndef other():\n    return 0\n",
         "sub/__init__.py": "from .c import number\n",
         "sub/c.py": "number = 1\n",
         "figures.py": "def draw():\n    return 'red'\n",

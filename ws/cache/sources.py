@@ -20,7 +20,18 @@ import types
 from functools import partial
 from pathlib import Path
 
-from ws.cache.syntax import PACKAGE, Imports, Scope, digest, imported, module_file, read_scope, scope_of, used
+from ws.cache.syntax import (
+    FUNCTIONS,
+    PACKAGE,
+    Imports,
+    Scope,
+    digest,
+    imported,
+    module_file,
+    read_scope,
+    scope_of,
+    used,
+)
 
 STARTED = time.time()
 SILENT = ("figures", "words", "candidate")  # modules of any room that only show or describe
@@ -190,16 +201,20 @@ def _replaced(live: object, module: str, name: str) -> bool:
     """Whether a loaded name holds another function or class than the source that binds it."""
     if not isinstance(live, types.FunctionType | type) or not module_file(module):
         return False
-    while name and name not in read_scope(module).defs:  # re-exported: go to where it is defined
+    while name not in read_scope(module).defs:  # re-exported: go to where it is defined
         module, name = read_scope(module).imports.get(name, ("", ""))
         if not module_file(module):
             return False
-    return (live.__module__, live.__qualname__) != (module, name) and bool(name)
+    if not isinstance(read_scope(module).defs[name][-1], FUNCTIONS):  # assigned: it may hold what has another name
+        return live is not getattr(sys.modules.get(module), name, live)
+    return (live.__module__, live.__qualname__) != (module, name)
 
 
 def _reset(live: object, node: ast.stmt) -> bool:
     """Whether a loaded constant has another value than its source says."""
-    if not isinstance(node, ast.Assign) or not _simple(live) or live is None:
+    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):  # `a, b = 1, 2`
+        return False
+    if not _simple(live) or live is None:
         return False
     try:
         return ast.literal_eval(node.value) != live

@@ -47,8 +47,17 @@ def module_file(name: str) -> Path | None:
     return next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
 
 
-def imported(nodes: Iterable[ast.AST], module: str = "", package: bool = False) -> Imports:
-    """What the import statements among `nodes` bind; relative ones are seen from `module`."""
+def _absolute(tree: ast.Module, module: str, package: bool) -> ast.Module:
+    """The tree with relative imports, wherever they stand, as seen from outside of `module`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parents = module.split(".")[: len(module.split(".")) - node.level + package]
+            node.module, node.level = ".".join(parents + ([node.module] if node.module else [])), 0
+    return tree
+
+
+def imported(nodes: Iterable[ast.AST]) -> Imports:
+    """What the import statements among `nodes` bind."""
     found: Imports = {}
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -56,11 +65,7 @@ def imported(nodes: Iterable[ast.AST], module: str = "", package: bool = False) 
                 name = alias.asname or alias.name.split(".")[0]
                 found[name] = (alias.name if alias.asname else name, "")
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".")[: len(module.split(".")) - node.level + package]
-                base = ".".join(parents + ([base] if base else []))
-            found |= {alias.asname or alias.name: (base, alias.name) for alias in node.names}
+            found |= {alias.asname or alias.name: (node.module or "", alias.name) for alias in node.names}
     return found
 
 
@@ -74,9 +79,9 @@ def _bound(node: ast.stmt) -> set[str]:
 
 def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
     """The scope of a source text. A front door that binds names when they are used says so in `EXPORTS`."""
-    top = ast.parse(text).body
+    top = _absolute(ast.parse(text), module, package).body
     nested = [n for s in top if isinstance(s, ast.If | ast.Try | ast.With) for n in ast.walk(s)]
-    scope = Scope(module, imports=imported([*top, *nested], module, package))
+    scope = Scope(module, imports=imported([*top, *nested]))
     for node in top:
         for name in _bound(node):
             scope.defs.setdefault(name, []).append(node)
@@ -86,7 +91,7 @@ def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
 
 
 @lru_cache(maxsize=1024)
-def _read(module: str, path: Path, mtime_ns: int) -> Scope:
+def _read(module: str, path: Path, written: tuple[int, int]) -> Scope:
     return scope_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
 
 
@@ -95,7 +100,8 @@ def read_scope(module: str) -> Scope:
     path = module_file(module)
     if path is None:
         raise ValueError(f"{module}: not a module of the package {PACKAGE.name}")
-    return _read(module, path, path.stat().st_mtime_ns)
+    stat = path.stat()
+    return _read(module, path, (stat.st_mtime_ns, stat.st_size))  # two edits may share a tick of the clock
 
 
 def _counts(node: ast.AST, name: str, value: object) -> object:
