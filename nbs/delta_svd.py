@@ -44,7 +44,7 @@ from pathlib import Path
 from IPython.display import HTML, Markdown, display
 
 from ws.cache.names import model_folder, model_slug
-from ws.cache.places import ROOT
+from ws.cache.places import root
 from ws.delta import figures as draw
 from ws.delta import report
 from ws.delta.calibration import load_calibration
@@ -68,7 +68,7 @@ lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 
 # %%
 run = delta_svd(lm, texts, MODE, FINAL_NORM, MAX_LENGTH, TOP_K, BOOT, SEED, BATCH_SIZE)
-found = report.save_run(run, folder)
+run.save(folder)
 log.info("%s: %d tokens, %d layers, d %d", run.model, run.n_calib_tokens, len(run.layers), run.hidden)
 display(Markdown(report.setting(run, len(texts))))
 
@@ -80,7 +80,7 @@ display(Markdown(report.setting(run, len(texts))))
 # `topN_frac`: share of the energy in the first N directions. `parallel_frac`: mean |cos| between update and stream.
 
 # %%
-layers = report.layer_table(run)
+layers = run.table()
 display(HTML(as_text(layers, report.SHOWN, style="html")))
 
 # %%
@@ -126,12 +126,11 @@ display(notebook.show(figure))
 # `outside`: what the phase's space holds of the other phases' layers, the comparison that matters most.
 
 # %%
-rows = report.phase_table(found, run.hidden)
+rows = report.phase_table(run)
 display(HTML(as_text(rows, style="html")))
 
 # %%
-captures = report.capture_table(found, run.hidden)
-figure = draw.capture(captures, rows, len(run.layers), run.hidden)
+figure = draw.capture(report.capture_table(run), rows, len(run.layers), run.hidden)
 save(figure, folder / "delta_svd_capture")
 display(notebook.show(figure))
 
@@ -140,7 +139,7 @@ display(notebook.show(figure))
 
 # %%
 if COMPARE:
-    table = report.compare([folder, *(ROOT / other for other in COMPARE)])
+    table = report.compare([folder, *(root() / other for other in COMPARE)])
     write_table(table, folder / "delta_svd_comparison.tsv")
     figure = draw.comparison(table)
     save(figure, folder / "delta_svd_comparison")
@@ -153,4 +152,4 @@ else:
 
 # %%
 log.info("done: %s", folder)
-display(notebook.embedded(report.conclusion(run, found)))
+display(notebook.embedded(run.conclusion()))

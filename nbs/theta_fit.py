@@ -57,6 +57,7 @@ DTYPE = "float32"
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 from IPython.display import HTML, Markdown, display
 
 from ws.cache.names import model_folder, model_slug
@@ -67,9 +68,9 @@ from ws.show.tables import as_text, write_table
 from ws.theta import compare, report, verdict
 from ws.theta import figures as draw
 from ws.theta.fit import FitConfig
+from ws.theta.fitted import SOLVERS, fit_heads
 from ws.theta.heads import all_heads
-from ws.theta.states import load_users, record_users
-from ws.theta.users import fit_users, joint_base
+from ws.theta.states import joint_base, load_users, record_users
 
 folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "theta_fit"
 log = notebook.start_log("theta_fit", folder)
@@ -105,8 +106,8 @@ display(HTML(as_text(report.user_table(texts, train, rest, heldout), style="html
 
 # %%
 base, _ = joint_base(list(train.values()), W, bias)
-matched, kappa = compare.matched_heads(heads, base, W, cfg.gamma, float(MATCHED_KL))
-display(HTML(as_text(report.scale_table(heads, matched, kappa), style="html")))
+rescaled, kappa = compare.matched_heads(heads, base, W, cfg.gamma, float(MATCHED_KL))
+display(HTML(as_text(report.scale_table(heads, rescaled, kappa), style="html")))
 
 # %% [markdown]
 # ## Fits
@@ -115,23 +116,19 @@ display(HTML(as_text(report.scale_table(heads, matched, kappa), style="html")))
 # Newton's method finds it exactly, once over all theta and once within the norm clip. One file per user and head.
 
 # %%
-distinct = compare.distinct_functions(matched)
-fits = fit_users(train, heads, W, bias, cfg, folder)
-fits_matched = fit_users(train, distinct, W, bias, cfg, folder / "matched")
-summary = report.join(
-    report.summary(fits, heads, heldout, cfg, "default"),
-    report.summary(fits_matched, distinct, heldout, cfg, "matched"),
-)
+default = fit_heads(train, heads, heldout, cfg, folder)
+matched = fit_heads(train, compare.distinct_functions(rescaled), heldout, cfg, folder / "matched", "matched")
+summary = pl.concat([default.summary, matched.summary], how="vertical_relaxed")
 write_table(summary, folder / "theta_summary.tsv")
 display(HTML(as_text(report.adam_against_optimum(summary), style="html")))
 
 # %%
-figure = draw.fit_traces(fits, users, list(heads), list(heads))
+figure = draw.fit_traces(default, list(heads))
 save(figure, folder / "theta_traces_default")
 display(notebook.show(figure))
 
 # %%
-figure = draw.fit_traces(fits_matched, users, list(distinct), list(heads))
+figure = draw.fit_traces(matched, list(heads))
 save(figure, folder / "theta_traces_matched")
 display(notebook.show(figure))
 
@@ -145,7 +142,7 @@ display(notebook.show(figure))
 
 # %%
 display(HTML(as_text(report.gains(summary), style="html")))
-chosen = {name: matched[name] for name in CONTROL_HEADS or [report.best_head(summary)]}
+chosen = CONTROL_HEADS or [report.best_head(summary)]
 
 # %%
 figure = draw.heldout_gain(summary)
@@ -158,22 +155,19 @@ display(notebook.show(figure))
 # Theta of user i on the held-out texts of user j. If a theta holds its user, the diagonal is the best of its column.
 
 # %%
-cross = report.join(
-    report.cross_table(fits, heads, heldout, cfg, "default"),
-    report.cross_table(fits_matched, distinct, heldout, cfg, "matched"),
-)
+cross = pl.concat([default.cross, matched.cross], how="vertical_relaxed")
 write_table(cross, folder / "theta_cross.csv")
 diagonal = report.diagonal(cross)
 display(HTML(as_text(diagonal, style="html")))
 
 # %%
 shown = ["cvh", "unconditional", "svd_cvh", "svd_unconditional"]
-figure = draw.cross_heatmap(report.of_scale(cross, "matched"), shown, users)
+figure = draw.cross_heatmap(matched.cross, shown, users)
 save(figure, folder / "theta_cross")
 display(notebook.show(figure))
 
 # %%
-figure = draw.cosine_heatmap({n: report.stacked(fits_matched, users, n) for n in shown}, users)
+figure = draw.cosine_heatmap({n: matched.stacked(n) for n in shown}, users)
 save(figure, folder / "theta_cosines")
 display(notebook.show(figure))
 
@@ -184,15 +178,14 @@ display(notebook.show(figure))
 # other `beta`, the price of leaving the base.
 
 # %%
-four = {name: matched[name] for name in shown}
-by_gamma = report.gamma_sweep(fits_matched, four, heldout, [replace(cfg, gamma=float(g)) for g in GAMMAS])
+by_gamma = report.gamma_sweep(matched, shown, [replace(cfg, gamma=float(g)) for g in GAMMAS])
 write_table(by_gamma, folder / "theta_gamma.tsv")
 figure = draw.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
 save(figure, folder / "theta_gamma")
 display(notebook.show(figure))
 
 # %%
-by_beta = report.beta_sweep(train, chosen, heldout, bias, [replace(cfg, beta=float(b)) for b in BETAS])
+by_beta = report.beta_sweep(train, matched, chosen, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
 figure = draw.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
 save(figure, folder / "theta_beta")
@@ -206,7 +199,7 @@ display(notebook.show(figure))
 # chosen because it gains most here is read a little too kindly.
 
 # %%
-controls = verdict.controls(train, chosen, fits_matched, heldout, bias, cfg, PERMUTATIONS, SEED)
+controls = verdict.controls(train, matched, chosen, PERMUTATIONS, SEED)
 control = verdict.control_table(heldout, controls, BOOT, SEED)
 write_table(control, folder / "theta_control.tsv")
 display(HTML(as_text(control, style="html")))
@@ -219,7 +212,7 @@ display(HTML(as_text(control, style="html")))
 
 # %%
 strengths = [cfg.gamma, 4 * cfg.gamma]
-samples = report.samples(lm, texts, float(HELDOUT), chosen, fits_matched, list(chosen), strengths, SAMPLE_TOKENS)
+samples = report.samples(lm, texts, float(HELDOUT), matched, chosen, strengths, SAMPLE_TOKENS)
 write_table(samples, folder / "theta_samples.tsv")
 display(HTML(as_text(samples, style="html")))
 
@@ -227,7 +220,7 @@ display(HTML(as_text(samples, style="html")))
 # ## Verdict
 
 # %%
-text_gains = {s: report.text_gains(fits_matched, distinct, heldout, cfg, s) for s in report.SOLVERS}
+text_gains = {s: matched.text_gains(s) for s in SOLVERS}
 said = verdict.verdict(heldout, text_gains, control, diagonal, BOOT, SEED)
 verdict.write_conclusion(said, folder / "theta_conclusion.md")
 log.info("done: %s", folder)

@@ -59,17 +59,18 @@ from ws.cache.names import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import describe
 from ws.diff import figures as draw
+from ws.diff.tables import diff_norms, diff_spectra, norms_by_module
 from ws.model.lm import load_lm
 from ws.show import notebook, tables
 from ws.show.figures import save
 from ws.steer import evaluate
-from ws.train.difference import obtain_diff
+from ws.steer.figures import alpha_curves
+from ws.train.difference import obtain_diff, training_text
 from ws.train.lora import TrainConfig
 from ws.train.pairs import PairConfig
 
 behavior = load_behavior(BEHAVIOR)
-run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
-seed_folder = run.folder() / "null_diff" if NULL_DIFF else run.folder()
+seed_folder = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED).folder(null=NULL_DIFF)
 folder = Path(OUT_DIR) if OUT_DIR else seed_folder / "weight_diff"
 # in a folder of its own choice a run keeps everything there; otherwise w is where the sweep looks for it
 home = seed_folder if folder.resolve() == (seed_folder / "weight_diff").resolve() else folder
@@ -98,9 +99,9 @@ config = TrainConfig(
 # answers: initialisation, order, held-out split.
 
 # %%
-w, training = obtain_diff(lm, behavior, run, config, W_PATH, POS_ADAPTER, NEG_ADAPTER, home, retrain=RETRAIN)
+w, training = obtain_diff(lm, behavior, SEED, config, home, W_PATH, (POS_ADAPTER, NEG_ADAPTER), RETRAIN)
 log.info("w: %d matrices, |w| = %.4g", len(w.names), w.total_norm())
-display(Markdown(notebook.training_text(training)))
+display(Markdown(training_text(training)))
 
 # %% [markdown]
 # ## What w looks like
@@ -109,7 +110,7 @@ display(Markdown(notebook.training_text(training)))
 # directions carry the difference.
 
 # %%
-norms = notebook.diff_norms(w)
+norms = diff_norms(w)
 tables.write_table(norms, folder / "w_norms.csv")
 write_text(folder / "w.txt", describe(w))
 figure = draw.norm_map(norms)
@@ -117,10 +118,10 @@ save(figure, folder / "w_norms")
 display(notebook.show(figure))
 
 # %%
-figure = draw.spectra(notebook.diff_spectra(w))
+figure = draw.spectra(diff_spectra(w))
 save(figure, folder / "w_spectra")
 display(notebook.show(figure))
-display(HTML(tables.as_text(notebook.norms_by_module(norms), style="html")))
+display(HTML(tables.as_text(norms_by_module(norms), style="html")))
 
 # %% [markdown]
 # ## What w does
@@ -134,7 +135,7 @@ sweep = evaluate.alpha_sweep(lm, behavior, w, alphas)
 summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
-figure = draw.alpha_curves(summary)
+figure = alpha_curves(summary)
 save(figure, folder / "alpha_sweep")
 display(notebook.show(figure))
 display(HTML(tables.as_text(summary, style="html")))
@@ -148,7 +149,7 @@ display(HTML(tables.as_text(summary, style="html")))
 # %%
 rows = evaluate.completions(lm, behavior, w, [alphas[0], 0.0, alphas[-1]])
 evaluate.write_blind(rows, folder)
-display(HTML(tables.as_text(notebook.side_by_side(rows, 6), style="html")))
+display(HTML(tables.as_text(evaluate.side_by_side(rows, 6), style="html")))
 
 # %%
 verdict = evaluate.steering_verdict(summary)

@@ -83,7 +83,10 @@ def test_registry_replaces_ones_own_and_refuses_shipped_names_missing_definition
             pass
 
     with pytest.raises(ValueError, match="sees 'texts' is unknown; known are weights, prompts, pairs"):
-        candidate(family="act:mine", sees=("texts",))(lambda m, l: "x" and None)
+
+        @candidate(family="act:mine", sees=("texts",))
+        def wrong(m, l):
+            """Sees texts."""
 
     with pytest.raises(ValueError, match="only the shipped ceilings see w"):
 

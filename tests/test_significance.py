@@ -15,8 +15,9 @@ from ws.stability.significance import (
 )
 
 
-def left_factor(M: torch.Tensor) -> torch.Tensor:
+def left_factor(M) -> torch.Tensor:
     """F with `F F^T = M M^T`."""
+    M = M[0] @ M[1] if isinstance(M, tuple) else M
     U, s, _ = torch.linalg.svd(M.double(), full_matrices=False)
     return U * s
 

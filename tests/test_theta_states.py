@@ -1,13 +1,16 @@
 """Users' files, and recorded states: the right states, the right targets, the prompt left out, a record on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.conftest import CHATML, random_model
+from tests.harm import HARMS
 from ws.cache.places import ASSETS
 from ws.model.lm import LM, Decoder, load_lm
+from ws.theta import states
 from ws.theta.states import UserText, load_users, prompt_text, record_states, record_users, split_texts
 
 ROWS = [
@@ -84,18 +87,49 @@ def test_states_predict_the_user_s_own_words_and_nothing_else(lm, batch):
     assert len(every.y) > len(states.y) and lm.tokenizer.decode(every.y[every.text == 1]).endswith("No.")
 
 
-def test_a_large_record_lies_on_disk_and_is_made_once(lm, tmp_path, monkeypatch):
+@pytest.fixture
+def passes(lm, monkeypatch):
+    """One entry for every batch that goes through the model's body."""
+    seen = []
+    handle = lm.model.get_decoder().register_forward_pre_hook(lambda *_: seen.append(1))
+    yield seen
+    handle.remove()
+
+
+def test_a_record_lies_on_disk_and_is_made_once(lm, tmp_path, passes):
     items = [UserText(**row) for row in ROWS]
-    want = record_states(lm, items, progress=False)
-    path = tmp_path / "states.safetensors"
-    assert record_states(lm, items, path=path, progress=False).h.shape == want.h.shape and not path.exists()
-    got = record_states(lm, items, path=path, max_mb=0, progress=False)
-    assert path.is_file() and torch.equal(got.h, want.h) and torch.equal(got.y, want.y)
-    stamp = path.stat().st_mtime_ns
-    record_states(lm, items, path=path, max_mb=0, progress=False)
-    assert path.stat().st_mtime_ns == stamp
-    other = record_states(lm, items[:3], path=path, max_mb=0, progress=False)
-    assert path.stat().st_mtime_ns != stamp and torch.equal(other.h, want.h[: len(other.h)])
+    want, path = record_states(lm, items, progress=False), tmp_path / "states.safetensors"
+    before = len(passes)
+    got = record_states(lm, items, path=path, progress=False)
+    assert len(passes) > before and torch.equal(got.h, want.h) and torch.equal(got.y, want.y)
+    before, content = len(passes), path.read_bytes()
+    assert torch.equal(record_states(lm, items, path=path, progress=False).h, want.h) and len(passes) == before
+    other = record_states(lm, items[:3], path=path, progress=False)
+    assert len(passes) > before and torch.equal(other.h, want.h[: len(other.h)]) and path.read_bytes() != content
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_record_is_made_anew(lm, tmp_path, harm):
+    items, path = [UserText(**row) for row in ROWS], tmp_path / "states.safetensors"
+    want = record_states(lm, items, path=path, progress=False).h.clone()
+    harm(path)
+    assert torch.equal(record_states(lm, items, path=path, progress=False).h, want)
+
+
+def test_a_record_belongs_to_the_model_its_dtype_and_the_code(lm, tmp_path, passes, monkeypatch, model_folder):
+    items, path = [UserText(**row) for row in ROWS], tmp_path / "states.safetensors"
+
+    def makes(lm):
+        before = len(passes)
+        record_states(lm, items, path=path, progress=False)
+        return len(passes) > before
+
+    assert makes(lm) and not makes(lm) and makes(replace(lm, fingerprint="another")) and makes(lm) and not makes(lm)
+    narrow = load_lm(str(model_folder("llama")), "bfloat16", "cpu")
+    rounded = record_states(narrow, items, path=path, progress=False)
+    assert torch.equal(rounded.h, rounded.h.bfloat16().float()) and makes(lm) and not makes(lm)
+    monkeypatch.setattr(states, "_check_logits", lambda *_: None)
+    assert makes(lm) and not makes(lm)
 
 
 def test_record_users_divides_one_recording(lm, tmp_path):

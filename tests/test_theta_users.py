@@ -6,11 +6,15 @@ import polars as pl
 import pytest
 import torch
 
-from ws.theta import compare, report, users, verdict
+from tests.harm import HARMS
+from ws.cache.made import made
+from ws.model.lm import load_lm
+from ws.theta import compare, report, states, users, verdict
 from ws.theta import figures as draw
 from ws.theta.fit import FitConfig, evaluate, make_problem, record_base
-from ws.theta.heads import all_heads, cvh
-from ws.theta.states import States
+from ws.theta.fitted import SOLVERS, ThetaFits, fit_theta
+from ws.theta.heads import CVH, all_heads, cvh
+from ws.theta.states import States, joint_base
 from ws.theta.users import fit_users, load_fit, theta_path
 
 USERS = ["ann", "bob", "cy d"]
@@ -44,9 +48,18 @@ def fitted(planted, tmp_path_factory):
     return some, fit_users(train, some, W, None, cfg, folder, progress=False), folder
 
 
+@pytest.fixture(scope="module")
+def found(planted, fitted):
+    return ThetaFits(fitted[1], fitted[0], planted[-1], planted[-2], "matched")
+
+
+def visible(folder):
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+
+
 def test_one_file_per_user_and_head_that_loads_as_it_was(fitted):
     heads, fits, folder = fitted
-    assert {p.name for p in folder.iterdir()} == {
+    assert {p.name for p in visible(folder)} == {
         f"theta_{u}_{h}.safetensors" for u in ("ann", "bob", "cy_d") for h in heads
     }
     for (user, head), fit in fits.items():
@@ -61,45 +74,105 @@ def test_the_same_fits_give_the_same_bytes(planted, fitted, tmp_path):
     W, _, train, _, cfg, *_ = planted
     heads, _, folder = fitted
     fit_users(train, heads, W, None, cfg, tmp_path, progress=False)
-    files = sorted(folder.iterdir())
+    files = visible(folder)
     assert len(files) == 15 and all(p.read_bytes() == (tmp_path / p.name).read_bytes() for p in files)
 
 
-def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted, tmp_path, monkeypatch):
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the files that are made; `dies_after` of them, if set, the process is interrupted."""
+
+    def count(path, key, make):
+        if len(names) == names.dies_after:
+            raise KeyboardInterrupt
+        names.append(path.name.removesuffix("_cvh.safetensors").removeprefix("theta_"))
+        return made(path, key, make)
+
+    class Names(list):
+        dies_after = None
+
+    names = Names()
+    monkeypatch.setattr(users, "made", count)
+    return names
+
+
+def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted, tmp_path, counted):
     W, heads, train, _, cfg, *_ = planted
     one = {"cvh": heads["cvh"]}
-    fitted_users = []
-    save = users.save_fit
-
-    def dies_after_two(fit, path, key, config):
-        if len(fitted_users) == 2:
-            raise KeyboardInterrupt
-        fitted_users.append(fit.user)
-        save(fit, path, key, config)
-
-    monkeypatch.setattr(users, "save_fit", dies_after_two)
+    counted.dies_after = 2
     with pytest.raises(KeyboardInterrupt):
         fit_users(train, one, W, None, cfg, tmp_path, progress=False)
-    assert len(list(tmp_path.iterdir())) == 2
-    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-
-    def notes(fit, path, key, config):
-        fitted_users.append(fit.user)
-        save(fit, path, key, config)
-
-    monkeypatch.setattr(users, "save_fit", notes)
-    resumed = fit_users(train, one, W, None, cfg, tmp_path, progress=False)
-    assert fitted_users == USERS and {n: (tmp_path / n).stat().st_mtime_ns for n in stamps} == stamps
-    whole = fit_users(train, one, W, None, cfg, tmp_path / "whole", progress=False)
-    assert all(torch.allclose(resumed[k].theta(), whole[k].theta(), atol=1e-5) for k in whole)
-    del fitted_users[:]
+    assert len(visible(tmp_path)) == 2
+    stamps = {p.name: p.stat().st_mtime_ns for p in visible(tmp_path)}
+    counted.dies_after = None
     fit_users(train, one, W, None, cfg, tmp_path, progress=False)
-    assert fitted_users == []
+    assert counted == ["ann", "bob", "cy_d"] and {n: (tmp_path / n).stat().st_mtime_ns for n in stamps} == stamps
+    resumed = visible(tmp_path)
+    fit_users(train, one, W, None, cfg, tmp_path / "whole", progress=False)
+    assert all(p.read_bytes() == (tmp_path / "whole" / p.name).read_bytes() for p in resumed)
+    del counted[:]
+    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    assert counted == []
     fit_users(train, one, W, None, replace(cfg, beta=0.1), tmp_path, progress=False)
     fit_users(train, {"cvh": cvh(d, D, alpha=0.7)}, W, None, replace(cfg, beta=0.1), tmp_path, progress=False)
     changed = {**train, "bob": replace(train["bob"], y=train["bob"].y.flip(0))}
     fit_users(changed, {"cvh": cvh(d, D, alpha=0.7)}, W, None, replace(cfg, beta=0.1), tmp_path, progress=False)
-    assert fitted_users == [*USERS, *USERS, "bob"]
+    assert counted == [*["ann", "bob", "cy_d"] * 2, "bob"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_fit_is_made_anew(planted, tmp_path, counted, harm):
+    W, heads, train, _, cfg, *_ = planted
+    one = {"cvh": heads["cvh"]}
+    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    path = theta_path(tmp_path, "bob", "cvh")
+    want = path.read_bytes()
+    harm(path)
+    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    assert counted == ["ann", "bob", "cy_d", "bob"] and path.read_bytes() == want
+
+
+@pytest.mark.parametrize("room,name", [(users, "fit_adam"), (users, "fit_optimum"), (states, "record_base")])
+def test_old_thetas_do_not_come_back_for_another_fit(planted, tmp_path, monkeypatch, room, name):
+    W, heads, train, _, cfg, *_ = planted
+    one = {"cvh": heads["cvh"]}
+    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+
+    def fails(*args, **options):
+        raise RuntimeError("another fit")
+
+    monkeypatch.setattr(room, name, fails)
+    with pytest.raises(RuntimeError, match="another fit"):
+        fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+
+
+def test_a_head_of_ones_own_is_known_by_its_code(planted, tmp_path, counted):
+    W, heads, train, _, cfg, *_ = planted
+    parts = heads["cvh"].A, heads["cvh"].B
+
+    class Louder(CVH):
+        def features(self, h):
+            return 2 * super().features(h)
+
+    for kind in (CVH, CVH, Louder, Louder):
+        fit_users(train, {"cvh": kind(*parts)}, W, None, cfg, tmp_path, progress=False)
+    assert len(counted) == 6
+
+
+def test_the_front_door_fits_users_of_ones_own(parity_folder, tmp_path, counted):
+    lm = load_lm(str(parity_folder / "model"), "float32", "cpu")
+    texts = {"ann": [("Hi", "Well, hello dear."), ("Why", "Well, because.")], "bob": [("", "No."), ("", "Nope.")]}
+    options = dict(heads=["cvh"], dim=4, folder=tmp_path, progress=False)
+    found = fit_theta(lm, texts, **options)
+    assert counted == found.users == ["ann", "bob"] and found.theta("bob", "cvh").shape == (4,)
+    assert found.summary["head"].unique().to_list() == ["cvh"] and len(found.summary) == 2 * 3
+    again = fit_theta(lm, texts, **options)
+    assert len(counted) == 2 and torch.equal(again.stacked("cvh"), found.stacked("cvh"))
+    assert {p.suffix for p in visible(tmp_path)} == {".safetensors"} and len(visible(tmp_path)) == 3
+    with pytest.raises(ValueError, match="head 'cvhh' is unknown; one of cvh, "):
+        fit_theta(lm, texts, **{**options, "heads": ["cvhh"]})
+    with pytest.raises(ValueError, match="user 'bob': at least two texts"):
+        fit_theta(lm, {**texts, "bob": texts["bob"][:1]}, **options)
 
 
 def test_groups_of_users_change_nothing(planted, fitted, tmp_path):
@@ -122,10 +195,9 @@ def test_users_that_would_share_a_file_and_foreign_files_are_refused(planted, tm
         load_fit(tmp_path / "other.safetensors")
 
 
-def test_held_out_scores_equal_a_problem_per_user(planted, fitted):
+def test_held_out_scores_equal_a_problem_per_user(planted, found):
     W, heads, _, rest, cfg, heldout = planted
-    _, fits, _ = fitted
-    thetas = report.stacked(fits, USERS, "cvh")
+    thetas = found.stacked("cvh")
     cross = compare.by_user(heldout, compare.score_thetas(heldout, heads["cvh"], thetas, cfg).ce)
     own = compare.by_user(heldout, compare.score_own(heldout, heads["cvh"], thetas, cfg).ce[0])
     assert torch.allclose(own, cross.diagonal(), atol=1e-6)
@@ -138,7 +210,7 @@ def test_held_out_scores_equal_a_problem_per_user(planted, fitted):
 
 def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(planted):
     W, heads, train, *_ = planted
-    base, _ = users.joint_base(list(train.values()), W, None)
+    base, _ = joint_base(list(train.values()), W, None)
     matched, before = compare.matched_heads(heads, base, W, 0.5, 1e-4)
     cfg, gen = FitConfig(), torch.Generator().manual_seed(1)
     thetas = torch.nn.functional.normalize(torch.randn(100, D, generator=gen), dim=1).double()
@@ -154,10 +226,8 @@ def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(plant
     assert "lm_head_svd" not in compare.distinct_functions(matched) and len(matched) == 7
 
 
-def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
-    W, _, train, _, cfg, heldout = planted
-    heads, fits, _ = fitted
-    table = report.summary(fits, heads, heldout, cfg, "matched")
+def test_tables_controls_and_verdict_find_the_planted_users(planted, found):
+    train, heldout, heads, table = planted[2], found.heldout, found.heads, found.summary
     assert (
         len(table) == 3 * len(heads) * 3
         and (table["gain"] - (table["ce_before"] - table["ce_after"])).abs().max() < 1e-9
@@ -167,14 +237,12 @@ def test_tables_controls_and_verdict_find_the_planted_users(planted, fitted):
     assert "unconditional" in best  # planted by that head: `svd_unconditional` may tie, gating may not
     effort = report.adam_against_optimum(table)
     assert effort["adam_above_free"].min() >= 0 and effort["largest_gradient_ratio"].max() <= 1e-6
-    cross = report.cross_table(fits, heads, heldout, cfg, "matched")
-    diagonal = report.diagonal(cross)
+    diagonal = report.diagonal(found.cross)
     assert diagonal.filter(pl.col("head") == "unconditional").row(0) == ("matched", "unconditional", 3, 3, "")
-    one = {"unconditional": heads["unconditional"]}
-    controls = verdict.controls(train, one, fits, heldout, None, cfg, 19, 0)
+    controls = verdict.controls(train, found, ["unconditional"], 19, 0)
     row = verdict.control_table(heldout, controls, 200, 0).row(0, named=True)
     assert row["low"] > 0 and row["p"] == pytest.approx(0.05) and row["permuted_gain"] < 0.5 * row["own_gain"]
-    gain = {s: report.text_gains(fits, heads, heldout, cfg, s) for s in report.SOLVERS}
+    gain = {s: found.text_gains(s) for s in SOLVERS}
     control = verdict.control_table(heldout, controls, 200, 0)
     said = verdict.verdict(heldout, gain, control, diagonal, 500, 0)
     assert f"`{best}`" in said.splitlines()[0] and "The gain is the users' own" in said
@@ -192,7 +260,7 @@ def test_thetas_of_no_user_are_not_called_real(planted):
     W, heads, train, rest, cfg, heldout = planted
     gen = torch.Generator().manual_seed(4)
     noise = {u: replace(s, y=torch.randint(V, s.y.shape, generator=gen)) for u, s in train.items()}
-    problem = make_problem(*[users.joint_base(list(noise.values()), W, None)[0]], heads["unconditional"], W)
+    problem = make_problem(*[joint_base(list(noise.values()), W, None)[0]], heads["unconditional"], W)
     assert problem.users == 1
     own = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 1, 7)[0]
     permuted = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 19, 0)
@@ -201,25 +269,21 @@ def test_thetas_of_no_user_are_not_called_real(planted):
     assert row["own_gain"] < 0 and row["p"] > 0.05
 
 
-def test_sweeps_and_figures(planted, fitted):
-    W, _, train, _, cfg, heldout = planted
-    heads, fits, _ = fitted
-    one = {"cvh": heads["cvh"]}
-    gamma = report.gamma_sweep(fits, one, heldout, [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
+def test_sweeps_and_figures(planted, found):
+    _, _, train, _, cfg, _ = planted
+    gamma = report.gamma_sweep(found, ["cvh"], [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
     assert gamma["gain"][0] == pytest.approx(0, abs=1e-6) and gamma["kl"][0] == pytest.approx(0, abs=1e-7)
-    assert gamma["kl"].is_sorted() and gamma["gain"][1] == pytest.approx(
-        report.summary(fits, one, heldout, cfg, "x").filter(pl.col("solver") == "adam")["gain"].mean()
-    )
-    beta = report.beta_sweep(train, one, heldout, None, [replace(cfg, beta=b) for b in (0.0, 1.0)])
+    mine = found.summary.filter((pl.col("solver") == "adam") & (pl.col("head") == "cvh"))
+    assert gamma["kl"].is_sorted() and gamma["gain"][1] == pytest.approx(mine["gain"].mean())
+    beta = report.beta_sweep(train, found, ["cvh"], [replace(cfg, beta=b) for b in (0.0, 1.0)])
     assert beta["kl"][1] < beta["kl"][0]
-    table = report.summary(fits, heads, heldout, cfg, "default")
-    cross = report.cross_table(fits, one, heldout, cfg, "default")
+    heads = list(found.heads)
     figures = [
-        draw.fit_traces(fits, USERS, ["cvh"], list(heads)),
-        draw.heldout_gain(table),
-        draw.cross_heatmap(cross, ["cvh"], USERS),
-        draw.cosine_heatmap({"cvh": report.stacked(fits, USERS, "cvh")}, USERS),
-        draw.sweep_curves(gamma, "gamma", 0.5, list(heads)),
-        draw.sweep_curves(beta, "beta", 0.05, list(heads)),
+        draw.fit_traces(found, heads),
+        draw.heldout_gain(found.summary),
+        draw.cross_heatmap(found.cross, ["cvh"], USERS),
+        draw.cosine_heatmap({"cvh": found.stacked("cvh")}, USERS),
+        draw.sweep_curves(gamma, "gamma", 0.5, heads),
+        draw.sweep_curves(beta, "beta", 0.05, heads),
     ]
     assert all(axis.get_ylabel() or axis.get_xlabel() for figure in figures for axis in figure.axes)

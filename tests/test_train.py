@@ -7,17 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ws.train.difference
 import ws.train.lora
 import ws.train.pairs
+from tests.harm import HARMS, cut, flip
 from ws.cache.names import RunId
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
+from ws.model.generate import turn_end, write_answers
 from ws.model.lm import load_lm
 from ws.model.text import chat_text
 from ws.steer.weights import weight_steer
-from ws.train.difference import ADAPTERS, obtain_diff, train_diff
+from ws.train.difference import obtain_diff, train_diff
 from ws.train.examples import make_example, response_loss, shuffle_labels
-from ws.train.lora import TrainConfig, adapter_layers, train_adapter
+from ws.train.lora import ADAPTERS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import Pair, PairConfig, make_pairs
 
 SMALL = PairConfig(topics=3, samples=2, max_new_tokens=6, batch=5)
@@ -32,6 +35,11 @@ def lm(model_folder):
 @pytest.fixture(scope="module")
 def behavior(parity_folder):
     return load_behavior(parity_folder / "behavior.json")
+
+
+@pytest.fixture(autouse=True)
+def _out(tmp_path, monkeypatch):
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def test_default_layers_and_settings():
 def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monkeypatch):
     seen = []
 
-    def answer(lm, prompts, cfg, seed):
+    def answer(lm, prompts, max_new_tokens, temperature, top_p, seed):
         seen.append((prompts, seed))
         return [f"answer {seed} {i}" for i in range(len(prompts))]
 
@@ -80,30 +88,60 @@ def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monke
     assert first.user == behavior.opinion_text(behavior.train_topics[0]) and first.user in seen[0][0][0]
 
 
-def test_pairs_are_cached_and_a_killed_run_continues(lm, behavior, tmp_path, monkeypatch):
+def test_a_killed_run_of_pairs_continues(lm, behavior, tmp_path, monkeypatch):
     whole = make_pairs(lm, behavior, SMALL, tmp_path / "a", progress=False)
-    write = ws.train.pairs.write_answers
-    calls = []
+    generate, calls = lm.model.generate, []
 
-    def killed(*args):
-        calls.append(args)
+    def killed(**options):
+        calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return write(*args)
+        return generate(**options)
 
-    monkeypatch.setattr(ws.train.pairs, "write_answers", killed)
+    monkeypatch.setattr(lm.model, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
+    (chunk,) = (tmp_path / "b").rglob("chunk_*")
     again = make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
     # twelve rows in batches of five are three chunks of two sides; one whole chunk was there already
     assert len(calls) == 4 + 4 and again == whole
+    assert make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False) == whole and len(calls) == 8
+    assert {p.name for p in chunk.parent.iterdir()} == {"pairs.jsonl", ".made.pairs.jsonl.json"}
 
-    def never(*args):
-        pytest.fail("written again")
 
-    monkeypatch.setattr(ws.train.pairs, "write_answers", never)
-    assert make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False) == whole
-    assert sorted(p.name for p in (tmp_path / "b").rglob("*.json*")) == ["pairs.jsonl"]
+def test_a_damaged_chunk_is_written_again(lm, behavior, tmp_path, monkeypatch):
+    whole = make_pairs(lm, behavior, SMALL, tmp_path / "a", progress=False)
+    drop = ws.train.pairs.Pair
+    monkeypatch.setattr(ws.train.pairs, "Pair", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
+    monkeypatch.setattr(ws.train.pairs, "Pair", drop)
+    chunks = sorted((tmp_path / "b").rglob("chunk_*"))
+    flip(chunks[0])
+    cut(chunks[1])
+    assert len(chunks) == 3 and make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False) == whole
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_pairs_are_written_again(lm, behavior, tmp_path, harm):
+    whole = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
+    (path,) = tmp_path.rglob("pairs.jsonl")
+    content = path.read_bytes()
+    harm(path)
+    assert make_pairs(lm, behavior, SMALL, tmp_path, progress=False) == whole and path.read_bytes() == content
+
+
+def test_pairs_belong_to_the_code_and_the_model_that_wrote_them(lm, behavior, tmp_path, monkeypatch):
+    whole = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
+    (path,) = tmp_path.rglob("pairs.jsonl")
+    other = replace(lm, fingerprint="another")
+    monkeypatch.setattr(ws.train.pairs, "write_answers", lambda _, prompts, *more: [f"{p} {more}" for p in prompts])
+    changed = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
+    assert changed != whole and len(list(tmp_path.rglob("pairs.jsonl"))) == 1
+    assert make_pairs(other, behavior, SMALL, tmp_path, progress=False) == changed
+    assert len(list(tmp_path.rglob("pairs.jsonl"))) == 2
+    monkeypatch.undo()
+    assert make_pairs(lm, behavior, SMALL, tmp_path, progress=False) == whole and path.is_file()
 
 
 def test_useless_pairs_are_dropped_and_counted():
@@ -128,13 +166,12 @@ def test_asking_for_too_much_is_named(lm, behavior, tmp_path):
 
 def test_batch_and_padding_do_not_change_greedy_answers(lm):
     prompts = [chat_text(lm.tokenizer, text) for text in ("a", "a much longer question than the other one", "b c")]
-    cfg = replace(SMALL, temperature=0)
-    together = ws.train.pairs.write_answers(lm, prompts, cfg, 0)
-    assert together == [ws.train.pairs.write_answers(lm, [prompt], cfg, 0)[0] for prompt in prompts]
+    together = write_answers(lm, prompts, 6)
+    assert together == [write_answers(lm, [prompt], 6)[0] for prompt in prompts]
 
 
 def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior):
-    end = ws.train.pairs.turn_end(lm.tokenizer)
+    end = turn_end(lm.tokenizer)
     assert end == "<|im_end|>"
     for sign, text in (("pos", "Yes, sure."), ("neg", "No, never.")):
         example = make_example(lm, rows[0], sign, end, 512)
@@ -251,12 +288,61 @@ def test_a_long_run_goes_on_from_its_checkpoint(lm, rows, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
+@pytest.fixture
+def goes_on(lm, rows, tmp_path, monkeypatch):
+    """After a run that was killed at its fourth step: `goes_on(lm=, rows=)` gives the steps that the next try makes."""
+    from transformers import Trainer
+
+    cfg, step, calls = replace(CFG, checkpoint_steps=1), Trainer.training_step, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    def again(lm=lm, rows=rows):
+        before = len(calls)
+        train_adapter(lm, rows, "pos", 0, cfg, tmp_path / "pos", progress=False)
+        return calls[before:]
+
+    monkeypatch.setattr(Trainer, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    return again
+
+
+def test_a_checkpoint_of_the_same_run_is_gone_on_from(goes_on):
+    assert goes_on() == [3]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_is_not_gone_on_from(goes_on, tmp_path, harm):
+    old, new = sorted(tmp_path.rglob("checkpoint-*"))
+    harm(new / "optimizer.pt")
+    flip(old / "adapter_model.safetensors")
+    assert goes_on() == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_before_a_damaged_one_serves(goes_on, tmp_path):
+    flip(max(tmp_path.rglob("checkpoint-*")) / "adapter_model.safetensors")
+    assert goes_on() == [2, 3]
+
+
+@pytest.mark.parametrize("change", ["pairs", "weights", "code"])
+def test_a_checkpoint_of_something_else_is_not_gone_on_from(goes_on, lm, rows, monkeypatch, change):
+    if change == "code":
+        shuffled = ws.train.lora.shuffle_labels
+        monkeypatch.setattr(ws.train.lora, "shuffle_labels", lambda rows, seed: shuffled(rows, seed))
+    others = tuple(replace(row, response_pos="Yes, fine.") for row in rows) if change == "pairs" else rows
+    assert goes_on(replace(lm, fingerprint="another") if change == "weights" else lm, others) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_w_steers_towards_what_the_positive_side_says(lm, behavior, rows, tmp_path, monkeypatch, kind):
     """Planted: the sides differ in Yes / No alone, so alpha w must move log P(Yes) - log P(No) up, -alpha w down."""
     monkeypatch.setattr(ws.train.difference, "make_pairs", lambda *_: ws.train.pairs.Pairs(rows, len(rows), 0, 0))
-    run = RunId("m", "planted", kind, 0)
-    w = train_diff(lm, behavior, run, replace(CFG, max_steps=8), out=tmp_path, progress=False)
+    w = train_diff(lm, behavior, kind, config=replace(CFG, max_steps=8), progress=False)
     prompt = chat_text(lm.tokenizer, "an unseen question")
     ids = torch.tensor([lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     yes, no = (lm.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
@@ -273,7 +359,6 @@ def test_w_steers_towards_what_the_positive_side_says(lm, behavior, rows, tmp_pa
 
 
 def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
-    run = RunId("m", "b", "lora", 0)
     train, made = ws.train.difference.train_adapter, []
 
     def counted(lm, rows, sign, seed, cfg, folder, progress=True):
@@ -284,15 +369,15 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ws.train.difference, "train_adapter", counted)
     with pytest.raises(KeyboardInterrupt):
-        train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
-    folder = run.folder(tmp_path)
+        train_diff(lm, behavior, config=CFG, progress=False)
+    folder = RunId(lm.name, behavior.name, "lora", 0).folder()
     assert [p.name for p in (folder / "adapters").iterdir() if not p.name.startswith(".")] == ["pos"]
-    w = train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
-    train_diff(lm, behavior, run, CFG, out=tmp_path, progress=False)
+    w = train_diff(lm, behavior, config=CFG, progress=False)
+    train_diff(lm, behavior, config=CFG, progress=False)
     assert made == ["pos", "neg", "neg"]
-    train_diff(lm, behavior, run, replace(CFG, max_steps=2), out=tmp_path, progress=False)
+    train_diff(lm, behavior, config=replace(CFG, max_steps=2), progress=False)
     assert made == ["pos", "neg", "neg", "pos", "neg"]
-    null = train_diff(lm, behavior, run, replace(CFG, shuffle_labels=True), out=tmp_path, progress=False)
+    null = train_diff(lm, behavior, null=True, config=CFG, progress=False)
     assert null.meta["null"] and (folder / "null_diff" / "w.safetensors").is_file()
     assert not torch.equal(null.dense(w.names[0]), w.dense(w.names[0]))
     record = json.loads((folder / "adapters" / "pos" / "training.json").read_text())
@@ -302,9 +387,38 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     assert all(torch.equal(again.dense(n), stored.dense(n)) for n in stored.names)
 
 
+def test_adapters_follow_model_and_pairs_survive_new_code_and_notice_damage(lm, behavior, tmp_path, monkeypatch, capfd):
+    """Planted: the training is a stand-in that says what it was given."""
+    given = []
+
+    def train(lm, rows, sign, seed, cfg, folder, progress):
+        given.append((sign, lm.fingerprint, rows[0].response_pos))
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter").write_text(f"{given[-1]}")
+
+    monkeypatch.setattr(ws.train.difference, "train_adapter", train)
+    monkeypatch.setattr(ws.train.difference, "_join", lambda *_: WeightDiff({}, {}))
+
+    def steps(lm=lm, **options):
+        before = len(given)
+        train_diff(lm, behavior, config=CFG, folder=tmp_path / "run", progress=False, **options)
+        return [sign for sign, *_ in given[before:]]
+
+    assert steps() == ["pos", "neg"] and steps() == []
+    flip(tmp_path / "run" / "adapters" / "neg" / "adapter")
+    assert steps() == ["neg"]
+    assert steps(replace(lm, fingerprint="another")) == ["pos", "neg"] and given[-1][1] == "another"
+    assert steps() == ["pos", "neg"]
+    monkeypatch.setattr(ws.train.pairs, "write_answers", lambda _, prompts, *more: [f"{p} {more}" for p in prompts])
+    assert steps() == ["pos", "neg"]
+    capfd.readouterr()
+    monkeypatch.setattr(ws.train.lora, "_wrap", lambda *_: None)
+    assert steps() == [] and "training code changed" in "".join(capfd.readouterr())
+    assert steps(retrain=True) == ["pos", "neg"] and steps() == []
+
+
 def test_a_difference_of_zero_is_refused_by_name(lm, behavior, tmp_path):
     name = lm.decoder.param_name(1, "o")
-    path = WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}).save(tmp_path / "w.safetensors")
-    run = RunId("tiny", "sycophancy", "lora", 0)
+    WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}).save(tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w\.safetensors: the weight difference is 0 everywhere"):
-        obtain_diff(lm, behavior, run, CFG, w_path=path or tmp_path / "w.safetensors", out=tmp_path)
+        obtain_diff(lm, behavior, 0, CFG, tmp_path, w_path=tmp_path / "w.safetensors")

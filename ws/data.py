@@ -39,6 +39,12 @@ class Behavior:
 
     Raises:
         ValueError: names the field that is empty, doubled, of a wrong type or without its {claim}.
+
+    Example:
+        >>> import ws
+        >>> b = ws.load_behavior("sycophancy")
+        >>> len(b.topics), len(b.train_topics), b.yes, b.no
+        (32, 20, ('Yes',), ('No',))
     """
 
     name: str
@@ -91,6 +97,11 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     Raises:
         FileNotFoundError: a path that does not exist.
         ValueError: an unknown name, an unreadable file, a missing, unknown or empty field.
+
+    Example:
+        >>> import ws
+        >>> ws.load_behavior("sycophancy").name
+        'sycophancy'
     """
     text = str(name_or_path)
     path = ASSETS / f"{text}.json" if text in SHIPPED else Path(name_or_path).expanduser()

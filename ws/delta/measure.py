@@ -8,30 +8,25 @@ nothing of size L x T x d is ever held. All standard deviations are of the popul
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ws.delta.bootstrap import (
-    SKETCH,
-    UNKNOWN,
-    Interval,
-    Parts,
-    bootstrap,
-    bootstrap_weights,
-    group_parts,
-    sketch_basis,
-)
-from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups
-from ws.delta.phases import RANK, phase_of
+from ws.delta.bootstrap import SKETCH, UNKNOWN, Interval, Parts, bootstrap, bootstrap_weights, group_parts, sketch_basis
+from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups, load_calibration
+from ws.delta.phases import RANK, Phase, phase_of, phases
 from ws.delta.reading import read_deltas
 from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
 from ws.model.lm import LM
 
 MODES = ("stream", "documents")
+Batches = list[list[Sequence]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,29 @@ class DeltaRun:
     @property
     def directions(self) -> Float[Tensor, "L k d"]:
         return torch.stack([layer.directions for layer in self.layers])
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """What the layers of each phase of depth have in common, beside chance."""
+        return phases(self.directions)
+
+    def table(self) -> pl.DataFrame:
+        """A row per layer: its numbers, singular values as columns s1, s2, ..., 95 % bootstrap intervals."""
+        from ws.delta.report import layer_table
+
+        return layer_table(self)
+
+    def conclusion(self) -> str:
+        """Markdown: both hypotheses about depth with their computed verdicts and chance levels."""
+        from ws.delta.report import conclusion
+
+        return conclusion(self)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write every result file into `folder`."""
+        from ws.delta.report import save_run
+
+        return save_run(self, Path(folder))
 
 
 def token_numbers(delta: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> Float[Tensor, "5 N"]:
@@ -130,7 +148,7 @@ def _filled(directions: Float[Tensor, "j d"], k: int) -> Float[Tensor, "k d"]:
 
 def delta_svd(
     lm: LM,
-    texts: list[str],
+    texts: list[str] | str | Path | None = None,
     mode: str = "stream",
     final_norm: bool = False,
     max_length: int = 2048,
@@ -142,13 +160,22 @@ def delta_svd(
 ) -> DeltaRun:
     """Every block's update on the calibration texts, with directions, spectra and 95 % intervals.
 
-    mode `stream`: the texts as one sequence, one pass, each layer finished when the pass reaches it. mode
-    `documents`: a sequence per text, `batch_size` at a time; per-layer d x d Grams are accumulated, so that more text
-    costs no more memory, and with `boot > 0` the texts are read a second time for the intervals. Longer texts are cut
-    at `max_length` tokens and counted. boot: draws of the bootstrap over passages (0: none). seed: of the bootstrap.
+    texts: passages, a file of them (`load_calibration`), or None for the shipped ones. mode `stream`: the texts as one
+    sequence, one pass, each layer finished when the pass reaches it. mode `documents`: a sequence per text,
+    `batch_size` at a time; per-layer d x d Grams are accumulated, so that more text costs no more memory, and with
+    `boot > 0` the texts are read a second time for the intervals. Longer texts are cut at `max_length` tokens and
+    counted. boot: draws of the bootstrap over passages (0: none). seed: of the bootstrap.
     Raises ValueError for an unknown mode, fewer than 3 tokens, hidden states that are not finite (naming the block).
     (docs/method.md section 9)
+
+    Example:
+        >>> from ws.model.lm import load_lm
+        >>> run = delta_svd(load_lm("tiny"), ["The mill is near the river.", "So is the inn."], boot=0, progress=False)
+        >>> run.hidden, run.table()["phase"].to_list()
+        (128, ['A', 'B', 'C', 'C', 'D', 'D', 'E', 'E'])
     """
+    if texts is None or isinstance(texts, str | Path):
+        texts = load_calibration(texts or "")
     if mode not in MODES:
         raise ValueError(f"MODE {mode!r} is unknown; one of {', '.join(MODES)}")
     if top_k < 1 or max_length < 3 or batch_size < 1:
@@ -190,12 +217,7 @@ def _both(numbers: Float[Tensor, "5 N"]) -> Float[np.ndarray, "2 5"]:
 
 
 def _stream(
-    lm: LM,
-    batches: list[list[Sequence]],
-    final_norm: bool,
-    top_k: int,
-    weights: Float[np.ndarray, "b P"],
-    progress: bool,
+    lm: LM, batches: Batches, final_norm: bool, top_k: int, weights: Float[np.ndarray, "b P"], progress: bool
 ) -> list[LayerDelta]:
     layers: list[LayerDelta] = []
     with tqdm(total=lm.decoder.n_layers, desc="delta SVD, layers", disable=not progress) as bar:
@@ -217,12 +239,7 @@ def _stream(
 
 
 def _documents(
-    lm: LM,
-    batches: list[list[Sequence]],
-    final_norm: bool,
-    top_k: int,
-    weights: Float[np.ndarray, "b P"],
-    progress: bool,
+    lm: LM, batches: Batches, final_norm: bool, top_k: int, weights: Float[np.ndarray, "b P"], progress: bool
 ) -> list[LayerDelta]:
     n_layers, d = lm.decoder.n_layers, lm.decoder.d
     sums = np.zeros((n_layers, 2, 5))

@@ -7,18 +7,18 @@ levels and leave-one-out values are in the tables, what was read in `delta_svd_r
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import polars as pl
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.files import atomic_file, write_json, write_text
 from ws.delta.measure import DeltaRun
-from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
+from ws.delta.phases import RANK, expected_cos, top1_cos, verdict
 from ws.show.tables import read_table, write_table
 
 FIELDS = (
@@ -45,14 +45,14 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def result_json(run: DeltaRun, found: list[Phase]) -> dict:
+def result_json(run: DeltaRun) -> dict:
     """The named schema of docs/method.md section 9."""
     per_layer = []
     for layer in run.layers:
         entry = {name: getattr(layer, name) for name in FIELDS}
         per_layer.append(entry | {"top_singvals": list(layer.top_singvals)})
     groups = {}
-    for p in found:
+    for p in run.phases:
         groups[p.name] = {"n": len(p.layers), "intra": _number(p.intra), "cross": _number(p.cross)}
         if p.captures:
             groups[p.name]["capture"] = {str(c.layer): c.capture for c in p.captures}
@@ -78,9 +78,9 @@ def layer_table(run: DeltaRun) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def phase_table(found: list[Phase], d: int) -> pl.DataFrame:
+def phase_table(run: DeltaRun) -> pl.DataFrame:
     """A row per phase: mean |cos| inside and outside, captures, each beside its chance level; NaN = undefined."""
-    nan = float("nan")
+    nan, d = float("nan"), run.hidden
     return pl.DataFrame(
         [
             {
@@ -98,18 +98,19 @@ def phase_table(found: list[Phase], d: int) -> pl.DataFrame:
                 "chance_left_out_95": p.left_out_high,
                 "outside": p.outside,
             }
-            for p in found
+            for p in run.phases
         ]
     )
 
 
-def capture_table(found: list[Phase], d: int) -> pl.DataFrame:
+def capture_table(run: DeltaRun) -> pl.DataFrame:
     """A row per layer of every phase with at least two: capture and leave-one-out capture, with chance levels."""
-    columns = {"phase": pl.String, "layer": pl.Int64} | dict.fromkeys(
-        ["capture", "chance_capture", "left_out", "chance_left_out"], pl.Float64
+    values = ("capture", "chance_capture", "left_out", "chance_left_out")
+    chance = min(RANK, run.hidden) / run.hidden
+    rows = [(p.name, c.layer, c.capture, p.chance, c.left_out, chance) for p in run.phases for c in p.captures]
+    return pl.DataFrame(
+        rows, {"phase": pl.String, "layer": pl.Int64, **dict.fromkeys(values, pl.Float64)}, orient="row"
     )
-    rows = [(p.name, c.layer, c.capture, p.chance, c.left_out, min(RANK, d) / d) for p in found for c in p.captures]
-    return pl.DataFrame(rows, schema=columns, orient="row")
 
 
 def cos_table(cos: Float[Tensor, "L L"]) -> pl.DataFrame:
@@ -145,25 +146,15 @@ def setting(run: DeltaRun, n_texts: int) -> str:
     return "\n".join([size, *(f"- {note}" for note in reading_notes(run))])
 
 
-def conclusion(run: DeltaRun, found: list[Phase]) -> str:
+def conclusion(run: DeltaRun) -> str:
     """Markdown: both hypotheses with their computed verdicts and chance levels, then the notes on this run."""
-    said = verdict(found, [layer.eff_rank for layer in run.layers], run.hidden)
-    lines = [f"# Delta SVD of {run.model}", ""]
-    for key, title in TITLES.items():
-        lines += [f"**{title}**: {said[key]}", ""]
-    lines += [
-        NULL_NOTE,
-        "",
-        *(f"- {note}" for note in reading_notes(run)),
-    ]
-    return "\n".join(lines) + "\n"
+    said = verdict(run.phases, [layer.eff_rank for layer in run.layers], run.hidden)
+    parts = [f"# Delta SVD of {run.model}", *(f"**{title}**: {said[key]}" for key, title in TITLES.items()), NULL_NOTE]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in reading_notes(run))]) + "\n"
 
 
-def save_run(run: DeltaRun, folder: Path) -> list[Phase]:
+def save_run(run: DeltaRun, folder: Path) -> Path:
     """Write every result file whole into `folder`; the JSON comes last, so that a folder with it is complete."""
-    folder = Path(folder)
-    found = phases(run.directions)
-    cos = top1_cos(run.directions)
     with atomic_file(folder / "delta_svd.safetensors") as tmp:
         # One metadata entry: the format's writer does not keep the order of several.
         about = json.dumps(
@@ -171,15 +162,14 @@ def save_run(run: DeltaRun, folder: Path) -> list[Phase]:
         )
         singvals = torch.nn.utils.rnn.pad_sequence([torch.tensor(l.top_singvals) for l in run.layers], batch_first=True)
         save_file({"directions": run.directions.contiguous(), "top_singvals": singvals}, tmp, metadata={"about": about})
-    write_table(layer_table(run), folder / "delta_svd_per_layer.tsv")
-    write_table(phase_table(found, run.hidden), folder / "delta_svd_phases.tsv")
-    write_table(capture_table(found, run.hidden), folder / "delta_svd_capture.tsv")
-    write_table(cos_table(cos), folder / "delta_svd_cos.tsv")
-    write_text(folder / "delta_svd_conclusion.md", conclusion(run, found))
-    settings = {key: value for key, value in vars(run).items() if key != "layers"}
+    tables = {"per_layer": layer_table(run), "phases": phase_table(run), "capture": capture_table(run)}
+    for name, table in (tables | {"cos": cos_table(top1_cos(run.directions))}).items():
+        write_table(table, folder / f"delta_svd_{name}.tsv")
+    write_text(folder / "delta_svd_conclusion.md", conclusion(run))
+    settings = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "layers"}
     write_json(folder / "delta_svd_run.json", settings | {"notes": reading_notes(run)})
-    write_json(folder / "delta_svd.json", result_json(run, found))
-    return found
+    write_json(folder / "delta_svd.json", result_json(run))
+    return folder
 
 
 @dataclass(frozen=True)
@@ -208,11 +198,6 @@ def read_folder(folder: str | Path) -> Saved:
     return Saved(result["model"], result, read_table(table))
 
 
-def read_directions(folder: str | Path) -> Float[Tensor, "L k d"]:
-    """Directions of a result folder."""
-    return load_file(Path(folder) / "delta_svd.safetensors")["directions"]
-
-
 def compare(folders: list[str | Path]) -> pl.DataFrame:
     """rel_step and eff_rank of two or more result folders against relative depth `L / num_layers`.
 
@@ -231,14 +216,8 @@ def compare(folders: list[str | Path]) -> pl.DataFrame:
         n if names.count(n) == 1 else f"{n} ({p.parent.name}/{p.name})" for n, p in zip(names, paths, strict=True)
     ]
     columns = [
-        "rel_step_mean",
-        "rel_step_std",
-        "eff_rank",
-        "eff_rank_low",
-        "eff_rank_high",
-        "top1_frac",
-        "parallel_frac",
-    ]
+        "rel_step_mean", "rel_step_std", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "parallel_frac",
+    ]  # fmt: skip
     parts = [
         s.layers.select(
             pl.lit(label).alias("model"),

@@ -24,6 +24,7 @@ from ws.explanation.rows import (
     with_null_diff,
 )
 from ws.model.lm import LM
+from ws.steer.weights import check_fits
 from ws.subspaces.algebra import Basis, as_basis, empty
 from ws.subspaces.build import build
 from ws.subspaces.build import candidates as candidates_of
@@ -77,6 +78,9 @@ def explain(
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     w, null = load_diff(w), None if null is None else load_diff(null)
+    for diff in (w, null):
+        if diff is not None:
+            check_fits(lm.model, diff)
     layers = lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
     shipped = candidates_of(protocol)
     functions, ready = _sorted_out(extra)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.files import atomic_file, write_json, write_text
 from ws.cache.keys import file_key
+from ws.cache.made import read_safetensors
+from ws.cache.syntax import digest
 from ws.explanation import words
 from ws.explanation.figures import joint_scatter, recovery_by_layer
 from ws.explanation.rows import null_check
@@ -36,6 +38,13 @@ class Explanation:
     candidates: what is known of each (name, family, sees, definition, ...). checks: the run's own assertions with their
     values. tensors: `ws.explanation.rows.kept_tensors`. bases: content hash of each A-side candidate's bases.
     sources: `{file name: text}` of the caller's own candidate files.
+
+    Example:
+        >>> import tempfile, ws
+        >>> found = ws.explain(ws.load_lm("tiny"), ws.load_diff("tiny"), candidates=["write"], progress=False)
+        >>> again = ws.Explanation.load(found.save(tempfile.mkdtemp()))
+        >>> again.top(1) == found.top(1), found.layers
+        (True, [2, 3, 4, 5])
     """
 
     per_layer: pl.DataFrame
@@ -117,7 +126,8 @@ class Explanation:
             save_file(self.tensors, tmp)
         hashes = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
         record = {f: getattr(self, f) for f in ("setting", "candidates", "checks", "bases")}
-        write_json(folder / RECORD, record | {"sources": list(self.sources), "files": hashes})
+        record |= {"sources": list(self.sources), "files": hashes}
+        write_json(folder / RECORD, record | {"hash": _hash(record)})
         return folder
 
     @classmethod
@@ -129,8 +139,10 @@ class Explanation:
             raise FileNotFoundError(f"{path} is missing: run the v7_sweep of this folder first")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if record.pop("hash") != _hash(record):
+                raise ValueError("its content is not what was written")
             hashes, sources = record.pop("files"), record.pop("sources")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: damaged ({error}); run this v7_sweep again") from error
         for name, known in hashes.items():
             if not (folder / name).is_file() or file_key(folder / name) != known:
@@ -139,7 +151,7 @@ class Explanation:
         return cls(
             per_layer=rows.with_columns(pl.col("note").cast(pl.String).fill_null("")),
             specific_per_layer=read_table(folder / "v7_specific_per_layer.csv"),
-            tensors=load_file(folder / "scores.safetensors"),
+            tensors=read_safetensors(folder / "scores.safetensors")[0],
             sources={name: (folder / name).read_text(encoding="utf-8") for name in sources},
             **record,
         )
@@ -151,3 +163,7 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self.top(style="html")
+
+
+def _hash(record: dict) -> str:
+    return digest(json.dumps(record, sort_keys=True).encode())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ws.cache.files import atomic_file
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.model.generate import complete
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode, last_index, position_ids
 from ws.steer.weights import weight_steer
@@ -99,6 +100,14 @@ def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
     """Answers at each steering strength: one row per alpha, claim set and claim.
 
     Columns: alpha, set, claim, logratio (nats), pmass. The model is the same before and after.
+
+    Example:
+        >>> import ws
+        >>> lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
+        >>> table = ws.alpha_sweep(lm, b, ws.load_diff("tiny"), [-1.0, 1.0], progress=False)
+        >>> means = table.filter(set="false").group_by("alpha", maintain_order=True).mean()["logratio"]
+        >>> means[1] > means[0] + 1
+        True
     """
     sets = claim_sets(behavior)
     rows = []
@@ -124,24 +133,6 @@ def summarise_sweep(sweep: pl.DataFrame) -> pl.DataFrame:
         .with_columns(low_pmass=pl.col("mean_pmass") < MIN_PMASS)
         .sort(["set", "alpha"], maintain_order=True)
     )
-
-
-def complete(lm: LM, texts: list[str], max_new_tokens: int = 64) -> list[str]:
-    """Greedy completions of rendered texts, special tokens removed."""
-    ids, mask = encode(lm.tokenizer, texts, False, 4096, "left")
-    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
-    with torch.no_grad():
-        out = lm.model.generate(
-            input_ids=ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-        )
-    return [lm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1] :]]
 
 
 def completions(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], max_new_tokens: int = 64) -> list[dict]:

@@ -26,6 +26,11 @@ class Basis:
     `(s_r - s_{r+1}) / s_r` at the cut, NaN where nothing was cut. ill_conditioned: the data do not determine the
     subspace (beyond their rank, or the perturbation bound `eps s_1 / (s_r - s_{r+1})` exceeds 0.01 rad). note: why a
     basis is empty or arbitrary.
+
+    Example:
+        >>> import torch, ws
+        >>> ws.Basis(torch.eye(6)[:, :2]).rank
+        2
     """
 
     B: Float[Tensor, "d r"]
@@ -111,7 +116,14 @@ def bottom_gram_basis(G: Float[Tensor, "d d"], k: int) -> Basis:
 
 
 def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
-    """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal."""
+    """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal.
+
+    Example:
+        >>> import torch, ws
+        >>> basis = ws.left_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+        >>> basis.s.tolist(), round(basis.gap, 2)
+        ([3.0, 2.0], 0.5)
+    """
     M = M.double()
     d, m = M.shape
     k = min(k, d, m)
@@ -135,6 +147,11 @@ def pca(X: Float[Tensor, "n d"], k: int) -> Basis:
     """Top `min(k, n, d)` principal directions of the rows (centred); empty for one row or none.
 
     Past the rank of the centred samples the directions are arbitrary but orthonormal, and `note` says so.
+
+    Example:
+        >>> import torch, ws
+        >>> ws.pca(torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]]), 1).B.abs().flatten().tolist()
+        [0.0, 1.0]
     """
     n, d = X.shape
     if n <= 1:

@@ -5,12 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.keys import stage_key
-from ws.cache.made import kept
+from ws.cache.made import kept, read_safetensors
 from ws.cache.names import slug
 from ws.cache.syntax import digest
 from ws.data import Behavior
@@ -76,9 +75,8 @@ def _save(acts: TextActs, path: Path) -> None:
 
 
 def _load(path: Path) -> TextActs:
-    with safe_open(path, "pt") as file:
-        ids = tuple(tuple(row) for row in json.loads(file.metadata()["ids"]))
-        return TextActs(ids=ids, **{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    tensors, about = read_safetensors(path)
+    return TextActs(ids=tuple(map(tuple, json.loads(about["ids"]))), **tensors)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ws.cache.files import lock
 from ws.cache.keys import Key, stage_key
-from ws.cache.made import made, state
+from ws.cache.made import made, read_safetensors, state
 from ws.cache.names import cache_folder, slug
 from ws.cache.sources import Unkeyed, hashed, walk
 from ws.data import Behavior
@@ -46,9 +45,9 @@ def save_bases(rows: list[Basis], path: Path) -> None:
 
 def load_bases(path: Path) -> list[Basis]:
     """Read what `save_bases` wrote."""
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["bases"])
-        rows = [Basis(file.get_tensor(f"{l}/B"), file.get_tensor(f"{l}/s"), **f) for l, f in about["facts"].items()]
+    tensors, header = read_safetensors(path)
+    about = json.loads(header["bases"])
+    rows = [Basis(tensors[f"{l}/B"], tensors[f"{l}/s"], **fact) for l, fact in about["facts"].items()]
     return rows * about["layers"] if len(rows) == 1 else rows
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.keys import stage_key
-from ws.cache.made import kept
+from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.lm import LM, Decoder
@@ -52,7 +52,7 @@ def capture_steered(
     params = {"model": lm.fingerprint, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
     key = stage_key(params, code=["ws.subspaces.steered._steer"])
     path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
-    return kept(path, key, make, lambda target: SteeredDiffs(**load_file(target)))
+    return kept(path, key, make, lambda target: SteeredDiffs(**read_safetensors(target)[0]))
 
 
 def _steer(lm: LM, w: WeightDiff, on_eval: TextSet, on_fit: TextSet, batch_size: int) -> SteeredDiffs:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ws.theta.fit import Base, FitConfig, Problem, evaluate, fit_adam, lse_and_mean, make_problem, target_logp
 from ws.theta.heads import Head
-from ws.theta.states import States
-from ws.theta.users import joint_base
+from ws.theta.states import States, joint_base
 
 # ---- scale -------------------------------------------------------------------------------------------------------
 
@@ -59,11 +58,12 @@ def distinct_functions(heads: dict[str, Head]) -> dict[str, Head]:
 
 @dataclass(frozen=True, eq=False)
 class Heldout:
-    """Held-out tokens of all users: the base and its unembedding W, each token's text, each text's user, number of
-    tokens, and cross-entropy per token under the base (nats)."""
+    """Held-out tokens of all users: the base, its unembedding W and bias, each token's text, each text's user, number
+    of tokens, and cross-entropy per token under the base (nats)."""
 
     base: Base
     W: Float[Tensor, "V d"]
+    bias: Float[Tensor, " V"] | None
     text: Int[Tensor, " T"]
     user: Int[Tensor, " texts"]
     tokens: Int[Tensor, " texts"]
@@ -82,7 +82,7 @@ def make_heldout(states: dict[str, States], W: Float[Tensor, "V d"], bias: Tenso
     tokens = torch.bincount(owner)
     ce0 = -target_logp(base).double().cpu()
     per_text = torch.zeros(len(user), dtype=torch.float64).index_add_(0, owner.cpu(), ce0) / tokens
-    return Heldout(base, W, owner, torch.tensor(user), tokens, per_text, list(states))
+    return Heldout(base, W, bias, owner, torch.tensor(user), tokens, per_text, list(states))
 
 
 @dataclass(frozen=True, eq=False)

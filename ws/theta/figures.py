@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ws.show.figures import MARKERS, PALETTE
-from ws.theta.users import UserFit
+from ws.theta.fitted import ThetaFits
 
 
-def fit_traces(fits: dict[tuple[str, str], UserFit], users: list[str], shown: list[str], heads: list[str]) -> Figure:
-    """Adam's traces of the heads `shown`: training loss minus its start, KL to the base, |theta|; mean over users.
+def fit_traces(found: ThetaFits, heads: list[str]) -> Figure:
+    """Adam's traces of the fitted heads: training loss minus its start, KL to the base, |theta|; mean over users.
 
     heads: all heads of the report in their order, so that a head has one colour in all its figures.
     """
@@ -24,13 +24,13 @@ def fit_traces(fits: dict[tuple[str, str], UserFit], users: list[str], shown: li
         ("theta_norm", "|theta| (no unit)"),
     )
     for axis, (quantity, label) in zip(axes, panels, strict=True):
-        for head in shown:
-            i = heads.index(head)
-            runs = torch.stack([fits[user, head].adam.trace[quantity] for user in users])
+        for head in found.heads:
+            i, fits = heads.index(head), [found.fits[user, head] for user in found.users]
+            runs = torch.stack([fit.adam.trace[quantity] for fit in fits])
             mean = (runs - runs[:, :1] if quantity == "loss" else runs).mean(0).numpy()
             axis.plot(np.arange(len(mean)), mean, color=PALETTE[i], marker=MARKERS[i], markevery=5, ms=4, label=head)
             if quantity == "loss":
-                best = [fits[u, head].clipped.loss - float(fits[u, head].adam.trace["loss"][0]) for u in users]
+                best = [fit.clipped.loss - float(fit.adam.trace["loss"][0]) for fit in fits]
                 axis.axhline(float(np.mean(best)), color=PALETTE[i], lw=0.8, ls=":")
         axis.set_xlabel("Adam step")
         axis.set_ylabel(label)

@@ -67,6 +67,19 @@ class _Linear:
         return (self.alpha * (theta.to(phi) * phi) @ self.readout(W).to(phi).T).to(h.dtype)
 
 
+class _Written(_Linear):
+    """A head that edits the state: `h' = h + alpha B (theta * phi(h))` with the `(d, D)` matrix `written`."""
+
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
+        x = at_least_float32(h)
+        gated = theta.to(x) * self.features(x)
+        return (x + self.alpha * (gated @ self.written.to(x).T)).to(h.dtype)
+
+    def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
+        W = at_least_float32(W)
+        return W @ self.written.to(W)
+
+
 class _Gated(_Linear):
     """A head that reads the state: `phi(h) = A h`."""
 
@@ -82,7 +95,7 @@ class _Gated(_Linear):
 
 
 @dataclass(frozen=True, eq=False)
-class CVH(_Gated):
+class CVH(_Gated, _Written):
     """Contextual-vector head: `h' = h + alpha B (theta * (A h))`.
 
     A reads, `(D, d)`; B writes, `(d, D)`. `singular_values` `(D,)` are kept where A and B come from an SVD.
@@ -94,18 +107,13 @@ class CVH(_Gated):
     name: str = "cvh"
     singular_values: Tensor | None = None
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
-        x = at_least_float32(h)
-        gated = theta.to(x) * (x @ self.A.to(x).T)
-        return (x + self.alpha * (gated @ self.B.to(x).T)).to(h.dtype)
-
-    def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
-        W = at_least_float32(W)
-        return W @ self.B.to(W)
+    @property
+    def written(self) -> Float[Tensor, "d D"]:
+        return self.B
 
 
 @dataclass(frozen=True, eq=False)
-class Unconditional(_Linear):
+class Unconditional(_Written):
     """A bias on the last hidden state: `h' = h + alpha U theta`, `U` `(d, D)`; the same shift for every token."""
 
     U: Float[Tensor, "d D"]
@@ -117,19 +125,15 @@ class Unconditional(_Linear):
     def D(self) -> int:
         return self.U.shape[1]
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
-        x = at_least_float32(h)
-        return (x + self.alpha * (self.U.to(x) @ theta.to(x))).to(h.dtype)
+    @property
+    def written(self) -> Float[Tensor, "d D"]:
+        return self.U
 
     def features(self, h: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead D"]:
         x = at_least_float32(h)
         if x.shape[-1] != self.U.shape[0]:
             raise ValueError(f"head {self.name}: hidden states of width {x.shape[-1]}, the head's is {self.U.shape[0]}")
         return x.new_ones(*x.shape[:-1], self.D)
-
-    def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
-        W = at_least_float32(W)
-        return W @ self.U.to(W)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,18 +169,20 @@ def to_device(head: Head, device: torch.device | str) -> Head:
 # ---- how the bases are drawn -------------------------------------------------------------------------------------
 
 
+def _normal(seed: int, *shapes: tuple[int, int, int]) -> list[Tensor]:
+    """Matrices `(rows, columns)` of `N(0,1)/sqrt(n)` entries for every (rows, columns, n), drawn in turn."""
+    gen = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, columns, generator=gen) / n**0.5 for rows, columns, n in shapes]
+
+
 def cvh(d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> CVH:
     """Random CVH head: `A ~ N(0,1)/sqrt(d)` drawn first, then `B ~ N(0,1)/sqrt(D)`, one generator."""
-    gen = torch.Generator().manual_seed(seed)
-    A = torch.randn(D, d, generator=gen) / d**0.5
-    B = torch.randn(d, D, generator=gen) / D**0.5
-    return CVH(A, B, alpha, "cvh")
+    return CVH(*_normal(seed, (D, d, d), (d, D, D)), alpha, "cvh")
 
 
 def unconditional(d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> Unconditional:
     """Random unconditional head: `U ~ N(0,1)/sqrt(D)` from a generator seeded with `seed + 1000`."""
-    gen = torch.Generator().manual_seed(seed + UNCONDITIONAL_SEED_SHIFT)
-    return Unconditional(torch.randn(d, D, generator=gen) / D**0.5, alpha, "unconditional")
+    return Unconditional(*_normal(seed + UNCONDITIONAL_SEED_SHIFT, (d, D, D)), alpha, "unconditional")
 
 
 def svd_basis(W: Float[Tensor, "V d"], D: int) -> tuple[Float[Tensor, "d D"], Float[Tensor, " D"]]:
@@ -220,19 +226,14 @@ def lm_head_from_cvh(head: CVH, W: Float[Tensor, "V d"]) -> LMHeadUpdate:
 def lm_head_from_svd(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1) -> LMHeadUpdate:
     """LM-head update that rescales the unembedding's own singular values: `A = V_D^T`, `C = U_D S_D = W V_D`.
 
-    The same function of h as the LM-head update of SVD-CVH: `W B` with `B = V_D` is this C.
+    The same function of h as the LM-head update of SVD-CVH.
     """
-    V, S = svd_basis(W, D)
-    W = at_least_float32(W)
-    return LMHeadUpdate(V.T.contiguous(), W @ V.to(W), alpha, "lm_head_svd", S)
+    return replace(lm_head_from_cvh(svd_cvh(W, D, alpha), W), name="lm_head_svd")
 
 
 def lm_head_random(V: int, d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> LMHeadUpdate:
     """Random LM-head update: `A ~ N(0,1)/sqrt(d)` drawn first, then `C ~ N(0,1)/sqrt(D)` `(V, D)`, one generator."""
-    gen = torch.Generator().manual_seed(seed)
-    A = torch.randn(D, d, generator=gen) / d**0.5
-    C = torch.randn(V, D, generator=gen) / D**0.5
-    return LMHeadUpdate(A, C, alpha, "lm_head_random")
+    return LMHeadUpdate(*_normal(seed, (D, d, d), (V, D, D)), alpha, "lm_head_random")
 
 
 def all_heads(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1, seed: int = 42) -> dict[str, Head]:

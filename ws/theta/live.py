@@ -63,18 +63,15 @@ def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float 
     if gamma == 0 or not bool(theta.any()):
         yield model
         return
-    placed, at = (
-        replace(to_device(head, module.weight.device), alpha=head.alpha * gamma),
-        theta.to(module.weight.device),
-    )
+    placed = replace(to_device(head, module.weight.device), alpha=head.alpha * gamma)
+    at = theta.to(module.weight.device)
 
     def edit_input(_module, args):
         return (placed.apply(args[0], at), *args[1:])
 
     def edit_output(_module, args, output):
-        return (at_least_float32(output) + placed.logit_delta(at_least_float32(args[0]), at, module.weight)).to(
-            output.dtype
-        )
+        delta = placed.logit_delta(at_least_float32(args[0]), at, module.weight)
+        return (at_least_float32(output) + delta).to(output.dtype)
 
     if isinstance(head, LMHeadUpdate):
         handle = module.register_forward_hook(edit_output)

@@ -6,63 +6,15 @@ docs/method.md section 10.
 
 import polars as pl
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from ws.model.generate import complete
 from ws.model.lm import LM
-from ws.steer.evaluate import complete
-from ws.theta.compare import Heldout, by_user, score_own, score_thetas
+from ws.theta.compare import Heldout, Scores, by_user, score_own
 from ws.theta.fit import FitConfig, fit_adam, make_problem
+from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
 from ws.theta.live import wear
-from ws.theta.states import States, UserText, prompt_text, split_texts
-from ws.theta.users import UserFit, joint_base
-
-SOLVERS = ("adam", "clipped", "optimum")
-
-
-def stacked(
-    fits: dict[tuple[str, str], UserFit], users: list[str], head: str, solver: str = "adam"
-) -> Float[Tensor, "users D"]:
-    """The users' thetas of one head and solver as rows."""
-    return torch.stack([fits[user, head].theta(solver) for user in users])
-
-
-def summary(
-    fits: dict[tuple[str, str], UserFit],
-    heads: dict[str, Head],
-    heldout: Heldout,
-    cfg: FitConfig,
-    scale: str,
-) -> pl.DataFrame:
-    """A row per head, user and solver: held-out CE and perplexity per token before and after, gain, KL, |theta|.
-
-    `scale` names the choice of alpha. Iterations, condition number and
-    gradient_ratio belong to the optimum rows and are null in Adam's.
-    """
-    rows, ce0 = [], by_user(heldout, heldout.ce0)
-    tokens = torch.zeros(len(heldout.users), dtype=torch.long).index_add_(0, heldout.user, heldout.tokens)
-    for name, head in heads.items():
-        for solver in SOLVERS:
-            scores = score_own(heldout, head, stacked(fits, heldout.users, name, solver), cfg)
-            ce, kl = by_user(heldout, scores.ce[0]), by_user(heldout, scores.kl[0])
-            for u, user in enumerate(heldout.users):
-                fit = fits[user, name]
-                best = None if solver == "adam" else getattr(fit, solver)
-                rows.append(
-                    {
-                        "user": user, "head": name, "scale": scale, "solver": solver, "alpha": head.alpha,
-                        "tokens_heldout": int(tokens[u]),
-                        "ce_before": float(ce0[u]), "ce_after": float(ce[u]), "gain": float(ce0[u] - ce[u]),
-                        "ppl_before": float(ce0[u].exp()), "ppl_after": float(ce[u].exp()), "kl": float(kl[u]),
-                        "theta_norm": float(fit.theta(solver).norm()),
-                        "train_loss": float(fit.adam.trace["loss"][-1]) if best is None else best.loss,
-                        "iterations": None if best is None else best.iterations,
-                        "condition": None if best is None else best.condition,
-                        "gradient_ratio": None if best is None else best.gradient_ratio,
-                    }
-                )  # fmt: skip
-    return pl.DataFrame(rows, infer_schema_length=None)
+from ws.theta.states import States, UserText, joint_base, prompt_text, split_texts
 
 
 def gains(table: pl.DataFrame) -> pl.DataFrame:
@@ -105,29 +57,6 @@ def adam_against_optimum(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def cross_table(
-    fits: dict[tuple[str, str], UserFit],
-    heads: dict[str, Head],
-    heldout: Heldout,
-    cfg: FitConfig,
-    scale: str,
-) -> pl.DataFrame:
-    """A row per head, user of theta and user of held-out texts: CE, gain, KL; `best` = least CE on those texts."""
-    rows, ce0, users = [], by_user(heldout, heldout.ce0), heldout.users
-    for name, head in heads.items():
-        scores = score_thetas(heldout, head, stacked(fits, users, name), cfg)
-        ce, kl = by_user(heldout, scores.ce), by_user(heldout, scores.kl)
-        best = ce.argmin(dim=0)
-        rows += [
-            {
-                "head": name, "scale": scale, "theta_user": users[i], "text_user": users[j], "ce": float(ce[i, j]),
-                "gain": float(ce0[j] - ce[i, j]), "kl": float(kl[i, j]), "best": i == int(best[j]),
-            }
-            for i in range(len(users)) for j in range(len(users))
-        ]  # fmt: skip
-    return pl.DataFrame(rows)
-
-
 def diagonal(cross: pl.DataFrame) -> pl.DataFrame:
     """Per scale and head: for how many users their own theta is the best on their texts, and for whom not."""
     own = cross.filter(pl.col("theta_user") == pl.col("text_user"))
@@ -138,40 +67,33 @@ def diagonal(cross: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def gamma_sweep(
-    fits: dict[tuple[str, str], UserFit],
-    heads: dict[str, Head],
-    heldout: Heldout,
-    cfgs: list[FitConfig],
-) -> pl.DataFrame:
+def _means(heldout: Heldout, scores: Scores) -> dict[str, float]:
+    """Gain and KL, mean over users, of each text under its own user's theta."""
+    gain, kl = by_user(heldout, heldout.ce0 - scores.ce[0]), by_user(heldout, scores.kl[0])
+    return {"gain": float(gain.mean()), "kl": float(kl.mean())}
+
+
+def gamma_sweep(found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of the fitted thetas worn at other gammas (`cfgs` differ in gamma)."""
-    rows = []
-    for name, head in heads.items():
-        thetas = stacked(fits, heldout.users, name)
-        for cfg in cfgs:
-            scores = score_own(heldout, head, thetas, cfg)
-            gain, kl = by_user(heldout, heldout.ce0 - scores.ce[0]).mean(), by_user(heldout, scores.kl[0]).mean()
-            rows.append({"head": name, "gamma": cfg.gamma, "gain": float(gain), "kl": float(kl)})
-    return pl.DataFrame(rows)
+    return pl.DataFrame(
+        [
+            {"head": name, "gamma": cfg.gamma} | _means(found.heldout, found.own_scores(name, config=cfg))
+            for name in heads for cfg in cfgs
+        ]
+    )  # fmt: skip
 
 
-def beta_sweep(
-    train: dict[str, States],
-    heads: dict[str, Head],
-    heldout: Heldout,
-    bias: Tensor | None,
-    cfgs: list[FitConfig],
-) -> pl.DataFrame:
+def beta_sweep(train: dict[str, States], found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of thetas fitted by Adam at other betas (`cfgs` differ in beta)."""
-    base, owner = joint_base(list(train.values()), heldout.W, bias)
+    held = found.heldout
+    base, owner = joint_base(list(train.values()), held.W, held.bias)
     rows = []
-    for name, head in heads.items():
-        problem = make_problem(base, head, heldout.W, owner)
+    for name in heads:
+        problem = make_problem(base, found.heads[name], held.W, owner)
         for cfg in cfgs:
             thetas = torch.stack([fit.theta for fit in fit_adam(problem, cfg)])
-            scores = score_own(heldout, head, thetas, cfg)
-            gain, kl = by_user(heldout, heldout.ce0 - scores.ce[0]).mean(), by_user(heldout, scores.kl[0]).mean()
-            rows.append({"head": name, "beta": cfg.beta, "gain": float(gain), "kl": float(kl)})
+            scores = score_own(held, found.heads[name], thetas, cfg)
+            rows.append({"head": name, "beta": cfg.beta} | _means(held, scores))
     return pl.DataFrame(rows)
 
 
@@ -205,8 +127,7 @@ def samples(
     lm: LM,
     texts: dict[str, list[UserText]],
     heldout: float,
-    heads: dict[str, Head],
-    fits: dict[tuple[str, str], UserFit],
+    found: ThetaFits,
     shown: list[str],
     gammas: list[float],
     max_new_tokens: int,
@@ -215,34 +136,11 @@ def samples(
     rows = []
     for user, items in texts.items():
         prompt = split_texts(items, heldout)[1][0].prompt
-        said = [complete(lm, [prompt_text(lm, prompt)], max_new_tokens)[0]]
-        columns = ["base"]
+        asked = [prompt_text(lm, prompt)]
+        row = {"user": user, "prompt": prompt, "base": complete(lm, asked, max_new_tokens)[0]}
         for name in shown:
             for gamma in gammas:
-                with wear(lm.model, heads[name], fits[user, name].theta(), gamma):
-                    said += complete(lm, [prompt_text(lm, prompt)], max_new_tokens)
-                columns.append(f"{name}, gamma {gamma:g}")
-        rows.append({"user": user, "prompt": prompt, **dict(zip(columns, said, strict=True))})
+                with wear(lm.model, found.heads[name], found.theta(user, name), gamma):
+                    row[f"{name}, gamma {gamma:g}"] = complete(lm, asked, max_new_tokens)[0]
+        rows.append(row)
     return pl.DataFrame(rows)
-
-
-def text_gains(
-    fits: dict[tuple[str, str], UserFit],
-    heads: dict[str, Head],
-    heldout: Heldout,
-    cfg: FitConfig,
-    solver: str,
-) -> dict[str, Float[Tensor, " texts"]]:
-    """Per head: the gain of each held-out text under its own user's theta."""
-    own = {name: stacked(fits, heldout.users, name, solver) for name in heads}
-    return {name: heldout.ce0 - score_own(heldout, head, own[name], cfg).ce[0] for name, head in heads.items()}
-
-
-def join(*tables: pl.DataFrame) -> pl.DataFrame:
-    """Tables of the same columns below each other."""
-    return pl.concat(tables, how="vertical_relaxed")
-
-
-def of_scale(table: pl.DataFrame, scale: str) -> pl.DataFrame:
-    """The rows of one scale."""
-    return table.filter(pl.col("scale") == scale)

@@ -10,7 +10,7 @@ and everything later works on these alone: the model is not run again. docs/meth
 
 import json
 import struct
-import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ws.cache.files import atomic_file
+from ws.cache.keys import stage_key
+from ws.cache.made import kept
 from ws.cache.places import ASSETS
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
+from ws.theta.fit import BASE_MB, Base, record_base
 from ws.theta.live import check_plain_logits
 
-RECORD_MB = 1024  # recorded states larger than this go to a memory-mapped file
 FIELDS = ("user", "prompt", "text")
 
 
@@ -96,6 +97,8 @@ def split_texts(texts: list[UserText], heldout: float = 0.25) -> tuple[list[User
     """A user's training texts and held-out texts: the last `heldout` part in file order, at least one text each."""
     if not 0 < heldout < 1:
         raise ValueError(f"HELDOUT = {heldout}: must lie between 0 and 1")
+    if len(texts) < 2:
+        raise ValueError(f"user {texts[0].user if texts else ''!r}: at least two texts are needed, to hold one out")
     n = min(len(texts) - 1, max(1, round(heldout * len(texts))))
     return texts[:-n], texts[-n:]
 
@@ -128,14 +131,13 @@ def record_states(
     max_length: int = 256,
     batch: int = 16,
     path: Path | None = None,
-    max_mb: int = RECORD_MB,
     progress: bool = True,
 ) -> States:
     """States and targets of all texts in one go, texts in the given order, each truncated at `max_length` tokens.
 
-    mask_prompt: only targets among the user's own words count. With `path`, a record above `max_mb` is written there as
-    safetensors, block by block, and memory-mapped; a record that is already there for the same texts and settings is
-    opened instead of made. Raises ValueError when the model's logits are not `W h + b` of these states.
+    mask_prompt: only targets among the user's own words count. With `path`, the states are kept there as safetensors,
+    written block by block and memory-mapped, and read where they were recorded from the same model, tokens and settings.
+    Raises ValueError when the model's logits are not `W h + b` of these states.
     """
     rows = [_tokens(lm, item, max_length) for item in texts]
     firsts = [max(n, 1) if mask_prompt else 1 for _, n in rows]
@@ -144,16 +146,13 @@ def record_states(
         raise ValueError(f"user {texts[empty].user!r}: the text {texts[empty].text[:40]!r} has no token to predict")
     y = torch.tensor([t for (ids, _), first in zip(rows, firsts, strict=True) for t in ids[first:]])
     index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-    T, d = len(y), lm.decoder.d
     blocks = _state_blocks(lm, rows, firsts, batch, progress)
-    if path is None or T * d * 4 <= max_mb * 2**20:
+    if path is None:
         return States(torch.cat(list(blocks)), y, index)
-    key = f"{zlib.crc32(repr((lm.name, rows, firsts)).encode()):08x}"
-    if not (path.is_file() and _key_of(path) == key):
-        with atomic_file(path) as tmp:
-            _write_large(tmp, blocks, (T, d), key)
-    with safe_open(path, "pt") as file:
-        return States(file.get_tensor("h"), y, index)
+    params = {"model": lm.fingerprint, "rows": rows, "firsts": firsts, "batch": batch}
+    key = stage_key(params, code=["ws.theta.states._state_blocks", "ws.theta.states._write_states"])
+    h = kept(path, key, lambda target: _write_states(target, blocks, (len(y), lm.decoder.d)), _read_states)
+    return States(h, y, index)
 
 
 def record_users(
@@ -168,14 +167,22 @@ def record_users(
 ) -> tuple[dict[str, States], dict[str, States]]:
     """Every user's training and held-out states, from one recording of all texts (`record_states`, `split_texts`)."""
     flat = [item for items in users.values() for item in items]
-    states = record_states(lm, flat, mask_prompt, max_length, batch, path, progress=progress)
+    states = record_states(lm, flat, mask_prompt, max_length, batch, path, progress)
     train, rest, start = {}, {}, 0
     for user, items in users.items():
-        kept = len(split_texts(items, heldout)[0])
-        train[user] = states.of_texts(list(range(start, start + kept)))
-        rest[user] = states.of_texts(list(range(start + kept, start + len(items))))
+        kept_back = start + len(split_texts(items, heldout)[0])
+        train[user] = states.of_texts(list(range(start, kept_back)))
         start += len(items)
+        rest[user] = states.of_texts(list(range(kept_back, start)))
     return train, rest
+
+
+def joint_base(
+    states: list[States], W: Float[Tensor, "V d"], bias: Tensor | None, max_mb: int = BASE_MB
+) -> tuple[Base, Int[Tensor, " T"]]:
+    """Base logits of several records side by side, and which record each token is of."""
+    owner = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(s.y) for s in states]))
+    return record_base(torch.cat([s.h for s in states]), torch.cat([s.y for s in states]), W, bias, max_mb), owner
 
 
 def _state_blocks(lm: LM, rows: list, firsts: list[int], batch: int, progress: bool):
@@ -205,18 +212,17 @@ def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:
         )
 
 
-def _key_of(path: Path) -> str:
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("key", "")
-
-
-def _write_large(path: Path, blocks, shape: tuple[int, int], key: str) -> None:
+def _write_states(path: Path, blocks: Iterable[Tensor], shape: tuple[int, int]) -> None:
     """A safetensors file with one float32 tensor `h`, written block by block: it never stands in memory whole."""
     T, d = shape
-    entry = {"dtype": "F32", "shape": [T, d], "data_offsets": [0, T * d * 4]}
-    header = json.dumps({"__metadata__": {"key": key}, "h": entry}).encode()
+    header = json.dumps({"h": {"dtype": "F32", "shape": [T, d], "data_offsets": [0, T * d * 4]}}).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for block in blocks:
             file.write(np.ascontiguousarray(block.numpy()).tobytes())
+
+
+def _read_states(path: Path) -> Float[Tensor, "T d"]:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("h")

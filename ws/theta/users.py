@@ -1,13 +1,13 @@
 """Many users in one go: fits that can be interrupted, one file per user and head.
 
-Users are fitted together, each with its own theta, on base logits computed once for all heads (`ws/theta.py`). A file
-is whole or absent, and carries a key over states, head and config, so that a run that was stopped goes on where it was.
+Users are fitted together, each with its own theta, on base logits computed once for all heads (`ws.theta.fit`). A file
+is kept under a key of states, head, config and the code that fits, so that a run that was stopped goes on where it was.
 docs/method.md section 10.
 """
 
+import hashlib
 import json
 import re
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ws.cache.files import atomic_file
-from ws.theta.fit import BASE_MB, Base, Fit, FitConfig, fit_adam, make_problem, record_base
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import made, state
+from ws.cache.sources import code_key
+from ws.theta.fit import BASE_MB, Base, Fit, FitConfig, fit_adam, make_problem
 from ws.theta.heads import Head
 from ws.theta.optimum import Optimum, as_float64, fit_optimum, hessians_at_zero
-from ws.theta.states import States
+from ws.theta.states import States, joint_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +43,22 @@ class UserFit:
         return self.adam.theta.float() if solver == "adam" else getattr(self, solver).theta.float()
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
 def theta_path(folder: Path, user: str, head: str) -> Path:
     """`theta_<user>_<head>.safetensors`; what a file name cannot hold becomes `_`."""
     return folder / f"theta_{re.sub(r'[^A-Za-z0-9.-]', '_', user)}_{head}.safetensors"
 
 
-def save_fit(fit: UserFit, path: Path, key: str, cfg: FitConfig) -> None:
+def save_fit(fit: UserFit, path: Path, cfg: FitConfig) -> None:
     """One file per user and head: thetas, trace, and everything else as JSON in the header.
 
     The header has one entry: safetensors writes several in random order, and the same fit must give the same bytes.
     """
     tensors = {"theta": fit.adam.theta, "theta_optimum": fit.optimum.theta, "theta_clipped": fit.clipped.theta}
     tensors |= {f"trace/{name}": values for name, values in fit.adam.trace.items()}
-    about = {"key": key, "user": fit.user, "head": fit.head, "alpha": fit.alpha, "config": asdict(cfg)}
+    about = {"user": fit.user, "head": fit.head, "alpha": fit.alpha, "config": asdict(cfg)}
     for name in ("optimum", "clipped"):
         about[name] = {k: v for k, v in vars(getattr(fit, name)).items() if k != "theta"}
-    with atomic_file(path) as tmp:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"about": json.dumps(about)})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"about": json.dumps(about)})
 
 
 def load_fit(path: Path) -> UserFit:
@@ -78,27 +76,28 @@ def load_fit(path: Path) -> UserFit:
     )  # fmt: skip
 
 
-def _crc(*parts: object) -> int:
-    crc = 0
+def _hash(*parts: Tensor | None) -> str:
+    """Content of tensors."""
+    found = hashlib.blake2b(digest_size=16)
     for part in parts:
-        data = (
-            part.detach().cpu().contiguous().view(torch.uint8).numpy()
-            if isinstance(part, Tensor)
-            else repr(part).encode()
-        )
-        crc = zlib.crc32(data, crc)
-    return crc
+        if part is not None:
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
-def _is_done(path: Path, key: str) -> bool:
-    if not path.is_file():
-        return False
-    with safe_open(path, "pt") as file:
-        about = (file.metadata() or {}).get("about", "{}")
-    return json.loads(about).get("key") == key
-
-
-# ---- fitting -----------------------------------------------------------------------------------------------------
+def _keys(
+    states: dict[str, States], heads: dict[str, Head], W: Tensor, bias: Tensor | None, cfg: FitConfig
+) -> dict[tuple[str, str], Key]:
+    """Key of every fit: all tensors that enter it, by content, and the code of the fit and of its head."""
+    common = {"unembedding": _hash(W, bias), "config": asdict(cfg)}
+    mine = {user: _hash(s.h, s.y) for user, s in states.items()}
+    keys = {}
+    for name, head in heads.items():
+        about = [name, head.alpha, _hash(*(v for v in vars(head).values() if isinstance(v, Tensor)))]
+        code = code_key("ws.theta.users.fit_group", "ws.theta.users.save_fit", "ws.theta.states.joint_base", type(head))
+        keys |= {(u, name): stage_key({**common, "states": h, "head": about}, sources=code) for u, h in mine.items()}
+    return keys
 
 
 def fit_users(
@@ -114,9 +113,8 @@ def fit_users(
     """Every head for every user: `{(user, head): UserFit}`; a file each under `folder`, written as soon as it is known.
 
     Users are fitted together as long as their base logits take at most `max_mb`, which are computed once for all heads.
-    A file made from the same states, head and config is read instead of made again, so an interrupted run goes on where
-    it was. (The last digits of a theta depend on who was fitted together.) Raises ValueError when two users' files
-    would have one name.
+    A file made from the same states, head and config by the same code is read instead of made again, so an interrupted
+    run goes on where it was. Raises ValueError when two users' files would have one name.
     """
     names = {theta_path(folder, user, "").name: user for user in states}
     if len(names) < len(states):
@@ -124,52 +122,41 @@ def fit_users(
         raise ValueError(
             f"users {clash!r} and {names[theta_path(folder, clash, '').name]!r} would share a file; rename one"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    common = _crc(W, bias, cfg)
-    head_keys = {
-        name: _crc(common, head.alpha, *[v for v in vars(head).values() if isinstance(v, Tensor)])
-        for name, head in heads.items()
-    }
-    user_keys = {user: _crc(s.h, s.y) for user, s in states.items()}
-    key = {(u, n): f"{user_keys[u]:08x}{head_keys[n]:08x}" for u in states for n in heads}
-    todo = [u for u in states if not all(_is_done(theta_path(folder, u, n), key[u, n]) for n in heads)]
-    with tqdm(total=len(states) * len(heads), desc="theta fits", disable=not progress) as bar:
-        bar.update((len(states) - len(todo)) * len(heads))
-        for group in _groups(todo, states, W.shape[0], max_mb):
-            base, owner = joint_base([states[u] for u in group], W, bias, max_mb)
-            for name, head in heads.items():
-                if all(_is_done(theta_path(folder, u, name), key[u, name]) for u in group):
-                    bar.update(len(group))
-                    continue
-                problem = make_problem(base, head, W, owner)
-                adam = fit_adam(problem, cfg)
-                exact = as_float64(problem)
-                start = hessians_at_zero(exact, cfg)
-                free, clipped = fit_optimum(exact, cfg, first=start), fit_optimum(exact, cfg, cfg.theta_clip, start)
-                for i, user in enumerate(group):
-                    if not _is_done(theta_path(folder, user, name), key[user, name]):
-                        fit = UserFit(user, name, head.alpha, adam[i], free[i], clipped[i])
-                        save_fit(fit, theta_path(folder, user, name), key[user, name], cfg)
-                bar.update(len(group))
-    return {(u, n): load_fit(theta_path(folder, u, n)) for u in states for n in heads}
+    keys = _keys(states, heads, W, bias, cfg)
+    late = {pair for pair in keys if state(theta_path(folder, *pair), keys[pair]) != "done"}
+    with tqdm(total=len(keys), initial=len(keys) - len(late), desc="theta fits", disable=not progress) as bar:
+        for group in _groups(states, W.shape[0], max_mb):
+            todo = [name for name in heads if any((user, name) in late for user in group)]
+            base = joint_base([states[u] for u in group], W, bias, max_mb) if todo else None
+            for name in todo:
+                # the whole group again: the last digits depend on who is fitted together
+                for fit in fit_group(*base, W, name, heads[name], group, cfg):
+                    if (fit.user, name) in late:
+                        path = theta_path(folder, fit.user, name)
+                        made(path, keys[fit.user, name], lambda target, fit=fit: save_fit(fit, target, cfg))
+                        bar.update()
+    return {pair: load_fit(theta_path(folder, *pair)) for pair in keys}
 
 
-def _groups(users: list[str], states: dict[str, States], V: int, max_mb: int) -> list[list[str]]:
+def fit_group(
+    base: Base, owner: Int[Tensor, " T"], W: Tensor, name: str, head: Head, users: list[str], cfg: FitConfig
+) -> list[UserFit]:
+    """Adam, the free and the clipped optimum of one head for users whose tokens stand in one base."""
+    problem = make_problem(base, head, W, owner)
+    adam, exact = fit_adam(problem, cfg), as_float64(problem)
+    start = hessians_at_zero(exact, cfg)
+    free, clipped = fit_optimum(exact, cfg, first=start), fit_optimum(exact, cfg, cfg.theta_clip, start)
+    return [UserFit(u, name, head.alpha, *fits) for u, *fits in zip(users, adam, free, clipped, strict=True)]
+
+
+def _groups(states: dict[str, States], V: int, max_mb: int) -> list[list[str]]:
     groups: list[list[str]] = []
     size = 0.0
-    for user in users:
-        more = len(states[user].y) * V * 4 / 2**20
+    for user, mine in states.items():
+        more = len(mine.y) * V * 4 / 2**20
         if not groups or size + more > max_mb:
             groups.append([])
             size = 0.0
         groups[-1].append(user)
         size += more
     return groups
-
-
-def joint_base(
-    states: list[States], W: Float[Tensor, "V d"], bias: Tensor | None, max_mb: int = BASE_MB
-) -> tuple[Base, Int[Tensor, " T"]]:
-    """Base logits of several records side by side, and which record each token is of."""
-    owner = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(s.y) for s in states]))
-    return record_base(torch.cat([s.h for s in states]), torch.cat([s.y for s in states]), W, bias, max_mb), owner

@@ -15,30 +15,23 @@ from torch import Tensor
 from ws.cache.files import write_text
 from ws.theta.compare import Heldout, bootstrap_users, by_user, permuted_thetas, score_own
 from ws.theta.fit import FitConfig
+from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
-from ws.theta.report import stacked
 from ws.theta.states import States
-from ws.theta.users import UserFit
 
 PAIRS = (("cvh", "unconditional"), ("svd_cvh", "svd_unconditional"))
 SAME = 1e-4  # nats: two heads whose gains differ by less on every held-out text are one function
 
 
 def controls(
-    train: dict[str, States],
-    heads: dict[str, Head],
-    fits: dict[tuple[str, str], UserFit],
-    heldout: Heldout,
-    bias: Tensor | None,
-    cfg: FitConfig,
-    draws: int,
-    seed: int,
+    train: dict[str, States], found: ThetaFits, heads: list[str], draws: int, seed: int
 ) -> dict[str, dict[str, Tensor]]:
     """Per head: gains of each held-out text under the own and the permuted thetas (`control_gains`), both by Adam."""
-    out = {}
-    for name, head in heads.items():
-        permuted = permuted_thetas(train, head, heldout.W, bias, cfg, draws, seed)
-        out[name] = control_gains(heldout, head, cfg, stacked(fits, heldout.users, name), permuted)
+    held, cfg, out = found.heldout, found.config, {}
+    for name in heads:
+        head = found.heads[name]
+        permuted = permuted_thetas(train, head, held.W, held.bias, cfg, draws, seed)
+        out[name] = control_gains(held, head, cfg, found.stacked(name), permuted)
     return out
 
 

@@ -11,133 +11,118 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ws.cache.keys import stage_key
-from ws.cache.made import made
+from ws.cache.made import kept, made
 from ws.cache.names import RunId, cache_folder
-from ws.cache.places import OUT
-from ws.data import Behavior
+from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
 from ws.model.lm import LM
-from ws.train.examples import shuffle_labels
-from ws.train.lora import ADAPTERS, SIGNS, TrainConfig, adapter_layers, train_adapter
-from ws.train.pairs import Pair, PairConfig, Pairs, make_pairs, pairs_key
-
-__all__ = [
-    "ADAPTERS",
-    "Pair",
-    "PairConfig",
-    "Pairs",
-    "TrainConfig",
-    "adapter_layers",
-    "make_pairs",
-    "obtain_diff",
-    "shuffle_labels",
-    "train_adapter",
-    "train_diff",
-]
+from ws.train.lora import SIGNS, TrainConfig, train_adapter
+from ws.train.pairs import make_pairs
 
 
 def train_diff(
     lm: LM,
-    behavior: Behavior,
-    run: RunId,
-    cfg: TrainConfig,
-    folder: Path | None = None,
-    out: Path = OUT,
+    behavior: Behavior | str | Path,
+    adapter: str = "lora",
+    seed: int = 0,
+    null: bool = False,
+    config: TrainConfig | None = None,
+    *,
+    folder: Path | str | None = None,
     retrain: bool = False,
     progress: bool = True,
 ) -> WeightDiff:
     """Both adapters of one seed and their difference: `adapters/{pos,neg}` and `w.safetensors` under `folder`.
 
-    folder: default `run.folder(out)`, with `null_diff/` below it when `cfg.shuffle_labels`. Adapter kind and seed come
-    from `run`. What is done is not done again; adapters whose parameters or pairs changed are trained anew, those where
-    only the training code changed are kept (and said so) unless `retrain`. Every file appears whole or not at all.
+    behavior: a Behavior, a shipped name or a file. adapter: lora, rslora, pissa or dora. null: shuffle the labels pair
+    by pair, which leaves training noise without the behaviour (both may also stand in `config`, default TrainConfig()).
+    folder: default `out/<model>/<behavior>/<adapter>/seed_<k>/`, `null_diff/` below it for shuffled labels.
+    What is done is not done again: adapters whose model, pairs or settings changed are trained anew, those where only
+    the training code changed are kept (and said so) unless `retrain`. Every file appears whole or not at all.
+    Raises ValueError for an unknown adapter, layers that the model lacks, or when no usable pair was written.
+    (docs/method.md sections 1 and 2)
+
+    Example:
+        >>> from ws.model.lm import load_lm
+        >>> from ws.train.lora import TrainConfig
+        >>> from ws.train.pairs import PairConfig
+        >>> few = PairConfig(topics=2, personas=1, samples=1, max_new_tokens=8)
+        >>> w = train_diff(load_lm("tiny"), "sycophancy", config=TrainConfig(few, max_steps=1), progress=False)
+        >>> w.meta["adapter"], w.meta["seed"], w.layers()
+        ('lora', 0, [2, 3, 4, 5])
     """
-    cfg = replace(cfg, adapter=run.adapter)
-    if folder is None:
-        folder = run.folder(out) / "null_diff" if cfg.shuffle_labels else run.folder(out)
-    cache = cache_folder(run.model, out)
-    pairs = make_pairs(lm, behavior, cfg.pairs, cache, progress)
-    params = {
-        "pairs": pairs_key(lm, behavior, cfg.pairs),
-        "seed": run.seed,
-        "model": lm.fingerprint,
-        "train": asdict(cfg),
-    }
-    stale = False
-    sides = {}
-    for sign in SIGNS:
-        target = folder / "adapters" / sign
-        key = stage_key({**params, "sign": sign}, modules=["ws.train.lora"])
+    behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
+    cfg = config or TrainConfig()
+    kind, null = cfg.adapter if adapter == "lora" else adapter, null or cfg.shuffle_labels
+    cfg = replace(cfg, adapter=kind, shuffle_labels=null)
+    folder = Path(folder) if folder else RunId(lm.name, behavior.name, kind, seed).folder(null=null)
+    pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
+    params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
+    params["train"].pop("pairs")  # what was written counts, not how
+    sides, found = _sides(folder), set()
+    for sign, side in zip(SIGNS, sides, strict=True):
 
         def make(path: Path, sign: str = sign) -> None:
-            train_adapter(lm, pairs.rows, sign, run.seed, cfg, path, progress)
+            train_adapter(lm, pairs.rows, sign, seed, cfg, path, progress)
 
-        found = made(target, key, make, folder=True, keep_stale=True, remake=retrain)
-        stale = stale or found == "stale"
-        sides[sign] = target
-    if stale:
+        key = stage_key({**params, "sign": sign}, code=["ws.train.lora.train_adapter"])
+        found.add(made(side, key, make, folder=True, keep_stale=True, remake=retrain))
+    if "stale" in found:
         tqdm.write(f"{folder / 'adapters'}: kept, although the training code changed since; --retrain trains them anew")
-    meta = {
-        "base_model": lm.name,
-        "behavior": run.behavior,
-        "adapter": run.adapter,
-        "seed": run.seed,
-        "null": cfg.shuffle_labels,
-        "pairs": len(pairs.rows),
-        "pairs_empty": pairs.empty,
-        "pairs_identical": pairs.identical,
-    }
-    target = folder / "w.safetensors"
-    key = stage_key(meta, inputs=[sides["pos"], sides["neg"]], modules=["ws.diff.build"])
+    counts = {"pairs": len(pairs.rows), "pairs_empty": pairs.empty, "pairs_identical": pairs.identical}
+    return _join(lm, behavior, kind, seed, sides, folder, {"null": null, **counts})
+
+
+def _sides(folder: Path) -> list[Path]:
+    return [folder / "adapters" / sign for sign in SIGNS]
+
+
+def _join(
+    lm: LM, behavior: Behavior, adapter: str, seed: int, sides: list[Path], folder: Path, more: dict | None = None
+) -> WeightDiff:
+    """`w.safetensors` in `folder`: the difference of two adapter folders."""
+    meta = {"base_model": lm.name, "behavior": behavior.name, "adapter": adapter, "seed": seed, **(more or {})}
+    key = stage_key(
+        {**meta, "model": lm.fingerprint}, inputs=sides, code=["ws.diff.from_adapters", "ws.diff.save_diff"]
+    )
 
     def join(path: Path) -> None:
-        save_diff(from_adapters(sides["pos"], sides["neg"], lm.model, meta), path)
+        save_diff(from_adapters(*sides, lm.model, meta), path)
 
-    made(target, key, join)
-    return load_diff(target)
+    return kept(folder / "w.safetensors", key, join, load_diff)
 
 
 def obtain_diff(
     lm: LM,
     behavior: Behavior,
-    run: RunId,
-    cfg: TrainConfig,
+    seed: int,
+    config: TrainConfig,
+    folder: Path,
     w_path: Path | str = "",
-    pos_adapter: Path | str = "",
-    neg_adapter: Path | str = "",
-    folder: Path | None = None,
-    out: Path = OUT,
+    adapters: tuple[Path | str, Path | str] = ("", ""),
     retrain: bool = False,
 ) -> tuple[WeightDiff, dict]:
     """The run's weight difference and how it came about: read from `w_path`, formed from two adapters, or trained.
 
-    folder: where `w.safetensors` and `adapters/` go, by default `run.folder(out)` (`null_diff/` below it for shuffled
-    labels). The difference of own adapters is saved there too, so that the sweep finds it. The record holds
-    the source, norms and geometry of the pair and, where this project trained it, pairs and held-out losses.
+    folder: where `w.safetensors` and `adapters/` go. The difference of own `adapters` (pos, neg) is saved there too, so
+    that the sweep finds it. The record holds the source, norms and geometry of the pair and, where this project trained
+    it, pairs and held-out losses.
     Raises ValueError when only one adapter is given, both a diff and adapters, or when w is 0.
     """
-    if bool(pos_adapter) != bool(neg_adapter):
-        raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {pos_adapter or neg_adapter} was given")
-    if w_path and pos_adapter:
+    own = [Path(side) for side in adapters if side]
+    if len(own) == 1:
+        raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {own[0]} was given")
+    if w_path and own:
         raise ValueError("give W_PATH, or POS_ADAPTER and NEG_ADAPTER, not both")
-    if folder is None:
-        folder = run.folder(out) / "null_diff" if cfg.shuffle_labels else run.folder(out)
+    sides = own or _sides(folder)
     if w_path:
-        w = _not_zero(load_diff(w_path), w_path)
-        return w, {"source": Path(w_path).name, "norm_w": w.total_norm()}
-    if pos_adapter:
-        sides = (Path(pos_adapter), Path(neg_adapter))
-        target = folder / "w.safetensors"
-        meta = {"base_model": lm.name, "behavior": run.behavior, "adapter": run.adapter, "seed": run.seed}
-        key = stage_key(meta, inputs=list(sides), modules=["ws.diff.build"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made(target, key, lambda path: save_diff(from_adapters(*sides, lm.model, meta), path))
-        record = {"source": f"{sides[0].name} - {sides[1].name}"}
+        w, record = load_diff(w_path), {"source": Path(w_path).name}
+    elif own:
+        w = _join(lm, behavior, config.adapter, seed, own, folder)
+        record = {"source": f"{own[0].name} - {own[1].name}"}
     else:
-        train_diff(lm, behavior, run, cfg, folder, out, retrain)
-        sides = (folder / "adapters" / "pos", folder / "adapters" / "neg")
-        target = folder / "w.safetensors"
-        record = {"source": "trained, labels shuffled" if cfg.shuffle_labels else "trained"}
+        w = train_diff(lm, behavior, seed=seed, config=config, folder=folder, retrain=retrain)
+        record = {"source": "trained, labels shuffled" if config.shuffle_labels else "trained"}
         for sign, side in zip(SIGNS, sides, strict=True):
             log = json.loads((side / "training.json").read_text(encoding="utf-8"))
             record |= {
@@ -147,23 +132,16 @@ def obtain_diff(
                 f"held_out_loss_{sign}_before": log["heldout_loss_before"],
                 f"held_out_loss_{sign}_after": log["heldout_loss_after"],
             }
-    w = _not_zero(load_diff(target), target)
-    kept = {k: w.meta[k] for k in ("pairs_empty", "pairs_identical") if k in w.meta}
-    return w, record | kept | geometry(*task_vectors(*sides, lm.model))
-
-
-def _not_zero(w: WeightDiff, source: Path | str) -> WeightDiff:
-    """The same diff; ValueError where there is nothing to look at."""
-    if w.total_norm() == 0:
-        raise ValueError(f"{source}: the weight difference is 0 everywhere; the two sides are the same")
-    return w
+        record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
+    norm = w.total_norm()
+    if norm == 0:
+        raise ValueError(
+            f"{w_path or folder / 'w.safetensors'}: the weight difference is 0 everywhere; the two sides are the same"
+        )
+    return w, record | ({"norm_w": norm} if w_path else geometry(*task_vectors(*sides, lm.model)))
 
 
 def training_text(training: dict) -> str:
     """How w came about, as a Markdown table: pairs written and dropped, losses of both signs, geometry of the pair."""
-    rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in training.items()]
-    return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    short = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in training.items()}
+    return "\n".join(["| | |", "|---|---|", *(f"| {key.replace('_', ' ')} | {said} |" for key, said in short.items())])

@@ -6,7 +6,6 @@ held-out split) and everything else but the responses. With `shuffle_labels` the
 by a seeded coin: the null diff, which carries training noise but no behaviour. (docs/method.md sections 1 and 2)
 """
 
-import json
 import random
 import re
 import shutil
@@ -22,9 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ws.cache.files import write_json
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import mark_made, state
+from ws.model.generate import turn_end
 from ws.model.lm import LM
 from ws.train.examples import collate, make_example, response_loss, shuffle_labels
-from ws.train.pairs import Pair, PairConfig, turn_end
+from ws.train.pairs import Pair, PairConfig
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
 SIGNS = ("pos", "neg")
@@ -108,11 +110,15 @@ def train_adapter(
     n_held = min(round(cfg.heldout * len(examples)), len(examples) - 1)
     held = [examples[i] for i in sorted(order[:n_held])]
     train = [examples[i] for i in sorted(order[n_held:])]
+    made_of = {"model": lm.fingerprint, "sign": sign, "seed": seed, "config": asdict(cfg), "examples": train}
+    key = stage_key(made_of, code=["ws.train.lora.train_adapter"])
+    # outside the folder that is being filled, under a name that the next try finds again
+    work = folder.parent / f"checkpoints_{sign}_{key.short}"
     with _borrowed(lm.model), _own_randomness(seed):
         adapted = _wrap(lm, cfg)
         try:
             before = response_loss(adapted, held, cfg.batch)
-            trace = _fit(adapted, train, sign, seed, cfg, folder, progress)
+            trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress)
             after = response_loss(adapted, held, cfg.batch)
             folder.mkdir(parents=True, exist_ok=True)
             adapted.save_pretrained(str(folder), save_embedding_layers=False)
@@ -159,16 +165,14 @@ def _wrap(lm: LM, cfg: TrainConfig) -> nn.Module:
 
 
 def _fit(
-    model: nn.Module, train: list[dict], sign: str, seed: int, cfg: TrainConfig, folder: Path, progress: bool
+    model: nn.Module, train: list[dict], label: str, seed: int, cfg: TrainConfig, work: Path, key: Key, progress: bool
 ) -> list[float]:
-    """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
+    """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards.
 
-    # outside the folder that is being filled, under a name that the next try finds again
-    identity = zlib.crc32(json.dumps([sign, seed, asdict(cfg), len(train)], sort_keys=True).encode())
-    work = folder.parent / f"checkpoints_{sign}_{identity:08x}"
-    resume = get_last_checkpoint(str(work)) if cfg.checkpoint_steps and work.is_dir() else None
+    work: folder of checkpoints, marked with `key` when they are whole; the newest whole one is where training goes on.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
     args = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=cfg.batch,
@@ -185,7 +189,7 @@ def _fit(
         logging_steps=1,
         save_strategy="steps" if cfg.checkpoint_steps else "no",
         save_steps=cfg.checkpoint_steps or 500,
-        save_total_limit=1,
+        save_total_limit=2,  # the newest is marked only after it was saved and the oldest removed
         report_to="none",
         disable_tqdm=True,
         use_cpu=next(model.parameters()).device.type == "cpu",
@@ -195,20 +199,34 @@ def _fit(
     )
     trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_bar(f"{cfg.adapter} {sign} seed {seed}", progress))
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.add_callback(_watch(label, key, progress))
+    trainer.train(resume_from_checkpoint=_whole_checkpoint(work, key))
     trace = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if not all(map(np.isfinite, trace)):
-        raise ValueError(f"{sign} adapter, seed {seed}: the training loss is not finite at step {len(trace)}")
+        raise ValueError(f"{label}: the training loss is not finite at step {len(trace)}")
     shutil.rmtree(work, ignore_errors=True)
     return trace
 
 
-def _bar(label: str, progress: bool):
+def _whole_checkpoint(work: Path, key: Key) -> str | None:
+    """The newest checkpoint that is as it was saved under `key`; others are removed."""
+    newest = None
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        if state(folder, key) == "done":
+            newest = str(folder)
+        else:
+            shutil.rmtree(folder)
+    return newest
+
+
+def _watch(label: str, key: Key, progress: bool):
     from transformers import TrainerCallback
 
-    class Bar(TrainerCallback):
-        """A plain tqdm bar with the last loss."""
+    class Watch(TrainerCallback):
+        """A plain tqdm bar with the last loss; a mark in every checkpoint that is whole."""
+
+        def on_save(self, args, state, control, **_):
+            mark_made(Path(args.output_dir) / f"checkpoint-{state.global_step}", key, {})
 
         def on_train_begin(self, args, state, control, **_):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, disable=not progress)
@@ -222,7 +240,7 @@ def _bar(label: str, progress: bool):
             self.bar.update(state.global_step - self.bar.n)
             self.bar.close()
 
-    return Bar()
+    return Watch()
 
 
 @contextmanager

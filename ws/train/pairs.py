@@ -8,19 +8,20 @@ Written in seeded batches, each saved whole, so a killed run goes on where it wa
 
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from ws.cache.files import lock, write_json, write_text
+from ws.cache.files import write_text
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import kept
 from ws.data import Behavior
+from ws.model.generate import write_answers
 from ws.model.lm import LM
-from ws.model.text import chat_text, encode
+from ws.model.text import chat_text
+
+Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
 
 
 @dataclass(frozen=True)
@@ -59,57 +60,47 @@ class Pairs:
     identical: int
 
 
-def pairs_key(lm: LM, behavior: Behavior, cfg: PairConfig) -> str:
-    """Eight hex digits over all that the pairs depend on: model, template, topics, personas, sampling."""
-    content = {
-        "model": lm.fingerprint or lm.name,
-        "template": lm.tokenizer.chat_template,
-        "turns": [
-            (behavior.opinion_text(t), behavior.personas_pos, behavior.personas_neg) for t in behavior.train_topics
-        ],
-        "config": asdict(cfg),
-    }
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
-
-
 def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True) -> Pairs:
-    """Write the pairs, or read those that an earlier call with the same inputs has written.
+    """Write the pairs, or read those that were written from the same model, texts and settings by the same code.
 
-    cache: a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<key>/pairs.jsonl`. Raises ValueError when
+    cache: a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when
     more topics or personas are asked for than there are, and when every pair was dropped (with the likely cause).
     """
     topics, personas = _counts(behavior, cfg)
-    folder = cache / "pairs" / f"{behavior.name}_{pairs_key(lm, behavior, cfg)}"
-    done = folder / "pairs.jsonl"
-    if done.is_file():
-        return read_pairs(done)
-    # several seeds may start at once; the first writes, the others read
-    with lock(folder):
-        if done.is_file():
-            return read_pairs(done)
-        rows = _write_all(lm, behavior, cfg, folder, (topics, personas), progress)
-        pairs = drop_useless(rows)
-        write_pairs(pairs, done)
-        for chunk in folder.glob("chunk_*.json"):
-            chunk.unlink()
+    turns = [behavior.opinion_text(t) for t in behavior.train_topics[:topics]], behavior.persona_pairs[:personas]
+    params = {
+        "model": lm.fingerprint,
+        "template": lm.tokenizer.chat_template,
+        "turns": turns,
+        "config": asdict(replace(cfg, topics=topics, personas=personas)),
+    }
+    key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
+    folder = cache / "pairs" / f"{behavior.name}_{key.params[:8]}"
+
+    def write(path: Path) -> None:
+        write_pairs(drop_useless(_write_all(lm, turns, cfg, key, folder, progress)), path)
+
+    pairs = kept(folder / "pairs.jsonl", key, write, read_pairs)
+    for chunk in folder.glob("*chunk_*"):
+        chunk.unlink(missing_ok=True)
     return pairs
 
 
-def _write_all(
-    lm: LM, behavior: Behavior, cfg: PairConfig, folder: Path, counts: tuple[int, int], progress: bool
-) -> list[Pair]:
-    topics, personas = counts
-    grid = [(t, p, s) for t in range(topics) for p in range(personas) for s in range(cfg.samples)]
-    answers: list[tuple[str, str]] = []
-    starts = range(0, len(grid), cfg.batch)
-    with _restored(lm.model):
-        for start in tqdm(starts, desc="training pairs", disable=not progress):
-            chunk = folder / f"chunk_{start:06d}.json"
-            if not chunk.is_file():
-                written = _write_chunk(lm, behavior, cfg, grid[start : start + cfg.batch], start)
-                write_json(chunk, written)
-            answers += [tuple(pair) for pair in json.loads(chunk.read_text(encoding="utf-8"))]
-    users = [behavior.opinion_text(topic) for topic in behavior.train_topics]
+def _write_all(lm: LM, turns: Turns, cfg: PairConfig, key: Key, folder: Path, progress: bool) -> list[Pair]:
+    """All pairs, in chunks of `cfg.batch` that are kept in `folder` until the file is whole."""
+    users, personas = turns
+    grid = [(t, p, s) for t in range(len(users)) for p in range(len(personas)) for s in range(cfg.samples)]
+    answers: list[list[str]] = []
+    for start in tqdm(range(0, len(grid), cfg.batch), desc="training pairs", disable=not progress):
+
+        def write(path: Path, start: int = start) -> None:
+            written = _write_chunk(lm, turns, cfg, grid[start : start + cfg.batch], start)
+            write_text(path, json.dumps(written, ensure_ascii=False))
+
+        chunk = stage_key({"pairs": key.params, "start": start}, sources=key.sources)
+        answers += kept(
+            folder / f"chunk_{start:06d}.json", chunk, write, lambda path: json.loads(path.read_text("utf-8"))
+        )
     return [Pair(t, p, s, users[t], a, b) for (t, p, s), (a, b) in zip(grid, answers, strict=True)]
 
 
@@ -179,63 +170,11 @@ def _counts(behavior: Behavior, cfg: PairConfig) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _write_chunk(lm: LM, behavior: Behavior, cfg: PairConfig, rows: list[tuple], start: int) -> list[tuple[str, str]]:
+def _write_chunk(lm: LM, turns: Turns, cfg: PairConfig, rows: list[tuple], start: int) -> list[tuple[str, str]]:
+    users, personas = turns
     sides = []
-    for sign, personas in (("pos", behavior.personas_pos), ("neg", behavior.personas_neg)):
-        users = [behavior.opinion_text(behavior.train_topics[t]) for t, _, _ in rows]
-        prompts = [
-            chat_text(lm.tokenizer, user, system=personas[p]) for user, (_, p, _) in zip(users, rows, strict=True)
-        ]
+    for side, sign in enumerate(("pos", "neg")):
+        prompts = [chat_text(lm.tokenizer, users[t], system=personas[p][side]) for t, p, _ in rows]
         seed = zlib.crc32(f"{cfg.seed} {sign} {start}".encode())
-        sides.append(write_answers(lm, prompts, cfg, seed))
+        sides.append(write_answers(lm, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed))
     return list(zip(*sides, strict=True))
-
-
-def turn_end(tokenizer) -> str:
-    """What the chat template puts after an answer (`<|im_end|>`), or the EOS token where it puts nothing."""
-    marker = "answer"
-    text = chat_text(tokenizer, "question", assistant=marker)
-    return text[text.rindex(marker) + len(marker) :].strip() or tokenizer.eos_token or ""
-
-
-def write_answers(lm: LM, prompts: list[str], cfg: PairConfig, seed: int) -> list[str]:
-    """Sampled answers to rendered prompts, one batch padded on the left, seeded; special tokens and blanks stripped."""
-    from transformers import GenerationConfig
-
-    ids, mask = encode(lm.tokenizer, prompts, False, max_length=1 << 20, padding_side="left")
-    stops = {lm.tokenizer.eos_token_id}
-    known = getattr(lm.model.generation_config, "eos_token_id", None)
-    stops |= set(known) if isinstance(known, (list, tuple)) else {known}
-    ending = lm.tokenizer(turn_end(lm.tokenizer), add_special_tokens=False)["input_ids"]
-    if len(ending) == 1:
-        stops.add(ending[0])
-    stops = sorted(stop for stop in stops if stop is not None)
-    pad = next((t for t in (lm.tokenizer.pad_token_id, *stops) if t is not None), 0)
-    settings = GenerationConfig(
-        do_sample=cfg.temperature > 0,
-        temperature=cfg.temperature if cfg.temperature > 0 else None,
-        top_p=cfg.top_p if cfg.temperature > 0 else None,
-        top_k=0 if cfg.temperature > 0 else None,
-        max_new_tokens=cfg.max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-    )
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        torch.manual_seed(seed)
-        output = lm.model.generate(
-            input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings
-        )
-    new = output[:, ids.shape[1] :].tolist()
-    cut = [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in new]
-    return [text.strip() for text in lm.tokenizer.batch_decode(cut, skip_special_tokens=True)]
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode afterwards."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)

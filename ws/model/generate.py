@@ -1,0 +1,66 @@
+"""What a model writes: sampled or greedy answers to prompts that the chat template has rendered.
+
+`p_t ~ softmax(z_t / temperature)` cut to the nucleus of mass `top_p`, or the most probable token at temperature 0, until
+the end of the turn. (docs/method.md section 1)
+"""
+
+import torch
+
+from ws.model.lm import LM
+from ws.model.text import chat_text, encode
+
+
+def turn_end(tokenizer) -> str:
+    """What the chat template puts after an answer (`<|im_end|>`), or the EOS token where it puts nothing."""
+    text = marker = "answer"
+    if getattr(tokenizer, "chat_template", None):
+        text = chat_text(tokenizer, "question", assistant=marker)
+    return text[text.rindex(marker) + len(marker) :].strip() or tokenizer.eos_token or ""
+
+
+def _stops(lm: LM) -> list[int]:
+    """Token ids that end an answer: the tokenizer's and the model's EOS, and the turn's end where it is one token."""
+    known = getattr(lm.model.generation_config, "eos_token_id", None)
+    ending = lm.tokenizer(turn_end(lm.tokenizer), add_special_tokens=False)["input_ids"]
+    ids = {lm.tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])}
+    return sorted(i for i in ids | set(ending if len(ending) == 1 else []) if i is not None)
+
+
+def write_answers(
+    lm: LM, prompts: list[str], max_new_tokens: int, temperature: float | int = 0, top_p: float | int = 1, seed: int = 0
+) -> list[str]:
+    """Answers to rendered prompts, one batch padded on the left, seeded; special tokens and blanks stripped.
+
+    The model is in eval mode meanwhile; the caller's random state stays.
+    """
+    from transformers import GenerationConfig
+
+    ids, mask = encode(lm.tokenizer, prompts, False, max_length=1 << 20, padding_side="left")
+    stops, sampled = _stops(lm), temperature > 0
+    settings = GenerationConfig(
+        do_sample=sampled,
+        temperature=temperature if sampled else None,
+        top_p=top_p if sampled else None,
+        top_k=0 if sampled else None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=next((t for t in (lm.tokenizer.pad_token_id, *stops) if t is not None), 0),
+    )
+    was = lm.model.training
+    lm.model.eval()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+            torch.manual_seed(seed)
+            output = lm.model.generate(
+                input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings
+            )
+    finally:
+        lm.model.train(was)
+    new = output[:, ids.shape[1] :].tolist()
+    cut = [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in new]
+    return [text.strip() for text in lm.tokenizer.batch_decode(cut, skip_special_tokens=True)]
+
+
+def complete(lm: LM, texts: list[str], max_new_tokens: int = 64) -> list[str]:
+    """Greedy answers to rendered texts: `write_answers` at temperature 0."""
+    return write_answers(lm, texts, max_new_tokens)
