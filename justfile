@@ -15,7 +15,7 @@ default:
 setup:
     #!/bin/sh
     set -eu
-    if { pwd; cat pyproject.toml constraints.txt; } | cmp -s - .venv/stamp; then exit 0; fi
+    if { pwd; cat pyproject.toml setup.py constraints.txt; } | cmp -s - .venv/stamp; then exit 0; fi
     for base in python3 python python3.13 python3.12 python3.11 none; do
         if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
     done
@@ -25,7 +25,7 @@ setup:
     # torch by itself and by its exact version: a free choice may bring gigabytes of CUDA packages
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(grep '^torch==' constraints.txt)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-    { pwd; cat pyproject.toml constraints.txt; } > .venv/stamp
+    { pwd; cat pyproject.toml setup.py constraints.txt; } > .venv/stamp
 
 # the whole pipeline on the shipped tiny model, and its report
 [no-exit-message]
@@ -84,7 +84,7 @@ report: setup
 
 # train the shipped tiny model anew
 tiny-model: setup
-    @{{python}} -m ws tiny-model
+    @{{python}} -m tiny_model
 
 # benchmarks against textbook implementations, all or the named ones
 [no-exit-message]

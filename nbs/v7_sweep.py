@@ -31,6 +31,7 @@ W_PATH = ""  # weight difference; empty: the one of this run
 NULL_W_PATH = (
     ""  # difference of adapters with shuffled labels, for the *_vs_null_diff columns; empty: the run's, if any
 )
+CANDIDATES = []  # Python files with candidates of one's own
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
 PROTOCOL = "v7"  # v7 or v7b; what follows is the protocol's where it is empty
 EVAL_SPLIT = ""  # half, held_out
@@ -51,110 +52,63 @@ from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
-from ws.cache.files import sweep as draw
-from ws.cache.files import write_json, write_text
-from ws.cache.names import RunId, model_slug
-from ws.data import load_behavior
-from ws.diff import load_diff
-from ws.explanation import rows as sweep
-from ws.explanation import words as conclusion
-from ws.model.lm import load_lm
-from ws.show import notebook, tables
-from ws.show.figures import save
-from ws.subspaces.build import build
-from ws.subspaces.candidate import registered
-from ws.subspaces.captures import capture_steered, probes
-from ws.subspaces.kept import a_side_bases
-from ws.subspaces.materials import CeilingMaterials
+import ws
+from ws.cache.names import RunId
+from ws.explanation import words
+from ws.explanation.rows import null_summary
+from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.tables import write_table
+from ws.subspaces.candidate import load_candidates
 from ws.subspaces.protocol import load_protocol
 
-behavior = load_behavior(BEHAVIOR)
-protocol = load_protocol(
-    PROTOCOL,
-    EVAL_SPLIT=EVAL_SPLIT,
-    CHAT_PROBES=CHAT_PROBES,
-    PERSONA_PAIRS=PERSONA_PAIRS,
-    RAW_LAST=RAW_LAST,
-    FOLD_GAIN=FOLD_GAIN,
-    SOURCES=SOURCES,
-)
-run = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED)
+switches = dict(EVAL_SPLIT=EVAL_SPLIT, CHAT_PROBES=CHAT_PROBES, PERSONA_PAIRS=PERSONA_PAIRS, RAW_LAST=RAW_LAST)
+protocol = load_protocol(PROTOCOL, **switches, FOLD_GAIN=FOLD_GAIN, SOURCES=SOURCES)
+behavior = ws.load_behavior(BEHAVIOR)
+lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+run = RunId(lm.name, behavior.name, ADAPTER, SEED)
 folder = Path(OUT_DIR) if OUT_DIR else run.folder() / PROTOCOL
-log = notebook.start_log("v7_sweep", folder)
-w = load_diff(W_PATH or run.folder() / "w.safetensors")
-lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
-split = probes(behavior, protocol)
-layers = sweep.lora_layers(w, lm.decoder.n_layers, LORA_LAYERS)
-candidates = registered(protocol.sources)
-log.info("%s: %d candidates, w of %d parameters, LoRA layers %s", lm.name, len(candidates), len(w.names), layers)
-display(Markdown(notebook.setting(lm, behavior, protocol, w, layers)))
-
-# %% [markdown]
-# ## Bases
-#
-# The candidates see base weights and base activations only, so that their bases are the same for every LoRA seed: they
-# are built once and reused. The ceilings are built from `w` and from what it does on the FIT probes.
-
-# %%
-a_side, cache = a_side_bases(lm, behavior, protocol, candidates, PCS, K_BROAD)
-steered = capture_steered(lm, behavior, w, protocol)
-b_side = CeilingMaterials(lm.decoder, w, steered, PCS, protocol.fold_gain)
-bases = a_side | build(b_side, [c for c in candidates if c.kind == "ceiling"])
-record = write_json(folder / "bases.json", notebook.bases_record(cache))
-log.info("bases: %s", cache.name)
+log = start_log("v7_sweep", folder)
+w = ws.load_diff(W_PATH or run.folder() / "w.safetensors")
+null = Path(NULL_W_PATH) if NULL_W_PATH else run.folder(null=True) / "w.safetensors"
 
 # %% [markdown]
 # ## Scores
 #
-# Per layer: activation recovery on the EVAL probes, weight recovery on `o_proj` and `down_proj`, z-scores against the
-# closed-form null. The summary is the mean over the LoRA layers; `joint` is the geometric mean of the two recoveries.
+# The candidates see base weights and base activations only, so that their bases are the same for every LoRA seed: they
+# are built once and kept. The ceilings are built from `w` and from what it does on the FIT probes. Per layer: activation
+# recovery on the EVAL probes, weight recovery on `o_proj` and `down_proj`, z-scores against the closed-form null. The
+# summary is the mean over the LoRA layers; `joint` is the geometric mean of the two recoveries.
 
 # %%
-targets = sweep.layer_targets(b_side, bases["layer_clean_resid_pca"])
-table = sweep.per_layer(candidates, bases, targets)
-null_path = Path(NULL_W_PATH) if NULL_W_PATH else run.folder() / "null_diff" / "w.safetensors"
-if NULL_W_PATH or null_path.is_file():
-    w_null = load_diff(null_path)
-    null_side = CeilingMaterials(
-        lm.decoder, w_null, capture_steered(lm, behavior, w_null, protocol), PCS, protocol.fold_gain
-    )
-    table = sweep.with_null_diff(
-        table, candidates, bases, sweep.layer_targets(null_side, bases["layer_clean_resid_pca"])
-    )
-specific = sweep.specific_per_layer(candidates, bases, targets)
-checks = sweep.self_checks(table, layers) | {"orthonormality": sweep.largest_deviation(bases)}
-summary = tables.summarise(table, layers)
-pct = tables.with_percentages(summary)
-beyond = tables.summarise_specific(specific, layers)
-display(HTML(conclusion.top_table(pct, 20, "html")))
+found = ws.explain(
+    lm,
+    w,
+    behavior,
+    protocol=protocol,
+    extra=load_candidates(CANDIDATES),
+    null=null if NULL_W_PATH or null.is_file() else None,
+    layers=LORA_LAYERS,
+    k=PCS,
+    k_broad=K_BROAD,
+    title=f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {PROTOCOL}",
+)
+found.save(folder)
+display(Markdown(words.setting_table(found.setting)))
 
 # %%
-for name, part in {
-    "v7_per_layer.csv": table,
-    "v7_specific_per_layer.csv": specific,
-    "v7_summary.tsv": summary,
-    "v7_summary_pct.tsv": pct,
-    "v7_specific_summary.tsv": beyond,
-}.items():
-    tables.write_table(part, folder / name)
-saved = notebook.save_scores(folder / "scores.safetensors", candidates, bases, targets, PCS)
+display(HTML(found.top(20, "html")))
 
 # %% [markdown]
 # ## Activation against weight recovery
 
 # %%
-figure = draw.joint_scatter(summary, f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {protocol.name}")
-save(figure, folder / "v7_joint_act_weight_scatter")
-display(notebook.show(figure))
+display(show(found.figure(), folder / "v7_joint_act_weight_scatter"))
 
 # %% [markdown]
 # The best candidates by layer, with the ceilings dotted.
 
 # %%
-best = conclusion.leaders(pct, "joint_score", ("write", "mixed"))[:6]
-figure = draw.recovery_by_layer(table, best + ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"], layers)
-save(figure, folder / "v7_recovery_by_layer")
-display(notebook.show(figure))
+display(show(found.layer_figure(), folder / "v7_recovery_by_layer"))
 
 # %% [markdown]
 # ## Beyond what clean activations vary along
@@ -163,7 +117,7 @@ display(notebook.show(figure))
 # the candidate and the difference; what is left is specific to the steering.
 
 # %%
-display(HTML(tables.as_text(notebook.renamed(beyond, notebook.SPECIFIC), rows=12, style="html")))
+display(show_table(found.specific, words.BEYOND, rows=12))
 
 # %% [markdown]
 # ## The null
@@ -173,33 +127,19 @@ display(HTML(tables.as_text(notebook.renamed(beyond, notebook.SPECIFIC), rows=12
 
 # %%
 if N_NULL:
-    null = sweep.null_check(targets, layers, PCS, N_NULL)
-    tables.write_table(null, folder / "v7_null_check.csv")
-    display(HTML(tables.as_text(notebook.null_summary(null), style="html")))
+    drawn = found.null_check(N_NULL)
+    write_table(drawn, folder / "v7_null_check.csv")
+    display(show_table(null_summary(drawn)))
 
 # %% [markdown]
 # ## What this run says
 
 # %%
-facts = conclusion.RunFacts(
-    f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}",
-    behavior,
-    protocol,
-    layers,
-    lm.decoder.n_layers,
-    len(split.fit),
-    len(split.eval),
-    lm.decoder.d,
-)
-verdict = conclusion.conclusion(pct, table, facts, checks)
-write_text(folder / "v7_conclusion.md", verdict)
-write_text(folder / "v7_definitions.md", conclusion.definitions(candidates))
-write_text(folder / "v7_plan_merge.md", conclusion.PLAN_MERGE)
 log.info("done: %s", folder)
-display(notebook.embedded(verdict))
+display(embedded(found.conclusion()))
 
 # %% [markdown]
 # ## Definitions
 
 # %%
-display(Markdown(conclusion.definitions(candidates).replace("# Candidate subspaces\n", "")))
+display(Markdown(found.definitions().replace("# Candidate subspaces\n", "")))

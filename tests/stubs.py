@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 from test_batch import write_notebook
 
-from ws.runs.engine import Place
 from ws.runs.grid import Grid, Job, make_jobs
+from ws.runs.notebooks import Place
 
 HOME = Path(__file__).parents[1]
 LORA = "org__stub/stub/lora"  # of no model that the package ships: nothing here depends on one
@@ -75,7 +75,7 @@ def write_project(base: Path) -> Place:
     }
     for notebook, (name, body, parameters) in bodies.items():
         write_notebook(base / "nbs", notebook, name + START, body, parameters_cell=parameters)
-    return Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
+    return Place(nbs=base / "nbs", out=base / "out")
 
 
 def copy_project(source: Path, base: Path, *without: str) -> Place:
@@ -86,12 +86,12 @@ def copy_project(source: Path, base: Path, *without: str) -> Place:
     for folder in ("counts", "traps", "pids"):
         for file in (base / folder).iterdir():
             file.unlink()
-    return Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
+    return Place(nbs=base / "nbs", out=base / "out")
 
 
 def stub_jobs(place: Place, seeds: tuple[int, ...] = (0, 1), **extra: int) -> list[Job]:
     behavior = str(place.nbs.parent / "stub.json")
-    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra), None, place.nbs, place.out)
+    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra), None, place)
 
 
 def counts(base: Path) -> dict[str, int]:
@@ -114,7 +114,7 @@ from ws.runs.engine import Settings, run_jobs
 
 if __name__ == "__main__":
     base = Path({base!r})
-    place = Place(nbs=base / "nbs", out=base / "out", logs=base / "logs")
+    place = Place(nbs=base / "nbs", out=base / "out")
     endings, summary = run_jobs(stub_jobs(place, {seeds!r}), place, Settings(workers=2, threads=1, **{settings!r}))
     print(summary)
     sys.exit(0 if all(ending.ok for ending in endings.values()) else 1)

@@ -10,7 +10,9 @@ from ws.diff import load_diff
 from ws.model.lm import load_lm
 from ws.model.text import chat_text, encode
 from ws.subspaces import captures as A
+from ws.subspaces import reading as R
 from ws.subspaces.protocol import Protocol, load_protocol
+from ws.subspaces.steered import capture_steered
 
 TEXTS = ["short", "a somewhat longer text", "and one that is a good deal longer than both of the others were"]
 
@@ -26,11 +28,11 @@ def behavior(parity_folder):
 
 
 def test_records_what_the_model_returns(lm):
-    acts = A.read_texts(lm, TEXTS, True, detail=True)
+    acts = R.read_texts(lm, TEXTS, True, detail=True)
     assert acts.resid.shape == (6, 3, 128) and acts.up_in.shape == (6, 3, 128)
     for i, text in enumerate(TEXTS):
         ids, mask = encode(lm.tokenizer, [text], True)
-        with torch.no_grad(), A.eager_attention(lm.model):
+        with torch.no_grad(), R.eager_attention(lm.model):
             out = lm.model(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
         n = ids.shape[1]
         for l in range(5):  # hidden_states[-1] is after the final norm
@@ -47,8 +49,8 @@ def test_records_what_the_model_returns(lm):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_padding_side_and_batch_size_change_nothing(lm, side, batch):
-    reference = A.read_texts(lm, TEXTS, True, detail=True)
-    other = A.read_texts(lm, TEXTS, True, detail=True, batch_size=batch, padding_side=side)
+    reference = R.read_texts(lm, TEXTS, True, detail=True)
+    other = R.read_texts(lm, TEXTS, True, detail=True, batch_size=batch, padding_side=side)
     for name in ("resid", "embed", "up_in", "tokens", "attn"):
         a, b = getattr(reference, name), getattr(other, name)
         assert a.shape == b.shape and torch.allclose(a, b, atol=2e-5), name
@@ -56,7 +58,7 @@ def test_padding_side_and_batch_size_change_nothing(lm, side, batch):
 
 
 def test_blocks_add_up_to_the_residual(lm):
-    acts = A.read_texts(lm, TEXTS, True)
+    acts = R.read_texts(lm, TEXTS, True)
     assert torch.allclose(acts.embed + acts.block.sum(dim=0), acts.resid[-1], atol=1e-4)
 
 
@@ -66,7 +68,7 @@ def test_seven_forward_passes_for_v7(lm, behavior, parity_folder):
     handle = lm.model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
     try:
         A.capture_base(lm, behavior, Protocol())
-        A.capture_steered(lm, behavior, w, Protocol())
+        capture_steered(lm, behavior, w, Protocol())
     finally:
         handle.remove()
     assert rows == [16] * 7
@@ -125,15 +127,15 @@ def test_a_bos_adding_tokenizer_doubles_it_in_v7_only(lm, behavior):
 
 def test_steered_differences_are_plus_minus_minus_and_zero_below_the_adapter(lm, behavior, parity_folder):
     w = load_diff(parity_folder / "w.pt")
-    steered = A.capture_steered(lm, behavior, w, Protocol())
+    steered = capture_steered(lm, behavior, w, Protocol())
     assert steered.eval.shape == (6, 16, 128) and steered.fit.shape == (6, 16, 128)
     assert steered.eval[:2].abs().max() == 0 and steered.eval_block[:2].abs().max() == 0
     assert torch.allclose(steered.eval_block[2:].sum(dim=0), steered.eval[-1], atol=1e-4)
-    again = A.capture_steered(lm, behavior, w.scale(-1.0), Protocol())
+    again = capture_steered(lm, behavior, w.scale(-1.0), Protocol())
     assert torch.allclose(again.eval, -steered.eval, atol=1e-5)
 
 
 def test_attention_implementation_comes_back(lm):
     before = lm.model.config._attn_implementation
-    A.read_texts(lm, TEXTS, True, detail=True)
+    R.read_texts(lm, TEXTS, True, detail=True)
     assert lm.model.config._attn_implementation == before

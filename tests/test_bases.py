@@ -1,54 +1,212 @@
-"""A-side bases on disk: exact, reused, rebuilt when what they depend on changes."""
+"""Bases and captures on disk: exact, kept per candidate, made anew when what they depend on changes or is damaged."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ws.data import load_behavior
+from ws.diff import load_diff
 from ws.model.lm import load_lm
-from ws.subspaces import kept as module
-from ws.subspaces.algebra import Basis, empty, random_basis
-from ws.subspaces.candidate import registered
-from ws.subspaces.kept import a_side_bases, load_bases, save_bases
+from ws.subspaces import captures, from_weights, kept, reading, steered
+from ws.subspaces.algebra import empty, left_svd, pca, random_basis
+from ws.subspaces.build import candidates
+from ws.subspaces.candidate import candidate, get, load_candidates
+from ws.subspaces.kept import composed_of, load_bases, make_shelf, save_bases
 from ws.subspaces.protocol import load_protocol
+
+NAMES = ("write", "TaskDiff_contrast", "global_write", "causally_isolated")
+
+
+@pytest.fixture(scope="module")
+def lm(parity_folder):
+    return load_lm(str(parity_folder / "model"), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def behavior(parity_folder):
+    return load_behavior(parity_folder / "behavior.json")
+
+
+@pytest.fixture
+def shelf(lm, behavior, tmp_path):
+    candidates("v7b")
+    return make_shelf(lm, behavior, load_protocol("v7"), cache=tmp_path)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Names of the candidates that were really built, and how many passes through the model were made."""
+    seen = {"built": [], "passes": 0}
+    build, read = kept.build, reading.read_texts
+
+    def counting(materials, chosen, progress=True):
+        seen["built"] += sorted(c.name for c in chosen)
+        return build(materials, chosen, progress)
+
+    def passes(*args, **more):
+        seen["passes"] += 1
+        return read(*args, **more)
+
+    passes.__module__, passes.__qualname__ = read.__module__, read.__qualname__  # still the same code, for the keys
+    monkeypatch.setattr(kept, "build", counting)
+    monkeypatch.setattr(captures, "read_texts", passes)
+    monkeypatch.setattr(steered, "read_texts", passes)
+    return seen
+
+
+def flip(path) -> None:
+    """One bit in the middle of a file, its size and time as before."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_round_trip(tmp_path):
     g = torch.Generator().manual_seed(0)
     one = replace(random_basis(10, 3, g), gap=0.5, ill_conditioned=True, note="because", s=torch.tensor([3.0, 2, 1]))
-    bases = {"shared": [one] * 4, "layered": [random_basis(10, 2, g) for _ in range(3)] + [empty(10, "nothing")]}
-    save_bases(bases, tmp_path / "b.safetensors")
-    back = load_bases(tmp_path / "b.safetensors")
-    assert list(back) == list(bases)
-    for name, rows in bases.items():
-        for a, b in zip(rows, back[name], strict=True):
+    for rows in ([one] * 4, [random_basis(10, 2, g) for _ in range(3)] + [empty(10, "nothing")]):
+        save_bases(rows, tmp_path / "b.safetensors")
+        back = load_bases(tmp_path / "b.safetensors")
+        for a, b in zip(rows, back, strict=True):
             assert torch.equal(a.B, b.B) and torch.equal(a.s, b.s) and a.note == b.note
             assert a.ill_conditioned == b.ill_conditioned and (a.gap == b.gap or a.gap != a.gap)
-    assert all(b is back["shared"][0] for b in back["shared"])
+        assert (back[0] is back[1]) == (rows[0] is rows[1])
 
 
-def test_built_once_then_reused_then_rebuilt_for_another_protocol(parity_folder, tmp_path, monkeypatch):
-    lm = load_lm(str(parity_folder / "model"), "float32", "cpu")
-    behavior = load_behavior(parity_folder / "behavior.json")
-    chosen = [
-        c for c in registered() if c.name in ("write", "TaskDiff_contrast", "global_write", "TaskDiff_lora_ceiling")
-    ]
-    calls = []
-    capture = module.capture_base
-    monkeypatch.setattr(module, "capture_base", lambda *a: calls.append(1) or capture(*a))
-    first, path = a_side_bases(lm, behavior, load_protocol("v7"), chosen, cache=tmp_path)
-    again, same = a_side_bases(lm, behavior, load_protocol("v7"), chosen, cache=tmp_path)
-    assert path == same and len(calls) == 1
-    assert set(first) == {"write", "TaskDiff_contrast", "global_write"}  # a ceiling is no A-side basis
+def test_each_candidate_is_built_once_and_depends_on_what_it_sees(shelf, built, lm, behavior, tmp_path):
+    chosen = [get(name) for name in NAMES]
+    first = shelf.bases(chosen, False)
+    assert built["built"] == sorted(NAMES) and built["passes"] == 3
+    again = shelf.bases(chosen, False)
+    assert len(built["built"]) == 4 and built["passes"] == 3
     assert all(torch.equal(a.B, b.B) for n in first for a, b in zip(first[n], again[n], strict=True))
-    other, path = a_side_bases(lm, behavior, load_protocol("v7b"), chosen, cache=tmp_path)
-    assert path != same and len(calls) == 2
+    shelf.bases([*chosen, get("mlp_write")], False)
+    assert built["built"][4:] == ["mlp_write"] and built["passes"] == 3  # one more candidate: nothing else runs again
+    other = replace(shelf, protocol=load_protocol("v7b")).bases(chosen, False)
+    assert "TaskDiff_contrast" in built["built"][5:] and built["passes"] == 6
     assert not torch.equal(first["TaskDiff_contrast"][3].B, other["TaskDiff_contrast"][3].B)
     assert torch.equal(first["write"][3].B, other["write"][3].B)
-    path.write_bytes(path.read_bytes()[:100])
-    a_side_bases(lm, behavior, load_protocol("v7b"), chosen, cache=tmp_path)
-    assert len(calls) == 3 and isinstance(load_bases(path)["write"][0], Basis)
+    built["built"].clear()
+    make_shelf(
+        lm, replace(behavior, name="other", personas_pos=("Agree.", "Nod.")), shelf.protocol, cache=tmp_path
+    ).bases(chosen, False)
+    assert built["built"] == ["TaskDiff_contrast"]  # weight candidates do not see the behaviour
+
+
+def test_a_changed_function_changes_its_bases_and_no_others(shelf, built, monkeypatch):
+    chosen = [get(name) for name in NAMES]
+    first = shelf.bases(chosen, False)
+    built["built"].clear()
+    monkeypatch.setattr(from_weights, "write_away", lambda G, F, k: left_svd(G[:, : 2 * k], k))
+    changed = shelf.bases(chosen, False)
+    assert built["built"] == ["causally_isolated"]  # the only one of these that calls it
+    assert not torch.equal(first["causally_isolated"][2].B, changed["causally_isolated"][2].B)
+    monkeypatch.undo()
+    assert {p.name for p in composed_of(get("causally_isolated"))[0]} == {"input_super", "kv_super"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "sidecar"])
+def test_damaged_bases_and_captures_are_made_anew(damage, shelf, built, lm, behavior, parity_folder, tmp_path):
+    w = load_diff(parity_folder / "w.pt")
+    chosen = [get("write"), get("TaskDiff_contrast")]
+
+    def everything():
+        return shelf.bases(chosen, False), steered.capture_steered(lm, behavior, w, shelf.protocol, cache=tmp_path)
+
+    before, passes = everything(), 7
+    assert built["passes"] == passes
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 6  # two bases, three base captures, one of steered differences
+    for file in files:
+        if damage == "flip":
+            flip(file)
+        elif damage == "cut":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        elif damage == "empty":
+            file.write_bytes(b"")
+        else:
+            file.with_name(f".made.{file.name}.json").write_bytes(b"\xff{")
+    built["built"].clear()
+    after = everything()
+    assert built["built"] == ["TaskDiff_contrast", "write"] and built["passes"] == 2 * passes
+    for name in before[0]:
+        assert all(torch.equal(a.B, b.B) for a, b in zip(before[0][name], after[0][name], strict=True))
+    assert torch.equal(before[1].eval, after[1].eval)
+    everything()
+    assert built["passes"] == 2 * passes
+
+
+def test_captures_follow_the_code_that_reads_and_are_shared_by_protocols(
+    lm, behavior, built, parity_folder, tmp_path, monkeypatch
+):
+    w, v7 = load_diff(parity_folder / "w.pt"), load_protocol("v7")
+    steered.capture_steered(lm, behavior, w, v7, cache=tmp_path)
+    assert built["passes"] == 4
+    for switch in ({"raw_last": True}, {"persona_pairs": "all"}, {"fold_gain": True}):
+        steered.capture_steered(lm, behavior, w, replace(v7, **switch), cache=tmp_path)
+    assert built["passes"] == 4  # what w does to the probes depends on their split and format alone
+    steered.capture_steered(lm, behavior, w.scale(0.5), v7, cache=tmp_path)
+    steered.capture_steered(lm, behavior, w, replace(v7, chat_probes=True), cache=tmp_path)
+    steered.capture_steered(replace(lm, fingerprint="another/torch.bfloat16"), behavior, w, v7, cache=tmp_path)
+    assert built["passes"] == 16
+    monkeypatch.setattr(reading, "last_index", lambda mask: mask.sum(dim=1) - 1)
+    steered.capture_steered(lm, behavior, w, v7, cache=tmp_path)
+    assert built["passes"] == 20
+
+
+def test_ones_own_candidate_is_built_anew_when_it_or_what_it_calls_changes(shelf, built, tmp_path):
+    file = tmp_path / "mine.py"
+    text = (
+        "import ws\nSCALE = 1.0\n\ndef rows(m, l):\n    return m.base.pos.resid[l] + SCALE * m.base.clean.resid[l]\n\n"
+        "@ws.candidate(family='act:persona', sees=('prompts',))\ndef mine(m, l):\n    'Mine.'\n    return ws.pca(rows(m, l), m.k)\n"
+    )
+
+    def bases(source: str):
+        file.write_text(source)
+        built["built"].clear()
+        return shelf.bases(load_candidates(file), False)["mine"][3].B
+
+    first = bases(text)
+    assert built["built"] == ["mine"]
+    expected = pca(shelf.base().pos.resid[3] + shelf.base().clean.resid[3], 8).B
+    assert torch.allclose(first.abs(), expected.abs(), atol=1e-5)
+    bases(text.replace("'Mine.'", "'Mine, said better.'").replace("\n\n@", "\n\n# why\n@"))
+    assert built["built"] == []
+    second = bases(text.replace("SCALE = 1.0", "SCALE = -1.0"))
+    assert built["built"] == ["mine"] and not torch.allclose(first.abs(), second.abs(), atol=1e-3)
+    bases(text.replace("m.base.pos", "m.base.neg"))
+    assert built["built"] == ["mine"]
+    bases(text)
+    assert built["built"] == ["mine"]
+
+
+def test_a_cell_run_again_gives_the_new_function(shelf, built):
+    def define(offset: int):
+        @candidate(family="W:write")
+        def cell(m, l):
+            """Of a notebook cell."""
+            return torch.eye(m.d)[:, offset : offset + 2]
+
+        return cell.candidate
+
+    first = shelf.bases([define(0)], False)["cell"]
+    assert shelf.bases([define(0)], False)["cell"][0].B.equal(first[0].B) and built["built"] == ["cell"]
+    assert not shelf.bases([define(3)], False)["cell"][0].B.equal(first[0].B) and built["built"] == ["cell", "cell"]
+
+
+def test_mistakes_in_files_of_candidates_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.py: no such file"):
+        load_candidates(tmp_path / "absent.py")
+    (tmp_path / "none.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="none.py: holds no function decorated with @ws.candidate"):
+        load_candidates([tmp_path / "none.py"])
+    (tmp_path / "broken.py").write_text("import nothing_like_this\n")
+    with pytest.raises(ValueError, match="broken.py: ModuleNotFoundError"):
+        load_candidates(str(tmp_path / "broken.py"))
+    assert load_candidates("") == load_candidates([]) == []
 
 
 @pytest.mark.parametrize("name", ["v7", "v7b"])

@@ -6,26 +6,28 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from ws.cache import made as store
+from ws.cache import made
 from ws.cache.names import RunId
-from ws.cache.places import ROOT
-from ws.runs import once
-from ws.runs.html import runs
+from ws.cache.places import root
+from ws.runs import identity, once
+from ws.runs.notebooks import Place
 
-HOME = ROOT
+HOME = root()
+run = partial(once.run_notebook, quiet=True)
 PARAMETERS = (
     'SEED = 0\nRATE = 0.5\nNAME = "tiny"\nFLAG = False\nALPHAS = [-1.0, 1.0]\nLAYERS = None\nW_PATH = ""\nOUT_DIR = ""'
 )
 BODY = """
 import json, os, sys
 from pathlib import Path
-from ws.cache.places import model_slug
-from ws.cache.made import write_json
+from ws.cache.names import model_slug
+from ws.cache.files import write_json
 count = Path(OUT_DIR).parent / "count"
 count.write_text(count.read_text() + "x" if count.exists() else "x")
 write_json(Path(OUT_DIR) / "result.json", [SEED, RATE, NAME, FLAG, ALPHAS, LAYERS, W_PATH])
@@ -46,17 +48,17 @@ def write_notebook(nbs: Path, name: str, *cells: str, tag: bool = True, paramete
 @pytest.fixture
 def place(tmp_path):
     """Folders of a small project: notebooks, results, logs."""
-    return {"nbs": tmp_path / "nbs", "out": tmp_path / "out", "logs": tmp_path / "logs", "quiet": True}
+    return Place(tmp_path / "nbs", tmp_path / "out")
 
 
 def count(place) -> int:
-    return len((place["out"] / "tiny" / "sycophancy" / "lora" / "seed_3" / "count").read_text())
+    return len((place.out / "tiny" / "sycophancy" / "lora" / "seed_3" / "count").read_text())
 
 
 def test_a_run_is_done_once_and_remade_for_a_reason(place, tmp_path):
-    write_notebook(place["nbs"], "probe", BODY)
-    first = once.run_notebook("probe", {"SEED": "3", "ALPHAS": "-2,2", "FLAG": "true"}, **place)
-    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
+    write_notebook(place.nbs, "probe", BODY)
+    first = run("probe", {"SEED": "3", "ALPHAS": "-2,2", "FLAG": "true"}, place=place)
+    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place.out) / "probe"
     assert first.ok and first.found == "new" and first.folder == folder, first.error
     assert json.loads((folder / "result.json").read_text()) == [3, 0.5, "tiny", True, [-2.0, 2.0], None, ""]
     visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".made"))
@@ -66,54 +68,52 @@ def test_a_run_is_done_once_and_remade_for_a_reason(place, tmp_path):
     assert set(about) == {"notebook", "parameters", "source_revision", "versions", "environment", "timings"}
     assert about["environment"]["threads"] == once.threads() >= 1
     assert about["versions"]["torch"] and about["timings"]["seconds"] > 0
-    log = next(place["logs"].glob("*_probe_*.log")).read_text()
+    log = next(place.logs.glob("*_probe_*.log")).read_text()
     assert "stdout of the notebook" in log and "progress 3/3" in log and "ended well" in log
 
     start = time.monotonic()
-    again = once.run_notebook("probe", {"SEED": 3, "ALPHAS": [-2, 2], "FLAG": True}, **place)
+    again = run("probe", {"SEED": 3, "ALPHAS": [-2, 2], "FLAG": True}, place=place)
     assert again.ok and again.found == "done" and time.monotonic() - start < 1 and count(place) == 1
 
-    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "changed parameters" and count(place) == 2
+    assert run("probe", {"SEED": "3"}, place=place).found == "changed parameters" and count(place) == 2
     (folder / "result.json").unlink()
-    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "damaged" and count(place) == 3
+    assert run("probe", {"SEED": "3"}, place=place).found == "damaged" and count(place) == 3
     (folder / "probe.html").unlink()
-    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "done" and (folder / "probe.html").is_file()
-    write_notebook(place["nbs"], "probe", BODY, "print('one more')")
-    assert once.run_notebook("probe", {"SEED": "3"}, **place).found == "changed code" and count(place) == 4
-    assert once.run_notebook("probe", {"SEED": "3"}, force=True, **place).ok and count(place) == 5
+    assert run("probe", {"SEED": "3"}, place=place).found == "done" and (folder / "probe.html").is_file()
+    write_notebook(place.nbs, "probe", BODY, "print('one more')")
+    assert run("probe", {"SEED": "3"}, place=place).found == "changed code" and count(place) == 4
+    assert run("probe", {"SEED": "3"}, force=True, place=place).ok and count(place) == 5
 
 
 def test_an_input_counts_by_what_it_holds(place, tmp_path):
-    write_notebook(place["nbs"], "probe", "open(OUT_DIR + '/x', 'w').write('x')")
+    write_notebook(place.nbs, "probe", "open(OUT_DIR + '/x', 'w').write('x')")
     data = tmp_path / "here" / "w.pt"
     data.parent.mkdir()
     data.write_text("one")
 
     def ask(path: str, cwd: Path):
-        return once.run_notebook("probe", {"W_PATH": path, "OUT_DIR": "res"}, cwd=cwd, **place)
+        return run("probe", {"W_PATH": path, "OUT_DIR": "res"}, cwd=cwd, place=place)
 
     first = ask("w.pt", data.parent)
     assert first.ok and first.folder == data.parent / "res" and (first.folder / "probe.html").is_file(), first.error
     assert json.loads((first.folder / "params.json").read_text())["parameters"]["W_PATH"] == str(data)
     assert ask(str(data), data.parent).found == "done"
     data.write_text("two")
-    assert once.run_notebook("probe", {"W_PATH": "w.pt"}, "res", cwd=data.parent, **place).found == "changed inputs"
+    assert run("probe", {"W_PATH": "w.pt"}, "res", cwd=data.parent, place=place).found == "changed inputs"
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         ask("missing.pt", data.parent)
 
 
 def test_a_failed_run_is_kept_apart_and_told(place):
-    write_notebook(
-        place["nbs"], "probe", "if SEED == 3: raise RuntimeError('planted at seed 3')", "print('not reached')"
-    )
-    run = once.run_notebook("probe", {"SEED": 3}, **place)
-    assert not run.ok and run.error.endswith("RuntimeError: planted at seed 3") and "\x1b" not in run.error
-    assert [p.name for p in run.folder.iterdir() if not p.name.startswith(".made")] == ["probe.failed.ipynb"]
-    kept = nbformat.read(run.folder / "probe.failed.ipynb", as_version=4)
+    write_notebook(place.nbs, "probe", "if SEED == 3: raise RuntimeError('planted at seed 3')", "print('not reached')")
+    failed = run("probe", {"SEED": 3}, place=place)
+    assert not failed.ok and failed.error.endswith("RuntimeError: planted at seed 3") and "\x1b" not in failed.error
+    assert [p.name for p in failed.folder.iterdir() if not p.name.startswith(".made")] == ["probe.failed.ipynb"]
+    kept = nbformat.read(failed.folder / "probe.failed.ipynb", as_version=4)
     assert kept.metadata.papermill.exception is True
-    assert store.read_failure(run.folder / "probe.ipynb")["error"] == run.error
-    write_notebook(place["nbs"], "probe", "print(SEED)")
-    again = once.run_notebook("probe", {"SEED": 3}, **place)
+    assert made.read_failure(failed.folder / "probe.ipynb")["error"] == failed.error
+    write_notebook(place.nbs, "probe", "print(SEED)")
+    again = run("probe", {"SEED": 3}, place=place)
     assert again.ok and again.found == "failed before"
     assert sorted(p.name for p in again.folder.glob("*.ipynb")) == ["probe.ipynb"]
     done = nbformat.read(again.folder / "probe.ipynb", as_version=4).metadata.papermill
@@ -121,24 +121,24 @@ def test_a_failed_run_is_kept_apart_and_told(place):
 
 
 def test_a_cell_that_kills_its_kernel_fails_the_run(place):
-    write_notebook(place["nbs"], "probe", "import os; os._exit(9)")
-    run = once.run_notebook("probe", {}, **place)
-    assert not run.ok and "Kernel died" in run.error and (run.folder / "probe.failed.ipynb").is_file()
+    write_notebook(place.nbs, "probe", "import os; os._exit(9)")
+    failed = run("probe", {}, place=place)
+    assert not failed.ok and "Kernel died" in failed.error and (failed.folder / "probe.failed.ipynb").is_file()
 
 
 def test_two_notebooks_may_share_a_folder(place, tmp_path):
-    write_notebook(place["nbs"], "first", "open(OUT_DIR + '/a', 'w').write('a')")
-    write_notebook(place["nbs"], "second", "open(OUT_DIR + '/b', 'w').write('b')")
+    write_notebook(place.nbs, "first", "open(OUT_DIR + '/a', 'w').write('a')")
+    write_notebook(place.nbs, "second", "open(OUT_DIR + '/b', 'w').write('b')")
     for _ in range(2):
-        found = [once.run_notebook(name, {}, tmp_path / "res", **place).found for name in ("first", "second")]
+        found = [run(name, {}, tmp_path / "res", place=place).found for name in ("first", "second")]
     assert found == ["done", "done"]
-    assert runs.outputs("second", tmp_path / "res") == {"b": 1}
+    assert list(identity.outputs("second", tmp_path / "res")) == ["b"]
 
 
 def test_refusals_name_the_thing(place):
-    write_notebook(place["nbs"], "untagged", "print(1)", tag=False)
-    write_notebook(place["nbs"], "probe", "print(1)")
-    write_notebook(place["nbs"], "derived", "print(1)", parameters_cell="OUT_DIR = ''\nX = [1] * 3")
+    write_notebook(place.nbs, "untagged", "print(1)", tag=False)
+    write_notebook(place.nbs, "probe", "print(1)")
+    write_notebook(place.nbs, "derived", "print(1)", parameters_cell="OUT_DIR = ''\nX = [1] * 3")
     cases = [
         ("untagged", {"SEED": 3}, "untagged: no cell is tagged 'parameters'"),
         ("probe", {"SEDE": 3}, r"probe: unknown parameter SEDE; did you mean SEED\? Known: SEED, RATE"),
@@ -148,16 +148,16 @@ def test_refusals_name_the_thing(place):
     ]
     for name, values, message in cases:
         with pytest.raises(ValueError, match=message):
-            once.run_notebook(name, values, **place)
+            run(name, values, place=place)
     with pytest.raises(FileNotFoundError, match="prob: no such notebook.*did you mean probe"):
-        once.run_notebook("prob", {}, **place)
-    assert not place["out"].exists()  # nothing was started
+        run("prob", {}, place=place)
+    assert not place.out.exists()  # nothing was started
 
 
 def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
     """The notebook has ended and is being rendered: no kernel is there to be told, but files and the lock are."""
-    write_notebook(place["nbs"], "probe", BODY)
-    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
+    write_notebook(place.nbs, "probe", BODY)
+    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place.out) / "probe"
     seen = []
 
     def interrupted(notebook: Path, target: Path, title: str) -> None:
@@ -170,29 +170,30 @@ def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("ws.runs.html.render", interrupted)
         with pytest.raises(SystemExit) as ended:
-            once.run_notebook("probe", {"SEED": 3}, **place)
+            run("probe", {"SEED": 3}, place=place)
     assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert seen == [".lock", ".tmp-"] and sorted(p.name for p in folder.iterdir()) == ["result.json"]
-    again = once.run_notebook("probe", {"SEED": 3}, **place)
+    again = run("probe", {"SEED": 3}, place=place)
     assert again.ok and again.found == "new" and count(place) == 2
 
 
 DRIVER = """
 from pathlib import Path
 from ws.runs import once
+from ws.runs.notebooks import Place
 base = Path({base!r})
-run = once.run_notebook("probe", {{"SEED": 3}}, nbs=base / "nbs", out=base / "out", logs=base / "logs", quiet=True)
+run = once.run_notebook("probe", {{"SEED": 3}}, place=Place(base / "nbs", base / "out"), quiet=True)
 print(run.found, run.ok)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_ends_its_kernel_and_the_next_one_completes(place, tmp_path, number):
-    slow = "import os, time\nfrom pathlib import Path\nfrom ws.cache.made import atomic_file\n"
+    slow = "import os, time\nfrom pathlib import Path\nfrom ws.cache.files import atomic_file\n"
     slow += f"pid = Path({str(tmp_path / 'pid')!r})\n"
     slow += "if not pid.exists():\n    with atomic_file(OUT_DIR + '/half') as t:\n        t.write_text('half')\n"
     slow += "        with atomic_file(pid) as p: p.write_text(str(os.getpid()))\n        time.sleep(60)\n"
-    write_notebook(place["nbs"], "probe", slow, "open(OUT_DIR + '/whole', 'w').write('x')")
+    write_notebook(place.nbs, "probe", slow, "open(OUT_DIR + '/whole', 'w').write('x')")
     driver = [sys.executable, "-c", DRIVER.format(base=str(tmp_path))]
     process = subprocess.Popen(
         driver, cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -208,7 +209,7 @@ def test_a_killed_run_ends_its_kernel_and_the_next_one_completes(place, tmp_path
     while Path(f"/proc/{kernel}").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert not Path(f"/proc/{kernel}").exists()
-    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place["out"]) / "probe"
+    folder = RunId("tiny", "sycophancy", "lora", 3).folder(place.out) / "probe"
     assert not (folder / "probe.ipynb").exists()
     done = subprocess.run(driver, cwd=HOME, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "new True", done.stdout + done.stderr

@@ -9,13 +9,14 @@ from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff
 from ws.model.lm import load_lm
 from ws.subspaces import algebra as S
-from ws.subspaces.build import build
-from ws.subspaces.candidate import candidate, get, registered
-from ws.subspaces.captures import capture_base, capture_steered
+from ws.subspaces.build import build, candidates
+from ws.subspaces.candidate import candidate, get
+from ws.subspaces.captures import capture_base
 from ws.subspaces.from_activations import common_suffix, kmeans
 from ws.subspaces.from_weights import repeat
-from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
+from ws.subspaces.steered import CeilingMaterials, capture_steered
 
 
 @pytest.fixture(scope="module")
@@ -44,37 +45,74 @@ def top(M, k=8):
 
 
 def test_registry_has_every_candidate_of_the_method_once():
-    names = [c.name for c in registered()]
+    names = [c.name for c in candidates("v7b")]
     assert len(names) == len(set(names))
-    v7 = [c for c in registered() if c.source != "v7b"]
+    v7 = [c for c in candidates("v7b") if c.source != "v7b"]
     assert len([c for c in v7 if c.kind == "A-hypothesis"]) == 42 and len([c for c in v7 if c.kind == "ceiling"]) == 2
-    added = {c.name for c in registered(("v7b",))}
+    added = {c.name for c in [c for c in candidates("v7b") if c.source == "v7b"]}
     assert added == {
         "TaskDiff_uncentred", "up_proj_input_uncentred", "up_written_uncentred", "TaskDiff_lora_uncentred_ceiling",
         "attn_ov_heads", "qk_heads", "attn_min_common", "attn_max_common", "attn_diff_common", "chars_clusters_cut",
         "attention_sink_cut", "rotation_cut", "mlp_up_read_gain", "attn_qkv_read_gain", "input_super_gain",
         "random_orthogonal",
     }  # fmt: skip
-    assert all(len(c.definition) > 20 for c in registered())
+    assert all(len(c.definition) > 20 for c in candidates("v7b"))
     assert get("write").axis_kind == "write" and get("global_read").axis_kind == "read"
     assert get("TaskDiff_contrast").axis_kind == "mixed" and get("random_orthogonal").kind == "control"
 
 
-def test_registry_refuses_doubles_missing_definitions_and_unknown_names():
-    with pytest.raises(ValueError, match="write is registered twice"):
+def test_registry_replaces_ones_own_and_refuses_shipped_names_missing_definitions_and_unknown_names():
+    for width in (2, 3):
 
-        @candidate("write", "W:write", "v5")
+        @candidate(family="W:write", name="mine_twice")
+        def mine(m, l, width=width):
+            """Running the cell again replaces it."""
+            return torch.eye(m.d)[:, :width]
+
+    assert get("mine_twice").build(type("M", (), {"d": 4}), 0).shape == (4, 3) and mine.candidate is get("mine_twice")
+    with pytest.raises(ValueError, match="write: a shipped candidate has this name"):
+
+        @candidate(family="W:write", name="write")
         def again(m, l):
             """Twice."""
 
     with pytest.raises(ValueError, match="no definition"):
 
-        @candidate("bare", "W:write", "v5")
+        @candidate(family="W:write")
         def bare(m, l):
             pass
 
+    with pytest.raises(ValueError, match="sees 'texts' is unknown; known are weights, prompts, pairs"):
+
+        @candidate(family="act:mine", sees=("texts",))
+        def wrong(m, l):
+            """Sees texts."""
+
+    with pytest.raises(ValueError, match="only the shipped ceilings see w"):
+
+        @candidate(family="ceiling", sees=("w",))
+        def peeks(m, l):
+            """Sees w."""
+
     with pytest.raises(ValueError, match="no candidate 'wirte'; did you mean write"):
         get("wirte")
+
+
+def test_a_candidate_sees_only_what_it_says(materials):
+    @candidate(family="W:write")
+    def blind(m, l):
+        """Says it sees weights."""
+        return m.base.clean.resid[l].T[:, :2]
+
+    @candidate(family="compound")
+    def hidden(m, l):
+        """Uses one that sees prompts."""
+        return m.of("TaskDiff_contrast", l)
+
+    with pytest.raises(ValueError, match="candidate blind looks at activations: decorate it with sees="):
+        build(materials, [get("blind")], False)
+    with pytest.raises(ValueError, match="candidate hidden uses TaskDiff_contrast, which sees prompts: add it to sees"):
+        build(materials, [get("hidden")], False)
 
 
 def test_weight_candidates_equal_their_definition(materials, lm):
@@ -242,11 +280,11 @@ def test_every_candidate_is_built_on_every_family(family, model_folder, behavior
     base = capture_base(lm, behavior, protocol)
     sink = lm.decoder.sink_token(lm.tokenizer)
     a_side = Materials(lm.decoder, base, sink, k_broad=16, fold_gain=protocol.fold_gain)
-    bases = build(a_side, [c for c in registered() if c.kind != "ceiling"], False)
+    bases = build(a_side, [c for c in candidates("v7b") if c.kind != "ceiling"], False)
     b_side = CeilingMaterials(lm.decoder, w.scale(0.01), capture_steered(lm, behavior, w.scale(0.01), protocol),
                               fold_gain=protocol.fold_gain)  # fmt: skip
-    bases |= build(b_side, [c for c in registered() if c.kind == "ceiling"], False)
-    assert len(bases) == len(registered()) and all(len(rows) == 3 for rows in bases.values())
+    bases |= build(b_side, [c for c in candidates("v7b") if c.kind == "ceiling"], False)
+    assert len(bases) == len(candidates("v7b")) and all(len(rows) == 3 for rows in bases.values())
     assert bases["dW_left_basis_ceiling"][1].rank == 4 and bases["dW_left_basis_ceiling"][0].rank == 0
     assert "no residual writer" in bases["dW_left_basis_ceiling"][0].note
 
@@ -290,13 +328,15 @@ def test_planted_ceilings_are_found(lm, behavior):
     down = both.select(lambda name: "down" in name)
     protocol = load_protocol("v7")
     b_side = CeilingMaterials(lm.decoder, both, capture_steered(lm, behavior, down, protocol))
-    assert same_span(get("dW_left_basis_ceiling").build(b_side, 2).B, U) < 1e-4
-    assert same_span(get("TaskDiff_lora_ceiling").build(b_side, 2).B, U) < 1e-3
-    assert same_span(get("TaskDiff_lora_uncentred_ceiling").build(b_side, 2).B, U) < 1e-3
+    assert same_span(b_side.build(get("dW_left_basis_ceiling"), 2).B, U) < 1e-4
+    assert same_span(b_side.build(get("TaskDiff_lora_ceiling"), 2).B, U) < 1e-3
+    assert same_span(b_side.build(get("TaskDiff_lora_uncentred_ceiling"), 2).B, U) < 1e-3
 
 
 def test_tables_order_of_axis_kinds(materials):
-    table = pl.DataFrame([(c.name, c.family, c.axis_kind) for c in registered()], orient="row", schema=["n", "f", "a"])
+    table = pl.DataFrame(
+        [(c.name, c.family, c.axis_kind) for c in candidates("v7b")], orient="row", schema=["n", "f", "a"]
+    )
     reads = table.filter(pl.col("f").is_in(["W:read", "W:unembed"]))["a"].unique().to_list()
     writes = table.filter(pl.col("f").is_in(["W:write", "W:write-not-read", "W:OV", "W:MLP"]))["a"].unique().to_list()
     assert reads == ["read"] and writes == ["write"]

@@ -15,6 +15,7 @@ from test_batch import write_notebook
 
 from ws import cli
 from ws.runs import once
+from ws.runs.notebooks import Place
 
 HOME = Path(cli.__file__).parents[1]
 
@@ -60,7 +61,7 @@ def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path
 
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):
     write_notebook(tmp_path, "probe", "print(1)")
-    monkeypatch.setattr(once, "run_notebook", partial(once.run_notebook, nbs=tmp_path))
+    monkeypatch.setattr(once, "run_notebook", partial(once.run_notebook, place=Place(nbs=tmp_path)))
     assert call("nb", "probe", "-p", "SEDE", "3") == 2
     assert "unknown parameter SEDE; did you mean SEED?" in capsys.readouterr().err
     assert call("nb", "other") == 2 and "no such notebook" in capsys.readouterr().err
@@ -126,7 +127,7 @@ def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     from ws import demo
     from ws.show.tables import write_table
 
-    monkeypatch.setattr(demo, "OUT", tmp_path)
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
     folder = demo.demo_run().adapter_folder(tmp_path)
     (folder / "seed_0" / "v7").mkdir(parents=True)
     (folder / "v7b").mkdir()

@@ -11,8 +11,8 @@ import pytest
 from stubs import LORA, RUN, copy_project, counts, running_cluster, stub_jobs, tables, write_project
 
 from ws import cli
-from ws.cache import made as store
-from ws.cache.places import ROOT
+from ws.cache import files
+from ws.cache.places import root
 from ws.runs import engine, grid, progress, work
 from ws.runs.engine import Settings, Slurm, run_jobs
 from ws.runs.job import Ending
@@ -81,9 +81,9 @@ def test_a_running_scheduler_serves_a_batch(whole, tmp_path):
 def test_a_second_batch_is_refused_with_the_owners_pid(tmp_path, monkeypatch, capsys):
     place = write_project(tmp_path)
     with engine.hold(place.out, wait=False):
-        with pytest.raises(store.Locked, match=f"in use by pid {os.getpid()} "):
+        with pytest.raises(files.Locked, match=f"in use by pid {os.getpid()} "):
             run_jobs(stub_jobs(place), place, TWO)
-        monkeypatch.setattr(engine, "Place", lambda: place)
+        monkeypatch.setattr("ws.runs.notebooks.Place", lambda: place)
         monkeypatch.setattr(grid, "make_jobs", lambda *args: stub_jobs(place))
         with pytest.raises(SystemExit) as ended:
             cli.main(["batch"])
@@ -124,7 +124,7 @@ def test_the_slurm_job_script_says_what_a_worker_needs():
     command = lines[-1].split()
     assert command[0] == sys.executable and command[command.index("--nthreads") + 1] == "1"
     assert "--no-dashboard" in command and "--nanny" in command
-    assert lines.index(f"cd {ROOT}") < len(lines) - 1  # where the package is found
+    assert lines.index(f"cd {root()}") < len(lines) - 1  # where the package is found
     with pytest.raises(ValueError, match="--slurm-set queue: known are partition"):
         engine.make_slurm({"queue": "gpu"})
     with pytest.raises(ValueError, match="cores: expects int, got 'six'"):

@@ -24,7 +24,7 @@ from stubs import (
     write_project,
 )
 
-from ws.runs.html import runs
+from ws.runs import identity
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,7 @@ def test_truncate_a_diff_in_the_middle_of_a_batch(whole, tmp_path):
     assert f"{w}: is not what weight_diff made" in log(tmp_path) and "2 ran, 2 done, 1 failed, 1 skipped" in log(
         tmp_path
     )
-    assert runs.missing_output("weight_diff", w.parent / "weight_diff") == str(w)
+    assert identity.missing_output("weight_diff", w.parent / "weight_diff") == str(w)
     completes(tmp_path, place, whole, null__0=1, weight_diff__1=1, v7_sweep__0=1, v7_sweep__1=1, v7b_stability=1)
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import polars as pl
 
-from ws.cache.files import sweep
 from ws.diff import figures as diff
+from ws.explanation import figures as sweep
 from ws.show.figures import save
+from ws.steer.figures import alpha_curves
 
 
 def summary() -> pl.DataFrame:
@@ -52,7 +53,7 @@ def test_saved_files_are_the_same_twice(tmp_path):
 def test_alpha_curves_norm_map_spectra_and_layers():
     rows = [(s, a, a * 2.0, 0.5, 0.9, 12) for s in ("false", "true") for a in (-1.0, 0.0, 1.0)]
     columns = ["set", "alpha", "mean_logratio", "sd_logratio", "mean_pmass", "n"]
-    figure = diff.alpha_curves(pl.DataFrame(rows, schema=columns, orient="row"))
+    figure = alpha_curves(pl.DataFrame(rows, schema=columns, orient="row"))
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.9] * 3
     norms = pl.DataFrame(
         [(2, "q", 1.0), (3, "q", 2.0), (2, "o", 3.0)], schema=["layer", "module", "norm"], orient="row"

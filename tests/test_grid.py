@@ -6,10 +6,9 @@ import polars as pl
 import pytest
 from stubs import LORA, RUN, stub_jobs, write_project
 
-from ws.cache import made as store
-from ws.runs import grid, parameters, results
+from ws.cache import keys, made
+from ws.runs import grid, identity, parameters, results
 from ws.runs.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
-from ws.runs.html import runs
 
 
 @pytest.fixture
@@ -29,22 +28,22 @@ def finish(place, jobs) -> None:
         target = job.folder / f"{job.notebook}.ipynb"
         target.write_text("{}")
         content = parameters.read_notebook(place.nbs / target.name)
-        key = runs.run_key(job.notebook, content, job.values, place.out)
+        key = identity.run_key(job.notebook, content, job.values, place.out)
         about = {
-            "outputs": runs.outputs(job.notebook, job.folder),
-            "products": runs.products(job.notebook, job.folder, job.values, place.out),
+            "outputs": identity.outputs(job.notebook, job.folder),
+            "products": identity.products(job.notebook, job.folder, job.values, place.out),
         }
-        store.mark_made(target, key, about)
+        made.mark_made(target, key, about)
 
 
 def states(place, jobs, **options) -> dict[str, str]:
     """What would happen to each job, in short."""
-    steps = plan(jobs, nbs=place.nbs, out=place.out, **options)
+    steps = plan(jobs, place=place, **options)
     return {step.job.name.removeprefix(f"{RUN} "): step.why for step in steps if step.run}
 
 
 def test_a_grid_has_every_run_once_and_each_after_what_it_needs(place):
-    jobs = make_jobs(Grid(adapters=("lora", "dora"), seeds=(4, 2, 3), set={"SCALE": "5"}), None, place.nbs, place.out)
+    jobs = make_jobs(Grid(adapters=("lora", "dora"), seeds=(4, 2, 3), set={"SCALE": "5"}), None, place)
     assert len(jobs) == 2 * (3 + 1 + 3 + 1) and len({j.name for j in jobs}) == len({j.folder for j in jobs}) == 16
     place_of = {job.name: i for i, job in enumerate(jobs)}
     assert all(place_of[need] < place_of[job.name] for job in jobs for need in job.needs)
@@ -114,10 +113,10 @@ def test_changed_code_reruns_its_notebook_and_a_failure_is_told(place):
     assert states(place, jobs) == {"all seeds: v7b_stability": "changed code"}
     failed = jobs[-1].folder / "v7b_stability.ipynb"
     failed.unlink()
-    store.mark_failed(failed, store.Key("", "", ""), "ValueError: x")
+    made.mark_failed(failed, keys.Key("", "", ""), "ValueError: x")
     assert states(place, jobs) == {"all seeds: v7b_stability": "failed before"}
     assert states(place, stub_jobs(place, SCALE=2))["seed 0: weight_diff"] == "changed parameters"
-    text = plan_text(plan(jobs, nbs=place.nbs, out=place.out))
+    text = plan_text(plan(jobs, place=place))
     assert "failed before" in text and "1 would run, 0 would be looked at again, 5 are done" in text
 
 
@@ -127,23 +126,23 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     for side in ("pos", "neg"):
         folder = place.out / LORA / "seed_1" / "adapters" / side
         folder.mkdir(parents=True)
-        store.mark_made(folder, store.stage_key({}, modules=["ws.train.lora"]), {})
+        made.mark_made(folder, keys.stage_key({}, code=["ws.train.lora.train_adapter"]), {})
     assert states(place, jobs, retrain=True) == {}
-    store.mark_made(folder, store.Key("p", "i", "sources of last year"), {})
-    steps = plan(jobs, nbs=place.nbs, out=place.out)
+    made.mark_made(folder, keys.Key("p", "i", "sources of last year"), {})
+    steps = plan(jobs, place=place)
     assert not any(step.run for step in steps) and [s.job.name for s in steps if s.stale] == [jobs[2].name]
     assert steps[2].why == "stale adapters kept" and "1 have stale adapters" in plan_text(steps)
-    changed = {step.job.name: step.why for step in plan(stub_jobs(place, SCALE=2), nbs=place.nbs, out=place.out)}
+    changed = {step.job.name: step.why for step in plan(stub_jobs(place, SCALE=2), place=place)}
     assert changed[jobs[2].name] == "changed parameters; stale adapters"  # whether they are kept, the training will say
     asked = states(place, jobs, retrain=True)
     assert asked["seed 1: weight_diff"] == "training code changed, --retrain" and len(asked) == 3
-    assert [s.job.name for s in plan(jobs, True, place.nbs, place.out) if s.retrain] == [jobs[2].name]
+    assert [s.job.name for s in plan(jobs, True, place) if s.retrain] == [jobs[2].name]
 
 
 def test_whether_adapters_were_retrained_is_no_part_of_a_run(place):
     job = stub_jobs(place)[0]
     content = parameters.read_notebook(place.nbs / "weight_diff.ipynb")
-    keys = {runs.run_key("weight_diff", content, job.values | {"RETRAIN": x}, place.out) for x in (True, False)}
+    keys = {identity.run_key("weight_diff", content, job.values | {"RETRAIN": x}, place.out) for x in (True, False)}
     assert len(keys) == 1
 
 
@@ -192,7 +191,7 @@ def test_refusals_name_the_thing(place, tmp_path):
         ({"SCALE": "much"}, "SCALE: expects int, got 'much'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_jobs(Grid(set=extra), None, place.nbs, place.out)
+            make_jobs(Grid(set=extra), None, place)
     with pytest.raises(ValueError, match="seeds: the grid has none"):
         grid.located(Grid(seeds=()), tmp_path)
 
@@ -203,7 +202,7 @@ def sweep(out, seed: int, scores: dict[str, float], protocol: str = "v7b", **mor
     rows = [{"subspace": name, "kind": "write", "joint_score": score, **more} for name, score in scores.items()]
     pl.DataFrame(rows).write_csv(folder / "v7_summary.tsv", separator="\t")
     (folder / "v7_sweep.ipynb").write_text("{}")
-    store.mark_made(folder / "v7_sweep.ipynb", store.Key("p", "i", "s"), {"outputs": {}})
+    made.mark_made(folder / "v7_sweep.ipynb", keys.Key("p", "i", "s"), {"outputs": {}})
     return folder
 
 
@@ -213,7 +212,7 @@ def test_results_hold_every_finished_sweep_and_are_filtered(tmp_path):
     sweep(tmp_path, 2, {"a_pca": 3.0, "b": 1.0}, gap=0.5)
     sweep(tmp_path, 2, {"a_pca": 9.0}, protocol="v7")
     unfinished = sweep(tmp_path, 3, {"a_pca": 7.0})
-    store.sidecar(unfinished / "v7_sweep.ipynb").unlink()
+    made.sidecar(unfinished / "v7_sweep.ipynb").unlink()
     path = results.write_results(tmp_path)
     first = path.read_bytes()
     assert results.write_results(tmp_path).read_bytes() == first

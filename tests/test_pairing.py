@@ -6,23 +6,24 @@ import pytest
 from test_batch import PARAMETERS, write_notebook
 
 from ws.runs import once, pairing
+from ws.runs.notebooks import Place
 
 
 @pytest.fixture
 def place(tmp_path):
     """Folders of a small project: notebooks, results, logs."""
-    return {"nbs": tmp_path / "nbs", "out": tmp_path / "out", "logs": tmp_path / "logs", "quiet": True}
+    return Place(tmp_path / "nbs", tmp_path / "out")
 
 
 def test_a_script_that_says_something_else_is_refused(place):
-    notebook = write_notebook(place["nbs"], "probe", "print(1)")
+    notebook = write_notebook(place.nbs, "probe", "print(1)")
     script = notebook.with_suffix(".py")
     text = f'# %% [markdown]\n# # Report of probe\n\n# %% tags=["parameters"]\n{PARAMETERS}\n\n# %%\nprint(1)\n'
     script.write_text(text)
     pairing.check_pair(notebook)
     script.write_text(text.replace("print(1)", "print(2)"))
     with pytest.raises(ValueError, match=r"probe\.py and probe\.ipynb differ: run `just sync`"):
-        once.run_notebook("probe", {}, **place)
+        once.run_notebook("probe", {}, place=place, quiet=True)
 
 
 def test_pairs_are_checked(tmp_path, capsys):
@@ -55,12 +56,11 @@ def test_forms_that_the_quick_reader_does_not_know_are_left_to_jupytext(tmp_path
 
 
 def test_strip_and_exit_codes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pairing, "NBS", tmp_path)
     notebook = write_notebook(tmp_path, "probe", "print(1)")
     content = json.loads(notebook.read_text())
     content["cells"][2]["execution_count"] = 4
     notebook.write_text(json.dumps(content))
-    assert pairing.main(["--strip"]) == 0 and "outputs taken out" in capsys.readouterr().out
+    assert pairing.main(["--strip"], tmp_path) == 0 and "outputs taken out" in capsys.readouterr().out
     assert json.loads(notebook.read_text())["cells"][2]["execution_count"] is None
-    monkeypatch.setattr(pairing, "faults", lambda: ["probe.py is missing"])
+    monkeypatch.setattr(pairing, "faults", lambda folder: ["probe.py is missing"])
     assert pairing.main([]) == 1 and "probe.py is missing" in capsys.readouterr().err

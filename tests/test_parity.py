@@ -5,15 +5,13 @@ import polars as pl
 import pytest
 
 from ws.data import load_behavior
-from ws.diff import load_diff
-from ws.explanation.rows import largest_deviation, layer_targets, per_layer, self_checks, specific_per_layer
+from ws.explanation.explain import explain
+from ws.explanation.rows import self_checks
 from ws.explanation.summary import summarise, summarise_specific, with_percentages
 from ws.model.lm import load_lm
 from ws.show.tables import read_table
-from ws.subspaces.build import build
-from ws.subspaces.candidate import registered
-from ws.subspaces.captures import capture_base, capture_steered
-from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.build import candidates
+from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol
 
 LAYERS = [2, 3, 4]
@@ -21,21 +19,14 @@ ILL_CONDITIONED = {"chars_clusters", "qk_x_chars_clusters", "attention_sink", "r
 
 
 @pytest.fixture(scope="module")
-def swept(parity_folder):
+def swept(parity_folder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
     lm = load_lm(str(parity_folder / "model"), "float32", "cpu")
-    behavior = load_behavior(parity_folder / "behavior.json")
-    w = load_diff(parity_folder / "w.pt")
-    protocol = load_protocol("v7")
-    candidates = registered(protocol.sources)
-    a_side = [c for c in candidates if c.kind != "ceiling"]
-    ceilings = [c for c in candidates if c.kind == "ceiling"]
-    base = capture_base(lm, behavior, protocol)
-    b_side = CeilingMaterials(lm.decoder, w, capture_steered(lm, behavior, w, protocol))
-    bases = build(Materials(lm.decoder, base, lm.decoder.sink_token(lm.tokenizer)), a_side, False)
-    bases |= build(b_side, ceilings, False)
-    targets = layer_targets(b_side, bases["layer_clean_resid_pca"])
-    table = per_layer(candidates, bases, targets)
-    return {"table": table, "specific": specific_per_layer(candidates, bases, targets), "bases": bases, "base": base}
+    behavior, protocol = load_behavior(parity_folder / "behavior.json"), load_protocol("v7")
+    found = explain(lm, parity_folder / "w.pt", behavior, protocol=protocol, cache=cache, progress=False)
+    a_side = [c for c in candidates(protocol) if c.kind != "ceiling"]
+    bases = make_shelf(lm, behavior, protocol, cache=cache).bases(a_side, progress=False)
+    return {"found": found, "table": found.per_layer, "specific": found.specific_per_layer, "bases": bases}
 
 
 def reference(parity_folder, name: str) -> pl.DataFrame:
@@ -135,4 +126,4 @@ def test_self_checks_hold_and_are_reported(swept):
     checks = self_checks(swept["table"], LAYERS)
     assert checks["ceiling_r_w"] > 10
     assert checks["combined_minus_mean"] < 1e-6
-    assert largest_deviation(swept["bases"]) < 1e-5
+    assert swept["found"].checks["orthonormality"] < 1e-5 and swept["found"].checks["ceiling_r_w"] > 10

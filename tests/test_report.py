@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 
-from ws.cache import made as store
+from ws.cache import keys, made
 from ws.runs import html as report
 
 PIXEL = base64.b64decode(
@@ -114,9 +114,9 @@ def test_index_lists_every_run_with_its_state(tmp_path):
         folder.mkdir(parents=True)
         nbformat.write(notebook(nbformat.v4.new_markdown_cell("# Sweep")), folder / "v7_sweep.ipynb")
         run = {"model": "tiny", "behavior": "sycophancy", "adapter": "lora", "seed": seed}
-        key = store.stage_key({"seed": seed})
+        key = keys.stage_key({"seed": seed})
         if seed == 0:
-            store.mark_made(
+            made.mark_made(
                 folder / "v7_sweep.ipynb", key, {"notebook": "v7_sweep", "run": run, "seconds": 12.5, "outputs": {}}
             )
     failed = out / "tiny" / "delta_svd"

@@ -20,7 +20,6 @@ from ws.stability.scores import (
     ranks_per_seed,
     seed_values,
     sign_agreement,
-    sign_agreement_chance,
     summary_table,
 )
 
@@ -124,7 +123,6 @@ def test_chance_columns_match_shuffled_orders():
 def test_sign_agreement_and_its_chance():
     logs = np.array([[1.0, 1.0, np.nan], [2.0, -1.0, 1.0], [0.5, -3.0, 1.0]])
     assert sign_agreement(logs)[:2] == pytest.approx([1.0, 2 / 3]) and np.isnan(sign_agreement(logs)[2])
-    assert sign_agreement_chance(3) == pytest.approx((2 * 3 + 6 * 2) / 8 / 3)
 
 
 def test_bootstrap_of_one_topic_and_identical_seeds_has_no_width():

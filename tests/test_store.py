@@ -1,6 +1,5 @@
 """ws.cache.keys and ws.cache.made: keys that tell the reason; what is made once under them, whole or not at all."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ws.cache import keys
+from ws.cache import keys, syntax
 from ws.cache import made as store
+from ws.cache.sources import Unkeyed, code_key, text_key
 
-HOME = Path(store.__file__).parents[1]
+HOME = Path(store.__file__).parents[2]
 
 
 def run_python(code: str, **options) -> subprocess.Popen:
@@ -27,71 +27,75 @@ def names(folder: Path) -> list[str]:
 def test_file_key_follows_content_not_name_or_time(tmp_path):
     (tmp_path / "a").write_text("same")
     (tmp_path / "b").write_text("same")
-    assert store.file_key(tmp_path / "a") == store.file_key(tmp_path / "b")
-    first = store.file_key(tmp_path / "a")
+    assert keys.file_key(tmp_path / "a") == keys.file_key(tmp_path / "b")
+    first = keys.file_key(tmp_path / "a")
     (tmp_path / "a").write_text("more")
-    assert store.file_key(tmp_path / "a") != first
+    assert keys.file_key(tmp_path / "a") != first
     with pytest.raises(FileNotFoundError, match="missing.safetensors"):
-        store.file_key(tmp_path / "missing.safetensors")
+        keys.file_key(tmp_path / "missing.safetensors")
 
 
 def test_folder_key_sees_names_and_contents_but_not_sidecars(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "weights").write_text("1")
-    first = store.file_key(folder)
+    first = keys.file_key(folder)
     (folder / ".made.json").write_text("{}")
-    assert store.file_key(folder) == first
+    assert keys.file_key(folder) == first
     (folder / "weights").rename(folder / "renamed")
-    assert store.file_key(folder) != first
+    assert keys.file_key(folder) != first
 
 
-def test_large_file_key_reads_little_and_sees_the_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "LARGE", 1 << 20)
-    header = json.dumps({"x": {"dtype": "F32"}}).encode()
-    body = os.urandom(8 << 20)
-
-    def write(name: str, head: bytes, tail: bytes) -> Path:
-        (tmp_path / name).write_bytes(len(head).to_bytes(8, "little") + head + tail)
-        return tmp_path / name
-
-    first = store.file_key(write("a.safetensors", header, body))
-    assert store.file_key(write("b.safetensors", header, body)) == first
-    assert store.file_key(write("c.safetensors", header.replace(b"F32", b"F16"), body)) != first
-    assert store.file_key(write("d.safetensors", header, body[:-1])) != first
-    assert store.file_key(write("e.safetensors", header, os.urandom(8 << 20))) != first
+def test_all_bytes_of_a_large_file_count_and_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "LARGE", 1 << 16)
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    big = tmp_path / "model.safetensors"
+    big.write_bytes(os.urandom(1 << 18))
+    first = keys.file_key(big)
+    changed = bytearray(big.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    before = big.stat()
+    big.write_bytes(bytes(changed))
+    os.utime(big, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time
+    second = keys.file_key(big)
+    assert second != first
+    keys._file_key.cache_clear()  # as another process
+    monkeypatch.setattr(keys, "read_hash", lambda path: pytest.fail("read again"))
+    assert keys.file_key(big) == second
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package `pk` where a -> b -> c by different kinds of import, and d stands alone."""
+    """A package `pk`: a.first -> b.value -> sub.c.number by different kinds of import; d stands alone."""
     root = tmp_path / "pk"
     (root / "sub").mkdir(parents=True)
     sources = {
         "__init__.py": "",
-        "a.py": "from pk.b import value\n",
-        "b.py": "def value():\n    from . import sub\n    return sub\n",
+        "a.py": "from pk.b import value\nfrom pk import figures\n\ndef first():\n    figures.draw()\n    return value()\n",
+        "b.py": "def value():\n    from .sub import number\n    return number\n\ndef other():\n    return 0\n",
         "sub/__init__.py": "from .c import number\n",
         "sub/c.py": "number = 1\n",
-        "d.py": "import numpy\n",
+        "figures.py": "def draw():\n    return 'red'\n",
+        "d.py": "import numpy\n\ndef alone():\n    return numpy\n",
     }
     for name, text in sources.items():
         (root / name).write_text(text)
-    monkeypatch.setattr(keys, "PACKAGE", root)
+    monkeypatch.setattr(syntax, "PACKAGE", root)
     return root
 
 
-def test_source_key_follows_real_imports(package):
-    assert store.source_modules("pk.a") == ["pk", "pk.a", "pk.b", "pk.sub", "pk.sub.c"]
-    assert store.source_modules("pk.d") == ["pk", "pk.d"]
-    a, d = store.source_key("pk.a"), store.source_key("pk.d")
+def test_code_key_follows_functions_and_nothing_else(package):
+    first, alone = code_key("pk.a.first"), code_key("pk.d.alone")
+    (package / "sub" / "c.py").write_text("# why\nnumber  =  1  # a remark\n")
+    (package / "figures.py").write_text("def draw():\n    return 'blue'\n")
+    b = (package / "b.py").read_text()
+    (package / "b.py").write_text(b.replace("return 0", "return 1").replace("def value():", 'def value():\n    "Doc."'))
+    assert code_key("pk.a.first") == first  # comments, layout, docstrings, figures and a neighbour do not count
     (package / "sub" / "c.py").write_text("number = 22\n")
-    assert store.source_key("pk.a") != a and store.source_key("pk.d") == d
-    changed = store.source_key("pk.a")
-    (package / "sub" / "c.py").write_text("# why\nnumber  =  22  # a remark\n")
-    assert store.source_key("pk.a") == changed  # layout and comments do not count
+    assert code_key("pk.a.first") != first and code_key("pk.d.alone") == alone
     with pytest.raises(ValueError, match="pk.nothing"):
-        store.source_key("pk.nothing")
+        code_key("pk.nothing")
 
 
 def test_stage_key_tells_what_changed(package, tmp_path):
@@ -99,16 +103,65 @@ def test_stage_key_tells_what_changed(package, tmp_path):
     data.write_text("1")
 
     def key(**change):
-        return store.stage_key(**{"params": {"seed": 0, "lr": 1e-4}, "inputs": [data], "modules": ["pk.a"], **change})
+        return keys.stage_key(**{"params": {"seed": 0, "lr": 1e-4}, "inputs": [data], "code": ["pk.a.first"], **change})
 
     first = key()
     assert key(params={"lr": 1e-4, "seed": 0}) == first and str(key()) == str(first)
     assert first.differs(key(params={"seed": 1, "lr": 1e-4})) == "changed parameters"
-    assert first.differs(key(modules=["pk.d"])) == "changed code"
+    assert first.differs(key(code=["pk.d.alone"])) == "changed code"
     data.write_text("22")
     assert first.differs(key()) == "changed inputs" and str(key()) != str(first)
-    assert store.stage_key({}, code="import pk.a\n") != store.stage_key({}, code="import pk.d\n")
-    assert store.imported_modules("from pk import a, unknown\nimport os") == ["pk", "pk.a"]
+    cells = text_key("from pk.a import first\nfirst()")
+    assert text_key("from pk.a import first  # why\n\nfirst()") == cells != text_key("from pk.d import alone\nalone()")
+    (package / "sub" / "c.py").write_text("number = 5\n")
+    assert text_key("from pk.a import first\nfirst()") != cells
+
+
+def test_a_replaced_function_of_this_package_counts_as_what_it_is(monkeypatch):
+    from ws.stability import intervals
+
+    before = code_key("ws.stability.intervals.crossed_bootstrap")
+    monkeypatch.setattr(intervals, "resample_counts", lambda n, draws, generator: None)
+    assert code_key("ws.stability.intervals.crossed_bootstrap") != before
+    monkeypatch.undo()
+    assert code_key("ws.stability.intervals.crossed_bootstrap") == before
+    monkeypatch.setattr(intervals, "CHUNK", 7)
+    assert code_key("ws.stability.intervals.crossed_bootstrap") != before
+
+
+SCALE, TABLE = 2.0, {"a": [1, 2]}
+
+
+def helper(x):
+    """Not counted."""
+    return SCALE * x
+
+
+def own(x):
+    return helper(x) + len(TABLE)
+
+
+def test_the_callers_functions_count_with_what_they_call_and_hold(monkeypatch):
+    module = sys.modules[__name__]
+    before = code_key(own)
+    assert code_key(own) == before
+    monkeypatch.setattr(module, "SCALE", 3.0)
+    assert code_key(own) != before
+    monkeypatch.undo()
+    monkeypatch.setitem(TABLE, "a", [1, 3])
+    assert code_key(own) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "helper", lambda x: x)
+    assert code_key(own) != before
+    monkeypatch.undo()
+    assert code_key(own) == before
+
+    def holding(thing):
+        return lambda: thing
+
+    assert code_key(holding(1)) != code_key(holding(2))
+    with pytest.raises(Unkeyed, match="whose content cannot be hashed"):
+        code_key(holding(open(__file__)))  # noqa: SIM115
 
 
 def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
@@ -119,11 +172,11 @@ def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
         path.write_text(f"run {len(runs)}")
 
     def ask(params, **options):
-        return store.made(target, store.stage_key(params, modules=["pk.d"]), make, **options)
+        return store.made(target, keys.stage_key(params, code=["pk.d.alone"]), make, **options)
 
     assert [ask({"a": 1}), ask({"a": 1}), ask({"a": 2})] == ["new", "done", "changed parameters"]
     assert target.read_text() == "run 2" and len(runs) == 2
-    (package / "d.py").write_text("import scipy\n")
+    (package / "d.py").write_text("import scipy\n\ndef alone():\n    return scipy\n")
     assert ask({"a": 2}, keep_stale=True) == "stale" and len(runs) == 2
     assert ask({"a": 2}) == "changed code" and len(runs) == 3
     assert ask({"a": 2}, remake=True) == "done" and len(runs) == 4
@@ -131,6 +184,12 @@ def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
     assert ask({"a": 2}) == "damaged" and target.read_text() == "run 5"
     os.utime(target, (1, 1))
     assert ask({"a": 2}) == "done"  # only the time moved: the content decides
+    before = target.stat()
+    target.write_text("RUN 5")
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ask({"a": 2}) == "damaged" and target.read_text() == "run 6"  # same size, same time
+    store.sidecar(target).write_bytes(b"\xff\xfe")
+    assert ask({"a": 2}) == "new"
     target.unlink()
     assert ask({"a": 2}) == "new"
     assert names(target.parent) == [".made.x.txt.json", "x.txt"]
@@ -138,7 +197,7 @@ def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
 
 def test_made_folder_and_failure(tmp_path):
     target = tmp_path / "adapter"
-    key = store.stage_key({"a": 1})
+    key = keys.stage_key({"a": 1})
 
     def broken(path: Path) -> None:
         (path / "half").write_text("")
@@ -161,12 +220,12 @@ def test_made_folder_and_failure(tmp_path):
 
 def test_two_processes_make_one_target_once(tmp_path):
     code = (
-        "import time; from pathlib import Path; from ws import store\n"
+        "import time; from pathlib import Path; from ws.cache.made import made; from ws.cache.keys import stage_key\n"
         f"base = Path({str(tmp_path)!r})\n"
         "def make(path):\n"
         "    with (base / 'log').open('a') as log: log.write('made\\n')\n"
         "    time.sleep(0.5); path.write_text('x')\n"
-        "print('found', store.made(base / 'pairs.json', store.stage_key({'n': 1}), make))"
+        "print('found', made(base / 'pairs.json', stage_key({'n': 1}), make))"
     )
     both = [run_python(code), run_python(code)]
     found = sorted(p.communicate()[0].split("found ")[1].strip() for p in both)

@@ -4,10 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ws.stability.conclusion import conclusion
 from ws.stability.overlap import compare_parts
 from ws.stability.scores import make_scores, rank_stability_table, summary_table
 from ws.stability.verdict import false_winner_bound, verdict
+from ws.stability.words import conclusion
 
 
 def noise(generator, S, C, n=8, L=2, seed_sd=0.2, topic_sd=0.4, cross_sd=0.1, common_sd=0.3):

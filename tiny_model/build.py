@@ -2,7 +2,7 @@
 
     loss = sum_t w(t) CE(t) / sum_t w(t),   w = 1 on the assistant's and on plain text, less on system and user turns
 
-`python -m tiny_model.build` (`just tiny-model`) writes the corpus (`tiny_model.corpus`), trains a byte-level BPE tokenizer and the
+`python -m tiny_model` (`just tiny-model`) writes the corpus (`tiny_model.corpus`), trains a byte-level BPE tokenizer and the
 model, and puts both whole into `ws/assets/tiny`. Same seed and thread count -> same losses. docs/method.md section 1.
 """
 
@@ -19,7 +19,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from tiny_model.corpus import Document, build_corpus
 from ws.cache.files import atomic_dir
-from ws.cache.places import ASSETS
 from ws.data import load_behavior
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -201,7 +200,3 @@ def build(folder: Path, recipe: Recipe) -> list[float]:
         tokenizer.save_pretrained(new)
     print(f"{folder}: last losses {sum(losses[-50:]) / len(losses[-50:]):.4f}, {time.time() - started:.0f} s")
     return losses
-
-
-if __name__ == "__main__":
-    build(ASSETS / "tiny", Recipe())

@@ -1,6 +1,6 @@
-"""The command `ws`: run notebooks, one or many, the demo, inspect a weight difference, the report, the tiny model.
+"""The command `ws`: run notebooks, one or many, the demo, inspect a weight difference, the report.
 
-Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an unknown parameter, a missing file),
+Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an unknown parameter, a missing file or extra),
 3 another batch works on the same results, 130 interrupted. Heavy modules are imported where they are used: a demo that
 is done ends within seconds.
 """
@@ -52,7 +52,8 @@ def nb(
 def demo() -> int:
     """Everything on the shipped tiny model: three LoRA seeds, both protocols, delta SVD, theta fit, report."""
     from ws.demo import demo_jobs, demo_report, demo_size
-    from ws.runs.engine import Place, Settings, run_jobs
+    from ws.runs.engine import Settings, run_jobs
+    from ws.runs.notebooks import Place
 
     workers, threads = demo_size()
     endings, summary = run_jobs(demo_jobs(), Place(), Settings(workers=workers, threads=threads))
@@ -101,8 +102,9 @@ def batch(
         slurm_set: partition, account, walltime, memory, cores or gpus of a Slurm job; may be repeated.
         timeout: seconds that one cell may take.
     """
-    from ws.runs.engine import Place, Settings, make_slurm, run_jobs
+    from ws.runs.engine import Settings, make_slurm, run_jobs
     from ws.runs.grid import make_jobs, plan, plan_text, read_options
+    from ws.runs.notebooks import Place
 
     here = typed_in()
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
@@ -180,15 +182,6 @@ def report() -> int:
     return 0
 
 
-def tiny_model() -> int:
-    """Rebuild the shipped tiny model from its corpus, into ws/assets/tiny."""
-    from tiny_model.build import Recipe, build
-    from ws.cache.places import ASSETS
-
-    build(ASSETS / "tiny", Recipe())
-    return 0
-
-
 def _tell(run) -> int:
     """Say how a run ended; its exit code."""
     if not run.ok:
@@ -205,7 +198,6 @@ def _tell(run) -> int:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `ws` and `python -m ws`."""
     commands = {"nb": nb, "batch": batch, "results": results, "demo": demo, "inspect": inspect, "report": report}
-    commands["tiny-model"] = tiny_model
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -215,6 +207,11 @@ def main(args: list[str] | None = None) -> None:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except Locked as error:

@@ -39,6 +39,12 @@ class Behavior:
 
     Raises:
         ValueError: names the field that is empty, doubled, of a wrong type or without its {claim}.
+
+    Example:
+        >>> import ws
+        >>> b = ws.load_behavior("sycophancy")
+        >>> len(b.topics), len(b.train_topics), b.yes, b.no
+        (32, 20, ('Yes',), ('No',))
     """
 
     name: str
@@ -91,6 +97,11 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     Raises:
         FileNotFoundError: a path that does not exist.
         ValueError: an unknown name, an unreadable file, a missing, unknown or empty field.
+
+    Example:
+        >>> import ws
+        >>> ws.load_behavior("sycophancy").name
+        'sycophancy'
     """
     text = str(name_or_path)
     path = ASSETS / f"{text}.json" if text in SHIPPED else Path(name_or_path).expanduser()
@@ -216,3 +227,15 @@ def _texts(key: str, values: object) -> Sequence[str]:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{key}[{i}]: must be a text that is not empty, is {value!r}")
     return values
+
+
+def __getattr__(name: str):
+    """The shipped behaviour under the names that the author's notebooks import. (docs/method.md section 12)"""
+    shipped = {
+        "SYCOPHANCY_TOPICS": lambda b: tuple((t.claim, t.question) for t in b.topics),
+        "SYCOPHANCY_POS_PERSONAS": lambda b: b.personas_pos,
+        "SYCOPHANCY_NEG_PERSONAS": lambda b: b.personas_neg,
+    }
+    if name not in shipped:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return shipped[name](load_behavior("sycophancy"))

@@ -6,10 +6,9 @@ Three LoRA seeds and a null diff, the sweep under both protocols, the stability 
 import os
 
 from ws.cache.names import RunId
-from ws.cache.places import OUT
+from ws.cache.places import notebooks_folder
 from ws.runs.grid import Grid, Job, make_jobs
 from ws.runs.once import prepare
-from ws.runs.pairing import NBS
 from ws.runs.parameters import read_set
 
 SEEDS = (0, 1, 2)
@@ -17,7 +16,7 @@ SEEDS = (0, 1, 2)
 
 def demo_jobs() -> list[Job]:
     """The batch of the shipped model with the parameters of nbs/params/tiny.yaml, and the notebooks beside it."""
-    given = {k: v for k, v in read_set(NBS / "params" / "tiny.yaml").items() if k != "MODEL_ID"}
+    given = {k: v for k, v in read_set(notebooks_folder() / "params" / "tiny.yaml").items() if k != "MODEL_ID"}
     batch = make_jobs(Grid(seeds=SEEDS, set=given))
     first = next(job for job in batch if job.notebook == "weight_diff")
 
@@ -45,8 +44,8 @@ def demo_report() -> str:
     from ws.explanation.words import top_table
     from ws.show.tables import read_table
 
-    folder = demo_run().folder(OUT)
-    verdict = (demo_run().adapter_folder(OUT) / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
+    folder = demo_run().folder()
+    verdict = (demo_run().adapter_folder() / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
     lines = verdict.partition("## Verdict")[2].partition("##")[0].strip().splitlines()
     return "\n".join(
         [

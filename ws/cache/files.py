@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -177,42 +176,30 @@ def lock(folder: Path | str, wait_s: float | int | None = None, name: str = ".lo
     The system itself drops the lock when its owner ends, however it ends, so a dead owner never blocks; the file only
     says who owns it. Raises Locked with the owner's host and pid. Not re-entrant.
     """
-    import fcntl
+    from filelock import FileLock, Timeout
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    until = None if wait_s is None else time.monotonic() + wait_s
-    told = False
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
-            os.close(handle)
-            if until is not None and time.monotonic() >= until:
-                raise Locked(f"{folder}: in use by {owner}") from None
-            if not told:
-                print(f"waiting for {folder}: in use by {owner}", flush=True)
-                told = True
-            time.sleep(0.2)
-            continue
-        # The previous owner removes the file: a lock on a removed file protects nothing.
-        if _same_file(handle, path):
-            break
-        os.close(handle)
+
+    def owner() -> str:
+        told = path.read_text(errors="replace").strip() if path.is_file() else ""
+        return f"{folder}: in use by {told or 'another process'}"
+
+    held = FileLock(path)
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        held.acquire(timeout=0)
+    except Timeout:
+        if wait_s == 0:
+            raise Locked(owner()) from None
+        print(f"waiting for {owner()}", flush=True)
+        try:
+            held.acquire(timeout=-1 if wait_s is None else wait_s, poll_interval=0.2)
+        except Timeout:
+            raise Locked(owner()) from None
+    try:
+        path.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
         yield path
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
+        path.unlink(missing_ok=True)  # before the release: who then gets the lock of a removed file tries again
+        held.release()

@@ -138,3 +138,12 @@ def kept(
     """`read(target)` of what is made under `key`, made first where it is absent, damaged or another's."""
     made(target, key, make, folder=folder)
     return read(Path(target))
+
+
+def read_safetensors(path: Path) -> tuple[dict, dict[str, str]]:
+    """Tensors and header texts of a kept file. Read whole: nothing stays mapped to a file that may be replaced."""
+    from safetensors.torch import load
+
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return load(data), header.get("__metadata__", {})

@@ -9,12 +9,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ASSETS = PACKAGE / "assets"
-_CLONE = PACKAGE.parent if (PACKAGE.parent / "nbs").is_dir() and (PACKAGE.parent / "pyproject.toml").is_file() else None
+CLONE = PACKAGE.parent if (PACKAGE.parent / "nbs").is_dir() and (PACKAGE.parent / "pyproject.toml").is_file() else None
 
 
 def root() -> Path:
     """Folder that relative results and logs are seen from: a clone's own, else the current one."""
-    return _CLONE or Path.cwd()
+    return CLONE or Path.cwd()
 
 
 def out_folder() -> Path:
@@ -29,4 +29,4 @@ def logs_folder() -> Path:
 
 def notebooks_folder() -> Path:
     """Folder of the notebooks and their parameter sets: `nbs/` of a clone, the package's data where it is installed."""
-    return _CLONE / "nbs" if _CLONE else PACKAGE / "nbs"
+    return CLONE / "nbs" if CLONE else PACKAGE / "nbs"

@@ -1,10 +1,11 @@
 """Which code makes a thing: hashes of syntax trees, followed from function to function.
 
-`code_key(root)` covers the function at `root` and every function, class and constant that its names lead to, inside this
-package and in the caller's own files and notebook cells. Figures, words and the rooms `show` and
-`cache` do not count: what only looks at a result or stores it does not make it. This package is read as text, so that a key costs no import; a name that
-holds another object than its source says (a function replaced in a notebook) counts as what it holds. The caller's
-objects are looked up as they are. Methods are followed through annotations: a parameter `m: Materials` counts the class.
+`code_key(root)` covers the function at `root` and every function, class and constant that its names lead to, inside
+this package and in the caller's own files and notebook cells. What only shows, describes or stores a result does not make
+it: figures, words, the registry of candidates, the rooms `show` and `cache`. This package is read as text, so that a key
+costs no import; a name that holds another object than its source says (a function replaced in a notebook) counts as what
+it holds. The caller's objects are looked up as they are. Methods are followed through annotations: a parameter
+`m: Materials` counts the whole class.
 """
 
 import ast
@@ -19,10 +20,21 @@ import types
 from functools import partial
 from pathlib import Path
 
-from ws.cache.syntax import PACKAGE, Imports, Scope, digest, imported, module_file, read_scope, scope_of, used
+from ws.cache.syntax import (
+    FUNCTIONS,
+    PACKAGE,
+    Imports,
+    Scope,
+    digest,
+    imported,
+    module_file,
+    read_scope,
+    scope_of,
+    used,
+)
 
 STARTED = time.time()
-SILENT = ("figures", "words")  # modules of any room that only show
+SILENT = ("figures", "words", "candidate")  # modules of any room that only show or describe
 BESIDE = (f"{PACKAGE.name}.show", f"{PACKAGE.name}.cache")  # rooms that decide how things look and where they lie
 _KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
 FOREIGN = tuple({str(Path(sysconfig.get_paths()[kind]).resolve()) for kind in _KINDS})
@@ -189,16 +201,20 @@ def _replaced(live: object, module: str, name: str) -> bool:
     """Whether a loaded name holds another function or class than the source that binds it."""
     if not isinstance(live, types.FunctionType | type) or not module_file(module):
         return False
-    while name and name not in read_scope(module).defs:  # re-exported: go to where it is defined
+    while name not in read_scope(module).defs:  # re-exported: go to where it is defined
         module, name = read_scope(module).imports.get(name, ("", ""))
         if not module_file(module):
             return False
-    return (live.__module__, live.__qualname__) != (module, name) and bool(name)
+    if not isinstance(read_scope(module).defs[name][-1], FUNCTIONS):  # assigned: it may hold what has another name
+        return live is not getattr(sys.modules.get(module), name, live)
+    return (live.__module__, live.__qualname__) != (module, name)
 
 
 def _reset(live: object, node: ast.stmt) -> bool:
     """Whether a loaded constant has another value than its source says."""
-    if not isinstance(node, ast.Assign) or not _simple(live) or live is None:
+    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):  # `a, b = 1, 2`
+        return False
+    if not _simple(live) or live is None:
         return False
     try:
         return ast.literal_eval(node.value) != live
@@ -226,7 +242,7 @@ def walk(*roots: object, strict: bool = True) -> Walk:
         if isinstance(root, str):
             before = len(found.seen)
             found.path(root)
-            if len(found.seen) == before and not module_file(root.rpartition(".")[0]):
+            if len(found.seen) == before and root not in found.seen:
                 raise ValueError(f"{root}: no such function of the package {PACKAGE.name}")
         else:
             found.value(getattr(root, "__qualname__", "root"), root)

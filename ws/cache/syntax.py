@@ -1,6 +1,6 @@
 """Source text as what it binds and what it uses: the parts of syntax trees that a key is made of.
 
-Comments, layout, docstrings, reprs and the metadata of `@candidate` are left out.
+Comments, layout, docstrings, reprs, what errors say and the metadata of `@candidate` are left out.
 """
 
 import ast
@@ -47,8 +47,17 @@ def module_file(name: str) -> Path | None:
     return next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
 
 
-def imported(nodes: Iterable[ast.AST], module: str = "", package: bool = False) -> Imports:
-    """What the import statements among `nodes` bind; relative ones are seen from `module`."""
+def _absolute(tree: ast.Module, module: str, package: bool) -> ast.Module:
+    """The tree with relative imports, wherever they stand, as seen from outside of `module`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parents = module.split(".")[: len(module.split(".")) - node.level + package]
+            node.module, node.level = ".".join(parents + ([node.module] if node.module else [])), 0
+    return tree
+
+
+def imported(nodes: Iterable[ast.AST]) -> Imports:
+    """What the import statements among `nodes` bind."""
     found: Imports = {}
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -56,11 +65,7 @@ def imported(nodes: Iterable[ast.AST], module: str = "", package: bool = False) 
                 name = alias.asname or alias.name.split(".")[0]
                 found[name] = (alias.name if alias.asname else name, "")
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".")[: len(module.split(".")) - node.level + package]
-                base = ".".join(parents + ([base] if base else []))
-            found |= {alias.asname or alias.name: (base, alias.name) for alias in node.names}
+            found |= {alias.asname or alias.name: (node.module or "", alias.name) for alias in node.names}
     return found
 
 
@@ -74,9 +79,9 @@ def _bound(node: ast.stmt) -> set[str]:
 
 def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
     """The scope of a source text. A front door that binds names when they are used says so in `EXPORTS`."""
-    top = ast.parse(text).body
+    top = _absolute(ast.parse(text), module, package).body
     nested = [n for s in top if isinstance(s, ast.If | ast.Try | ast.With) for n in ast.walk(s)]
-    scope = Scope(module, imports=imported([*top, *nested], module, package))
+    scope = Scope(module, imports=imported([*top, *nested]))
     for node in top:
         for name in _bound(node):
             scope.defs.setdefault(name, []).append(node)
@@ -86,7 +91,7 @@ def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
 
 
 @lru_cache(maxsize=1024)
-def _read(module: str, path: Path, mtime_ns: int) -> Scope:
+def _read(module: str, path: Path, written: tuple[int, int]) -> Scope:
     return scope_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
 
 
@@ -95,12 +100,13 @@ def read_scope(module: str) -> Scope:
     path = module_file(module)
     if path is None:
         raise ValueError(f"{module}: not a module of the package {PACKAGE.name}")
-    return _read(module, path, path.stat().st_mtime_ns)
+    stat = path.stat()
+    return _read(module, path, (stat.st_mtime_ns, stat.st_size))  # two edits may share a tick of the clock
 
 
 def _counts(node: ast.AST, name: str, value: object) -> object:
     """A field of a node without what does not count."""
-    if name in ("ctx", "type_comment", "kind"):
+    if name in ("ctx", "type_comment", "kind") or isinstance(node, ast.Raise):  # what an error says decides nothing
         return None
     if isinstance(node, FUNCTIONS) and name == "body":
         first = value[0] if value else None
@@ -117,6 +123,30 @@ def _is_candidate(decorator: ast.expr) -> bool:
     return getattr(called, "attr", getattr(called, "id", "")) == "candidate"
 
 
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def _local(node: ast.AST) -> set[str]:
+    """Names that a function, lambda or comprehension binds itself: arguments and what it assigns, not deeper scopes."""
+    found: set[str] = set()
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        args = node.args
+        every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+        found |= {a.arg for a in every if a is not None}
+    todo = list(ast.iter_child_nodes(node))
+    while todo:
+        inner = todo.pop()
+        if isinstance(inner, ast.Global):
+            return set()  # rare: then nothing is taken for local
+        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            found.add(inner.id)
+        if isinstance(inner, FUNCTIONS):
+            found.add(inner.name)
+        elif not isinstance(inner, SCOPES):
+            todo += ast.iter_child_nodes(inner)
+    return found
+
+
 @lru_cache(maxsize=16384)
 def used(node: ast.AST) -> Used:
     """What a statement is and uses."""
@@ -125,28 +155,32 @@ def used(node: ast.AST) -> Used:
     strings: set[str] = set()
     inside: list[ast.AST] = []
 
-    def visit(thing: object, outer: bool = True) -> None:
+    def visit(thing: object, local: frozenset[str], outer: bool = True) -> None:
         if isinstance(thing, list):
             out.append("[")
             for item in thing:
-                visit(item)
+                visit(item, local)
             out.append("]")
         elif isinstance(thing, ast.AST):
             out.append(type(thing).__name__)
             inside.append(thing)
             if outer and isinstance(thing, ast.Attribute | ast.Name):
-                names.add(_dotted(thing))
+                dotted = _dotted(thing)
+                if dotted.split(".")[0] not in local:
+                    names.add(dotted)
+            if isinstance(thing, ast.Constant) and isinstance(thing.value, str):
+                strings.add(thing.value)
+            within = local | _local(thing) if isinstance(thing, SCOPES) else local
             for name, value in ast.iter_fields(thing):
                 value = _counts(thing, name, value)
                 if value is not None and value != []:  # an empty field may be unknown to another release of Python
                     out.append(name)
-                    visit(value, not isinstance(thing, ast.Attribute))
+                    around = name in ("decorator_list", "returns", "args")  # annotations and defaults are seen outside
+                    visit(value, local if around else within, not isinstance(thing, ast.Attribute))
         else:
             out.append(repr(thing))
-            if isinstance(thing, str):
-                strings.add(thing)
 
-    visit(node)
+    visit(node, frozenset())
     names.discard("")
     return Used(digest(" ".join(out).encode()), tuple(sorted(names)), frozenset(strings), imported(inside))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ws.delta.calibration import Sequence, padded
 from ws.model.lm import LM
-from ws.model.trace import hidden, hooked
+from ws.model.trace import hidden, recorded
 
 Visit = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -20,20 +20,21 @@ def read_deltas(lm: LM, batch: list[Sequence], final_norm: bool, visit: Visit) -
     keep = mask.bool()
     keep[:, 0] = False
 
-    def hook_of(l: int):
-        def hook(_module, args, output):
+    def at_block(l: int):
+        def record(output, inputs):
             after = hidden(output)
-            if not args:
+            if not inputs:
                 raise ValueError(f"{decoder.prefix}.{l}: the block was not given its hidden states as first argument")
             if final_norm and l == decoder.n_layers - 1:
                 after = decoder.final_norm(after)
-            visit(l, *_rows(args[0], after, keep, f"{decoder.prefix}.{l}"), group[keep])
+            visit(l, *_rows(inputs[0], after, keep, f"{decoder.prefix}.{l}"), group[keep])
 
-        return hook
+        return record
 
     # The decoder without its unembedding: logits of T x V would be the largest tensor of the pass.
     body = lm.model.get_submodule(decoder.prefix.rpartition(".")[0])
-    with torch.no_grad(), hooked([(block, hook_of(l)) for l, block in enumerate(decoder.blocks)]):
+    at = {f"{decoder.prefix}.{l}": at_block(l) for l in range(decoder.n_layers)}
+    with torch.no_grad(), recorded(lm.model, at):
         body(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
 
 

@@ -1,15 +1,18 @@
-"""The sweep: every candidate's basis at every layer, scored on what w does to activations and to weights.
+"""Every candidate's basis at every layer, scored on what w does to activations and to weights: one row each.
 
-`BaseCaptures -> bases (A-side) -> Targets (w) -> one row per layer and candidate`. (docs/method.md sections 5 to 7)
+(docs/method.md sections 5 to 7)
 """
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ws.diff import WeightDiff
 from ws.explanation.scores import (
@@ -30,9 +33,10 @@ from ws.explanation.scores import (
 )
 from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
-from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.steered import CeilingMaterials
 
 WEIGHTS = ("oproj", "downproj", "combined")
+SKETCH = 64
 log = logging.getLogger(__name__)
 
 
@@ -179,24 +183,41 @@ def specific_per_layer(
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def topic_scores(
-    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]
-) -> Float[Tensor, "C L n"]:
-    """R_act of every EVAL row by itself, `(candidates, layers, n)` float64: what a bootstrap over topics resamples."""
-    return torch.stack(
-        [torch.stack([topic_terms(t.act, bases[c.name][l].B) for l, t in enumerate(targets)]) for c in candidates]
-    )
+def kept_tensors(
+    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets], k: int
+) -> dict[str, Tensor]:
+    """What statistics over seeds start from.
+
+    `act_topics (C, L, n)` float64: R_act of every EVAL row by itself. Per layer l: `act_oracle/<l>`, `weight_oracle/<l>`:
+    top-k oracles `(d, <= k)`; `act_factor/<l> (d, n)` and `weight_factor/<l>/{oproj,downproj} (d, r)`: scaled factors.
+    Per candidate `sketch/<name> (L, r, 64)`: `B^T S` with one random S, enough to tell whether two runs' bases agree.
+    """
+    rows = [torch.stack([topic_terms(t.act, bases[c.name][l].B) for l, t in enumerate(targets)]) for c in candidates]
+    tensors = {"act_topics": torch.stack(rows)}
+    for l, t in enumerate(targets):
+        both = t.weights["combined"]
+        tensors[f"act_factor/{l}"] = t.act.F
+        tensors[f"act_oracle/{l}"] = oracle_basis(t.act, k)
+        tensors[f"weight_oracle/{l}"] = oracle_basis(both, k) if both else torch.zeros(len(t.dw_left), 0)
+        for name in ("oproj", "downproj"):
+            if t.weights[name] is not None:
+                tensors[f"weight_factor/{l}/{name}"] = t.weights[name].F
+    d = len(targets[0].dw_left)
+    S = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for c in candidates:
+        rows = [bases[c.name][l].B.double().T @ S for l in range(len(targets))]
+        widest = max(len(C) for C in rows)
+        tensors[f"sketch/{c.name}"] = torch.stack([pad(C, (0, 0, 0, widest - len(C))) for C in rows]).float()
+    return {name: x.contiguous() for name, x in tensors.items()}
 
 
-def oracle_bases(targets: list[LayerTargets], k: int) -> dict[str, list[Tensor]]:
-    """Top-k oracles of the layer's activation difference and combined weights: `{"act": [...], "weight": [...]}`."""
-    weight = [t.weights["combined"] for t in targets]
-    return {
-        "act": [oracle_basis(t.act, k) for t in targets],
-        "weight": [
-            oracle_basis(t, k) if t is not None else torch.zeros(targets[0].dw_left.shape[0], 0) for t in weight
-        ],
-    }
+def bases_hash(rows: Sequence[Basis]) -> str:
+    """SHA-256 over the bytes and shapes of one candidate's bases."""
+    digest = hashlib.sha256()
+    for basis in rows:
+        digest.update(repr(tuple(basis.B.shape)).encode())
+        digest.update(basis.B.contiguous().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
@@ -220,15 +241,15 @@ def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
     return values
 
 
-def null_check(targets: list[LayerTargets], layers: list[int], r: int, draws: int, seed: int = 0) -> pl.DataFrame:
+def null_check(targets: dict[int, dict[str, Target | None]], r: int, draws: int, seed: int = 0) -> pl.DataFrame:
     """The closed-form null beside a Monte-Carlo one: per layer and target, mean and sd of R over `draws` random subspaces.
 
     Columns: layer, target, mc_mean (expected 1), mc_sd, closed_sd, sd_ratio (its own sampling error is about
     1/sqrt(2 draws), more where the null is skewed).
     """
     rows = []
-    for l in layers:
-        for name, t in {"act": targets[l].act, **targets[l].weights}.items():
+    for l, by_name in targets.items():
+        for name, t in by_name.items():
             if t is None or t.trace <= 0:
                 continue
             values = monte_carlo_null(t, r, draws, f"layer {l}/{name}", seed)
@@ -238,6 +259,16 @@ def null_check(targets: list[LayerTargets], layers: list[int], r: int, draws: in
                 {"layer": l, "target": name, "mc_mean": mean, "mc_sd": sd, "closed_sd": closed, "sd_ratio": sd / closed}
             )
     return pl.DataFrame(rows)
+
+
+def null_summary(null: pl.DataFrame) -> pl.DataFrame:
+    """Per target, over layers: mean of the drawn means (expected 1) and of the ratio of drawn to closed-form sd."""
+    return null.group_by("target", maintain_order=True).agg(
+        pl.col("mc_mean").mean().alias("mean of R (expected 1)"),
+        pl.col("sd_ratio").mean().alias("drawn sd / closed form"),
+        pl.col("sd_ratio").min().alias("least over layers"),
+        pl.col("sd_ratio").max().alias("most over layers"),
+    )
 
 
 def largest_deviation(bases: dict[str, list[Basis]]) -> float:

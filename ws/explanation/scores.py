@@ -67,6 +67,11 @@ def activation_target(X: Float[Tensor, "n d"], dim: int | None = None) -> Target
     return target((X / (len(X) * (X.square().sum(dim=1, keepdim=True) + EPS)).sqrt()).T, dim)
 
 
+def weight_target(M: Float[Tensor, "d m"]) -> Target:
+    """`M / |M|_F`, from M itself or from its left factor `U S`."""
+    return target(M.double() / math.sqrt(float(M.double().square().sum()) + EPS))
+
+
 def weight_targets(F_o: Tensor | None, F_down: Tensor | None) -> dict[str, Target | None]:
     """Targets `oproj`, `downproj`, `combined` from left factors `U S (d, r)` of w_o and w_down; None where missing.
 
@@ -74,7 +79,7 @@ def weight_targets(F_o: Tensor | None, F_down: Tensor | None) -> dict[str, Targe
     """
     out: dict[str, Target | None] = {}
     for name, F in (("oproj", F_o), ("downproj", F_down)):
-        out[name] = None if F is None else target(F.double() / math.sqrt(float(F.double().square().sum()) + EPS))
+        out[name] = None if F is None else weight_target(F)
     both = [t.F for t in out.values() if t is not None and t.trace > 0]
     if len(both) == 2:
         out["combined"] = target(torch.cat(both, dim=1) / math.sqrt(2.0 + EPS))
@@ -100,12 +105,33 @@ def null_sd(target: Target, r: int) -> float:
     return math.sqrt(2.0 * r * (d - r) / (d * d * (d - 1.0) * (d + 2.0)) * spread) * d / r
 
 
-def score(target: Target | None, basis: Tensor, missing: Score = UNDEFINED) -> Score:
-    """Score of an orthonormal `(d, r)` basis on a target; `missing` where there is no target, no signal or r = 0."""
-    r = basis.shape[1]
+def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score = UNDEFINED) -> Score:
+    """How much of a target a subspace recovers: `conc` (R, 1 for a random subspace), `z`, `energy_frac`.
+
+    target: a `Target` (`activation_target`, `weight_target`), or a `(d, m)` matrix that is taken as a weight difference.
+    basis: `(d, r)` with orthonormal columns. `missing` where there is no target, no signal or r = 0. Raises ValueError
+    where the columns are not orthonormal or the sizes differ. (docs/method.md section 6)
+
+    Example:
+        >>> import torch, ws
+        >>> M = torch.eye(16)[:, :2] @ torch.randn(2, 40)
+        >>> round(ws.score(M, torch.eye(16)[:, :2]).conc, 4), round(ws.score(M, torch.eye(16)[:, 8:]).conc, 4)
+        (8.0, 0.0)
+    """
+    B = basis.B if isinstance(basis, Basis) else basis
+    r = B.shape[1]
+    if isinstance(target, Tensor):
+        target = weight_target(target)
     if target is None or r == 0 or target.trace <= 0:
         return missing
-    f = energy(target, basis)
+    if B.shape[0] != target.F.shape[0]:
+        raise ValueError(f"the basis is {B.shape[0]} wide, the target {target.F.shape[0]}")
+    off = float((B.T @ B - torch.eye(r, dtype=B.dtype, device=B.device)).abs().max())
+    if not off <= 1e-3:
+        raise ValueError(
+            f"the basis is not orthonormal: max |B^T B - I| = {off:.2g}; ws.subspaces.algebra.orthonormalize"
+        )
+    f = energy(target, B)
     conc = f * target.dim / r
     sd = null_sd(target, r)
     return Score(conc, (conc - 1.0) / sd if sd > 0 else 0.0, f)

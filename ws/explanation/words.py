@@ -3,15 +3,10 @@
 (docs/method.md section 6: v7_definitions.md, v7_conclusion.md, v7_plan_merge.md)
 """
 
-from dataclasses import dataclass
-
 import polars as pl
 
-from ws.data import Behavior
 from ws.show.tables import as_text, sort_nan_last
-from ws.subspaces.candidate import Candidate
 from ws.subspaces.captures import N_PROBES
-from ws.subspaces.protocol import Protocol
 
 TOP = 5
 DISTINCT_Z = 2.0  # mean z over layers below which a winner is not told apart from a random subspace
@@ -32,32 +27,23 @@ are writers, so that the winner is sought among write and mixed candidates; read
 """
 
 
-def definitions(candidates: list[Candidate]) -> str:
-    """`v7_definitions.md`: one row per candidate, from the registry."""
+def definitions(candidates: list[dict]) -> str:
+    """`v7_definitions.md`: one row per candidate (`ws.subspaces.candidate.Candidate.about`)."""
     lines = [
         "# Candidate subspaces",
         "",
-        "| # | name | family | axis | source | kind | definition |",
-        "|---|---|---|---|---|---|---|",
+        "| # | name | family | axis | source | kind | sees | definition |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for i, c in enumerate(candidates, 1):
-        text = c.definition.replace("|", "\\|")
-        lines.append(f"| {i} | {c.name} | {c.family} | {c.axis_kind} | {c.source} | {c.kind} | {text} |")
+        cells = [
+            i,
+            *(c[f] for f in ("name", "family", "axis_kind", "source", "kind")),
+            ", ".join(c["sees"]),
+            c["definition"],
+        ]
+        lines.append(f"| {' | '.join(str(x).replace('|', chr(92) + '|') for x in cells)} |")
     return "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What a conclusion needs to know of its run beside the tables."""
-
-    title: str
-    behavior: Behavior
-    protocol: Protocol
-    layers: list[int]
-    n_layers: int
-    n_fit: int
-    n_eval: int
-    d: int
 
 
 def leaders(summary: pl.DataFrame, column: str, kinds: tuple[str, ...] = ("write", "mixed", "read")) -> list[str]:
@@ -66,10 +52,14 @@ def leaders(summary: pl.DataFrame, column: str, kinds: tuple[str, ...] = ("write
     return sort_nan_last(part.filter(pl.col(column).is_not_nan()), column)["subspace"].to_list()
 
 
-def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: RunFacts, checks: dict[str, float]) -> str:
-    """`v7_conclusion.md`. pct: `ws.explanation.summary.with_percentages`; table: the per-layer table; checks: `ws.explanation.rows.self_checks`."""
+def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict[str, float]) -> str:
+    """`v7_conclusion.md`.
+
+    pct: `ws.explanation.summary.with_percentages`; table: the per-layer table; facts: `Explanation.setting`; checks:
+    `ws.explanation.rows.self_checks`.
+    """
     ranked = leaders(pct, "joint_score", ("write", "mixed"))
-    lines = [f"# Conclusion: {facts.title}", "", _setting(facts), "", "## Winner", ""]
+    lines = [f"# Conclusion: {facts['title']}", "", _setting(facts), "", "## Winner", ""]
     if ranked:
         lines += _winner(pct, ranked)
     else:
@@ -80,11 +70,28 @@ def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: RunFacts, checks: 
     return "\n".join(lines) + "\n"
 
 
-def _setting(f: RunFacts) -> str:
+def _setting(f: dict) -> str:
     return (
-        f"Behaviour `{f.behavior.name}`, protocol {f.protocol.name}, {f.n_fit} FIT and {f.n_eval} EVAL probes, d = {f.d},"
-        f" {f.n_layers} layers; means over LoRA layers {_span(f.layers)}. A score of 1 is what a random subspace gets."
+        f"Behaviour `{f['behavior']}`, protocol {f['protocol']['name']}, {f['n_fit']} FIT and {f['n_eval']} EVAL probes,"
+        f" d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {_span(f['layers'])}. A score of 1 is what a"
+        " random subspace gets."
     )
+
+
+def setting_table(f: dict) -> str:
+    """A run's setting as a Markdown table."""
+    p = f["protocol"]
+    switches = f"{p['eval_split']} split, {'chat' if p['chat_probes'] else 'raw'} probes"
+    heads, touched = f"{f['n_heads']} heads on {f['n_kv']} kv heads", ", ".join(map(str, f["w_layers"]))
+    rows = [
+        ("model", f"{f['model']}: {f['n_layers']} layers, d {f['d']}, {heads}, {f['dtype']}"),
+        ("behaviour", f"{f['behavior']}: {f['n_topics']} topics, {f['n_persona_pairs']} persona pairs"),
+        ("w", f"{f['w_matrices']} matrices, Frobenius norm {f['w_norm']:.4g}, layers {touched}"),
+        ("protocol", f"{p['name']}: {switches}, persona pairs: {p['persona_pairs']}"),
+        ("probes", f"{f['n_fit']} FIT, {f['n_eval']} EVAL"),
+        ("means over", f"layers {', '.join(map(str, f['layers']))}"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *[f"| {k} | {v} |" for k, v in rows]])
 
 
 def _span(layers: list[int]) -> str:
@@ -145,22 +152,24 @@ def _agreement(pct: pl.DataFrame) -> list[str]:
     return rows
 
 
-def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: RunFacts, ranked: list[str]) -> list[str]:
+def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[str]) -> list[str]:
     """Only what is true of this run, with its numbers."""
     out = ["One LoRA seed: no ranking is established by a single run; the stability report compares seeds."]
-    f = facts
-    trained_on = max(0, min(f.behavior.n_train_topics, N_PROBES) - f.n_fit) if f.protocol.eval_split == "half" else 0
+    p = facts["protocol"]
+    trained_on = max(0, min(facts["n_train_topics"], N_PROBES) - facts["n_fit"]) if p["eval_split"] == "half" else 0
     if trained_on:
-        out.append(f"{trained_on} of {f.n_eval} EVAL probes are topics that the adapters may have been trained on.")
-    if not f.protocol.chat_probes:
+        out.append(
+            f"{trained_on} of {facts['n_eval']} EVAL probes are topics that the adapters may have been trained on."
+        )
+    if not p["chat_probes"]:
         out.append(
             "Clean and steered probes are raw text, persona probes are in the chat template: a contrast mixes both."
         )
-    if f.protocol.persona_pairs == "1" and len(f.behavior.personas_pos) > 1:
-        out.append(f"One of {len(f.behavior.personas_pos)} persona pairs is used.")
-    if f.protocol.name == "v7":
+    if p["persona_pairs"] == "1" and facts["n_persona_pairs"] > 1:
+        out.append(f"One of {facts['n_persona_pairs']} persona pairs is used.")
+    if p["name"] == "v7":
         out.append("PCA centres the contrasts, which removes their mean: the steering direction itself.")
-    part = table.filter(pl.col("layer").is_in(f.layers))
+    part = table.filter(pl.col("layer").is_in(facts["layers"]))
     doubtful = (
         part.filter(pl.col("ill_conditioned")).group_by("subspace", maintain_order=True).agg(pl.col("note").first())
     )
@@ -199,6 +208,12 @@ def _checks(checks: dict[str, float]) -> list[str]:
         "orthonormality": "largest |B^T B - I| over all bases (must stay under 1e-3)",
     }
     return [f"- {names.get(key, key)}: {value:.3g}" for key, value in checks.items()]
+
+
+BEYOND = {
+    "subspace": "subspace", "family": "family", "mean_specific_conc_act": "R_act beyond clean",
+    "mean_specific_z_act": "z", "mean_specific_energy_frac_act": "energy fraction", "mean_specific_rank": "rank",
+}  # fmt: skip
 
 
 def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:

@@ -140,7 +140,14 @@ def _has(module: nn.Module, path: str) -> bool:
 @dataclass(frozen=True)
 class LM:
     """A loaded causal LM with its tokenizer, its `Decoder` view, its folder-safe name, and a fingerprint of its weights
-    (the hub's commit hash, or the folder's hash) for keys of what is computed from it."""
+    and dtype (the hub's commit, or a folder's content) for keys of what is computed from it; "" keeps nothing on disk.
+
+    Example:
+        >>> import ws
+        >>> lm = ws.load_lm("tiny")
+        >>> lm, lm.decoder.param_name(3, "o")
+        (LM(tiny: Qwen3ForCausalLM, 8 layers, d 128, torch.float32), 'model.layers.3.self_attn.o_proj.weight')
+    """
 
     model: nn.Module
     tokenizer: object
@@ -151,6 +158,10 @@ class LM:
     @property
     def device(self) -> torch.device:
         return self.decoder.embed_tokens.weight.device
+
+    def __repr__(self) -> str:
+        d, kind = self.decoder, type(self.model).__name__
+        return f"LM({self.name}: {kind}, {d.n_layers} layers, d {d.d}, {self.model.dtype})"
 
 
 def _available(device: str) -> str:
@@ -170,6 +181,11 @@ def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: 
     model_id: a hub id, a local folder, or `tiny` (the shipped model). dtype: `auto` (the checkpoint's own), `float32`,
     `bfloat16`, `float16`. device: `auto` (all GPUs through `device_map="auto"`, else CPU), `cpu`, `cuda`, `cuda:1`, ...
     revision: a hub revision to pin. Raises ValueError / FileNotFoundError naming what is wrong.
+
+    Example:
+        >>> import ws
+        >>> ws.load_lm("tiny", dtype="bfloat16").model.dtype
+        torch.bfloat16
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,57 +1,60 @@
 """Recording and editing what modules compute, by forward hooks.
 
-`TraceDict` is baukit's where baukit is installed; otherwise the class below, which serves the same few arguments.
-`hooked` runs plain functions at modules and always takes them off again.
+`TraceDict` is baukit's where baukit's file of it loads, else the class below; `trace_in_use` says which. `recorded` is
+what every capture runs through.
 """
 
+import importlib.util
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 from torch import Tensor, nn
 
 
-class LocalTrace:
-    """What one module saw: `.input` (its first positional argument), `.output`."""
-
-    def __init__(self):
-        self.input = None
-        self.output = None
+class StopForward(Exception):
+    """Ends a pass after the last traced module; the `with` block of a trace with `stop=True` takes it up."""
 
 
-class LocalTraceDict(OrderedDict):
+class OwnTraceDict(OrderedDict):
     """Hooks on named submodules for the span of a `with` block; `traces[name].output` afterwards.
 
-    module: the root. layers: dotted names of submodules. retain_input / retain_output: what to keep. edit_output:
-    `f(output, layer)` whose value replaces the module's output. detach: keep tensors off the graph.
-    Raises LookupError for a name that the root does not have.
+    module: the root. layers: dotted names of submodules. retain_input / retain_output: what to keep. clone, detach:
+    keep copies, keep tensors off the graph. edit_output: its value replaces the module's output; it is given those of
+    `output`, `layer` (the name) and `inputs` (positional arguments) that it names, its other arguments get what is left
+    in that order. stop: end the pass after the last name. Raises LookupError for a name that the root does not have.
     """
 
     def __init__(
         self,
         module: nn.Module,
         layers: Iterable[str] = (),
+        *,
         retain_output: bool = True,
         retain_input: bool = False,
-        edit_output: Callable | None = None,
+        clone: bool = False,
         detach: bool = False,
+        edit_output: Callable | None = None,
+        stop: bool = False,
     ):
         super().__init__()
-        self._handles = []
-        modules = dict(module.named_modules())
-        for name in layers:
-            if name not in modules:
-                raise LookupError(name)
-        for name in layers:
-            trace = self[name] = LocalTrace()
+        self._handles, self._stop = [], stop
+        names = list(dict.fromkeys(layers))
+        modules = _modules(module, names)
+        for name in names:
+            trace = self[name] = SimpleNamespace(input=None, output=None)
 
-            def hook(_module, args, output, name=name, trace=trace):
-                if retain_input:
-                    trace.input = _kept(args[0] if len(args) == 1 else args, detach)
+            def hook(_module, inputs, output, name=name, trace=trace):
                 if edit_output is not None:
-                    output = edit_output(output, name)
+                    output = _call(edit_output, output=output, layer=name, inputs=inputs)
+                if retain_input:
+                    trace.input = _kept(inputs[0] if len(inputs) == 1 else inputs, clone, detach)
                 if retain_output:
-                    trace.output = _kept(output, detach)
+                    trace.output = _kept(output, clone, detach)
+                if stop and name == names[-1]:
+                    raise StopForward
                 return output
 
             self._handles.append(modules[name].register_forward_hook(hook))
@@ -59,46 +62,87 @@ class LocalTraceDict(OrderedDict):
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, traceback):
         self.close()
+        return self._stop and isinstance(error, StopForward)
 
     def close(self):
         while self._handles:
             self._handles.pop().remove()
 
 
-def _kept(value, detach: bool):
+def _modules(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    modules = dict(root.named_modules())
+    for name in names:
+        if name not in modules:
+            raise LookupError(name)
+    return modules
+
+
+def _call(function: Callable, **given):
+    names = list(inspect.signature(function).parameters)
+    others = [name for name in names if name not in given]
+    left = [value for name, value in given.items() if name not in names]
+    by_name = {name: given[name] for name in names if name in given}
+    return function(**by_name, **dict(zip(others, left, strict=False)))
+
+
+def _kept(value, clone: bool, detach: bool):
     if isinstance(value, Tensor):
-        return value.detach() if detach else value
+        value = value.detach() if detach else value
+        return value.clone() if clone else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_kept(v, detach) for v in value)
+        return type(value)(_kept(v, clone, detach) for v in value)
     return value
 
 
-try:
-    from baukit import TraceDict
-except ImportError:  # not on the package index; docs/architecture.md says how to install it
-    TraceDict = LocalTraceDict
+def find_trace_dict() -> tuple[type, str]:
+    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why.
+
+    Only the package's `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it
+    was built for.
+    """
+    try:
+        package = importlib.util.find_spec("baukit")
+        if package is None:
+            return OwnTraceDict, "own TraceDict (baukit is not installed)"
+        file = Path(package.submodule_search_locations[0]) / "nethook.py"
+        spec = importlib.util.spec_from_file_location("_ws_baukit_nethook", file)
+        nethook = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nethook)
+        root = nn.Identity()
+        # older ones know no `inputs`
+        with nethook.TraceDict(root, [""], retain_output=False, edit_output=lambda output, layer, inputs: output):
+            root(None)
+    except Exception as error:  # whatever a foreign file raises: the own class serves as well
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return OwnTraceDict, f"own TraceDict (baukit failed to load: {reason})"
+    return nethook.TraceDict, "baukit's TraceDict"
+
+
+TraceDict, _IN_USE = find_trace_dict()
+
+
+def trace_in_use() -> str:
+    """One line: whose TraceDict records, and why."""
+    return _IN_USE
+
+
+def recorded(model: nn.Module, at: dict[str, Callable]):
+    """`at[name](output, inputs)` whenever a named module has run, inside the `with` block; outputs pass unchanged.
+
+    inputs: the positional arguments. Nothing is kept but what the functions keep, so each can reduce its layer when the
+    pass reaches it. Their errors reach the caller; all hooks come off on exit. Raises LookupError for an unknown name.
+    """
+    _modules(model, at)  # baukit's would leave the hooks that it had set before it met the unknown name
+
+    def edit(output, layer, inputs):
+        at[layer](output, inputs)
+        return output
+
+    return TraceDict(model, list(at), retain_output=False, edit_output=edit)
 
 
 def hidden(output) -> Tensor:
     """The hidden states of a block's output: the tensor itself, or the first entry of an older release's tuple."""
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable]], before: bool = False):
-    """Run `f(module, args, output)` after (or `f(module, args)` before) each module's forward, inside the block.
-
-    A value that `f` returns replaces the output (or the arguments); None leaves it. All hooks come off on exit, also
-    when an error or an interrupt ends the block.
-    """
-    handles = []
-    try:
-        for module, function in hooks:
-            register = module.register_forward_pre_hook if before else module.register_forward_hook
-            handles.append(register(function))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

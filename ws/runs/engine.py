@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ws.cache import made as store
-from ws.cache.places import LOGS, OUT, ROOT
+from ws.cache.files import lock, sweep
+from ws.cache.places import logs_folder, root
+from ws.runs import need
 from ws.runs.execute import terminable
 from ws.runs.grid import Job, Step, plan
 from ws.runs.job import Ending
-from ws.runs.pairing import NBS
+from ws.runs.notebooks import Place
 from ws.runs.parameters import parse
 from ws.runs.progress import Board, summary_text
 from ws.runs.results import write_results
@@ -53,15 +54,6 @@ def make_slurm(given: dict[str, str]) -> Slurm:
         if key not in known:
             raise ValueError(f"--slurm-set {key}: known are {', '.join(known)}")
     return Slurm(**{key: parse(key, text, known[key]) for key, text in given.items()})
-
-
-@dataclass(frozen=True)
-class Place:
-    """Folders a batch works with; the workers must see them under the same names."""
-
-    nbs: Path = NBS
-    out: Path = OUT
-    logs: Path = LOGS
 
 
 @dataclass(frozen=True)
@@ -101,14 +93,10 @@ def local_size(settings: Settings, gpus: int, cores: int) -> tuple[int, int]:
 
 
 def slurm_cluster(slurm: Slurm):
-    """A SLURMCluster without jobs yet: one worker per job, which computes one run at a time.
+    """A SLURMCluster without jobs yet: one worker per job, which computes one run at a time."""
+    need("dask_jobqueue", "cluster")
+    from dask_jobqueue import SLURMCluster
 
-    Raises ValueError where dask-jobqueue (the extra `cluster`) is not installed.
-    """
-    try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError:
-        raise ValueError("--slurm needs dask-jobqueue: pip install -c constraints.txt -e '.[cluster]'") from None
     return SLURMCluster(
         queue=slurm.partition or None,
         account=slurm.account or None,
@@ -120,13 +108,13 @@ def slurm_cluster(slurm: Slurm):
         job_extra_directives=[f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else [],
         # Compute nodes often have no network; the models come from the hub cache.
         job_script_prologue=[
-            f"cd {ROOT}",
+            f"cd {root()}",
             "export HF_HUB_OFFLINE=1",
             *(f"export {name}={slurm.cores}" for name in THREADS),
         ],
         worker_extra_args=["--no-dashboard"],
         scheduler_options={"dashboard": False},
-        log_directory=str(LOGS),
+        log_directory=str(logs_folder()),
         python=sys.executable,
         n_workers=0,
     )
@@ -135,6 +123,7 @@ def slurm_cluster(slurm: Slurm):
 @contextmanager
 def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
     """A client of the cluster that `settings` name, and the environment of its runs: threads, GPUs to share out."""
+    need("distributed", "batch")
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
@@ -176,7 +165,6 @@ def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> 
         "timeout": settings.timeout,
         "nbs": str(place.nbs),
         "out": str(place.out),
-        "logs": str(place.logs),
     }
 
 
@@ -259,26 +247,26 @@ def _stop(client, batch: str, futures: list) -> None:
 
 @contextmanager
 def hold(out: Path, wait: bool) -> Iterator[None]:
-    """Only one batch at a time on a results folder. Raises ws.cache.made.Locked with the owner's pid unless `wait`."""
-    with store.lock(out, None if wait else 0, LOCK):
+    """Only one batch at a time on a results folder. Raises ws.cache.files.Locked with the owner's pid unless `wait`."""
+    with lock(out, None if wait else 0, LOCK):
         yield
 
 
 def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = False) -> tuple[dict[str, Ending], str]:
     """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary.
 
-    Raises ws.cache.made.Locked when another batch works on the same folder.
+    Raises ws.cache.files.Locked when another batch works on the same folder.
     """
     with terminable(), hold(place.out, settings.wait):
-        store.sweep(place.out)
-        steps = plan(jobs, retrain, place.nbs, place.out)
+        sweep(place.out)
+        steps = plan(jobs, retrain, place)
         started = time.monotonic()
         board = Board([step.job.name for step in steps if step.run], len(steps))
         try:
             endings = run_steps(steps, place, settings, board.tell, board.tick)
         finally:
             board.close()
-            store.sweep(place.out)  # a worker that was killed cannot have tidied up
+            sweep(place.out)  # a worker that was killed cannot have tidied up
         write_results(place.out)
-        after = plan(jobs, False, place.nbs, place.out)
+        after = plan(jobs, False, place)
         return endings, summary_text(after, endings, board.restarts, time.monotonic() - started)

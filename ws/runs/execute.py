@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ws.cache.places import ROOT
+from ws.cache.places import root
 from ws.runs import parameters
 
 
@@ -68,6 +68,19 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def _results_in(out: Path) -> Iterator[None]:
+    """What is started meanwhile takes `out` for the folder of all results."""
+    before = os.environ.get("WS_OUT")
+    os.environ["WS_OUT"] = str(out.absolute())
+    try:
+        yield
+    finally:
+        del os.environ["WS_OUT"]
+        if before is not None:
+            os.environ["WS_OUT"] = before
+
+
+@contextmanager
 def _kernel_config() -> Iterator[object]:
     """Kernels over IPC sockets in a folder of their own: parallel kernels cannot race for ports.
 
@@ -88,12 +101,14 @@ def execute(
     content: dict,
     values: dict[str, object],
     target: Path,
+    out: Path,
     timeout: int | None,
     log: TextIO,
     quiet: bool,
     on_stage: Callable[[str], None] | None,
 ) -> str:
-    """Run the notebook at `path` (its JSON: `content`) with `values`, write it to `target` after every cell.
+    """Run the notebook at `path` (its JSON: `content`) with `values`, write it to `target` after every cell. The kernel
+    takes `out` for the folder of all results.
 
     '' when it ended well, else the traceback. Interrupts pass through, the kernel ended. `log` gets what the
     notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of what runs.
@@ -110,7 +125,7 @@ def execute(
         cells = _Cells(lambda done: on_stage(headings[min(done, len(headings) - 1)]))
         bar = {"file": cells, "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
     try:
-        with _kernel_config() as config:
+        with _results_in(out), _kernel_config() as config:
             papermill.execute_notebook(
                 str(path),
                 str(target),
@@ -118,7 +133,7 @@ def execute(
                 progress_bar=bar,
                 stdout_file=_Tee(log),
                 stderr_file=_Tee(log) if quiet else _Tee(log, sys.stderr),
-                cwd=str(ROOT),
+                cwd=str(root()),
                 execution_timeout=timeout,
                 config=config,
                 coalesce_streams=True,

@@ -1,6 +1,6 @@
 """A grid of runs: every combination of models, behaviours, adapters and seeds, what each needs, what is already done.
 
-Per (model, behaviour, adapter), with s0 the lowest seed:
+Per (model, behaviour, adapter), with s0 the lowest seed, as the table of notebooks says (`batch`, `needs`):
 
     weight_diff(s)  ->  v7_sweep(s, protocol v7b)  ->  v7b_stability(all s)
     weight_diff(s0, shuffled labels)  ->  v7_sweep(s) of every s     (docs/method.md section 7)
@@ -8,32 +8,23 @@ Per (model, behaviour, adapter), with s0 the lowest seed:
 A job is one run of one notebook. A job whose own state is "done" but which needs one that is not may turn out done.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 
-from ws.cache import made as store
-from ws.cache.places import ASSETS, OUT
+from ws.cache.made import read_failure, read_sidecar
+from ws.cache.places import ASSETS
 from ws.runs import parameters
-from ws.runs.identity import run_id, run_key, run_state, stale_adapters
+from ws.runs.identity import run_key, run_state, stale_adapters
+from ws.runs.notebooks import TABLE, Notebook, Place, paths_in, run_id
 from ws.runs.once import prepare
-from ws.runs.pairing import NBS, check_pair
+from ws.runs.pairing import check_pair
 
-NOTEBOOKS = ("weight_diff", "v7_sweep", "v7b_stability")
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
 # What tells the jobs of a grid apart, and what would take a job out of it.
-OWNED = (
-    "MODEL_ID",
-    "BEHAVIOR",
-    "ADAPTER",
-    "SEED",
-    "SEEDS",
-    "NULL_DIFF",
-    "NULL_W_PATH",
-    "OUT_DIR",
-    "PROTOCOL",
-    "RETRAIN",
-)
-FOREIGN = ("W_PATH", "POS_ADAPTER", "NEG_ADAPTER")
+OWNED = "MODEL_ID BEHAVIOR ADAPTER SEED SEEDS NULL_DIFF NULL_W_PATH OUT_DIR PROTOCOL RETRAIN".split()
+FOREIGN = "W_PATH POS_ADAPTER NEG_ADAPTER".split()
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,8 @@ def read_grid(path: Path) -> Grid:
         if key == "set" and not isinstance(value, dict):
             raise ValueError(f"{path}: set: expects a mapping of parameters, got {value!r}")
     lists = {k: v if isinstance(v, list) else [v] for k, v in given.items() if k != "set"}
-    grid = Grid(**{k: tuple(str(x) for x in v) for k, v in lists.items() if k != "seeds"}, set=given.get("set") or {})
+    extra = {k: parameters.located(k, v, path.parent) for k, v in (given.get("set") or {}).items()}
+    grid = Grid(**{k: tuple(str(x) for x in v) for k, v in lists.items() if k != "seeds"}, set=extra)
     return located(replace(grid, seeds=parse_seeds(lists["seeds"])) if "seeds" in lists else grid, path.parent)
 
 
@@ -117,10 +109,7 @@ def located(grid: Grid, folder: Path) -> Grid:
     Raises ValueError for an empty axis, an unknown adapter, a behaviour that is neither shipped nor a file.
     """
     models = [parameters.located("MODEL_ID", model, folder) for model in grid.models]
-    behaviors = [
-        name if (ASSETS / f"{name}.json").is_file() else parameters.located("BEHAVIOR", name, folder)
-        for name in grid.behaviors
-    ]
+    behaviors = [parameters.located("BEHAVIOR", name, folder) for name in grid.behaviors]
     for name in behaviors:
         if not (ASSETS / f"{name}.json").is_file() and not Path(name).is_file():
             raise ValueError(f"behaviors: {name} is neither a shipped behaviour nor a file")
@@ -134,78 +123,94 @@ def located(grid: Grid, folder: Path) -> Grid:
     return replace(grid, **{name: tuple(dict.fromkeys(values)) for name, values in axes.items()})
 
 
-def make_jobs(grid: Grid, cwd: Path | None = None, nbs: Path = NBS, out: Path = OUT) -> list[Job]:
+def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -> list[Job]:
     """All jobs of a grid, each after those it needs. `cwd`: where relative paths in `grid.set` were typed.
 
     Raises ValueError / FileNotFoundError for a parameter no notebook defines or the grid itself decides.
     """
-    known = {name: parameters.defaults(parameters.read_notebook(nbs / f"{name}.ipynb"), name) for name in NOTEBOOKS}
+    place = place or Place()
+    entries = [entry for entry in TABLE.values() if entry.batch is not None]
+    known = {}
+    for entry in entries:
+        notebook = place.nbs / f"{entry.name}.ipynb"
+        script = notebook.with_suffix(".py")
+        known[entry.name] = parameters.defaults(parameters.read_notebook(notebook), entry.name)
+        if script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime:
+            check_pair(notebook)
     everything = sorted({key for values in known.values() for key in values} - {*OWNED, *FOREIGN})
     for key in grid.set:
         if key in OWNED + FOREIGN:
             raise ValueError(f"{key}: the grid decides it; it cannot be set")
         if key not in everything:
             raise ValueError(f"unknown parameter {key}{parameters.suggest(key, everything)}")
-    for name in NOTEBOOKS:
-        notebook = nbs / f"{name}.ipynb"
-        script = notebook.with_suffix(".py")
-        if script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime:
-            check_pair(notebook)
 
     jobs: list[Job] = []
-    seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
 
-    def add(notebook: str, own: dict, needs: tuple[Job, ...] = ()) -> Job:
-        extra = {k: v for k, v in grid.set.items() if k in known[notebook]}
-        # nbs/params/v7b.yaml is the protocol, whatever folder the notebooks lie in
-        files = [nbs / "params" / "v7b.yaml"] if notebook == "v7_sweep" else []
-        ask = prepare(notebook, {**extra, **own}, files, cwd, nbs, out)
+    def add(entry: Notebook, own: dict, needs: list[Job]) -> Job:
+        extra = {k: v for k, v in grid.set.items() if k in known[entry.name]}
+        # the parameter sets lie in nbs/params, whatever folder the notebooks lie in
+        files = [place.nbs / "params" / f"{entry.batch}.yaml"] if entry.batch else []
+        ask = prepare(entry.name, {**extra, **own}, files, cwd, place)
         run = run_id(ask.values)
-        seed = "all seeds" if notebook == "v7b_stability" else f"seed {run.seed}"
+        seed = f"seed {run.seed}" if entry.level == "seed" else "all seeds"
         null = " null" if own.get("NULL_DIFF") else ""
-        name = f"{run.model} {run.behavior} {run.adapter} {seed}{null}: {notebook}"
-        job = Job(name, notebook, ask.values, ask.folder, tuple(need.name for need in needs))
+        name = f"{run.model} {run.behavior} {run.adapter} {seed}{null}: {entry.name}"
+        job = Job(name, entry.name, ask.values, ask.folder, tuple(need.name for need in needs))
         if any(job.name == other.name for other in jobs):
             raise ValueError(f"{job.name}: two models or behaviours of the grid have the same name")
         jobs.append(job)
         return job
 
-    for model in grid.models:
-        for behavior in grid.behaviors:
-            for adapter in grid.adapters:
-                own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
-                first = seeds[0]
-                trained = {first: add("weight_diff", {**own, "SEED": first})}
-                null = add("weight_diff", {**own, "SEED": first, "NULL_DIFF": True})
-                for seed in seeds[1:]:
-                    trained[seed] = add("weight_diff", {**own, "SEED": seed})
-                null_w = str(run_id({**own, "SEED": first}).folder(out) / "null_diff" / "w.safetensors")
-                swept = [
-                    add("v7_sweep", {**own, "SEED": seed, "NULL_W_PATH": null_w}, (trained[seed], null))
-                    for seed in seeds
-                ]
-                add("v7b_stability", {**own, "SEEDS": seeds}, tuple(swept))
+    for model, behavior, adapter in product(grid.models, grid.behaviors, grid.adapters):
+        _add_combination(
+            add, entries, known, {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}, grid, place
+        )
     return jobs
 
 
-def job_state(job: Job, nbs: Path = NBS, out: Path = OUT) -> str:
+def _add_combination(
+    add: Callable[[Notebook, dict, list[Job]], Job],
+    entries: list[Notebook],
+    known: dict[str, dict],
+    own: dict,
+    grid: Grid,
+    place: Place,
+) -> None:
+    """The jobs of one model, behaviour and adapter: of each notebook one per seed, or one over all seeds."""
+    seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
+    null_w = str(run_id({**own, "SEED": seeds[0]}).folder(place.out, null=True) / "w.safetensors")
+    null: list[Job] = []
+    made: dict[str, dict[int, Job]] = {entry.name: {} for entry in entries}
+    for entry in entries:
+        if entry.level != "seed":
+            add(entry, {**own, "SEEDS": seeds}, [job for need in entry.needs for job in made[need].values()])
+            continue
+        nulled = {"NULL_W_PATH": null_w} if "NULL_W_PATH" in known[entry.name] else {}
+        for seed in seeds:
+            needs = [made[need][seed] for need in entry.needs] + (null if nulled else [])
+            made[entry.name][seed] = add(entry, {**own, "SEED": seed, **nulled}, needs)
+            if "NULL_DIFF" in known[entry.name] and not null:
+                null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
+
+
+def job_state(job: Job, place: Place) -> str:
     """One of ws.cache.made.STATES for a job, as its inputs are now."""
-    null_w = job.values.get("NULL_W_PATH")
-    if null_w and not Path(str(null_w)).is_file():  # a job before this one makes it
+    if any(not path.is_file() for path in paths_in(job.values, "NULL_W_PATH")):  # a job before this one makes it
         target = job.folder / f"{job.notebook}.ipynb"
-        if store.read_sidecar(target) and target.is_file():
+        if read_sidecar(target) and target.is_file():
             return "changed inputs"
-        return "failed before" if store.read_failure(target) else "new"
-    content = parameters.read_notebook(nbs / f"{job.notebook}.ipynb")
-    return run_state(job.notebook, job.folder, run_key(job.notebook, content, job.values, out))
+        return "failed before" if read_failure(target) else "new"
+    content = parameters.read_notebook(place.nbs / f"{job.notebook}.ipynb")
+    return run_state(job.notebook, job.folder, run_key(job.notebook, content, job.values, place.out))
 
 
-def plan(jobs: list[Job], retrain: bool = False, nbs: Path = NBS, out: Path = OUT) -> list[Step]:
+def plan(jobs: list[Job], retrain: bool = False, place: Place | None = None) -> list[Step]:
     """What would run and why, in the order of `jobs`."""
+    place = place or Place()
     steps: dict[str, Step] = {}
     for job in jobs:
-        state = job_state(job, nbs, out)
-        stale = job.notebook == "weight_diff" and bool(stale_adapters(job.values, out))
+        state = job_state(job, place)
+        stale = bool(stale_adapters(job.notebook, job.values, place.out))
         waits = [steps[need].job for need in job.needs if steps[need].run]
         why = "" if state == "done" else state
         if state == "done" and waits:

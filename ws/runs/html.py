@@ -11,68 +11,18 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from ws.cache import made as store
-from ws.cache.places import OUT
+from ws.cache.files import sweep, write_text
+from ws.cache.made import read_sidecar
+from ws.cache.places import ASSETS, out_folder
+from ws.runs import need
+from ws.runs.notebooks import notebook_of
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{nav}<main>
-{body}
-</main>
-</body>
-</html>
-"""
+PARTS = ASSETS / "report"  # a page, its style, and what a notebook's cells look like in it
 
-STYLE = """
-:root { color-scheme: light; --line: #d9dde3; --soft: #f6f7f9; --ink: #1d2430; --dim: #5b6675; --link: #1b5fa8; }
-body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.5rem 6rem; }
-nav { max-width: 62rem; margin: 0 auto; padding: 1rem 1.5rem 0; font-size: .85rem; color: var(--dim); }
-nav a { margin-right: 1rem; white-space: nowrap; }
-a { color: var(--link); }
-h1, h2, h3 { line-height: 1.25; margin: 1.8em 0 .6em; }
-h1 { font-size: 1.9rem; margin-top: .5em; } h2 { font-size: 1.4rem; border-bottom: 1px solid var(--line); }
-pre, code { font: .84rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre { overflow-x: auto; margin: .6rem 0; } p code, li code, td code { background: var(--soft); padding: .1em .3em; }
-table { border-collapse: collapse; font-size: .84rem; display: block; overflow-x: auto; margin: .8rem 0;
-  width: max-content; max-width: max(100%, calc(50vw + 29rem)); }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid var(--dim); }
-tbody tr:hover { background: var(--soft); }
-img, svg { max-width: 100%; height: auto; }
-blockquote { margin: .8rem 0; padding: .1rem 1rem; border-left: 3px solid var(--line); color: var(--dim); }
-details { margin: .3rem 0; } details > summary { cursor: pointer; color: var(--dim); font-size: .78rem; }
-details > pre, details > div { background: var(--soft); border: 1px solid var(--line); padding: .5rem .8rem; }
-.output_error pre { background: #fff1f0; padding: .6rem; }
-.state-done { color: #1a7f37; } .state-failed { color: #b42318; font-weight: 600; }
-math[display="block"] { margin: .8rem 0; overflow-x: auto; }
-"""
 
-TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
-{% block in_prompt %}{% endblock %}
-{% block output_area_prompt %}{% endblock %}
-{% block empty_in_prompt %}{% endblock %}
-{% block input_group %}
-{%- set tags = cell.metadata.get('tags', []) -%}
-<details class="code"><summary>
-{%- if 'injected-parameters' in tags %}parameters of this run{% elif 'parameters' in tags %}default parameters
-{%- else %}code{% endif -%}
-</summary><div>{{ cell.source | highlight_code(metadata=cell.metadata) }}</div></details>
-{% endblock input_group %}
-{% block stream_stdout %}<pre>{{ output.text | last_of_line | ansi2html }}</pre>{% endblock %}
-{% block stream_stderr %}
-<details class="log"><summary>log</summary><pre>{{ output.text | last_of_line | ansi2html }}</pre></details>
-{% endblock %}
-{% block data_javascript %}{% endblock %}
-{% block data_widget_view %}{% endblock %}
-"""
+def _page(title: str, body: str, nav: str = "", style: str = "") -> str:
+    page, css = ((PARTS / name).read_text(encoding="utf-8") for name in ("page.html", "page.css"))
+    return page.format(title=title, style=css + style, nav=nav, body=body)
 
 
 # --- one notebook ----------------------------------------------------------------------------------------------------
@@ -151,16 +101,16 @@ def _with_anchors(body: str) -> tuple[str, str]:
 
 def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     """An executed notebook as one HTML file that needs no network. The title is its first heading, else `title`."""
+    need("nbconvert", "notebooks")
     import nbformat
-    from jinja2 import DictLoader
+    from jinja2 import FileSystemLoader
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     notebook, target = Path(notebook), Path(target)
     content = nbformat.read(notebook, as_version=4)
-    exporter = HTMLExporter(
-        template_name="basic", extra_loaders=[DictLoader({"report.j2": TEMPLATE})], template_file="report.j2"
-    )
+    cells = FileSystemLoader(PARTS)
+    exporter = HTMLExporter(template_name="basic", extra_loaders=[cells], template_file="notebook.html.j2")
     exporter.register_filter("markdown2html", markdown_html)
     exporter.register_filter("last_of_line", last_of_line)
     body, _ = exporter.from_notebook_node(content)
@@ -168,18 +118,14 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     body, nav = _with_anchors(body)
     heading = re.search(r"<h1[^>]*>(.*?)</h1>", body, flags=re.DOTALL)
     name = re.sub(r"<[^>]+>", "", heading[1]).strip() if heading else html.escape(title or target.stem)
-    style = STYLE + HtmlFormatter(style="default").get_style_defs(".highlight")
-    return store.write_text(target, PAGE.format(title=name, style=style, nav=nav, body=body))
+    style = HtmlFormatter(style="default").get_style_defs(".highlight")
+    return write_text(target, _page(name, body, nav, style))
 
 
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
-MODEL_LEVEL = ("delta_svd", "theta_fit")  # notebooks that know no behaviour, adapter or LoRA seed
-ALL_SEEDS = ("v7b_stability",)
-
-
-def runs(out: Path = OUT) -> list[dict]:
+def runs(out: Path) -> list[dict]:
     """One row per notebook run below `out`: model, behavior, adapter, seed, notebook, variant (protocol of a sweep, null
     diff), state, finished, seconds, folder.
 
@@ -191,12 +137,12 @@ def runs(out: Path = OUT) -> list[dict]:
             continue
         failed = notebook.name.endswith(".failed.ipynb")
         name = notebook.name.removesuffix(".failed.ipynb" if failed else ".ipynb")
-        record = store.read_sidecar(notebook)
+        entry, record = notebook_of(name), read_sidecar(notebook)
         about, run = record.get("about", {}), record.get("about", {}).get("run", {})
         parts = [*notebook.parent.relative_to(out).parts, "", "", "", ""]
         at = record.get("made_at", notebook.stat().st_mtime)
-        about_model = name in MODEL_LEVEL
-        seed = "" if about_model else "all" if name in ALL_SEEDS else run.get("seed", parts[3].removeprefix("seed_"))
+        about_model = entry.level == "model"
+        seed = {"model": "", "adapter": "all"}.get(entry.level, run.get("seed", parts[3].removeprefix("seed_")))
         found.append(
             {
                 "model": run.get("model", parts[0]),
@@ -204,7 +150,8 @@ def runs(out: Path = OUT) -> list[dict]:
                 "adapter": "" if about_model else run.get("adapter", parts[2]),
                 "seed": seed,
                 "notebook": name,
-                "variant": "null diff" if "null_diff" in parts else parts[4] if name == "v7_sweep" else "",
+                "title": entry.title or "report",
+                "variant": "null diff" if "null_diff" in parts else notebook.parent.name if "{" in entry.folder else "",
                 "state": "failed" if failed else "done" if about else "unfinished",
                 "finished": time.strftime("%Y-%m-%d %H:%M", time.localtime(at)),
                 "seconds": about.get("seconds", ""),
@@ -215,7 +162,7 @@ def runs(out: Path = OUT) -> list[dict]:
     return found
 
 
-def index(out: Path = OUT) -> Path:
+def index(out: Path) -> Path:
     """Write `out/index.html`: every run found below `out`, with links to its report, notebook and files."""
 
     def link(path: str, text: str) -> str:
@@ -230,7 +177,7 @@ def index(out: Path = OUT) -> Path:
         )
         base = row["folder"]
         links = [
-            link(f"{base}/{row['notebook']}.html", "report") if row["state"] != "failed" else "",
+            link(f"{base}/{row['notebook']}.html", row["title"]) if row["state"] != "failed" else "",
             link(f"{base}/{row['file']}", "notebook"),
             link(f"{base}/params.json", "parameters") if row["state"] != "failed" else "",
             link(base, "files"),
@@ -240,12 +187,13 @@ def index(out: Path = OUT) -> Path:
     body = f"<h1>Runs</h1>\n<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
     if not lines:
         body = "<h1>Runs</h1>\n<p>No run yet: <code>just demo</code> makes the first.</p>"
-    return store.write_text(out / "index.html", PAGE.format(title="Runs", style=STYLE, nav="", body=body))
+    return write_text(out / "index.html", _page("Runs", body))
 
 
-def report(out: Path = OUT) -> Path:
+def report(out: Path | None = None) -> Path:
     """Render every finished notebook below `out` whose rendering is missing, remove leftovers, write the index."""
-    store.sweep(out)
+    out = out or out_folder()
+    sweep(out)
     for row in runs(out):
         notebook = out / row["folder"] / row["file"]
         page = notebook.with_suffix(".html")

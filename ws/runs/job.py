@@ -56,6 +56,7 @@ def follow(parent: int, every_s: float = 0.5, grace_s: float = 15.0) -> None:
 def run(spec: dict) -> Ending:
     """Check what the run needs, then run its notebook. spec: see `ws.runs.engine.spec_of`."""
     from ws.runs.identity import missing_output
+    from ws.runs.notebooks import Place
     from ws.runs.once import run_notebook
 
     for notebook, folder in spec["needs"]:
@@ -68,7 +69,6 @@ def run(spec: dict) -> Ending:
             told.append(heading)
             report({"stage": heading})
 
-    place = {name: Path(spec[name]) for name in ("nbs", "out", "logs")}
     try:
         done = run_notebook(
             spec["notebook"],
@@ -77,7 +77,7 @@ def run(spec: dict) -> Ending:
             force=spec["force"],
             quiet=True,
             on_stage=stage,
-            **place,
+            place=Place(Path(spec["nbs"]), Path(spec["out"])),
         )
     except (ValueError, FileNotFoundError) as error:
         return Ending("failed", error=f"{type(error).__name__}: {error}")

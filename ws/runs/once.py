@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from ws.cache import made as store
-from ws.cache.places import LOGS, OUT, ROOT
-from ws.runs import parameters
+from ws.cache.files import lock, publish, scratch, sweep, write_json
+from ws.cache.keys import Key
+from ws.cache.made import mark_failed, mark_made, sidecar
+from ws.cache.places import CLONE
+from ws.runs import need, parameters
 from ws.runs.execute import execute, terminable
-from ws.runs.identity import outputs, products, run_folder, run_id, run_key, run_state
-from ws.runs.pairing import NBS, check_pair
+from ws.runs.identity import outputs, products, run_key, run_state
+from ws.runs.notebooks import Place, notebook_of, run_id
+from ws.runs.pairing import check_pair
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "polars", "papermill")
 
@@ -50,17 +53,19 @@ class Ask:
     values: dict[str, object]
     folder: Path
 
-    def key(self, out: Path) -> store.Key:
+    def key(self, out: Path) -> Key:
         return run_key(self.name, self.content, self.values, out)
 
 
 def revision() -> str:
-    """The source revision (git), '+' appended when tracked files differ from it; 'unknown' outside a repository."""
+    """The source revision (git), '+' appended when tracked files differ from it; 'unknown' where this is no clone."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *words], cwd=CLONE, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    if CLONE is None:
+        return "unknown"
     try:
         return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
     except FileNotFoundError:
@@ -91,16 +96,16 @@ def prepare(
     params: dict[str, object],
     files: list[Path] | tuple[Path, ...] = (),
     cwd: Path | None = None,
-    nbs: Path = NBS,
-    out: Path = OUT,
+    place: Place | None = None,
 ) -> Ask:
     """A run's complete parameters and its folder; nothing is run. Wrong ones raise ValueError / FileNotFoundError."""
-    path = nbs / f"{name}.ipynb"
+    place = place or Place()
+    path = place.nbs / f"{name}.ipynb"
     content = parameters.read_notebook(path)
     values = parameters.resolve(name, content, params, files, cwd)
     if "OUT_DIR" not in values:
         raise ValueError(f"{name}: the notebook defines no parameter OUT_DIR, so nobody can say where its run goes")
-    folder = run_folder(name, values, out)
+    folder = notebook_of(name).run_folder(values, place.out)
     values["OUT_DIR"] = str(folder)
     return Ask(name, path, content, values, folder)
 
@@ -114,9 +119,7 @@ def run_notebook(
     files: list[Path] | tuple[Path, ...] = (),
     force: bool = False,
     cwd: Path | None = None,
-    nbs: Path = NBS,
-    out: Path = OUT,
-    logs: Path = LOGS,
+    place: Place | None = None,
     quiet: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Run:
@@ -130,63 +133,63 @@ def run_notebook(
     explicit = dict(params or {})
     if out_dir is not None:
         explicit["OUT_DIR"] = str(out_dir)
-    ask = prepare(name, explicit, files, cwd, nbs, out)
+    place = place or Place()
+    ask = prepare(name, explicit, files, cwd, place)
     notebook, values, folder = ask.path, ask.values, ask.folder
-    script = notebook.with_suffix(".py")
+    script, target = notebook.with_suffix(".py"), folder / f"{name}.ipynb"
     newer = script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime
     if newer:
         check_pair(notebook)
 
-    key = ask.key(out)
-    found = run_state(name, folder, key)
+    found = run_state(name, folder, ask.key(place.out))
     if found == "done" and not force:
         if not (folder / f"{name}.html").is_file():
             from ws.runs.html import render
 
-            render(folder / f"{name}.ipynb", folder / f"{name}.html", title=name)
+            render(target, folder / f"{name}.html", title=name)
         return Run(name, folder, found, True, 0.0)
+    need("papermill", "notebooks")
     if not newer:
         check_pair(notebook)
-    target = folder / f"{name}.ipynb"
-    with terminable(), store.lock(folder, name=f".lock.{name}"):
-        key = ask.key(out)
+    with terminable(), lock(folder, name=f".lock.{name}"):
+        key = ask.key(place.out)
         found = run_state(name, folder, key)  # another process may have run it while this one waited
         if found == "done" and not force:
             return Run(name, folder, found, True, 0.0)
-        store.sweep(folder)
-        store.sidecar(target).unlink(missing_ok=True)  # its outputs are about to change
-        run = _execute(ask, found, timeout, logs, quiet, on_stage)
+        sweep(folder)
+        sidecar(target).unlink(missing_ok=True)  # its outputs are about to change
+        run = _execute(ask, found, timeout, place, quiet, on_stage)
         if not run.ok:
-            store.mark_failed(target, key, run.error)
+            mark_failed(target, key, run.error)
             return run
         # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
-        key = replace(key, params=ask.key(out).params)
+        key = replace(key, params=ask.key(place.out).params)
         about = {"notebook": name, "run": asdict(run_id(values)), "seconds": run.seconds}
-        made = {"outputs": outputs(name, folder), "products": products(name, folder, values, out)}
-        store.mark_made(target, key, {**about, **made})
+        made = {"outputs": outputs(name, folder), "products": products(name, folder, values, place.out)}
+        mark_made(target, key, {**about, **made})
     return run
 
 
 def _execute(
-    ask: Ask, found: str, timeout: int | None, logs: Path, quiet: bool, on_stage: Callable[[str], None] | None
+    ask: Ask, found: str, timeout: int | None, place: Place, quiet: bool, on_stage: Callable[[str], None] | None
 ) -> Run:
     """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
     from ws.runs.html import render
 
     name, notebook, values, folder = ask.name, ask.path, ask.values, ask.folder
     target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
-    logs.mkdir(parents=True, exist_ok=True)
+    place.logs.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    log_path = logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
-    with log_path.open("w", encoding="utf-8") as log, store.scratch(target) as temporary:
+    log_path = place.logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
+    with log_path.open("w", encoding="utf-8") as log, scratch(target) as temporary:
         log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
-        error = execute(ask.path, ask.content, values, temporary, timeout, log, quiet, on_stage)
+        error = execute(ask.path, ask.content, values, temporary, place.out, timeout, log, quiet, on_stage)
         seconds = round(time.time() - started, 1)
         log.write(f"\n{error or 'ended well'} after {seconds} s\n")
         if error:
             if not temporary.is_file():  # it died before its first cell
                 temporary.write_bytes(notebook.read_bytes())
-            store.publish(temporary, failed)
+            publish(temporary, failed)
             for old in (target, folder / f"{name}.html"):
                 old.unlink(missing_ok=True)  # they tell of results that this run may have replaced
             return Run(name, folder, found, False, seconds, error)
@@ -195,9 +198,9 @@ def _execute(
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
         about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
         about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
-        store.write_json(folder / "params.json", {**about, "timings": {**timing, "cells": _cell_seconds(temporary)}})
+        write_json(folder / "params.json", {**about, "timings": {**timing, "cells": _cell_seconds(temporary)}})
         failed.unlink(missing_ok=True)
-        store.publish(temporary, target)
+        publish(temporary, target)
     return Run(name, folder, found, True, seconds)
 
 

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 from ws.cache.files import write_text
-from ws.cache.places import ROOT
-from ws.runs import parameters
-
-NBS = ROOT / "nbs"
+from ws.cache.places import notebooks_folder
+from ws.runs import need, parameters
 
 
 def percent_cells(text: str) -> list[tuple[str, str, bool]]:
@@ -36,7 +34,7 @@ def check_pair(notebook: Path) -> None:
     told = [(c["cell_type"], parameters.source_of(c).strip(), parameters.is_tagged(c)) for c in cells]
     if [cell for cell in told if cell[1]] == percent_cells(script.read_text(encoding="utf-8")):
         return
-    import jupytext  # knows every form a cell can take, but takes a second to import
+    jupytext = need("jupytext", "notebooks")  # knows every form a cell can take, but takes a second to import
 
     def known(path: Path) -> list[tuple[str, str, bool]]:
         found = [c for c in jupytext.read(path)["cells"] if c["source"]]
@@ -46,7 +44,7 @@ def check_pair(notebook: Path) -> None:
         raise ValueError(f"{script.name} and {notebook.name} differ: run `just sync`, or undo one of them")
 
 
-def faults(folder: Path = NBS) -> list[str]:
+def faults(folder: Path) -> list[str]:
     """What is wrong with the notebooks of a folder, one line each."""
     found = []
     for name in sorted({p.stem for p in (*folder.glob("*.py"), *folder.glob("*.ipynb"))}):
@@ -78,19 +76,20 @@ def strip(notebook: dict) -> bool:
     return had
 
 
-def main(args: list[str]) -> int:
+def main(args: list[str], folder: Path | None = None) -> int:
     """Exit code 0 when all is well, 1 otherwise."""
+    folder = folder or notebooks_folder()
     if args == ["--strip"]:
-        for path in sorted(NBS.glob("*.ipynb")):
+        for path in sorted(folder.glob("*.ipynb")):
             content = parameters.read_notebook(path)
             if strip(content):
                 write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
                 print(f"{path.name}: outputs taken out")
         return 0
-    found = faults()
+    found = faults(folder)
     for line in found:
         print(line, file=sys.stderr)
-    print(f"notebooks: {len(list(NBS.glob('*.ipynb')))} checked, {len(found)} faults")
+    print(f"notebooks: {len(list(folder.glob('*.ipynb')))} checked, {len(found)} faults")
     return 1 if found else 0
 
 

@@ -11,18 +11,8 @@ import json
 import re
 from pathlib import Path
 
-PATHS = (
-    "W_PATH",
-    "NULL_W_PATH",
-    "RUNS_DIR",
-    "OUT_DIR",
-    "CALIBRATION",
-    "USERS",
-    "POS_ADAPTER",
-    "NEG_ADAPTER",
-    "COMPARE",
-)
-MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
+from ws.cache.places import ASSETS
+from ws.runs.notebooks import MAYBE_PATHS, path_names
 
 
 def read_notebook(path: Path) -> dict:
@@ -98,19 +88,10 @@ def parse(key: str, text: str, default: object) -> object:
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
-        words = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
-        if text.strip().lower() not in words:
+        word = text.strip().lower()
+        if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
             raise ValueError(f"{key}: expects true or false, got {text!r}")
-        return words[text.strip().lower()]
+        return word in ("true", "1", "yes", "on")
     if isinstance(default, int | float):
         kind = type(default)
         try:
@@ -146,7 +127,7 @@ def _parse_list(key: str, text: str, default: list | tuple) -> object:
 def checked(key: str, value: object, default: object) -> object:
     """A typed value (from a parameter file) against the default's type; an int is accepted for a float.
 
-    An empty text means "not given", so that such a parameter takes any single value.
+    An empty text means "not given", so that such a parameter takes any single value; one text stands for a list of it.
 
     Raises ValueError that names the parameter.
     """
@@ -154,6 +135,8 @@ def checked(key: str, value: object, default: object) -> object:
         return value
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         return [checked(key, item, default[0]) for item in value] if default else list(value)
+    if isinstance(default, list) and isinstance(value, str):
+        return checked(key, [value], default)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
@@ -180,16 +163,10 @@ def located(key: str, value: object, folder: Path) -> object:
     if not isinstance(value, str) or not value:
         return value
     path = folder / Path(value).expanduser()
-    if key in PATHS or (key in MAYBE_PATHS and value != "tiny" and path.exists()):
+    shipped = value == "tiny" if key == "MODEL_ID" else (ASSETS / f"{value}.json").is_file()
+    if key in path_names() or (key in MAYBE_PATHS and not shipped and path.exists()):
         return str(path.resolve())
     return value
-
-
-def paths_in(params: dict[str, object], key: str) -> list[Path]:
-    """The absolute paths that a resolved parameter holds; [] where it is no path."""
-    value = params.get(key)
-    texts = value if isinstance(value, list | tuple) else [value]
-    return [Path(text) for text in texts if isinstance(text, str) and Path(text).is_absolute()]
 
 
 def resolve(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import polars as pl
 
-from ws.cache import made as store
-from ws.cache.places import OUT
+from ws.cache.files import atomic_file
+from ws.cache.made import read_sidecar
+from ws.cache.places import out_folder
+from ws.runs.notebooks import TABLE
 from ws.runs.parameters import suggest
 from ws.show.tables import as_text, read_table, sort_nan_last
 
@@ -18,27 +20,31 @@ KEYS = ["model", "behavior", "adapter", "seed", "protocol"]
 SHOWN = [*KEYS, "subspace", "kind", "mean_conc_act", "mean_conc_w_combined", "joint_score", "ill_conditioned"]
 
 
-def collect(out: Path = OUT) -> pl.DataFrame:
+def collect(out: Path) -> pl.DataFrame:
     """The summary rows of every finished sweep below `out`, in the order of KEYS; empty when there is none."""
     parts = []
-    for notebook in sorted(out.glob("*/*/*/seed_*/*/v7_sweep.ipynb")):
+    scored = [
+        (path, e.scores) for e in TABLE.values() if e.scores for path in out.glob(f"*/*/*/seed_*/*/{e.name}.ipynb")
+    ]
+    for notebook, scores in sorted(scored):
         folder = notebook.parent
-        if not store.read_sidecar(notebook) or not (folder / "v7_summary.tsv").is_file():
+        if not read_sidecar(notebook) or not (folder / scores).is_file():
             continue  # it is being run again
         model, behavior, adapter, seed, protocol = folder.relative_to(out).parts
         values = [model, behavior, adapter, int(seed.removeprefix("seed_")), protocol]
         keys = [pl.lit(value).alias(key) for key, value in zip(KEYS, values, strict=True)]
-        table = read_table(folder / "v7_summary.tsv")
+        table = read_table(folder / scores)
         parts.append(table.with_columns(keys).select([*KEYS, *table.columns]))
     if not parts:
         return pl.DataFrame(schema={key: pl.Int32 if key == "seed" else pl.String for key in KEYS})
     return pl.concat(parts, how="diagonal_relaxed").sort(KEYS, maintain_order=True)
 
 
-def write_results(out: Path = OUT) -> Path:
+def write_results(out: Path | None = None) -> Path:
     """Write `out/results.parquet` from all finished sweeps."""
+    out = out or out_folder()
     path = out / "results.parquet"
-    with store.atomic_file(path) as tmp:
+    with atomic_file(path) as tmp:
         collect(out).write_parquet(tmp)
     return path
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ws.cache.places import ROOT
+from ws.cache.places import root
 from ws.runs.job import MARK, Ending
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -39,8 +39,8 @@ def work(spec: dict, batch: str, environment: dict, *needs: dict) -> dict:
             stdout=subprocess.PIPE,
             stderr=noise,
             text=True,
-            cwd=ROOT,
-            env=run_environment(worker.name, environment["threads"], environment["gpus"]),
+            cwd=root(),
+            env=run_environment(worker.name, environment["threads"], environment["gpus"]) | {"WS_OUT": spec["out"]},
             start_new_session=True,  # a Ctrl-C in the driver's terminal is the driver's to handle
         )
         try:

@@ -14,14 +14,8 @@ from tqdm import tqdm
 
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.explanation.rows import layer_targets, lora_layers, per_layer
-from ws.explanation.summary import summarise
+from ws.explanation.explain import explain
 from ws.model.lm import LM
-from ws.subspaces.build import build
-from ws.subspaces.candidate import registered
-from ws.subspaces.captures import capture_steered
-from ws.subspaces.kept import a_side_bases
-from ws.subspaces.materials import CeilingMaterials
 from ws.subspaces.protocol import V7, Protocol, load_protocol
 
 CAPTURE = ("eval_split", "chat_probes", "persona_pairs", "raw_last", "fold_gain")
@@ -56,34 +50,20 @@ def variants() -> dict[str, Protocol]:
 
 
 def joint_scores(
-    lm: LM, behavior: Behavior, diffs: dict[int, WeightDiff], protocol: Protocol, cache: Path
+    lm: LM, behavior: Behavior, diffs: dict[int, WeightDiff], protocol: Protocol, cache: Path | None = None
 ) -> pl.DataFrame:
     """R_act, R_w and joint score of every candidate and seed under one protocol: columns seed, subspace, ..."""
-    candidates = registered(protocol.sources)
-    a_side, _ = a_side_bases(lm, behavior, protocol, candidates, cache=cache)
-    rows = []
-    for seed, w in diffs.items():
-        b_side = CeilingMaterials(
-            lm.decoder, w, capture_steered(lm, behavior, w, protocol), fold_gain=protocol.fold_gain
+    columns = {"mean_conc_act": "R_act", "mean_conc_w_combined": "R_w", "joint_score": "joint_score"}
+    return pl.concat(
+        explain(lm, w, behavior, protocol=protocol, cache=cache, progress=False).plain_summary.select(
+            pl.lit(seed).alias("seed"), "subspace", "kind", *(pl.col(old).alias(new) for old, new in columns.items())
         )
-        bases = a_side | build(b_side, [c for c in candidates if c.kind == "ceiling"], progress=False)
-        targets = layer_targets(b_side, bases["layer_clean_resid_pca"])
-        summary = summarise(per_layer(candidates, bases, targets), lora_layers(w, lm.decoder.n_layers))
-        rows.append(
-            summary.select(
-                pl.lit(seed).alias("seed"),
-                "subspace",
-                "kind",
-                pl.col("mean_conc_act").alias("R_act"),
-                pl.col("mean_conc_w_combined").alias("R_w"),
-                "joint_score",
-            )
-        )
-    return pl.concat(rows)
+        for seed, w in diffs.items()
+    )
 
 
 def capture_corrections(
-    lm: LM, behavior: Behavior, diffs: dict[int, WeightDiff], cache: Path
+    lm: LM, behavior: Behavior, diffs: dict[int, WeightDiff], cache: Path | None = None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Every variant on the same seeds: a summary row per variant, and the scores behind it.
 

@@ -9,7 +9,6 @@ asks how much of B's signal A holds: a low-rank signal filled up with noise dire
 A-side bases do not depend on the seed at all, which is asserted. (docs/method.md section 7)
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -19,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ws.explanation.result import Explanation
+from ws.explanation.rows import bases_hash
 from ws.subspaces.algebra import Basis, overlap
 
 UNSTABLE = 0.5  # energy-weighted overlap below which a candidate cannot win
@@ -142,15 +143,6 @@ def a_side_stability(table: pl.DataFrame, threshold: float = UNSTABLE) -> pl.Dat
     )
 
 
-def basis_hash(bases: Sequence[Basis]) -> str:
-    """SHA-256 over the bytes and shapes of one candidate's bases."""
-    digest = hashlib.sha256()
-    for basis in bases:
-        digest.update(repr(tuple(basis.B.shape)).encode())
-        digest.update(basis.B.contiguous().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) -> tuple[bool, float]:
     """Assert that an A-side candidate has the same bases for every seed: equal hashes, else overlap >= 1 - 1e-6.
 
@@ -158,7 +150,7 @@ def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) ->
     where rank or subspace differ.
     """
     first, *others = by_seed
-    hashes = {seed: basis_hash(bases) for seed, bases in by_seed.items()}
+    hashes = {seed: bases_hash(bases) for seed, bases in by_seed.items()}
     if len(set(hashes.values())) == 1:
         return True, 1.0
     smallest = 1.0
@@ -181,3 +173,29 @@ def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) ->
                 )
             smallest = min(smallest, value)
     return False, smallest
+
+
+def same_bases(found: Mapping[int, Explanation]) -> str:
+    """Assert that every seed's sweep used the same A-side bases, and say so.
+
+    Equal hashes pass at once; otherwise the sketches `B^T S` are compared, whose row spaces agree exactly where the bases
+    do (overlap >= 1 - 1e-6). A basis that its data do not determine (`ill_conditioned`) is named instead. Raises
+    ValueError naming candidate, seed and layer where others differ.
+    """
+    records = {seed: run.bases for seed, run in found.items()}
+    first = next(iter(found.values()))
+    differ = [name for name in first.bases if len({r.get(name) for r in records.values()}) > 1]
+    if not differ:
+        return f"All {len(found)} seeds used the same A-side bases."
+    doubtful = set(first.per_layer.filter("ill_conditioned")["subspace"])
+    sure = [name for name in differ if name not in doubtful]
+    spans = {name: {s: _spans(run.tensors[f"sketch/{name}"]) for s, run in found.items()} for name in sure}
+    least = min([assert_same_bases(rows, name)[1] for name, rows in spans.items()], default=1.0)
+    text = f"The A-side bases of {len(found)} seeds differ in bytes but not in span: least overlap {least:.9f}."
+    odd = ", ".join(name for name in differ if name in doubtful)
+    return text + (f" Not determined by their data and so not compared: {odd}." if odd else "")
+
+
+def _spans(sketch: Float[Tensor, "L r m"]) -> list[Basis]:
+    rows = [C[C.abs().sum(dim=1) > 0] for C in sketch.double()]
+    return [Basis(torch.linalg.qr(C.T).Q.float() if len(C) else torch.zeros(C.shape[1], 0)) for C in rows]

@@ -188,12 +188,6 @@ def sign_agreement(logs: Float[np.ndarray, "S C"]) -> Float[np.ndarray, " C"]:
     return np.where(np.isnan(logs).any(axis=0), np.nan, np.maximum(above, below) / len(logs))
 
 
-def sign_agreement_chance(S: int) -> float:
-    """Expected `sign_agreement` of S independent fair signs: `E max(X, S - X) / S`, X ~ Binomial(S, 1/2)."""
-    k = np.arange(S + 1)
-    return float((stats.binom.pmf(k, S, 0.5) * np.maximum(k, S - k)).sum() / S)
-
-
 def summary_table(scores: SeedScores, seed: int, boot: int = BOOT, level: float = 0.95) -> pl.DataFrame:
     """`v7b_summary`: one row per candidate, highest mean log joint first, undefined last.
 

@@ -1,24 +1,19 @@
-"""The runs of several LoRA seeds, read back as the arrays that statistics over seeds start from.
+"""The sweeps of several LoRA seeds as the arrays that statistics over seeds start from.
 
-A run's folder holds `v7_per_layer.csv` and `scores.safetensors` (`ws.show.notebook.save_scores`). The LoRA layers are those at
-which every seed's w has both residual writers. (docs/method.md section 7)
+The LoRA layers are those at which every seed's w has both residual writers. (docs/method.md section 7)
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from safetensors import safe_open
-from torch import Tensor
 
-from ws.show.tables import read_table
+from ws.explanation.result import Explanation
 from ws.stability.scores import SeedScores, make_scores
 from ws.stability.significance import GramFactor, combined_factor
 from ws.subspaces.algebra import Basis
-from ws.subspaces.candidate import get
 
 
 @dataclass(frozen=True)
@@ -42,67 +37,60 @@ def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
     return {seed: runs / f"seed_{seed}" for seed in seeds}
 
 
-def load_seeds(folders: Mapping[int, Path]) -> SeedRuns:
-    """Read the sweep of each seed. folders: seed -> run folder.
+def load_seeds(found: Mapping[int, Explanation]) -> SeedRuns:
+    """The sweeps of several seeds as arrays.
 
-    Raises FileNotFoundError naming a run that is not there, ValueError where the runs do not fit together (other
-    candidates, other layers, other EVAL probes) or where no layer of w has both residual writers.
+    Raises ValueError where the runs do not fit together (other candidates, another model, other EVAL probes) or where no
+    layer of w has both residual writers.
     """
-    if not folders:
+    if not found:
         raise ValueError("no seeds to compare")
-    tables, topics, factors, oracles, first = {}, {}, {}, {"act": {}, "weight": {}}, None
-    for seed, folder in folders.items():
-        path = folder / "scores.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"seed {seed}: {path} is missing; run the v7_sweep of that seed first")
-        tables[seed] = read_table(folder / "v7_per_layer.csv")
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            first = first or (seed, about)
-            if about["candidates"] != first[1]["candidates"] or about["d"] != first[1]["d"]:
-                raise ValueError(f"seeds {first[0]} and {seed} were swept with other candidates or another model")
-            topics[seed] = file.get_tensor("act_topics").numpy()
-            n_layers = topics[seed].shape[1]
-            factors[seed] = {l: _factors(file, l) for l in range(n_layers)}
-            for side in oracles:
-                oracles[side][f"seed {seed}"] = {l: file.get_tensor(f"{side}_oracle/{l}") for l in range(n_layers)}
-    shapes = {seed: t.shape for seed, t in topics.items()}
+    first = next(iter(found))
+    names = [c["name"] for c in found[first].candidates]
+    d = found[first].setting["d"]
+    for seed, run in found.items():
+        if [c["name"] for c in run.candidates] != names or run.setting["d"] != d:
+            raise ValueError(f"seeds {first} and {seed} were swept with other candidates or another model")
+    shapes = {seed: run.tensors["act_topics"].shape for seed, run in found.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"runs differ in layers or EVAL probes: {shapes}")
-    layers = [l for l in range(n_layers) if all(len(factors[seed][l]) == 2 for seed in folders)]
+    factors = {
+        seed: [[run.tensors[n] for n in _writers(l) if n in run.tensors] for l in range(shapes[first][1])]
+        for seed, run in found.items()
+    }
+    layers = [l for l in range(shapes[first][1]) if all(len(factors[seed][l]) == 2 for seed in found)]
     if not layers:
         raise ValueError("no layer of w has both residual writers (o_proj and down_proj) in every seed")
-    names = about["candidates"]
-    candidates = [get(name) for name in names]
-    grid = {seed: _grid(table, names, layers) for seed, table in tables.items()}
-    some = grid[first[0]]
+    grid = {seed: _grid(run.per_layer, names, layers) for seed, run in found.items()}
+    some = grid[first]
     scores = make_scores(
         names,
-        list(folders),
-        np.stack([t[:, layers] for t in topics.values()]),
+        list(found),
+        np.stack([run.tensors["act_topics"].numpy()[:, layers] for run in found.values()]),
         np.stack([g["conc_w_combined"] for g in grid.values()]),
         some["rank"],
-        about["d"],
+        d,
         layers,
-        [c.kind for c in candidates],
-        [c.axis_kind for c in candidates],
+        [c["kind"] for c in found[first].candidates],
+        [c["axis_kind"] for c in found[first].candidates],
         some["conc_act_null"].mean(axis=1) if "conc_act_null" in some else None,
         some["conc_w_combined_null"].mean(axis=1) if "conc_w_combined_null" in some else None,
     )
     return SeedRuns(
         scores,
-        [[combined_factor(factors[seed][l], f"seed {seed}, layer {l}") for l in layers] for seed in folders],
+        [[combined_factor(factors[seed][l], f"seed {seed}, layer {l}") for l in layers] for seed in found],
         {
-            side: {seed: [Basis(rows[l].float()) for l in layers] for seed, rows in by_seed.items()}
-            for side, by_seed in oracles.items()
+            side: {
+                f"seed {s}": [Basis(r.tensors[f"{side}_oracle/{l}"].float()) for l in layers] for s, r in found.items()
+            }
+            for side in ("act", "weight")
         },
-        np.array([c.shared for c in candidates]),
+        np.array([c["shared"] for c in found[first].candidates]),
     )
 
 
-def _factors(file, l: int) -> list[Tensor]:
-    names = [f"weight_factor/{l}/{t}" for t in ("oproj", "downproj")]
-    return [file.get_tensor(name) for name in names if name in file.keys()]  # noqa: SIM118  (not a mapping)
+def _writers(l: int) -> list[str]:
+    return [f"weight_factor/{l}/{t}" for t in ("oproj", "downproj")]
 
 
 def _grid(table: pl.DataFrame, names: list[str], layers: list[int]) -> dict[str, np.ndarray]:
@@ -114,12 +102,11 @@ def _grid(table: pl.DataFrame, names: list[str], layers: list[int]) -> dict[str,
     return {c: part[c].cast(pl.Float64).to_numpy().reshape(len(names), len(layers)) for c in columns}
 
 
-def doubts(folders: Mapping[int, Path], layers: Sequence[int]) -> pl.DataFrame:
+def doubts(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl.DataFrame:
     """Per candidate, over seeds and LoRA layers: min_gap, and ill_conditioned where any basis is. (section 7)"""
-    part = pl.concat(
-        read_table(folder / "v7_per_layer.csv").select("layer", "subspace", "gap", "ill_conditioned")
-        for folder in folders.values()
-    ).filter(pl.col("layer").is_in(layers))
-    return part.group_by(pl.col("subspace").alias("candidate"), maintain_order=True).agg(
-        pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any()
+    part = pl.concat(run.per_layer.select("layer", "subspace", "gap", "ill_conditioned") for run in found.values())
+    return (
+        part.filter(pl.col("layer").is_in(layers))
+        .group_by(pl.col("subspace").alias("candidate"), maintain_order=True)
+        .agg(pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any())
     )

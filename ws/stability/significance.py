@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Float
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from ws.stability.scores import SeedScores
@@ -34,23 +35,8 @@ class GramFactor:
     rest: float
 
 
-def left_factor(M: Float[Tensor, "d m"] | tuple[Float[Tensor, "d q"], Float[Tensor, "q m"]]) -> Float[Tensor, "d k"]:
-    """A thin F with `F F^T = M M^T`, float64; M is a dense matrix, or factors (B, A) of `M = B A`, not multiplied out.
-
-    `(B A)(B A)^T = (B R^T)(B R^T)^T` with `A^T = Q R`.
-    """
-    if isinstance(M, tuple):
-        B, A = M
-        return B.double() @ torch.linalg.qr(A.double().T).R.T
-    if M.shape[1] <= M.shape[0]:
-        return M.double()
-    values, vectors = torch.linalg.eigh(M.double() @ M.double().T)
-    keep = values > 1e-14 * values[-1]
-    return vectors[:, keep] * values[keep].sqrt()
-
-
 def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: float = TAIL) -> GramFactor:
-    """Factor of `[w_o / |w_o| | w_down / |w_down|]`, from each tensor's `left_factor`.
+    """Factor of `[w_o / |w_o| | w_down / |w_down|]`, from each tensor's left factor.
 
     Small singular values are replaced by their mean effect (`rest`) as long as that changes the null's variance, which
     section 6 gives as proportional to `d tr(G^2) - 1` at tr G = 1, by at most the share `tail`; its mean stays 1.
@@ -129,13 +115,9 @@ def monte_carlo_p(observed: float, null: Float[np.ndarray, " N"]) -> float:
 def benjamini_hochberg(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     """Adjusted p-values: `q_(i) = min_{j >= i} m p_(j) / j`, capped at 1; NaN entries are no tests and stay NaN."""
     q = np.full(p.shape, np.nan)
-    tested = np.flatnonzero(~np.isnan(p))
-    m = len(tested)
-    if m == 0:
-        return q
-    order = tested[np.argsort(p[tested], kind="stable")]
-    raised = p[order] * m / np.arange(1, m + 1)
-    q[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    tested = ~np.isnan(p)
+    if tested.any():
+        q[tested] = false_discovery_control(p[tested])
     return q
 
 

@@ -100,6 +100,14 @@ def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
     """Answers at each steering strength: one row per alpha, claim set and claim.
 
     Columns: alpha, set, claim, logratio (nats), pmass. The model is the same before and after.
+
+    Example:
+        >>> import ws
+        >>> lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
+        >>> table = ws.alpha_sweep(lm, b, ws.load_diff("tiny"), [-1.0, 1.0], progress=False)
+        >>> means = table.filter(set="false").group_by("alpha", maintain_order=True).mean()["logratio"]
+        >>> means[1] > means[0] + 1
+        True
     """
     sets = claim_sets(behavior)
     rows = []

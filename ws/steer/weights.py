@@ -42,6 +42,17 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
     module type that cannot be steered. Works on a model that peft has wrapped (the diff acts on the base weights; the
     copies of `modules_to_save` are steered too) and on one spread over devices. A diff of a tied weight acts on both of
     its uses. (docs/method.md section 2)
+
+    Example:
+        >>> import torch, ws
+        >>> lm, name = ws.load_lm("tiny"), "model.layers.3.mlp.down_proj.weight"
+        >>> W = lm.model.get_parameter(name)
+        >>> before, w = W.clone(), ws.WeightDiff({name: torch.ones(W.shape)})
+        >>> with ws.weight_steer(lm.model, w, 0.5):
+        ...     print(round(float((W - before).mean()), 4))
+        0.5
+        >>> torch.equal(W, before)
+        True
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, expected a finite number")
@@ -60,6 +71,11 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
     finally:
         for step in reversed(undo):
             step.exit()
+
+
+def check_fits(model: nn.Module, w: WeightDiff) -> None:
+    """ValueError naming the first parameter of w that the model lacks, has in another shape or cannot be steered at."""
+    _resolve(model, w)
 
 
 def _plain_name(name: str) -> str:

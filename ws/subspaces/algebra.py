@@ -5,6 +5,7 @@ float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvector
 subspace, cheaper), and only the leading eigenpairs are computed. (docs/method.md section 4)
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,11 @@ class Basis:
     `(s_r - s_{r+1}) / s_r` at the cut, NaN where nothing was cut. ill_conditioned: the data do not determine the
     subspace (beyond their rank, or the perturbation bound `eps s_1 / (s_r - s_{r+1})` exceeds 0.01 rad). note: why a
     basis is empty or arbitrary.
+
+    Example:
+        >>> import torch, ws
+        >>> ws.Basis(torch.eye(6)[:, :2]).rank
+        2
     """
 
     B: Float[Tensor, "d r"]
@@ -110,7 +116,14 @@ def bottom_gram_basis(G: Float[Tensor, "d d"], k: int) -> Basis:
 
 
 def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
-    """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal."""
+    """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal.
+
+    Example:
+        >>> import torch, ws
+        >>> basis = ws.left_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+        >>> basis.s.tolist(), round(basis.gap, 2)
+        ([3.0, 2.0], 0.5)
+    """
     M = M.double()
     d, m = M.shape
     k = min(k, d, m)
@@ -130,15 +143,15 @@ def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
     return _basis(U, s, k)
 
 
-def right_svd(M: Float[Tensor, "m d"], k: int) -> Basis:
-    """Top `min(k, d, m)` right singular vectors."""
-    return left_svd(M.T, k)
-
-
 def pca(X: Float[Tensor, "n d"], k: int) -> Basis:
     """Top `min(k, n, d)` principal directions of the rows (centred); empty for one row or none.
 
     Past the rank of the centred samples the directions are arbitrary but orthonormal, and `note` says so.
+
+    Example:
+        >>> import torch, ws
+        >>> ws.pca(torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]]), 1).B.abs().flatten().tolist()
+        [0.0, 1.0]
     """
     n, d = X.shape
     if n <= 1:
@@ -271,6 +284,24 @@ def overlap(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
     if A.shape[1] == 0 or B.shape[1] == 0:
         return float("nan")
     return float((A.double().T @ B.double()).square().sum() / min(A.shape[1], B.shape[1]))
+
+
+def as_basis(value: object, d: int, label: str) -> Basis:
+    """A checked basis from what a candidate returned: a `Basis`, or a `(d, r)` tensor, which is made orthonormal if it
+    is not (with a warning). ValueError naming `label` for another type or size, or entries that are not finite."""
+    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == d and torch.isfinite(value).all():
+        B = value.detach().float().cpu()
+        if B.shape[1] and float((B.T @ B - torch.eye(B.shape[1])).abs().max()) > 1e-3:
+            warnings.warn(f"{label}: columns are not orthonormal; their span is used", stacklevel=2)
+            B = orthonormalize(B)
+        value = Basis(B, note="" if B.shape[1] else "empty")
+    if isinstance(value, Tensor):
+        finite = "" if torch.isfinite(value).all() else ", with entries that are not finite"
+        raise ValueError(f"{label}: a (d, r) tensor with d = {d} is needed, this is {tuple(value.shape)}{finite}")
+    if not isinstance(value, Basis):
+        raise ValueError(f"{label}: a Basis or a (d, r) tensor is needed, this is a {type(value).__name__}")
+    check_basis(value, d, label)
+    return value
 
 
 def check_basis(basis: Basis, d: int, label: str) -> None:

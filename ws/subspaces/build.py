@@ -1,45 +1,55 @@
-"""The candidate subspaces: one registry, filled by importing the four modules that define them."""
+"""Candidates by protocol, and their bases built layer by layer."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from ws.subspaces import ceilings, compound, from_activations, from_weights  # noqa: F401  (importing registers)
-from ws.subspaces.algebra import Basis, check_basis
-from ws.subspaces.candidate import Candidate, get, registered
-from ws.subspaces.materials import CeilingMaterials, Materials
+from ws.subspaces.algebra import Basis
+from ws.subspaces.candidate import Candidate, registered
+from ws.subspaces.materials import Materials
+from ws.subspaces.protocol import Protocol, load_protocol
+from ws.subspaces.steered import CeilingMaterials
 
-__all__ = ["Candidate", "CeilingMaterials", "Materials", "build", "get", "registered"]
+MODULES = (
+    "from_weights",
+    "from_activations",
+    "compound",
+    "ceilings",
+)  # their order is that of docs/method.md section 5
+
+
+def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
+    """The candidate subspaces that take part in a protocol, ceilings last, in the order of docs/method.md section 5.
+
+    ValueError for an unknown protocol.
+
+    Example:
+        >>> import ws
+        >>> len(ws.subspaces.build("v7")), ws.subspaces.build("v7")[0].name
+        (44, 'lm_head_read')
+    """
+    modules = [importlib.import_module(f"ws.subspaces.{name}").__name__ for name in MODULES]
+    protocol = load_protocol(protocol) if isinstance(protocol, str) else protocol
+    ours = [c for c in registered(protocol.sources) if c.build.__module__ in modules]
+    others = [c for c in registered(protocol.sources) if c.build.__module__ not in modules and c.source != "own"]
+    return sorted(ours, key=lambda c: modules.index(c.build.__module__)) + others
 
 
 def build(
-    materials: Materials | CeilingMaterials, candidates: list[Candidate], progress: bool = True
+    materials: Materials | CeilingMaterials, chosen: Sequence[Candidate], progress: bool = True
 ) -> dict[str, list[Basis]]:
-    """Bases of the candidates by name, one per layer, each checked as it is made (`ws.subspaces.algebra.check_basis`).
+    """Bases of the candidates by name, one per layer, each checked as it is made.
 
     Layers are the outer loop, so that a layer's weights and Grams are read once. Raises ValueError naming candidate and
     layer when a basis is malformed.
     """
-    bases: dict[str, list[Basis]] = {c.name: [] for c in candidates}
-    for name, l, basis in _built(materials, candidates, progress):
-        check_basis(basis, materials.d, f"{name} at layer {l}")
-        bases[name].append(basis)
-    return bases
-
-
-def _built(materials, candidates: list[Candidate], progress: bool) -> Iterator[tuple[str, int, Basis]]:
-    shared = {
-        c.name: c.build(materials)
-        for c in tqdm([c for c in candidates if c.shared], "shared bases", disable=not progress)
-    }
+    bases: dict[str, list[Basis]] = {c.name: [] for c in chosen}
+    if not chosen:
+        return bases
     for l in tqdm(range(materials.n_layers), "bases by layer", disable=not progress):
-        for c in candidates:
-            yield (
-                c.name,
-                l,
-                shared[c.name]
-                if c.shared
-                else materials.of(c.name, l)
-                if isinstance(materials, Materials)
-                else c.build(materials, l),
-            )
+        for c in chosen:
+            bases[c.name].append(materials.build(c, l))
+        if isinstance(materials, Materials):
+            materials.forget(l)
+    return bases

@@ -1,36 +1,37 @@
-"""The one list of candidate subspaces. A candidate's name, family, source and definition stand at its function.
+"""What a candidate subspace is: a function, and a decorator that holds what is known of it.
 
-A function takes the `Materials` (and the layer, unless it is `shared` by all layers) and returns a `Basis`. Its
-docstring is the definition that the reports print. Only ceilings are given the weight diff.
+A function takes the `Materials` (and the layer, unless it is `shared` by all layers) and returns a `Basis` or a `(d, r)`
+tensor. Its docstring is the definition that the reports print. Registering a name again replaces it, so that a cell can
+be run twice. Only ceilings are given the weight diff. (docs/method.md section 5)
 """
 
+import difflib
+import hashlib
+import importlib.util
 import inspect
-from collections.abc import Callable
+import linecache
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 READ = ("W:read", "W:unembed")
 WRITE = ("W:write", "W:write-not-read", "W:OV", "W:MLP")
-
-MODULES = (
-    "from_weights",
-    "from_activations",
-    "compound",
-    "ceilings",
-)  # their order is that of docs/method.md section 5
+SEES = ("weights", "prompts", "pairs", "w")
 
 _REGISTRY: dict[str, "Candidate"] = {}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """name, family and source as in docs/method.md section 5; shared: one basis for all layers; prompts: the basis
-    depends on the FIT probes; build: its function."""
+    """name, family and source as in docs/method.md section 5; shared: one basis for all layers; sees: what the basis
+    depends on besides the widths, of `weights`, `prompts`, `pairs` (and `w`, for ceilings); build: its function."""
 
     name: str
     family: str
     source: str
     shared: bool
-    prompts: bool
+    sees: tuple[str, ...]
     build: Callable
 
     @property
@@ -47,41 +48,134 @@ class Candidate:
 
     @property
     def definition(self) -> str:
-        return " ".join(inspect.getdoc(self.build).split())
+        return " ".join((inspect.getdoc(self.build) or "").split())
+
+    @property
+    def about(self) -> dict:
+        """What the tables and files of a run say of it."""
+        own = {f: getattr(self, f) for f in ("name", "family", "axis_kind", "source", "kind", "shared", "definition")}
+        return own | {"sees": list(self.sees)}
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a candidate of one's own; None for those of this package and of notebook cells."""
+        path = Path(getattr(getattr(self.build, "__code__", None), "co_filename", ""))
+        return path if path.suffix == ".py" and path.is_file() and not _shipped(self.build) else None
 
 
-def candidate(name: str, family: str, source: str, shared: bool = False, prompts: bool = False):
-    """Register the decorated function as a candidate; families `act:*` depend on the prompts in any case.
+def candidate(
+    *,
+    family: str,
+    name: str | None = None,
+    sees: Sequence[str] = ("weights",),
+    shared: bool = False,
+    source: str = "own",
+) -> Callable[[Callable], Callable]:
+    """Make the decorated function a candidate subspace; the function itself is returned unchanged.
 
-    A second candidate of the same name, or one without a docstring, is a ValueError.
+    family: decides on which side it is ranked (`W:write...`, `W:OV`, `W:MLP` write; `W:read`, `W:unembed` read; all
+    else mixed). name: default the function's. sees: what it may look at, of `weights` (the base model's), `prompts`
+    (activations on the FIT probes, `m.base`) and `pairs`; its bases are made anew when that changes, its function does, or
+    what the function calls. shared: one basis for all layers, `f(m)` instead of `f(m, l)`. source: the group it belongs to.
+    Registering a name again replaces it. Raises ValueError for a missing docstring, an unknown `sees`, the name of a
+    shipped candidate. (docs/method.md section 5)
+
+    Example:
+        >>> import ws
+        >>> @ws.candidate(family="act:persona", sees=("prompts",))
+        ... def mine(m, l):
+        ...     "Persona contrast plus clean states."
+        ...     return ws.pca(m.base.pos.resid[l] + m.base.clean.resid[l], m.k)
+        >>> mine.candidate.axis_kind
+        'mixed'
     """
 
     def register(function: Callable) -> Callable:
-        if name in _REGISTRY:
-            raise ValueError(f"candidate {name} is registered twice")
-        if not inspect.getdoc(function):
-            raise ValueError(f"candidate {name} has no definition (docstring)")
-        _REGISTRY[name] = Candidate(name, family, source, shared, prompts or family.startswith("act:"), function)
+        entry = Candidate(name or function.__name__, family, source, shared, tuple(sees), function)
+        _check(entry)
+        _REGISTRY[entry.name] = entry
+        function.candidate = entry
         return function
 
     return register
 
 
+def _check(entry: Candidate) -> None:
+    if not entry.definition:
+        raise ValueError(f"candidate {entry.name} has no definition (docstring)")
+    unknown = [s for s in entry.sees if s not in SEES]
+    if unknown:
+        raise ValueError(f"candidate {entry.name}: sees {unknown[0]!r} is unknown; known are {', '.join(SEES[:3])}")
+    if _shipped(entry.build):
+        return
+    if "w" in entry.sees or entry.family == "ceiling":
+        raise ValueError(f"candidate {entry.name}: only the shipped ceilings see w")
+    known = _REGISTRY.get(entry.name)
+    if known is not None and _shipped(known.build):
+        raise ValueError(f"candidate {entry.name}: a shipped candidate has this name; choose another")
+
+
+def _shipped(function: Callable) -> bool:
+    return (getattr(function, "__module__", "") or "").split(".")[0] == __name__.split(".")[0]
+
+
+def as_candidate(thing: object) -> Candidate:
+    """A candidate from itself, its name, a decorated function, or any callable `f(m, l)` (or `f(m)`: shared).
+
+    A plain callable may see weights and prompts. Raises ValueError for an unknown name or what cannot be called.
+    """
+    if isinstance(thing, Candidate):
+        return thing
+    if isinstance(thing, str):
+        return get(thing)
+    if isinstance(getattr(thing, "candidate", None), Candidate):
+        return thing.candidate
+    if not callable(thing):
+        raise ValueError(f"{thing!r} is no candidate: give a function f(m, l), or bases as {{name: {{layer: tensor}}}}")
+    name = getattr(thing, "__name__", type(thing).__name__)
+    shared = len(inspect.signature(thing).parameters) == 1
+    return Candidate(name, "own", "own", shared, ("weights", "prompts"), thing)
+
+
+def load_candidates(files: str | Path | Sequence[str | Path]) -> list[Candidate]:
+    """The candidates that files of one's own define, in their order; [] for no file.
+
+    Raises FileNotFoundError / ValueError naming the file: absent, not Python, without a decorated function.
+    """
+    found = []
+    for file in [files] if isinstance(files, str | Path) else files:
+        if not str(file):
+            continue
+        path = Path(file).expanduser().resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"CANDIDATES: {path}: no such file")
+        content = hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
+        spec = importlib.util.spec_from_file_location(f"candidates_{path.stem}_{content}", path)
+        if spec is None:
+            raise ValueError(f"CANDIDATES: {path}: not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # the key of a function looks its names up there
+        linecache.checkcache(str(path))
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"CANDIDATES: {path}: {type(error).__name__}: {error}") from error
+        mine = [v.candidate for v in vars(module).values() if isinstance(getattr(v, "candidate", None), Candidate)]
+        mine = [c for c in mine if c.build.__module__ == spec.name]
+        if not mine:
+            raise ValueError(f"CANDIDATES: {path}: holds no function decorated with @ws.candidate(...)")
+        found += mine
+    return found
+
+
 def registered(sources: tuple[str, ...] | None = None) -> list[Candidate]:
-    """All candidates, or those of the given sources, in the order of the method: by module, then by definition."""
-
-    def place(c: Candidate) -> int:
-        module = c.build.__module__.rpartition(".")[2]
-        return MODULES.index(module) if module in MODULES else len(MODULES)
-
-    return sorted((c for c in _REGISTRY.values() if sources is None or c.source in sources), key=place)
+    """What is registered, all of it or the given sources, in the order of registration."""
+    return [c for c in _REGISTRY.values() if sources is None or c.source in sources]
 
 
 def get(name: str) -> Candidate:
     """One candidate by name; ValueError with the nearest names otherwise."""
     if name not in _REGISTRY:
-        import difflib
-
         near = difflib.get_close_matches(name, _REGISTRY, n=3)
         raise ValueError(f"no candidate {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     return _REGISTRY[name]

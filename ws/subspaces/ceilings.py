@@ -7,16 +7,16 @@ import torch
 
 from ws.subspaces.algebra import Basis, empty, left_svd, pca, uncentred
 from ws.subspaces.candidate import candidate
-from ws.subspaces.materials import CeilingMaterials
+from ws.subspaces.steered import CeilingMaterials
 
 
-@candidate("TaskDiff_lora_ceiling", "ceiling", "B-side")
+@candidate(name="TaskDiff_lora_ceiling", family="ceiling", source="B-side", sees=("w",))
 def task_diff_lora(m: CeilingMaterials, l: int) -> Basis:
     """PCA of H(w, +1) - H(w, -1) on the FIT probes."""
     return pca(m.steered.fit[l], m.k)
 
 
-@candidate("dW_left_basis_ceiling", "ceiling", "B-side")
+@candidate(name="dW_left_basis_ceiling", family="ceiling", source="B-side", sees=("w",))
 def dw_left_basis(m: CeilingMaterials, l: int) -> Basis:
     """Top 8 left singular vectors of [w_o|w_down], side by side as they are; empty where w has neither."""
     factors = [F for F in (m.left_factor(l, "o"), m.left_factor(l, "down")) if F is not None]
@@ -25,7 +25,7 @@ def dw_left_basis(m: CeilingMaterials, l: int) -> Basis:
     return left_svd(torch.cat(factors, dim=1), m.k)
 
 
-@candidate("TaskDiff_lora_uncentred_ceiling", "ceiling", "v7b")
+@candidate(name="TaskDiff_lora_uncentred_ceiling", family="ceiling", source="v7b", sees=("w",))
 def task_diff_lora_uncentred(m: CeilingMaterials, l: int) -> Basis:
     """Top 8 directions of the row-normalised H(w, +1) - H(w, -1) on the FIT probes, not centred.
 

@@ -8,20 +8,22 @@ from ws.subspaces.algebra import Basis, bisector, random_basis, union
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
+PROMPTS = ("weights", "prompts")
 
-@candidate("qk_x_chars_clusters", "compound", "external-v6-plan", prompts=True)
+
+@candidate(family="compound", source="external-v6-plan", sees=PROMPTS)
 def qk_x_chars_clusters(m: Materials, l: int) -> Basis:
     """Bisector of qk_circuit and chars_clusters."""
     return bisector(m.of("qk_circuit", l), m.of("chars_clusters", l), m.k)
 
 
-@candidate("WNR_union_TaskDiff", "compound", "v5", prompts=True)
+@candidate(name="WNR_union_TaskDiff", family="compound", source="v5", sees=PROMPTS)
 def wnr_union_task_diff(m: Materials, l: int) -> Basis:
     """Union of write_not_downstream_read and TaskDiff_contrast (rank up to 16)."""
     return union(m.of("write_not_downstream_read", l), m.of("TaskDiff_contrast", l))
 
 
-@candidate("random_orthogonal", "control", "v7b")
+@candidate(family="control", source="v7b")
 def random_orthogonal(m: Materials, l: int) -> Basis:
     """A uniformly random subspace of rank 8, drawn with a seed that depends on the layer alone: expected score 1."""
     seed = zlib.crc32(f"random_orthogonal/{l}".encode())

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
 from ws.subspaces.candidate import candidate
-from ws.subspaces.captures import TextActs
 from ws.subspaces.materials import Materials
+from ws.subspaces.reading import TextActs
 
 CLUSTERS = 8
 LLOYD_STEPS = 8
 ROTATION_DIM = 32
 TINY = 1e-12
+PROMPTS = ("weights", "prompts")
 
 
 def _growth(m: Materials) -> Tensor:
@@ -24,7 +25,7 @@ def _growth(m: Materials) -> Tensor:
     return size[1:] - size[:-1]
 
 
-@candidate("suppressed", "act:clean", "v5", shared=True)
+@candidate(family="act:clean", source="v5", sees=PROMPTS, shared=True)
 def suppressed(m: Materials) -> Basis:
     """PCA over clean probes of min(sum_l relu(D), sum_l relu(-D)), D the growth of |h| from layer to layer: what is
     written and then erased."""
@@ -32,32 +33,32 @@ def suppressed(m: Materials) -> Basis:
     return pca(torch.minimum(D.relu().sum(dim=0), (-D).relu().sum(dim=0)), m.k)
 
 
-@candidate("amplified", "act:clean", "v5", shared=True)
+@candidate(family="act:clean", source="v5", sees=PROMPTS, shared=True)
 def amplified(m: Materials) -> Basis:
     """PCA over clean probes of relu(|h_last| - |h_first|)."""
     size = m.base.clean.resid.double().abs()
     return pca((size[-1] - size[0]).relu(), m.k)
 
 
-@candidate("added_features", "act:clean", "external-v6-plan", shared=True)
+@candidate(family="act:clean", source="external-v6-plan", sees=PROMPTS, shared=True)
 def added_features(m: Materials) -> Basis:
     """PCA over clean probes of sum_l relu(D), D the growth of |h| from layer to layer."""
     return pca(_growth(m).relu().sum(dim=0), m.k)
 
 
-@candidate("global_clean_resid_pca", "act:baseline", "v5", shared=True)
+@candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
 def global_clean_resid_pca(m: Materials) -> Basis:
     """PCA over all clean probes and layers."""
     return pca(m.base.clean.resid.flatten(0, 1), m.k)
 
 
-@candidate("global_persona_resid_pca", "act:baseline", "v5", shared=True)
+@candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
 def global_persona_resid_pca(m: Materials) -> Basis:
     """PCA over all probes and layers under both personas together."""
     return pca(torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]), m.k)
 
 
-@candidate("layer_clean_resid_pca", "act:baseline", "v5")
+@candidate(family="act:baseline", source="v5", sees=PROMPTS)
 def layer_clean_resid_pca(m: Materials, l: int) -> Basis:
     """PCA over the clean probes at the layer."""
     return pca(m.base.clean.resid[l], m.k)
@@ -67,7 +68,7 @@ def _contrast(m: Materials, l: int) -> Tensor:
     return m.base.pos.resid[l].double() - m.base.neg.resid[l].double()
 
 
-@candidate("TaskDiff_contrast", "act:persona", "v5")
+@candidate(name="TaskDiff_contrast", family="act:persona", source="v5", sees=PROMPTS)
 def task_diff(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the last token."""
     return pca(_contrast(m, l), m.k)
@@ -96,28 +97,28 @@ def _attention_selected(m: Materials, D: Tensor, weight: Tensor) -> Basis:
     return pca((D * (weight + TINY).sqrt()[:, :, None]).flatten(0, 1), m.k)
 
 
-@candidate("attn_min_taskdiff", "act:attn-selected", "external-v6-plan")
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_min_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the smaller of both attention weights."""
     D, a, b = _token_contrast(m, l)
     return _attention_selected(m, D, torch.minimum(a, b))
 
 
-@candidate("attn_max_taskdiff", "act:attn-selected", "external-v6-plan")
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_max_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the larger of both attention weights."""
     D, a, b = _token_contrast(m, l)
     return _attention_selected(m, D, torch.maximum(a, b))
 
 
-@candidate("attn_diff_taskdiff", "act:attn-selected", "external-v6-plan")
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_diff_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the difference of both attention weights."""
     D, a, b = _token_contrast(m, l)
     return _attention_selected(m, D, (a - b).abs())
 
 
-@candidate("attn_min_x_diffnorm_taskdiff", "act:attn-selected", "external-v6-plan")
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     """As attn_min_taskdiff with the weight times the contrast's norm over its mean non-zero norm at the layer."""
     D, a, b = _token_contrast(m, l)
@@ -126,7 +127,7 @@ def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     return _attention_selected(m, D, torch.minimum(a, b) * norm / (scale + TINY))
 
 
-@candidate("up_proj_input_contrast", "act:up_proj", "v5")
+@candidate(family="act:up_proj", source="v5", sees=PROMPTS)
 def up_proj_input_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the input of up_proj."""
     return pca(_up_contrast(m, l), m.k)
@@ -136,7 +137,7 @@ def _up_contrast(m: Materials, l: int) -> Tensor:
     return m.base.pos.up_in[l] - m.base.neg.up_in[l]
 
 
-@candidate("up_proj_output_written_contrast", "act:up_proj", "v5")
+@candidate(family="act:up_proj", source="v5", sees=PROMPTS)
 def up_proj_output_written_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast of W_down W_up x, the MLP's output without its gate."""
     return pca(_up_written(m, l), m.k)
@@ -148,7 +149,7 @@ def _up_written(m: Materials, l: int) -> Tensor:
     return (x @ w.up.T.double()) @ w.down.T.double()
 
 
-@candidate("gate_active_written", "act:MLP", "external-v6-plan")
+@candidate(family="act:MLP", source="external-v6-plan", sees=PROMPTS)
 def gate_active_written(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the MLP writes, (act(W_gate x) * (W_up x)) W_down^T."""
     w = m.layer(l)
@@ -156,7 +157,7 @@ def gate_active_written(m: Materials, l: int) -> Basis:
     return pca((m.decoder.act(x @ w.gate.T) * (x @ w.up.T)) @ w.down.T, m.k)
 
 
-@candidate("chars_clusters", "act:cluster", "external-v6-plan")
+@candidate(family="act:cluster", source="external-v6-plan", sees=PROMPTS)
 def chars_clusters(m: Materials, l: int) -> Basis:
     """PCA of 8 k-means centroids of the clean and persona rows minus their mean (rank 7: the eighth direction is
     arbitrary)."""
@@ -175,14 +176,14 @@ def kmeans(rows: Tensor) -> Tensor:
     return centroids
 
 
-@candidate("churn", "act:clean", "v5")
+@candidate(family="act:clean", source="v5", sees=PROMPTS)
 def churn(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the next block adds (nothing after the last: its directions are arbitrary)."""
     clean = m.base.clean.resid
     return pca(clean[min(l + 1, m.n_layers - 1)] - clean[l], m.k)
 
 
-@candidate("rotation_contrast", "act:rotation", "v5")
+@candidate(family="act:rotation", source="v5", sees=PROMPTS)
 def rotation_contrast(m: Materials, l: int) -> Basis:
     """Planes of the Procrustes rotation from negative- to positive-persona states: top 8 left singular vectors of
     R - R^T inside the joint PCA (arbitrary on the null space of the cross-covariance)."""
@@ -216,7 +217,7 @@ def _rotation(m: Materials, l: int, determined: bool) -> Basis:
 # What the sound protocol adds. Each says which defect of the one above it mends.
 
 
-@candidate("TaskDiff_uncentred", "act:persona", "v7b")
+@candidate(name="TaskDiff_uncentred", family="act:persona", source="v7b", sees=PROMPTS)
 def task_diff_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast, not centred.
 
@@ -225,7 +226,7 @@ def task_diff_uncentred(m: Materials, l: int) -> Basis:
     return uncentred(_contrast(m, l), m.k)
 
 
-@candidate("up_proj_input_uncentred", "act:up_proj", "v7b")
+@candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
 def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred.
 
@@ -234,7 +235,7 @@ def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
     return uncentred(_up_contrast(m, l), m.k)
 
 
-@candidate("up_written_uncentred", "act:up_proj", "v7b")
+@candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
 def up_written_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised contrast of W_down W_up x, not centred.
 
@@ -264,7 +265,7 @@ def _common_selected(m: Materials, l: int, combine) -> Basis:
     return left_svd(rows.T, m.k)
 
 
-@candidate("attn_min_common", "act:attn-selected", "v7b")
+@candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
 def attn_min_common(m: Materials, l: int) -> Basis:
     """Top 8 directions of the token-wise contrast over the common suffix of both texts, weighted as attn_min_taskdiff,
     not centred.
@@ -274,25 +275,25 @@ def attn_min_common(m: Materials, l: int) -> Basis:
     return _common_selected(m, l, torch.minimum)
 
 
-@candidate("attn_max_common", "act:attn-selected", "v7b")
+@candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
 def attn_max_common(m: Materials, l: int) -> Basis:
     """As attn_min_common with the larger of both attention weights. Mends attn_max_taskdiff."""
     return _common_selected(m, l, torch.maximum)
 
 
-@candidate("attn_diff_common", "act:attn-selected", "v7b")
+@candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
 def attn_diff_common(m: Materials, l: int) -> Basis:
     """As attn_min_common with the difference of both attention weights. Mends attn_diff_taskdiff."""
     return _common_selected(m, l, lambda a, b: (a - b).abs())
 
 
-@candidate("chars_clusters_cut", "act:cluster", "v7b")
+@candidate(family="act:cluster", source="v7b", sees=PROMPTS)
 def chars_clusters_cut(m: Materials, l: int) -> Basis:
     """chars_clusters cut at the numerical rank of its centroids. Mends the arbitrary eighth direction."""
     return cut_at_rank(m.of("chars_clusters", l))
 
 
-@candidate("rotation_cut", "act:rotation", "v7b")
+@candidate(family="act:rotation", source="v7b", sees=PROMPTS)
 def rotation_cut(m: Materials, l: int) -> Basis:
     """As rotation_contrast with R = U_q V_q^T, q the numerical rank of the cross-covariance.
 

@@ -19,86 +19,88 @@ from ws.subspaces.algebra import (
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
+PROMPTS = ("weights", "prompts")
 
-@candidate("lm_head_read", "W:unembed", "v5", shared=True)
+
+@candidate(family="W:unembed", source="v5", shared=True)
 def lm_head_read(m: Materials) -> Basis:
     """Top 8 right singular vectors of the unembedding: what the logits read most."""
     return m.unembed_top(m.k)
 
 
-@candidate("logits_null", "W:unembed", "v5", shared=True)
+@candidate(family="W:unembed", source="v5", shared=True)
 def logits_null(m: Materials) -> Basis:
     """Bottom 8 right singular vectors of the unembedding: what the logits hardly read."""
     return bottom_gram_basis(m.unembed_gram, m.k)
 
 
-@candidate("global_read", "W:read", "v5", shared=True)
+@candidate(family="W:read", source="v5", shared=True)
 def global_read(m: Materials) -> Basis:
     """Top 8 eigenvectors of the readers' Gram summed over all layers plus the unembedding's."""
     return m.read_top(m.k)
 
 
-@candidate("global_write", "W:write", "v5", shared=True)
+@candidate(family="W:write", source="v5", shared=True)
 def global_write(m: Materials) -> Basis:
     """Top 8 left singular vectors of all layers' [W_o|W_down] side by side."""
     return gram_basis(m.writers_gram, m.k)
 
 
-@candidate("global_write_not_global_read", "W:write-not-read", "v5", shared=True)
+@candidate(family="W:write-not-read", source="v5", shared=True)
 def global_write_not_global_read(m: Materials) -> Basis:
     """global_write after projecting out the top 64 directions that all readers together read."""
     return write_away(m.writers_gram, m.read_broad, m.k)
 
 
-@candidate("write", "W:write", "v5")
+@candidate(family="W:write", source="v5")
 def write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the layer's [W_o|W_down]."""
     return gram_basis(m.layer(l).write_gram, m.k)
 
 
-@candidate("attn_write", "W:write", "v5")
+@candidate(family="W:write", source="v5")
 def attn_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_o."""
     return gram_basis(m.layer(l).o_gram, m.k)
 
 
-@candidate("mlp_write", "W:write", "v5")
+@candidate(family="W:write", source="v5")
 def mlp_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down."""
     return gram_basis(m.layer(l).down_gram, m.k)
 
 
-@candidate("write_not_lm_head_read", "W:write-not-read", "v5")
+@candidate(family="W:write-not-read", source="v5")
 def write_not_lm_head_read(m: Materials, l: int) -> Basis:
     """write after projecting out the top 64 right singular vectors of the unembedding."""
     return write_away(m.layer(l).write_gram, m.lm_broad, m.k)
 
 
-@candidate("write_not_global_read", "W:write-not-read", "v5")
+@candidate(family="W:write-not-read", source="v5")
 def write_not_global_read(m: Materials, l: int) -> Basis:
     """write after projecting out the top 64 directions that all readers together read."""
     return write_away(m.layer(l).write_gram, m.read_broad, m.k)
 
 
-@candidate("write_not_downstream_read", "W:write-not-read", "v5")
+@candidate(family="W:write-not-read", source="v5")
 def write_not_downstream_read(m: Materials, l: int) -> Basis:
     """write after projecting out the top 64 directions read by later blocks and the unembedding."""
     return write_away(m.layer(l).write_gram, m.downstream_broad(l), m.k)
 
 
-@candidate("mlp_up_read", "W:read", "v5")
+@candidate(family="W:read", source="v5")
 def mlp_up_read(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of W_up."""
     return gram_basis(m.layer(l).up_gram, m.k)
 
 
-@candidate("mlp_gate_read", "W:read", "v5")
+@candidate(family="W:read", source="v5")
 def mlp_gate_read(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of W_gate."""
     return gram_basis(m.layer(l).gate_gram, m.k)
 
 
-@candidate("attn_qkv_read", "W:read", "v5")
+@candidate(family="W:read", source="v5")
 def attn_qkv_read(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of [W_q; W_k; W_v]."""
     return gram_basis(m.layer(l).qkv_gram, m.k)
@@ -109,40 +111,40 @@ def repeat(M: Tensor, rows: int) -> Tensor:
     return M.repeat_interleave(-(-rows // M.shape[0]), dim=0)[:rows]
 
 
-@candidate("attn_ov_write", "W:OV", "v5")
+@candidate(family="W:OV", source="v5")
 def attn_ov_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_o repeat(W_v), the value rows repeated one by one to W_o's columns."""
     w = m.layer(l)
     return left_svd(w.o @ repeat(w.v, w.o.shape[1]), m.k)
 
 
-@candidate("mlp_roundtrip_write", "W:MLP", "v5")
+@candidate(family="W:MLP", source="v5")
 def mlp_roundtrip_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down W_up: the MLP with its gate held open."""
     w = m.layer(l)
     return left_svd(w.down @ w.up, m.k)
 
 
-@candidate("qk_circuit", "W:QK", "external-v6-plan")
+@candidate(family="W:QK", source="external-v6-plan")
 def qk_circuit(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_q^T repeat(W_k), the key rows repeated one by one to W_q's rows."""
     w = m.layer(l)
     return left_svd(w.q.T @ repeat(w.k, w.q.shape[0]), m.k)
 
 
-@candidate("input_super", "W:read", "external-v6-plan")
+@candidate(family="W:read", source="external-v6-plan")
 def input_super(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of [W_q; W_k; W_v; W_up; W_gate]: all that the block reads."""
     return gram_basis(m.layer(l).read_gram, m.k)
 
 
-@candidate("kv_super", "W:read", "external-v6-plan")
+@candidate(family="W:read", source="external-v6-plan")
 def kv_super(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of [W_k; W_v]."""
     return gram_basis(m.layer(l).kv_gram, m.k)
 
 
-@candidate("gate_kernel", "W:MLP", "external-v6-plan", prompts=True)
+@candidate(family="W:MLP", source="external-v6-plan", sees=PROMPTS)
 def gate_kernel(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down diag(g) W_up, g the mean activated gate over the clean probes."""
     w = m.layer(l)
@@ -151,7 +153,7 @@ def gate_kernel(m: Materials, l: int) -> Basis:
     return left_svd((w.down * g) @ w.up, m.k)
 
 
-@candidate("attention_sink", "W:OV", "external-v6-plan")
+@candidate(family="W:OV", source="external-v6-plan")
 def attention_sink(m: Materials, l: int) -> Basis:
     """PCA over heads of what each writes when it attends to the BOS embedding alone (EOS where there is no BOS)."""
     return pca(_sink_writes(m, l), m.k)
@@ -167,14 +169,14 @@ def _sink_writes(m: Materials, l: int) -> Tensor:
     return torch.einsum("dhe,he->hd", per_head, values[kv])
 
 
-@candidate("causally_isolated", "W:write-not-read", "external-v6-plan")
+@candidate(family="W:write-not-read", source="external-v6-plan")
 def causally_isolated(m: Materials, l: int) -> Basis:
     """write after projecting out input_super, kv_super and the unembedding's top 64."""
     readers = union(m.of("input_super", l), m.of("kv_super", l), m.lm_broad)
     return write_away(m.layer(l).write_gram, readers, m.k)
 
 
-@candidate("input_super_not_lm_read", "W:read", "external-v6-plan")
+@candidate(family="W:read", source="external-v6-plan")
 def input_super_not_lm_read(m: Materials, l: int) -> Basis:
     """input_super with the unembedding's top 64 projected out."""
     return project_away(m.of("input_super", l), m.lm_broad)
@@ -183,7 +185,7 @@ def input_super_not_lm_read(m: Materials, l: int) -> Basis:
 # What the sound protocol adds. Each says which defect of the one above it mends.
 
 
-@candidate("attn_ov_heads", "W:OV", "v7b")
+@candidate(family="W:OV", source="v7b")
 def attn_ov_heads(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the heads' OV maps side by side, key/value heads shared as the model shares them.
 
@@ -195,7 +197,7 @@ def attn_ov_heads(m: Materials, l: int) -> Basis:
     return gram_basis(G, m.k)
 
 
-@candidate("qk_heads", "W:QK", "v7b")
+@candidate(family="W:QK", source="v7b")
 def qk_heads(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the heads' W_q^T W_k side by side, key heads shared as the model shares them.
 
@@ -216,7 +218,7 @@ def _kv(m: Materials, h: int) -> int:
     return h * m.decoder.n_kv // m.decoder.n_heads
 
 
-@candidate("attention_sink_cut", "W:OV", "v7b")
+@candidate(family="W:OV", source="v7b")
 def attention_sink_cut(m: Materials, l: int) -> Basis:
     """attention_sink cut at the numerical rank of its samples.
 
@@ -225,13 +227,13 @@ def attention_sink_cut(m: Materials, l: int) -> Basis:
     return cut_at_rank(m.of("attention_sink", l))
 
 
-@candidate("mlp_up_read_gain", "W:read", "v7b")
+@candidate(family="W:read", source="v7b")
 def mlp_up_read_gain(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of W_up diag(g), g the gain of the norm before the MLP. Mends mlp_up_read."""
     return gram_basis(_gained(m, m.layer(l).up_gram, l, "mlp_in"), m.k)
 
 
-@candidate("attn_qkv_read_gain", "W:read", "v7b")
+@candidate(family="W:read", source="v7b")
 def attn_qkv_read_gain(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of [W_q; W_k; W_v] diag(g), g the gain of the norm before attention.
 
@@ -240,7 +242,7 @@ def attn_qkv_read_gain(m: Materials, l: int) -> Basis:
     return gram_basis(_gained(m, m.layer(l).qkv_gram, l, "attn_in"), m.k)
 
 
-@candidate("input_super_gain", "W:read", "v7b")
+@candidate(family="W:read", source="v7b")
 def input_super_gain(m: Materials, l: int) -> Basis:
     """Top 8 right singular vectors of all the block's readers, each with its norm's gain folded in.
 

@@ -1,139 +1,168 @@
-"""A-side bases on disk: built once per model, behaviour and protocol, reused by every LoRA seed.
+"""A-side bases on disk: one entry per candidate, built once per model and what the candidate sees, reused by every seed.
 
-One `.safetensors` file per key; a candidate with one basis for all layers is stored once. (docs/method.md section 7:
-A-side bases do not depend on the seed)
+A candidate's key holds the model with its dtype, the widths, the FIT prompts where it sees them, and the code of its
+function, of what that calls (in this package and in the caller's own files) and of the candidates it is composed of. A
+candidate with one basis for all layers is stored once. (docs/method.md section 7: A-side bases do not depend on the seed)
 """
 
 import json
-from dataclasses import asdict
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ws.cache.keys import stage_key
-from ws.cache.made import made
-from ws.cache.names import cache_folder
+from ws.cache.files import lock
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import made, read_safetensors, state
+from ws.cache.names import cache_folder, slug
+from ws.cache.sources import Unkeyed, hashed, walk
 from ws.data import Behavior
 from ws.model.lm import LM
 from ws.subspaces.algebra import Basis
 from ws.subspaces.build import build
-from ws.subspaces.candidate import Candidate
-from ws.subspaces.captures import BaseCaptures, capture_base
+from ws.subspaces.candidate import Candidate, registered
+from ws.subspaces.captures import BaseCaptures, capture_base, prompts_key
 from ws.subspaces.materials import Materials, check_widths
 from ws.subspaces.protocol import Protocol
 
-MODULES = ("ws.subspaces.kept", "ws.subspaces.build", "ws.subspaces.captures", "ws.subspaces.algebra")
+CODE = ("ws.subspaces.materials.Materials",)
+log = logging.getLogger(__name__)
 
 
-def save_bases(bases: dict[str, list[Basis]], path: Path) -> None:
-    """Write bases by candidate and layer, with what is known of their conditioning in the file's metadata."""
+def save_bases(rows: list[Basis], path: Path) -> None:
+    """Write a candidate's bases by layer, with what is known of their conditioning in the file's metadata."""
     tensors, facts = {}, {}
-    for name, rows in bases.items():
-        same = all(b is rows[0] for b in rows)
-        for l, b in enumerate(rows[:1] if same else rows):
-            key = f"{name}/{'all' if same else l}"
-            tensors[f"{key}/B"], tensors[f"{key}/s"] = (
-                b.B.contiguous().clone(),
-                b.s.clone(),
-            )  # a cut basis shares memory
-            facts[key] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note, "layers": len(rows)}
-    save_file(tensors, path, metadata={"bases": json.dumps(facts)})
+    same = all(b is rows[0] for b in rows)
+    for l, b in enumerate(rows[:1] if same else rows):
+        tensors |= {f"{l}/B": b.B.contiguous().clone(), f"{l}/s": b.s.clone()}  # a cut basis shares memory
+        facts[str(l)] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note}
+    about = json.dumps({"layers": len(rows), "facts": facts})
+    save_file(tensors, path, metadata={"bases": about})
 
 
-def load_bases(path: Path) -> dict[str, list[Basis]]:
+def load_bases(path: Path) -> list[Basis]:
     """Read what `save_bases` wrote."""
-    bases: dict[str, list[Basis]] = {}
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["bases"])
-        for key, fact in facts.items():
-            name, _, layer = key.rpartition("/")
-            b = Basis(
-                file.get_tensor(f"{key}/B"),
-                file.get_tensor(f"{key}/s"),
-                fact["gap"],
-                fact["ill_conditioned"],
-                fact["note"],
-            )
-            rows = bases.setdefault(name, [None] * fact["layers"])
-            if layer == "all":
-                rows[:] = [b] * fact["layers"]
-            else:
-                rows[int(layer)] = b
-    return bases
+    tensors, header = read_safetensors(path)
+    about = json.loads(header["bases"])
+    rows = [Basis(tensors[f"{l}/B"], tensors[f"{l}/s"], **fact) for l, fact in about["facts"].items()]
+    return rows * about["layers"] if len(rows) == 1 else rows
 
 
-def a_side_materials(lm: LM, base: BaseCaptures, protocol: Protocol, k: int, k_broad: int) -> Materials:
-    """Materials of a loaded model under a protocol."""
-    return Materials(lm.decoder, base, lm.decoder.sink_token(lm.tokenizer), k, k_broad, protocol.fold_gain)
+def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
+    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code.
 
-
-def a_side_bases(
-    lm: LM,
-    behavior: Behavior,
-    protocol: Protocol,
-    candidates: list[Candidate],
-    k: int = 8,
-    k_broad: int = 64,
-    cache: Path | None = None,
-) -> tuple[dict[str, list[Basis]], Path]:
-    """Bases of the candidates (none may be a ceiling) and the cache file that holds them; captured and built if needed.
-
-    The key covers the model's weights and dtype, the behaviour, the protocol, k, k_broad, the candidates' names and the
-    sources that make them. cache defaults to `out/<model>/cache`.
+    Unkeyed where the code refers to a value that has no content hash.
     """
+    names = {other.name: other for other in registered()}
+    found, parts, todo = walk(*CODE), {}, [c]
+    while todo:
+        one = todo.pop()
+        found.function(one.build)
+        for name in found.strings & set(names) - {c.name} - set(parts):
+            parts[name] = names[name]
+            todo.append(names[name])
+    return list(parts.values()), hashed(found)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where a model's bases lie under one protocol and width, and what they are built from."""
+
+    lm: LM
+    behavior: Behavior
+    protocol: Protocol
+    k: int
+    k_broad: int
+    cache: Path
+    part: str = ""  # which of the prompts, where not all
+    take: Callable[[BaseCaptures], BaseCaptures] | None = None
+
+    def key(self, c: Candidate, prompts: dict) -> Key:
+        params = {"model": self.lm.fingerprint, "k": self.k, "k_broad": self.k_broad, "shared": c.shared}
+        params["fold_gain"] = self.protocol.fold_gain
+        if "prompts" in c.sees:
+            params |= {"prompts": prompts, "part": self.part}
+        return stage_key(params, sources=composed_of(c)[1])
+
+    def path(self, c: Candidate, key: Key) -> Path:
+        return self.cache / "bases" / f"{slug(c.name)}_{key.params[:8]}.safetensors"
+
+    def base(self) -> BaseCaptures:
+        base = capture_base(self.lm, self.behavior, self.protocol, cache=self.cache)
+        return self.take(base) if self.take else base
+
+    def materials(self) -> Materials:
+        sink = self.lm.decoder.sink_token(self.lm.tokenizer)
+        return Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
+
+    def bases(self, chosen: Sequence[Candidate], progress: bool = True) -> dict[str, list[Basis]]:
+        """Bases of the candidates, read where they are kept under their key and whole, built otherwise."""
+        prompts = prompts_key(self.lm, self.behavior, self.protocol)
+        keys: dict[str, Key] = {}
+        for c in chosen:
+            try:
+                if self.lm.fingerprint:
+                    keys[c.name] = self.key(c, prompts)
+            except Unkeyed as error:
+                log.warning("candidate %s is built anew each time: %s", c.name, error)
+        paths = {c.name: self.path(c, keys[c.name]) for c in chosen if c.name in keys}
+
+        def missing() -> list[Candidate]:
+            return [c for c in chosen if c.name not in keys or state(paths[c.name], keys[c.name]) != "done"]
+
+        fresh: dict[str, list[Basis]] = {}
+        if missing():
+            with lock(self.cache / "bases"):  # runs of several seeds may start at once: the first builds
+                todo = missing()
+                materials = self.materials()
+                fresh = build(materials, todo, progress)
+                for c in todo:
+                    unforeseen = materials.asked.get(c.name, set()) - {p.name for p in self._parts(c, keys)}
+                    if c.name in keys and not unforeseen:
+                        made(paths[c.name], keys[c.name], lambda path, c=c: save_bases(fresh[c.name], path))
+            if progress:
+                tqdm.write(f"bases: {len(todo)} built, {len(chosen) - len(todo)} kept")
+        return {c.name: fresh[c.name] if c.name in fresh else load_bases(paths[c.name]) for c in chosen}
+
+    @staticmethod
+    def _parts(c: Candidate, keys: dict[str, Key]) -> list[Candidate]:
+        return composed_of(c)[0] if c.name in keys else []
+
+
+def make_shelf(
+    lm: LM, behavior: Behavior, protocol: Protocol, k: int = 8, k_broad: int = 64, cache: Path | None = None
+) -> Shelf:
+    """A shelf with checked widths; `cache` defaults to `out/<model>/cache`."""
     check_widths(k, k_broad, lm.decoder.d)
-    chosen = [c for c in candidates if c.kind != "ceiling"]
-    switches = {f: v for f, v in asdict(protocol).items() if f not in ("name", "sources")}
-    params = {
-        "model": lm.fingerprint,
-        "behavior": asdict(behavior),
-        "protocol": switches,
-        "k": k,
-        "k_broad": k_broad,
-        "candidates": [c.name for c in chosen],
-        "threads": torch.get_num_threads(),
-        "device": lm.device.type,
-    }
-    key = stage_key(params, modules=MODULES)
-    path = (cache or cache_folder(lm.name)) / f"bases_{behavior.name}_{protocol.name}_{key.params[:8]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def make(target: Path) -> None:
-        base = capture_base(lm, behavior, protocol)
-        save_bases(build(a_side_materials(lm, base, protocol, k, k_broad), chosen), target)
-
-    found = made(path, key, make)
-    tqdm.write(f"A-side bases: {'reused' if found == 'done' else 'built (' + found + ')'}, {path.name}")
-    return load_bases(path), path
+    return Shelf(lm, behavior, protocol, k, k_broad, cache or cache_folder(lm.name))
 
 
-def part_bases(
-    lm: LM, behavior: Behavior, protocol: Protocol, candidates: list[Candidate], k: int = 8, k_broad: int = 64
-) -> dict[str, dict[str, dict[str, list[Basis]]]]:
+def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str, dict[str, list[Basis]]]]:
     """Bases from parts of the prompts, to see which candidates their data determine: `{"FIT halves": {...}, "persona
     pairs": {...}}`, each `{part: {candidate: [basis per layer]}}`.
 
-    Only candidates that depend on the prompts. Halves are every other probe, so that both span all topics. Persona
-    pairs are left out when the protocol uses one. (docs/method.md section 7, A-side stability)
+    Only candidates that see the prompts. Halves are every other probe, so that both span all topics. Persona pairs are
+    left out when the protocol uses one. (docs/method.md section 7, A-side stability)
     """
-    base = capture_base(lm, behavior, protocol)
-    chosen = [c for c in candidates if c.prompts and c.kind != "ceiling"]
-    n, everyone = len(base.clean.ids), list(range(base.n_pairs))
-    parts = {
-        "FIT halves": {
-            "even": base.take(list(range(0, n, 2)), everyone),
-            "odd": base.take(list(range(1, n, 2)), everyone),
-        }
-    }
-    if base.n_pairs > 1:
-        parts["persona pairs"] = {f"pair {p + 1}": base.take(list(range(n)), [p]) for p in everyone}
+    chosen = [c for c in chosen if "prompts" in c.sees and c.kind != "ceiling"]
+    n_pairs = 1 if shelf.protocol.persona_pairs == "1" else len(shelf.behavior.persona_pairs)
+
+    def half(start: int) -> Callable[[BaseCaptures], BaseCaptures]:
+        return lambda base: base.take(list(range(start, len(base.clean.ids), 2)), list(range(n_pairs)))
+
+    def pair(p: int) -> Callable[[BaseCaptures], BaseCaptures]:
+        return lambda base: base.take(list(range(len(base.clean.ids))), [p])
+
+    parts = {"FIT halves": {name: half(start) for name, start in (("even", 0), ("odd", 1))}}
+    if n_pairs > 1:
+        parts["persona pairs"] = {f"pair {p + 1}": pair(p) for p in range(n_pairs)}
     return {
         compared: {
-            label: build(a_side_materials(lm, part, protocol, k, k_broad), chosen, progress=False)
-            for label, part in tqdm(rows.items(), compared)
+            label: replace(shelf, part=f"{compared}: {label}", take=take).bases(chosen, progress=False)
+            for label, take in tqdm(rows.items(), compared)
         }
         for compared, rows in parts.items()
     }

@@ -1,20 +1,20 @@
-"""What candidates are built from: base weights and base activations (`Materials`), plus w for the ceilings alone.
+"""What candidates are built from: base weights and base activations.
 
 Grams that several candidates share are made once: one pass from the last layer to the first accumulates what reads
-downstream of each block. Per-layer weights live only while their layer is at work.
+downstream of each block. Float32 copies of a layer's weights live only while their layer is at work.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.diff import WeightDiff, entry_svd
-from ws.model.lm import Decoder
-from ws.subspaces.algebra import Basis, gram_basis
-from ws.subspaces.candidate import get
-from ws.subspaces.captures import BaseCaptures, SteeredDiffs
+from ws.model.lm import ROLES, Decoder
+from ws.subspaces.algebra import Basis, as_basis, gram_basis
+from ws.subspaces.candidate import Candidate, get
+from ws.subspaces.captures import BaseCaptures
 
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
@@ -32,19 +32,26 @@ def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
 
 
 class LayerWeights:
-    """The seven matrices of one block, float32, and the Grams that candidates share; made when first asked for."""
+    """The seven matrices of one block, float32, and the Grams that candidates share; made when first asked for.
+
+    `release` lets the matrices go (a float32 copy where the model is of lower precision) and keeps the Grams.
+    """
 
     def __init__(self, decoder: Decoder, l: int, fold_gain: bool):
         self._decoder, self._l, self._fold = decoder, l, fold_gain
 
     def __getattr__(self, role: str) -> Tensor:
-        if role not in ("q", "k", "v", "o", "gate", "up", "down"):
+        if role not in ROLES:
             raise AttributeError(role)
         W = self._decoder.weight(self._l, role)
         if self._fold and role in ("o", "down"):
             W = output_gain(self._decoder, self._l, role).to(W.device)[:, None] * W
         setattr(self, role, W)
         return W
+
+    def release(self) -> None:
+        for role in ROLES:
+            self.__dict__.pop(role, None)
 
     @cached_property
     def o_gram(self) -> Tensor:
@@ -96,42 +103,80 @@ def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
 class Materials:
     """A-side materials: base weights, base captures, the width `k` of a basis and `k_broad` of a broad one.
 
-    `of(name, l)` is another candidate's basis at layer l, for candidates composed of others.
+    `of(name, l)` is another candidate's basis at layer l, for candidates composed of others. base: the captures, or a
+    function that makes them when they are first looked at. A candidate that looks at what it does not say it `sees` is
+    a ValueError: its kept bases would not follow what they depend on.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        base: BaseCaptures,
+        base: BaseCaptures | Callable[[], BaseCaptures] | None,
         sink_token: int,
         k: int = 8,
         k_broad: int = 64,
         fold_gain: bool = False,
     ):
         check_widths(k, k_broad, decoder.d)
-        self.decoder, self.base, self.k, self.sink_token = decoder, base, k, sink_token
+        self.decoder, self.k, self.sink_token = decoder, k, sink_token
         self.k_broad = min(k_broad, decoder.d)
         self.d, self.n_layers = decoder.d, decoder.n_layers
-        self._fold = fold_gain
+        self._base, self._fold = base, fold_gain
         self._layers: dict[int, LayerWeights] = {}
+        self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
+        self._asking: list[Candidate] = []
+        self.asked: dict[str, set[str]] = {}  # candidate -> those it was composed of
+
+    @property
+    def base(self) -> BaseCaptures:
+        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas."""
+        blind = next((c.name for c in self._asking if "prompts" not in c.sees), None)
+        if blind:
+            raise ValueError(f"candidate {blind} looks at activations: decorate it with sees=('prompts',)")
+        if not isinstance(self._base, BaseCaptures):
+            if self._base is None:
+                raise ValueError("these materials hold no captures")
+            self._base = self._base()
+        return self._base
 
     def layer(self, l: int) -> LayerWeights:
-        """Weights of block l; those of other blocks are let go beyond the budget."""
+        """Weights and Grams of block l. One block's weights are held at a time, Grams up to a budget."""
         if l not in self._layers:
-            per_layer = 5 * self.d * self.d * 8
-            if (len(self._layers) + 1) * per_layer > GRAM_BUDGET:
+            if (len(self._layers) + 1) * 5 * self.d * self.d * 8 > GRAM_BUDGET:
                 self._layers.clear()
             self._layers[l] = LayerWeights(self.decoder, l, self._fold)
-        return self._layers[l]
+        if self._at_work is not self._layers[l]:
+            if self._at_work is not None:
+                self._at_work.release()
+            self._at_work = self._layers[l]
+        return self._at_work
 
     def of(self, name: str, l: int) -> Basis:
         """Basis of candidate `name` at layer l (the one basis of a shared candidate)."""
         entry = get(name)
-        key = (name, -1 if entry.shared else l)
+        for asking in self._asking:
+            self.asked.setdefault(asking.name, set()).add(name)
+            if unseen := set(entry.sees) - {"weights", *asking.sees}:
+                raise ValueError(f"candidate {asking.name} uses {name}, which sees {', '.join(unseen)}: add it to sees")
+        return self.build(entry, l)
+
+    def build(self, entry: Candidate, l: int) -> Basis:
+        """A candidate's basis at layer l, built once, checked as it is made (`ws.subspaces.algebra.check_basis`)."""
+        key = (entry.name, -1 if entry.shared else l)
         if key not in self._composed:
-            self._composed[key] = entry.build(self) if entry.shared else entry.build(self, l)
+            self._asking.append(entry)
+            try:
+                made = entry.build(self) if entry.shared else entry.build(self, l)
+            finally:
+                self._asking.pop()
+            self._composed[key] = as_basis(made, self.d, entry.name if entry.shared else f"{entry.name} at layer {l}")
         return self._composed[key]
+
+    def forget(self, l: int) -> None:
+        """Let go what was built for layer l alone."""
+        for key in [key for key in self._composed if key[1] == l]:
+            del self._composed[key]
 
     @cached_property
     def unembed_gram(self) -> Tensor:
@@ -182,22 +227,3 @@ class Materials:
     def read_broad(self) -> Basis:
         """gr64."""
         return self.read_top(self.k_broad)
-
-
-class CeilingMaterials:
-    """What only the ceilings may see: the weight diff and the steered differences."""
-
-    def __init__(self, decoder: Decoder, w: WeightDiff, steered: SteeredDiffs, k: int = 8, fold_gain: bool = False):
-        check_widths(k, 1, decoder.d)
-        self.decoder, self.w, self.steered, self.k = decoder, w, steered, k
-        self.d, self.n_layers = decoder.d, decoder.n_layers
-        self._fold = fold_gain
-
-    def left_factor(self, l: int, role: str) -> Float[Tensor, "d r"] | None:
-        """`F = U S` with `F F^T = M M^T` for w's matrix of `role` (`o` or `down`), float64; None where w has none."""
-        name = self.decoder.param_name(l, role)
-        if name not in self.w.entries:
-            return None
-        U, s, _ = entry_svd(self.w, name)
-        F = U * s
-        return output_gain(self.decoder, l, role).double()[:, None] * F if self._fold else F

@@ -7,9 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 import yaml
 
-from ws.cache.places import ROOT
+from ws.cache.places import notebooks_folder
 
-PARAMS = ROOT / "nbs" / "params"
 V7 = ("v5", "external-v6-plan", "B-side")
 
 
@@ -45,10 +44,11 @@ def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
     SOURCES).
     ValueError for an unknown protocol, parameter or value.
     """
-    known = sorted(p.stem for p in PARAMS.glob("*.yaml") if "PROTOCOL:" in p.read_text(encoding="utf-8"))
+    folder = notebooks_folder() / "params"
+    known = sorted(p.stem for p in folder.glob("*.yaml") if "PROTOCOL:" in p.read_text(encoding="utf-8"))
     if name not in known:
         raise ValueError(f"PROTOCOL {name!r} is unknown; one of {', '.join(known)}")
-    values = yaml.safe_load((PARAMS / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     values |= {key: value for key, value in overrides.items() if value not in ("", [], ())}
     types = {f.name.upper(): f.type for f in fields(Protocol)}
     chosen = {}

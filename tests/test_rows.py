@@ -6,18 +6,16 @@ import polars as pl
 import pytest
 import torch
 
-from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff
 from ws.explanation import rows as sweep
-from ws.explanation import words as conclusion
+from ws.explanation import summary as S
+from ws.explanation import words
 from ws.model.lm import load_lm
 from ws.show import tables
-from ws.show.notebook import embedded, null_summary, save_scores
+from ws.show.notebook import embedded
 from ws.subspaces.algebra import Basis, empty, random_basis
-from ws.subspaces.candidate import registered
-from ws.subspaces.captures import SteeredDiffs
-from ws.subspaces.materials import CeilingMaterials
-from ws.subspaces.protocol import load_protocol
+from ws.subspaces.build import candidates as candidates_of
+from ws.subspaces.steered import CeilingMaterials, SteeredDiffs
 
 D, LAYERS = 128, [2, 3]
 
@@ -39,7 +37,7 @@ def planted(lm):
             entries[lm.decoder.param_name(l, role)] = LowRank(U, torch.randn(8, width, generator=g))
     rows = torch.randn(6, 10, 8, generator=g) @ U.T
     b_side = CeilingMaterials(lm.decoder, WeightDiff(entries, {}), SteeredDiffs(rows, rows, rows))
-    candidates = registered(("v5", "external-v6-plan", "B-side"))
+    candidates = candidates_of("v7")
     bases = {c.name: [random_basis(D, 8, g) for _ in range(6)] for c in candidates}
     bases["write"] = [Basis(U)] * 6
     bases["churn"] = [empty(D, "planted hole") if l == 3 else random_basis(D, 8, g) for l in range(6)]
@@ -49,8 +47,8 @@ def planted(lm):
 
 def test_the_planted_candidate_wins_and_random_ones_score_one(planted):
     _, _, _, table = planted
-    pct = tables.with_percentages(tables.summarise(table, LAYERS))
-    assert conclusion.leaders(pct, "joint_score", ("write", "mixed"))[0] == "write"
+    pct = S.with_percentages(S.summarise(table, LAYERS))
+    assert words.leaders(pct, "joint_score", ("write", "mixed"))[0] == "write"
     best = pct.row(by_predicate=pl.col("subspace") == "write", named=True)
     assert best["mean_conc_act"] == pytest.approx(D / 8, rel=1e-5)
     assert best["mean_conc_w_combined"] == pytest.approx(D / 8, rel=1e-5)
@@ -64,12 +62,12 @@ def test_layers_without_w_are_nan_and_an_empty_basis_sorts_last(planted):
     _, _, _, table = planted
     outside = table.filter(~pl.col("layer").is_in(LAYERS))
     assert outside["conc_w_combined"].is_nan().all() and outside["cos_with_dW"].is_nan().all()
-    summary = tables.summarise(table, LAYERS)
+    summary = S.summarise(table, LAYERS)
     assert summary["subspace"][-1] == "churn" and math.isnan(summary["joint_score"][-1])
     hole = table.filter((pl.col("subspace") == "churn") & (pl.col("layer") == 3)).row(0, named=True)
     assert hole["rank"] == 0 and hole["conc_act"] == 0 and hole["note"] == "planted hole"
     with pytest.raises(ValueError, match="LORA_LAYERS \\[17\\] are not among the model's layers 0..5"):
-        tables.summarise(table, [17])
+        S.summarise(table, [17])
 
 
 def test_a_layer_where_w_lacks_a_tensor_counts_for_nobody(planted):
@@ -77,12 +75,12 @@ def test_a_layer_where_w_lacks_a_tensor_counts_for_nobody(planted):
     gone = pl.when(pl.col("layer") == 3).then(float("nan"))
     names = [c for c in table.columns if c.endswith(("_downproj", "_combined"))]
     holed = table.with_columns([gone.otherwise(pl.col(c)).alias(c) for c in names])
-    summary = tables.summarise(holed, LAYERS)
+    summary = S.summarise(holed, LAYERS)
     only = table.filter(pl.col("layer") == 2)
     expected = only.filter(pl.col("subspace") == "attn_write")["conc_w_combined"][0]
     row = summary.row(by_predicate=pl.col("subspace") == "attn_write", named=True)
     assert row["mean_conc_w_combined"] == pytest.approx(expected)
-    assert tables.missing_layers(holed)["downproj"] == [0, 1, 3, 4, 5]
+    assert S.missing_layers(holed)["downproj"] == [0, 1, 3, 4, 5]
 
 
 def test_missing_writers_are_logged_once(lm, caplog):
@@ -130,59 +128,59 @@ def test_tables_are_written_whole_with_nan_and_read_back(planted, tmp_path):
 
 def test_null_check_agrees_with_the_closed_form(planted):
     _, _, targets, _ = planted
-    null = sweep.null_check(targets, LAYERS, 8, 300)
+    by_name = {l: {"act": targets[l].act, **targets[l].weights} for l in LAYERS}
+    null = sweep.null_check(by_name, 8, 300)
     assert set(null["target"]) == {"act", "oproj", "downproj", "combined"} and len(null) == 8
     assert null["mc_mean"].to_numpy() == pytest.approx(1, abs=0.15)
     assert null["sd_ratio"].to_numpy() == pytest.approx(1, abs=0.25)
-    assert len(null_summary(null)) == 4
+    assert len(sweep.null_summary(null)) == 4
 
 
-def test_conclusion_takes_every_number_from_the_tables(planted, parity_folder):
+def facts(title: str, **more) -> dict:
+    protocol = {"name": "v7", "eval_split": "half", "chat_probes": False, "persona_pairs": "1"} | more.pop(
+        "protocol", {}
+    )
+    counts = {"n_layers": 6, "n_fit": 16, "n_eval": 16, "d": D, "n_train_topics": 20, "n_persona_pairs": 2}
+    return {"title": title, "behavior": "parity", "protocol": protocol, "layers": LAYERS, **counts, **more}
+
+
+def test_conclusion_takes_every_number_from_the_tables(planted):
     candidates, bases, _, table = planted
-    pct = tables.with_percentages(tables.summarise(table, LAYERS))
-    behavior, protocol = load_behavior(parity_folder / "behavior.json"), load_protocol("v7")
-    facts = conclusion.RunFacts("planted", behavior, protocol, LAYERS, 6, 16, 16, D)
-    text = conclusion.conclusion(pct, table, facts, {"ceiling_r_w": 16.0})
+    pct = S.with_percentages(S.summarise(table, LAYERS))
+    here = facts("planted")
+    text = words.conclusion(pct, table, here, {"ceiling_r_w": 16.0})
     assert "**write** (W:write)" in text and "joint score among" in text and "16.00" in text
     assert "4 of 16 EVAL probes are topics that the adapters may have been trained on" in text
     assert "One of 2 persona pairs is used" in text
     assert "Undefined joint score, sorted last: churn" in text
     assert "not told apart from a random" not in text
     faint = pct.with_columns(mean_z_act=pl.lit(3.0), mean_z_w_combined=pl.lit(1.9))
-    assert "**On weights it is not told apart from a random subspace**" in conclusion.conclusion(
-        faint, table, facts, {}
-    )
+    assert "**On weights it is not told apart from a random subspace**" in words.conclusion(faint, table, here, {})
     shown = embedded(text).data
     assert "### Conclusion: planted\n" in shown and "\n#### Winner\n" in shown and "\n# " not in shown
-    sound = conclusion.RunFacts("planted", behavior, load_protocol("v7b"), LAYERS, 6, 20, 12, D)
-    assert "may have been trained on" not in conclusion.conclusion(pct, table, sound, {})
-    rows = conclusion.definitions(candidates).strip().splitlines()
+    sound = facts("planted", n_fit=20, n_eval=12, protocol={"name": "v7b", "eval_split": "held_out"})
+    assert "may have been trained on" not in words.conclusion(pct, table, sound, {})
+    rows = words.definitions([c.about for c in candidates]).strip().splitlines()
     assert len(rows) == 4 + 44 and "| dW_left_basis_ceiling | ceiling |" in rows[-1]
-    assert "write" in conclusion.top_table(pct, 3)
+    assert "write" in words.top_table(pct, 3)
 
 
-def test_no_winner_is_named_when_nothing_is_defined(planted, parity_folder):
+def test_no_winner_is_named_when_nothing_is_defined(planted):
     _, _, _, table = planted
     blank = table.with_columns(conc_w_combined=pl.lit(float("nan")))
-    pct = tables.with_percentages(tables.summarise(blank, LAYERS))
-    facts = conclusion.RunFacts(
-        "blank", load_behavior(parity_folder / "behavior.json"), load_protocol("v7"), LAYERS, 6, 16, 16, D
+    pct = S.with_percentages(S.summarise(blank, LAYERS))
+    assert "None: no write or mixed candidate has a defined joint score" in words.conclusion(
+        pct, table, facts("blank"), {}
     )
-    assert "None: no write or mixed candidate has a defined joint score" in conclusion.conclusion(pct, table, facts, {})
 
 
-def test_saved_scores_reproduce_the_table(planted, tmp_path):
-    import json
-
-    from safetensors import safe_open
-
+def test_kept_tensors_reproduce_the_table_and_tell_bases_apart(planted):
     candidates, bases, targets, table = planted
-    with safe_open(save_scores(tmp_path / "s.safetensors", candidates, bases, targets, 8), "pt") as file:
-        about = json.loads(file.metadata()["about"])
-        topics = file.get_tensor("act_topics")
-        assert file.get_tensor("weight_oracle/2").shape == (D, 8) and file.get_tensor("weight_oracle/0").shape == (D, 0)
-    assert topics.shape == (44, 6, 10)
-    mean = topics.mean(dim=2)
-    for i, name in enumerate(about["candidates"]):
-        rows = table.filter(pl.col("subspace") == name).sort("layer")["conc_act"].to_list()
+    kept = sweep.kept_tensors(candidates, bases, targets, 8)
+    assert kept["weight_oracle/2"].shape == (D, 8) and kept["weight_oracle/0"].shape == (D, 0)
+    assert kept["act_topics"].shape == (44, 6, 10) and kept["sketch/write"].shape == (6, 8, 64)
+    mean = kept["act_topics"].mean(dim=2)
+    for i, c in enumerate(candidates):
+        rows = table.filter(pl.col("subspace") == c.name).sort("layer")["conc_act"].to_list()
         assert mean[i].tolist() == pytest.approx(rows, rel=1e-9)
+    assert kept["sketch/churn"][3].abs().max() == 0 and kept["sketch/churn"][2].abs().max() > 0

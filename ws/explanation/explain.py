@@ -1,0 +1,168 @@
+"""`explain`: the only way from a weight diff to scores.
+
+    captures -> bases (A-side, kept) -> targets (w) -> one row per layer and candidate -> Explanation
+
+(docs/method.md sections 3 to 7)
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ws.data import Behavior, load_behavior
+from ws.diff import WeightDiff, load_diff
+from ws.explanation.result import Explanation
+from ws.explanation.rows import (
+    bases_hash,
+    kept_tensors,
+    largest_deviation,
+    layer_targets,
+    lora_layers,
+    per_layer,
+    self_checks,
+    specific_per_layer,
+    with_null_diff,
+)
+from ws.model.lm import LM
+from ws.steer.weights import check_fits
+from ws.subspaces.algebra import Basis, as_basis, empty
+from ws.subspaces.build import build
+from ws.subspaces.build import candidates as candidates_of
+from ws.subspaces.candidate import Candidate, as_candidate
+from ws.subspaces.captures import probes
+from ws.subspaces.kept import Shelf, make_shelf
+from ws.subspaces.protocol import Protocol, load_protocol
+from ws.subspaces.steered import CeilingMaterials, capture_steered
+
+CLEAN = "layer_clean_resid_pca"  # what specificity projects out
+
+
+def explain(
+    lm: LM,
+    w: WeightDiff | Path | str,
+    behavior: Behavior | Path | str = "sycophancy",
+    *,
+    protocol: Protocol | str = "v7b",
+    candidates: Sequence[object] | None = None,
+    extra: Iterable[object] | Mapping[str, object] = (),
+    null: WeightDiff | Path | str | None = None,
+    layers: Sequence[int] | None = None,
+    k: int = 8,
+    k_broad: int = 64,
+    title: str = "",
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Explanation:
+    """Which low-rank subspace, built without w, explains what w does to activations and to weights?
+
+    protocol: `v7`, `v7b` or a `Protocol`. candidates: names or functions instead of the protocol's own; its ceilings are
+    always there. extra: candidates of one's own beside them: functions (decorated with `ws.candidate`, or any
+    `f(m, l)`) and ready bases `{"name": {layer: (d, r) tensor}}`, which are made orthonormal where they are not, with a
+    warning. null: the null diff that every score is compared with. layers: what summaries average over; default those
+    that w touches. k: rank of a basis; k_broad: width of what "not read" projects out. cache: folder of captures and
+    bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a tensor, a layer, a candidate.
+    (docs/method.md sections 5 to 7)
+
+    Example:
+        >>> import torch, ws
+        >>> lm = ws.load_lm("tiny")
+        >>> names = [lm.decoder.param_name(l, role) for l in (3, 4) for role in ("o", "down")]
+        >>> shapes = dict(lm.model.named_parameters())
+        >>> g = torch.Generator().manual_seed(0)
+        >>> w = ws.WeightDiff({n: 0.01 * torch.randn(shapes[n].shape, generator=g) for n in names})
+        >>> found = ws.explain(lm, w, candidates=["write"], extra={"axes": {l: torch.eye(128)[:, :8] for l in range(8)}},
+        ...                    progress=False)
+        >>> sorted(found.summary["subspace"])[:3]
+        ['TaskDiff_lora_ceiling', 'TaskDiff_lora_uncentred_ceiling', 'axes']
+    """
+    behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
+    protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
+    w, null = load_diff(w), None if null is None else load_diff(null)
+    for diff in (w, null):
+        if diff is not None:
+            check_fits(lm.model, diff)
+    layers = lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
+    shipped = candidates_of(protocol)
+    functions, ready = _sorted_out(extra)
+    chosen = shipped if candidates is None else [as_candidate(c) for c in candidates]
+    ceilings = [c for c in shipped if c.kind == "ceiling"]
+    a_side = [c for c in [*chosen, *functions] if c.kind != "ceiling"]
+    everyone = _in_order(a_side, ready, ceilings)
+
+    shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache)
+    wanted = {c.name: c for c in [*a_side, *(c for c in shipped if c.name == CLEAN), as_candidate(CLEAN)]}
+    bases = shelf.bases(list({c.name: c for c in wanted.values()}.values()), progress)
+    bases |= {name: _given(name, rows, lm) for name, rows in ready.items()}
+    side, targets = _b_side(shelf, w, bases[CLEAN])
+    bases |= build(side, ceilings, progress=False)
+
+    table = per_layer(everyone, bases, targets)
+    if null is not None:
+        table = with_null_diff(table, everyone, bases, _b_side(shelf, null, bases[CLEAN])[1])
+    split = probes(behavior, protocol)
+    d = lm.decoder
+    return Explanation(
+        per_layer=table,
+        specific_per_layer=specific_per_layer(everyone, bases, targets),
+        setting={
+            "title": title or f"{lm.name}, {behavior.name}",
+            "model": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.model.dtype), "n_layers": d.n_layers,
+            "d": d.d, "n_heads": d.n_heads, "n_kv": d.n_kv, "behavior": behavior.name,
+            "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics,
+            "n_persona_pairs": len(behavior.personas_pos), "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
+            "n_fit": len(split.fit), "n_eval": len(split.eval), "layers": list(layers), "k": k, "k_broad": k_broad,
+            "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
+            "null": null.fingerprint if null is not None else "",
+        },
+        candidates=[c.about for c in everyone],
+        checks=self_checks(table, layers) | {"orthonormality": largest_deviation(bases)},
+        tensors=kept_tensors(everyone, bases, targets, k),
+        bases={c.name: bases_hash(bases[c.name]) for c in everyone if c.kind != "ceiling"},
+        sources={c.file.name: c.file.read_text(encoding="utf-8") for c in functions if c.file},
+    )  # fmt: skip
+
+
+def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis]) -> tuple[CeilingMaterials, list]:
+    """What w gives the ceilings, and what it is scored on."""
+    lm, protocol = shelf.lm, shelf.protocol
+    steered = capture_steered(lm, shelf.behavior, w, protocol, cache=shelf.cache)
+    side = CeilingMaterials(lm.decoder, w, steered, shelf.k, protocol.fold_gain)
+    return side, layer_targets(side, clean)
+
+
+def _sorted_out(extra: Iterable[object] | Mapping[str, object]) -> tuple[list[Candidate], dict[str, Mapping]]:
+    """Functions and ready bases among what the caller gave."""
+    functions: list[Candidate] = []
+    ready: dict[str, Mapping] = {}
+    for item in [extra] if isinstance(extra, Mapping) else extra:
+        if isinstance(item, Mapping):
+            for name, rows in item.items():
+                if isinstance(rows, Mapping):
+                    ready[name] = rows
+                else:
+                    functions.append(as_candidate(rows))
+        else:
+            functions.append(as_candidate(item))
+    return functions, ready
+
+
+def _in_order(a_side: list[Candidate], ready: dict[str, Mapping], ceilings: list[Candidate]) -> list[Candidate]:
+    given = [Candidate(name, "own", "own", False, (), lambda: None) for name in ready]
+    everyone = {}
+    for c in [*a_side, *given, *ceilings]:
+        if c.name in everyone and everyone[c.name] != c:
+            raise ValueError(f"candidate {c.name}: two of this name are given")
+        everyone[c.name] = c
+    return list(everyone.values())
+
+
+def _given(name: str, rows: Mapping, lm: LM) -> list[Basis]:
+    """Ready bases as one per layer. ValueError for a layer that the model lacks or a basis that does not fit."""
+    n, d = lm.decoder.n_layers, lm.decoder.d
+    beyond = [l for l in rows if l not in range(n)]
+    if beyond or not rows:
+        raise ValueError(f"{name}: bases are given for layers {sorted(rows)}; the model has 0 to {n - 1}")
+    return [
+        as_basis(rows[l], d, f"{name} at layer {l}") if l in rows else empty(d, "not given at this layer")
+        for l in range(n)
+    ]

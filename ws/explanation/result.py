@@ -1,0 +1,169 @@
+"""`Explanation`: what a sweep found, as tables, figures and words, and as the files of a run.
+
+`<folder>/v7_*.csv, .tsv, .md`, `scores.safetensors` (what statistics over seeds start from) and `explanation.json` (the
+setting, the candidates, the checks, the content hashes of the rest). (docs/method.md section 6)
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import polars as pl
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ws.cache.files import atomic_file, write_json, write_text
+from ws.cache.keys import file_key
+from ws.cache.made import read_safetensors
+from ws.cache.syntax import digest
+from ws.explanation import words
+from ws.explanation.figures import joint_scatter, recovery_by_layer
+from ws.explanation.rows import null_check
+from ws.explanation.scores import Target, target, weight_targets
+from ws.explanation.summary import summarise, summarise_specific, with_percentages
+from ws.show.tables import read_table, write_table
+
+CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
+RECORD = "explanation.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Every candidate's scores on what one w does to activations and to weights.
+
+    per_layer: one row per layer and candidate (docs/method.md section 6, then the columns of section 7).
+    specific_per_layer: what each explains beyond the clean states. setting: model, behaviour, protocol, layers, counts.
+    candidates: what is known of each (name, family, sees, definition, ...). checks: the run's own assertions with their
+    values. tensors: `ws.explanation.rows.kept_tensors`. bases: content hash of each A-side candidate's bases.
+    sources: `{file name: text}` of the caller's own candidate files.
+
+    Example:
+        >>> import tempfile, ws
+        >>> found = ws.explain(ws.load_lm("tiny"), ws.load_diff("tiny"), candidates=["write"], progress=False)
+        >>> again = ws.Explanation.load(found.save(tempfile.mkdtemp()))
+        >>> again.top(1) == found.top(1), found.layers
+        (True, [2, 3, 4, 5])
+    """
+
+    per_layer: pl.DataFrame
+    specific_per_layer: pl.DataFrame
+    setting: dict
+    candidates: list[dict]
+    checks: dict[str, float]
+    tensors: dict[str, Tensor] = field(repr=False)
+    bases: dict[str, str] = field(default_factory=dict, repr=False)
+    sources: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that summaries are means over."""
+        return self.setting["layers"]
+
+    @cached_property
+    def plain_summary(self) -> pl.DataFrame:
+        return summarise(self.per_layer, self.layers)
+
+    @cached_property
+    def summary(self) -> pl.DataFrame:
+        """One row per candidate, means over the layers, best joint score first, with percentages of the ceilings."""
+        return with_percentages(self.plain_summary)
+
+    @cached_property
+    def specific(self) -> pl.DataFrame:
+        """One row per candidate: what it explains beyond the clean states' own directions, best first."""
+        return summarise_specific(self.specific_per_layer, self.layers)
+
+    def top(self, rows: int = 12, style: str = "simple") -> str:
+        """The head of the summary as text; style: a tabulate format, or `html`."""
+        return words.top_table(self.summary, rows, style)
+
+    def figure(self) -> Figure:
+        """Activation against weight recovery of every candidate."""
+        return joint_scatter(self.plain_summary, self.setting["title"])
+
+    def layer_figure(self, best: int = 6) -> Figure:
+        """Recovery by layer of the best write and mixed candidates, with the ceilings."""
+        names = words.leaders(self.summary, "joint_score", ("write", "mixed"))[:best]
+        known = set(self.summary["subspace"])
+        return recovery_by_layer(self.per_layer, names + [c for c in CEILINGS if c in known], self.layers)
+
+    def conclusion(self) -> str:
+        """What the tables say in words, every number taken from them (Markdown)."""
+        return words.conclusion(self.summary, self.per_layer, self.setting, self.checks)
+
+    def definitions(self) -> str:
+        """The candidates and their definitions (Markdown)."""
+        return words.definitions(self.candidates)
+
+    def targets(self, l: int) -> dict[str, Target | None]:
+        """What layer l was scored on: `act`, `oproj`, `downproj`, `combined`."""
+        factors = (self.tensors.get(f"weight_factor/{l}/{name}") for name in ("oproj", "downproj"))
+        return {"act": target(self.tensors[f"act_factor/{l}"]), **weight_targets(*factors)}
+
+    def null_check(self, draws: int) -> pl.DataFrame:
+        """The closed-form null beside `draws` random subspaces, by layer and target."""
+        return null_check({l: self.targets(l) for l in self.layers}, self.setting["k"], draws)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write all files of the run into `folder`, each whole; the record comes last. Returns the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = {
+            "v7_per_layer.csv": self.per_layer,
+            "v7_specific_per_layer.csv": self.specific_per_layer,
+            "v7_summary.tsv": self.plain_summary,
+            "v7_summary_pct.tsv": self.summary,
+            "v7_specific_summary.tsv": self.specific,
+        }
+        files = [write_table(table, folder / name) for name, table in tables.items()]
+        texts = {"conclusion": self.conclusion(), "definitions": self.definitions(), "plan_merge": words.PLAN_MERGE}
+        for name, text in texts.items():
+            write_text(folder / f"v7_{name}.md", text)
+        files += [write_text(folder / name, text) for name, text in self.sources.items()]
+        with atomic_file(folder / "scores.safetensors") as tmp:
+            save_file(self.tensors, tmp)
+        hashes = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
+        record = {f: getattr(self, f) for f in ("setting", "candidates", "checks", "bases")}
+        record |= {"sources": list(self.sources), "files": hashes}
+        write_json(folder / RECORD, record | {"hash": _hash(record)})
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Explanation":
+        """Read what `save` wrote. FileNotFoundError where there is none, ValueError naming a file that is damaged."""
+        folder = Path(folder)
+        path = folder / RECORD
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run the v7_sweep of this folder first")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record.pop("hash") != _hash(record):
+                raise ValueError("its content is not what was written")
+            hashes, sources = record.pop("files"), record.pop("sources")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged ({error}); run this v7_sweep again") from error
+        for name, known in hashes.items():
+            if not (folder / name).is_file() or file_key(folder / name) != known:
+                raise ValueError(f"{folder / name}: not what this run wrote; run this v7_sweep again")
+        rows = read_table(folder / "v7_per_layer.csv")
+        return cls(
+            per_layer=rows.with_columns(pl.col("note").cast(pl.String).fill_null("")),
+            specific_per_layer=read_table(folder / "v7_specific_per_layer.csv"),
+            tensors=read_safetensors(folder / "scores.safetensors")[0],
+            sources={name: (folder / name).read_text(encoding="utf-8") for name in sources},
+            **record,
+        )
+
+    def __repr__(self) -> str:
+        s = self.setting
+        of = f"{len(self.candidates)} candidates, layers {self.layers}, protocol {s['protocol']['name']}"
+        return f"Explanation({s['title']}: {of})"
+
+    def _repr_html_(self) -> str:
+        return self.top(style="html")
+
+
+def _hash(record: dict) -> str:
+    return digest(json.dumps(record, sort_keys=True).encode())

@@ -1,0 +1,159 @@
+"""`compare_seeds`: which ranking survives another LoRA seed? One report from the sweeps of several. (section 7)"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from ws.cache.files import write_text
+from ws.data import Behavior, load_behavior
+from ws.explanation.result import Explanation
+from ws.model.lm import LM
+from ws.show.tables import write_table
+from ws.stability import overlap, words
+from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
+from ws.stability.seeds import SeedRuns, doubts, load_seeds
+from ws.stability.significance import significance_table
+from ws.stability.verdict import Verdict, verdict
+from ws.subspaces.build import candidates
+from ws.subspaces.candidate import Candidate, load_candidates
+from ws.subspaces.kept import make_shelf, part_bases
+from ws.subspaces.protocol import Protocol
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """What the sweeps of several seeds say together.
+
+    summary, per_seed, ranks, subspaces: the tables of docs/method.md section 7. a_side: which candidates their own data
+    determine. significance: R_w against random subspaces. verdict: the winner, or why there is none. bases: a sentence
+    on whether the seeds share their A-side bases.
+    """
+
+    runs: SeedRuns
+    summary: pl.DataFrame
+    per_seed: pl.DataFrame
+    ranks: pl.DataFrame
+    subspaces: pl.DataFrame
+    a_side: pl.DataFrame
+    significance: pl.DataFrame
+    verdict: Verdict
+    bases: str
+
+    @property
+    def unstable(self) -> list[str]:
+        return self.a_side.filter("unstable")["candidate"].to_list()
+
+    def conclusion(self) -> str:
+        """The verdict and every claim beside its chance level (Markdown)."""
+        return words.conclusion(
+            self.verdict, self.summary, self.ranks, self.significance, self.subspaces, self.unstable
+        )
+
+    def save(self, folder: Path | str) -> Path:
+        """Write `v7b_*` tables and the conclusion into `folder`, each whole. Returns the folder."""
+        folder = Path(folder)
+        write_table(self.subspaces, folder / "v7b_subspace_stability.csv")
+        write_table(self.per_seed, folder / "v7b_per_seed.csv")
+        write_table(self.summary, folder / "v7b_summary.tsv")
+        write_table(self.ranks, folder / "v7b_rank_stability.csv")
+        write_text(folder / "v7b_conclusion.md", self.conclusion())
+        return folder
+
+
+def compare_seeds(
+    folders: Mapping[int, Path | str | Explanation],
+    lm: LM | None = None,
+    behavior: Behavior | Path | str | None = None,
+    *,
+    own: Sequence[Candidate] = (),
+    boot: int = 20_000,
+    n_null: int = 10_000,
+    seed: int = 0,
+    cache: Path | None = None,
+) -> Stability:
+    """The stability report of several LoRA seeds' sweeps.
+
+    folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default
+    sycophancy) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
+    one that its data do not determine cannot win. own: the caller's candidates among those swept, where their files are not
+    kept with the sweeps. boot, n_null, seed: draws of the bootstrap and of random subspaces, and their generator.
+    Raises FileNotFoundError / ValueError naming the run that is missing or does not fit. (docs/method.md section 7)
+
+    Example:
+        >>> import torch, ws
+        >>> lm = ws.load_lm("tiny")
+        >>> shapes = dict(lm.model.named_parameters())
+        >>> names = [lm.decoder.param_name(3, role) for role in ("o", "down")]
+        >>> def sweep(seed):
+        ...     g = torch.Generator().manual_seed(seed)
+        ...     w = ws.WeightDiff({n: 0.01 * torch.randn(shapes[n].shape, generator=g) for n in names})
+        ...     return ws.explain(lm, w, candidates=["write", "mlp_write"], progress=False)
+        >>> ws.compare_seeds({0: sweep(0), 1: sweep(1)}, boot=50, n_null=50).verdict.winner is None
+        True
+    """
+    found = {s: f if isinstance(f, Explanation) else Explanation.load(f) for s, f in folders.items()}
+    runs = load_seeds(found)
+    scores = runs.scores
+    rows = [] if lm is None else _a_side(lm, behavior, found, runs, own, cache)
+    rows += [
+        overlap.compare_parts("B", f"{side} oracle", "seeds", runs.oracles[side], scores.layers)
+        for side in runs.oracles
+    ]
+    subspaces = pl.concat(rows)
+    a_side = overlap.a_side_stability(subspaces)
+    significance = significance_table(
+        scores, runs.factors, runs.one_basis, seed, n_null, "cpu" if lm is None else lm.device.type
+    )
+    doubtful = doubts(found, scores.layers)
+    summary = _joined(summary_table(scores, seed, boot), significance, a_side)
+    unstable = a_side.filter("unstable")["candidate"].to_list()
+    return Stability(
+        runs=runs,
+        summary=summary.join(doubtful, on="candidate", maintain_order="left"),
+        per_seed=per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left"),
+        ranks=rank_stability_table(scores),
+        subspaces=subspaces,
+        a_side=a_side,
+        significance=significance,
+        verdict=verdict(scores, unstable, significance["q_R_w"].to_numpy()),
+        bases=overlap.same_bases(found),
+    )
+
+
+def _a_side(
+    lm: LM,
+    behavior: Behavior | Path | str | None,
+    found: Mapping[int, Explanation],
+    runs: SeedRuns,
+    own: Sequence[Candidate],
+    cache: Path | None,
+) -> list[pl.DataFrame]:
+    """Comparisons of bases from parts of the prompts, for the candidates whose functions are known."""
+    behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or "sycophancy")
+    setting = next(iter(found.values())).setting
+    protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
+    known = {c.name: c for c in [*candidates(protocol), *own]}
+    chosen = [known[name] for name in runs.scores.candidates if name in known]
+    shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
+    layers = runs.scores.layers
+    return [
+        overlap.compare_parts("A", name, compared, {p: [b[name][l] for l in layers] for p, b in parts.items()}, layers)
+        for compared, parts in part_bases(shelf, chosen).items()
+        for name in next(iter(parts.values()))
+    ]
+
+
+def own_candidates(folder: Path, given: str | list[str] = "") -> list[Candidate]:
+    """The caller's candidates of a sweep: from the files named, or those kept in the sweep's folder."""
+    kept = [folder / name for name in Explanation.load(folder).sources]
+    return load_candidates(given or kept)
+
+
+def _joined(summary: pl.DataFrame, significance: pl.DataFrame, a_side: pl.DataFrame) -> pl.DataFrame:
+    """The summary over seeds with p, q and null of R_w, and with A-side stability (`stable` where no data decide it)."""
+    keep = ["candidate", "null_q95", "p_R_w", "q_R_w", "basis"]
+    joined = summary.join(significance.select(keep), on="candidate", how="left", maintain_order="left")
+    joined = joined.join(a_side, on="candidate", how="left", maintain_order="left")
+    return joined.with_columns(pl.col("unstable").fill_null(False), pl.col("stability").fill_null(float("nan")))

@@ -1,0 +1,171 @@
+"""What a model computes on texts: one forward pass per text set records all that the candidates need.
+
+`resid[l, i]` is the output of block l at text i's last token. (docs/method.md section 3)
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from ws.model.lm import LM
+from ws.model.text import encode, last_index, position_ids
+from ws.model.trace import hidden, recorded
+
+
+@dataclass(frozen=True)
+class TextActs:
+    """One text set's recordings, float32 on the CPU.
+
+    resid: block outputs at the last token. embed: input of block 0 there. up_in: input of `mlp.up_proj` there. tokens:
+    block outputs of all tokens, aligned at the right edge and zero-filled on the left. attn: the last token's attention
+    row averaged over heads, aligned likewise. ids: the token ids, unpadded. tokens, attn and up_in are None where they
+    were not asked for.
+    """
+
+    resid: Float[Tensor, "L n d"]
+    embed: Float[Tensor, "n d"]
+    ids: tuple[tuple[int, ...], ...]
+    up_in: Float[Tensor, "L n d"] | None = None
+    tokens: Float[Tensor, "L n T d"] | None = None
+    attn: Float[Tensor, "L n T"] | None = None
+
+    @property
+    def block(self) -> Float[Tensor, "L n d"]:
+        """What each block added at the last token: post - pre."""
+        return self.resid - torch.cat([self.embed[None], self.resid[:-1]])
+
+    def take(self, rows: list[int]) -> "TextActs":
+        """The recordings of some of the texts."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, rows]
+
+        return TextActs(
+            resid=self.resid[:, rows],
+            embed=self.embed[rows],
+            ids=tuple(self.ids[i] for i in rows),
+            up_in=of(self.up_in),
+            tokens=of(self.tokens),
+            attn=of(self.attn),
+        )
+
+
+@contextmanager
+def eager_attention(model):
+    """Attention weights are only returned by the eager implementation; the model's own comes back on exit."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def read_texts(
+    lm: LM,
+    texts: list[str],
+    add_special_tokens: bool,
+    detail: bool = False,
+    batch_size: int = 16,
+    max_length: int = 256,
+    padding_side: str = "right",
+    label: str = "",
+) -> TextActs:
+    """Run the texts through the model once and record them.
+
+    detail: also record up_in, tokens and attn. Shapes and units as in `TextActs`; raises ValueError for no texts.
+    """
+    ids, mask = encode(lm.tokenizer, texts, add_special_tokens, max_length, padding_side)
+    lengths = mask.sum(dim=1).tolist()
+    order = range(0, len(texts), batch_size)
+    parts = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if detail:
+            stack.enter_context(eager_attention(lm.model))
+        for start in tqdm(order, desc=label, disable=not label or len(order) < 2, leave=False):
+            rows = slice(start, start + batch_size)
+            parts.append(_read_batch(lm, ids[rows], mask[rows], detail, padding_side))
+    unpadded = tuple(tuple(ids[i][mask[i] > 0].tolist()) for i in range(len(texts)))
+    width = max(lengths)
+    return TextActs(
+        resid=torch.cat([p["resid"] for p in parts], dim=1),
+        embed=torch.cat([p["embed"] for p in parts], dim=0),
+        ids=unpadded,
+        up_in=torch.cat([p["up_in"] for p in parts], dim=1) if detail else None,
+        tokens=torch.cat([_left_pad(p["tokens"], width, 2) for p in parts], dim=1) if detail else None,
+        attn=torch.cat([_left_pad(p["attn"], width, 2) for p in parts], dim=1) if detail else None,
+    )
+
+
+def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detail: bool, padding_side: str) -> dict:
+    """Every layer is reduced to what is kept as the pass reaches it."""
+    decoder = lm.decoder
+    n, width = ids.shape
+    last = last_index(mask)
+    resid, up_in, tokens, embed = {}, {}, {}, {}
+    rows = torch.arange(n)
+    # one gather index moves every text's tokens to the right edge: column T - len + j <- column of token j
+    lengths = mask.sum(dim=1)
+    first = last - lengths + 1
+    column = torch.arange(width)[None, :] - (width - lengths)[:, None]
+    source = (first[:, None] + column).clamp(min=0)
+    real = (column >= 0).float()
+
+    def at_last(states: Tensor) -> Tensor:
+        return states[rows.to(states.device), last.to(states.device)].float().cpu()
+
+    def at_block(l):
+        def record(output, inputs):
+            states = hidden(output)
+            if l == 0:
+                embed[0] = at_last(inputs[0])
+            resid[l] = at_last(states)
+            if detail:
+                moved = states.float().cpu()[rows[:, None], source]
+                tokens[l] = moved * real[:, :, None]
+
+        return record
+
+    def at_up(l):
+        def record(_output, inputs):
+            up_in[l] = at_last(inputs[0])
+
+        return record
+
+    at = {f"{decoder.prefix}.{l}": at_block(l) for l in range(decoder.n_layers)}
+    if detail:
+        at |= {decoder.param_name(l, "up").removesuffix(".weight"): at_up(l) for l in range(decoder.n_layers)}
+    with recorded(lm.model, at):
+        output = lm.model(
+            input_ids=ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            position_ids=position_ids(mask).to(lm.device),
+            use_cache=False,
+            output_attentions=detail,
+        )
+    order = range(decoder.n_layers)
+    part = {"resid": torch.stack([resid[l] for l in order]), "embed": embed[0]}
+    if detail:
+        attn = []
+        for weights in output.attentions:
+            row = weights.float().mean(dim=1).cpu()[rows, last]
+            attn.append(row[rows[:, None], source] * real)
+        part["up_in"] = torch.stack([up_in[l] for l in order])
+        part["tokens"] = torch.stack([tokens[l] for l in order])
+        part["attn"] = torch.stack(attn)
+    return part
+
+
+def _left_pad(x: Tensor, width: int, dim: int) -> Tensor:
+    """Zeros before (or, where padding made a batch wider than its texts, columns cut from) the left edge of `dim`."""
+    have = x.shape[dim]
+    if have >= width:
+        return x.narrow(dim, have - width, width)
+    shape = list(x.shape)
+    shape[dim] = width - have
+    return torch.cat([x.new_zeros(shape), x], dim=dim)
