@@ -83,7 +83,7 @@ def _join(
     """`w.safetensors` in `folder`: the difference of two adapter folders."""
     meta = {"base_model": lm.name, "behavior": behavior.name, "adapter": adapter, "seed": seed, **(more or {})}
     key = stage_key(
-        {**meta, "model": lm.fingerprint}, inputs=sides, code=["ws.diff.from_adapters", "ws.diff.save_diff"]
+        {**meta, "model": lm.fingerprint}, inputs=sides, code=["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]
     )
 
     def join(path: Path) -> None:
