@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ws.subspaces import algebra as S
+from ws.subspaces.check import check_basis
 
 
 def generator(seed: int = 0) -> torch.Generator:
