@@ -80,7 +80,7 @@ def test_a_running_scheduler_serves_a_batch(whole, tmp_path):
 
 def test_a_second_batch_is_refused_with_the_owners_pid(tmp_path, monkeypatch, capsys):
     place = write_project(tmp_path)
-    with engine.hold(place.out, wait=False):
+    with files.lock(place.out, 0, engine.LOCK):
         with pytest.raises(files.Locked, match=f"in use by pid {os.getpid()} "):
             run_jobs(stub_jobs(place), place, TWO)
         monkeypatch.setattr("ws.runs.notebooks.Place", lambda: place)
@@ -89,7 +89,7 @@ def test_a_second_batch_is_refused_with_the_owners_pid(tmp_path, monkeypatch, ca
             cli.main(["batch"])
         assert ended.value.code == 3 and f"pid {os.getpid()}" in capsys.readouterr().err
     assert not any(place.out.rglob("*.ipynb"))
-    with engine.hold(place.out, wait=False):
+    with files.lock(place.out, 0, engine.LOCK):
         pass  # the lock is gone with its owner
 
 

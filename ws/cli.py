@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ws.cache.files import Locked
+from ws.runs import Missing
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -206,12 +207,7 @@ def main(args: list[str] | None = None) -> None:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except ModuleNotFoundError as error:
-        if "pip install" not in str(error):
-            raise
+    except (ValueError, FileNotFoundError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except Locked as error:

@@ -4,10 +4,13 @@ import importlib
 from types import ModuleType
 
 
+class Missing(ModuleNotFoundError):
+    """What an extra of the package would have installed."""
+
+
 def need(module: str, extra: str) -> ModuleType:
-    """Import what an extra of the package installs. Raises ModuleNotFoundError that names the extra in one line."""
+    """Import what an extra installs. Raises Missing, whose one line names the extra."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        hint = f"{error.name} is missing: pip install 'weight-steering[{extra}]'"
-        raise ModuleNotFoundError(hint, name=error.name) from None
+        raise Missing(f"{error.name} is missing: pip install 'weight-steering[{extra}]'") from None

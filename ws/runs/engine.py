@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from ws.cache.files import lock, sweep
 from ws.cache.places import logs_folder, root
@@ -97,6 +96,10 @@ def slurm_cluster(slurm: Slurm):
     need("dask_jobqueue", "cluster")
     from dask_jobqueue import SLURMCluster
 
+    # Compute nodes often have no network; the models come from the hub cache.
+    exports = [
+        f"export {name}={value}" for name, value in [("HF_HUB_OFFLINE", 1), *((t, slurm.cores) for t in THREADS)]
+    ]
     return SLURMCluster(
         queue=slurm.partition or None,
         account=slurm.account or None,
@@ -106,12 +109,7 @@ def slurm_cluster(slurm: Slurm):
         processes=1,
         job_cpu=slurm.cores,
         job_extra_directives=[f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else [],
-        # Compute nodes often have no network; the models come from the hub cache.
-        job_script_prologue=[
-            f"cd {root()}",
-            "export HF_HUB_OFFLINE=1",
-            *(f"export {name}={slurm.cores}" for name in THREADS),
-        ],
+        job_script_prologue=[f"cd {root()}", *exports],
         worker_extra_args=["--no-dashboard"],
         scheduler_options={"dashboard": False},
         log_directory=str(logs_folder()),
@@ -138,14 +136,8 @@ def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
     else:
         gpus = visible_gpus()
         workers, threads = local_size(settings, len(gpus), CPU_COUNT)
-        local = LocalCluster(
-            n_workers=min(workers, jobs),
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        )
+        plain = {"processes": True, "dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+        local = LocalCluster(n_workers=min(workers, jobs), threads_per_worker=1, **plain)
         with local as cluster, Client(cluster, set_as_default=False) as client:
             yield client, {"threads": threads, "gpus": gpus}
 
@@ -171,7 +163,7 @@ def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> 
 def run_steps(
     steps: list[Step], place: Place, settings: Settings, tell: Callable[[str, str, str], None], tick: Callable[[], None]
 ) -> dict[str, Ending]:
-    """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out` (`hold`).
+    """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out`.
 
     `tell(name, what, text)` hears "stage" with its name and "ended" with the state; `tick()` is called every half
     second. An interrupt ends all runs and their kernels before it passes on.
@@ -245,19 +237,12 @@ def _stop(client, batch: str, futures: list) -> None:
     psutil.wait_procs(here, timeout=20)
 
 
-@contextmanager
-def hold(out: Path, wait: bool) -> Iterator[None]:
-    """Only one batch at a time on a results folder. Raises ws.cache.files.Locked with the owner's pid unless `wait`."""
-    with lock(out, None if wait else 0, LOCK):
-        yield
-
-
 def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = False) -> tuple[dict[str, Ending], str]:
     """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary.
 
     Raises ws.cache.files.Locked when another batch works on the same folder.
     """
-    with terminable(), hold(place.out, settings.wait):
+    with terminable(), lock(place.out, None if settings.wait else 0, LOCK):
         sweep(place.out)
         steps = plan(jobs, retrain, place)
         started = time.monotonic()

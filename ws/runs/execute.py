@@ -19,30 +19,15 @@ from ws.cache.places import root
 from ws.runs import parameters
 
 
-class _Tee:
-    """A text stream that papermill writes to, passed on to several."""
+class _Stream:
+    """What papermill and its progress bar write to: every text is handed on."""
 
-    def __init__(self, *streams: TextIO):
-        self.streams = streams
-
-    def write(self, text: str) -> None:
-        for stream in self.streams:
-            stream.write(text)
-
-    def flush(self) -> None:
-        for stream in self.streams:
-            stream.flush()
-
-
-class _Cells:
-    """Where papermill's progress bar writes: tells the number of cells that are done."""
-
-    def __init__(self, tell: Callable[[int], None]):
+    def __init__(self, *tell: Callable[[str], object]):
         self.tell = tell
 
     def write(self, text: str) -> None:
-        if found := re.search(r"(\d+)/\d+", text):
-            self.tell(int(found[1]))
+        for tell in self.tell:
+            tell(text)
 
     def flush(self) -> None:
         pass
@@ -122,8 +107,12 @@ def execute(
     bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
     if on_stage:
         headings = _headings(content)
-        cells = _Cells(lambda done: on_stage(headings[min(done, len(headings) - 1)]))
-        bar = {"file": cells, "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
+
+        def heading(text: str) -> None:  # of the cell after those that are done
+            if found := re.search(r"(\d+)/\d+", text):
+                on_stage(headings[min(int(found[1]), len(headings) - 1)])
+
+        bar = {"file": _Stream(heading), "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
     try:
         with _results_in(out), _kernel_config() as config:
             papermill.execute_notebook(
@@ -131,8 +120,8 @@ def execute(
                 str(target),
                 parameters=values,
                 progress_bar=bar,
-                stdout_file=_Tee(log),
-                stderr_file=_Tee(log) if quiet else _Tee(log, sys.stderr),
+                stdout_file=_Stream(log.write),
+                stderr_file=_Stream(log.write) if quiet else _Stream(log.write, sys.stderr.write),
                 cwd=str(root()),
                 execution_timeout=timeout,
                 config=config,

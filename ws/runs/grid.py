@@ -8,7 +8,6 @@ Per (model, behaviour, adapter), with s0 the lowest seed, as the table of notebo
 A job is one run of one notebook. A job whose own state is "done" but which needs one that is not may turn out done.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -133,10 +132,8 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     known = {}
     for entry in entries:
         notebook = place.nbs / f"{entry.name}.ipynb"
-        script = notebook.with_suffix(".py")
         known[entry.name] = parameters.defaults(parameters.read_notebook(notebook), entry.name)
-        if script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime:
-            check_pair(notebook)
+        check_pair(notebook, edited=True)
     everything = sorted({key for values in known.values() for key in values} - {*OWNED, *FOREIGN})
     for key in grid.set:
         if key in OWNED + FOREIGN:
@@ -161,36 +158,24 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         jobs.append(job)
         return job
 
-    for model, behavior, adapter in product(grid.models, grid.behaviors, grid.adapters):
-        _add_combination(
-            add, entries, known, {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}, grid, place
-        )
-    return jobs
-
-
-def _add_combination(
-    add: Callable[[Notebook, dict, list[Job]], Job],
-    entries: list[Notebook],
-    known: dict[str, dict],
-    own: dict,
-    grid: Grid,
-    place: Place,
-) -> None:
-    """The jobs of one model, behaviour and adapter: of each notebook one per seed, or one over all seeds."""
     seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
-    null_w = str(run_id({**own, "SEED": seeds[0]}).folder(place.out, null=True) / "w.safetensors")
-    null: list[Job] = []
-    made: dict[str, dict[int, Job]] = {entry.name: {} for entry in entries}
-    for entry in entries:
-        if entry.level != "seed":
-            add(entry, {**own, "SEEDS": seeds}, [job for need in entry.needs for job in made[need].values()])
-            continue
-        nulled = {"NULL_W_PATH": null_w} if "NULL_W_PATH" in known[entry.name] else {}
-        for seed in seeds:
-            needs = [made[need][seed] for need in entry.needs] + (null if nulled else [])
-            made[entry.name][seed] = add(entry, {**own, "SEED": seed, **nulled}, needs)
-            if "NULL_DIFF" in known[entry.name] and not null:
-                null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
+    for model, behavior, adapter in product(grid.models, grid.behaviors, grid.adapters):
+        own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
+        null_w = str(run_id({**own, "SEED": seeds[0]}).folder(place.out, null=True) / "w.safetensors")
+        made: dict[str, list[Job]] = {}  # per notebook, by seed
+        null: list[Job] = []
+        for entry in entries:
+            if entry.level != "seed":
+                add(entry, {**own, "SEEDS": seeds}, [job for need in entry.needs for job in made[need]])
+                continue
+            made[entry.name] = []
+            for i, seed in enumerate(seeds):
+                nulled = {"NULL_W_PATH": null_w} if "NULL_W_PATH" in known[entry.name] else {}
+                needs = [made[need][i] for need in entry.needs] + (null if nulled else [])
+                made[entry.name].append(add(entry, {**own, "SEED": seed, **nulled}, needs))
+                if "NULL_DIFF" in known[entry.name] and not null:
+                    null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
+    return jobs
 
 
 def job_state(job: Job, place: Place) -> str:
@@ -229,13 +214,9 @@ def plan_text(steps: list[Step]) -> str:
     """The plan as a table and a sentence."""
     from tabulate import tabulate
 
-    def fate(step: Step) -> str:
-        if not step.run:
-            return "done"
-        return "check" if step.state == "done" and not step.retrain else "run"
-
-    rows = [[fate(step), *step.job.name.split(": "), step.why] for step in steps]
-    fates = [row[0] for row in rows]
+    looked_at = {True: "run", False: "check"}
+    fates = [looked_at[s.state != "done" or s.retrain] if s.run else "done" for s in steps]
+    rows = [[fate, *step.job.name.split(": "), step.why] for fate, step in zip(fates, steps, strict=True)]
     stale = sum(step.stale and not step.retrain for step in steps)
     told = f"{fates.count('run')} would run, {fates.count('check')} would be looked at again, {fates.count('done')} are done"
     if stale:

@@ -30,6 +30,7 @@ def _page(title: str, body: str, nav: str = "", style: str = "") -> str:
 
 @lru_cache(maxsize=1)
 def _markdown():
+    """A reader of Markdown with tables, HTML and formulas."""
     from markdown_it import MarkdownIt
     from mdit_py_plugins.amsmath import amsmath_plugin
     from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -49,11 +50,6 @@ def mathml(tex: str, block: bool) -> str:
         return convert(tex, display="block" if block else "inline")
     except (*refusals, IndexError, KeyError):
         return f"<code>{html.escape(tex)}</code>"
-
-
-def markdown_html(text: str) -> str:
-    """Markdown with tables, HTML and formulas as HTML."""
-    return _markdown().render(text)
 
 
 def last_of_line(text: str) -> str:
@@ -111,7 +107,7 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     content = nbformat.read(notebook, as_version=4)
     cells = FileSystemLoader(PARTS)
     exporter = HTMLExporter(template_name="basic", extra_loaders=[cells], template_file="notebook.html.j2")
-    exporter.register_filter("markdown2html", markdown_html)
+    exporter.register_filter("markdown2html", _markdown().render)
     exporter.register_filter("last_of_line", last_of_line)
     body, _ = exporter.from_notebook_node(content)
     body = _inline_images(_without_remote(body), target.parent)
@@ -125,68 +121,48 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
+COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds")
+
+
 def runs(out: Path) -> list[dict]:
-    """One row per notebook run below `out`: model, behavior, adapter, seed, notebook, variant (protocol of a sweep, null
-    diff), state, finished, seconds, folder.
+    """One row per notebook run below `out`: COLUMNS (variant: protocol of a sweep, null diff), the notebook's file, and
+    links, `(path below out, text)` each.
 
     The state is what the run's own folder says: done, failed, or unfinished (a notebook without its record).
     """
     found = []
-    for notebook in sorted(out.rglob("*.ipynb")):
-        if notebook.name.startswith(".") or ".ipynb_checkpoints" in notebook.parts:
+    for file in sorted(out.rglob("*.ipynb")):
+        if file.name.startswith(".") or ".ipynb_checkpoints" in file.parts:
             continue
-        failed = notebook.name.endswith(".failed.ipynb")
-        name = notebook.name.removesuffix(".failed.ipynb" if failed else ".ipynb")
-        entry, record = notebook_of(name), read_sidecar(notebook)
+        failed = file.name.endswith(".failed.ipynb")
+        name = file.name.removesuffix(".failed.ipynb" if failed else ".ipynb")
+        entry, record = notebook_of(name), read_sidecar(file)
         about, run = record.get("about", {}), record.get("about", {}).get("run", {})
-        parts = [*notebook.parent.relative_to(out).parts, "", "", "", ""]
-        at = record.get("made_at", notebook.stat().st_mtime)
-        about_model = entry.level == "model"
-        seed = {"model": "", "adapter": "all"}.get(entry.level, run.get("seed", parts[3].removeprefix("seed_")))
-        found.append(
-            {
-                "model": run.get("model", parts[0]),
-                "behavior": "" if about_model else run.get("behavior", parts[1]),
-                "adapter": "" if about_model else run.get("adapter", parts[2]),
-                "seed": seed,
-                "notebook": name,
-                "title": entry.title or "report",
-                "variant": "null diff" if "null_diff" in parts else notebook.parent.name if "{" in entry.folder else "",
-                "state": "failed" if failed else "done" if about else "unfinished",
-                "finished": time.strftime("%Y-%m-%d %H:%M", time.localtime(at)),
-                "seconds": about.get("seconds", ""),
-                "folder": notebook.parent.relative_to(out).as_posix(),
-                "file": notebook.name,
-            }
-        )
+        folder = file.parent.relative_to(out)
+        model, behavior, adapter, seed, variant = [*folder.parts, *[""] * 5][:5]
+        row = {"model": run.get("model", model), "notebook": name, "seconds": about.get("seconds", ""), "file": file}
+        if entry.level != "model":
+            row |= {"behavior": run.get("behavior", behavior), "adapter": run.get("adapter", adapter), "seed": "all"}
+        if entry.level == "seed":
+            row |= {"seed": run.get("seed", seed.removeprefix("seed_")), "variant": variant if entry.folder else ""}
+        if "null_diff" in folder.parts:
+            row["variant"] = "null diff"
+        row["state"] = "failed" if failed else "done" if about else "unfinished"
+        at = record.get("made_at", file.stat().st_mtime)
+        row["finished"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+        of_run = {} if failed else {f"{name}.html": entry.title or "report", "params.json": "parameters"}
+        named = {**of_run, file.name: "notebook", ".": "files"}
+        row["links"] = [((folder / at).as_posix(), text) for at, text in named.items() if (file.parent / at).exists()]
+        found.append(dict.fromkeys(COLUMNS, "") | row)
     return found
 
 
 def index(out: Path) -> Path:
     """Write `out/index.html`: every run found below `out`, with links to its report, notebook and files."""
+    from jinja2 import Environment, FileSystemLoader
 
-    def link(path: str, text: str) -> str:
-        return f'<a href="{html.escape(path)}">{html.escape(text)}</a>' if (out / path).exists() else ""
-
-    columns = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds")
-    lines = []
-    for row in runs(out):
-        cells = "".join(
-            f'<td class="state-{row[c]}">{row[c]}</td>' if c == "state" else f"<td>{html.escape(str(row[c]))}</td>"
-            for c in columns
-        )
-        base = row["folder"]
-        links = [
-            link(f"{base}/{row['notebook']}.html", row["title"]) if row["state"] != "failed" else "",
-            link(f"{base}/{row['file']}", "notebook"),
-            link(f"{base}/params.json", "parameters") if row["state"] != "failed" else "",
-            link(base, "files"),
-        ]
-        lines.append(f"<tr>{cells}<td>{' '.join(x for x in links if x)}</td></tr>")
-    head = "".join(f"<th>{c}</th>" for c in (*columns, "links"))
-    body = f"<h1>Runs</h1>\n<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
-    if not lines:
-        body = "<h1>Runs</h1>\n<p>No run yet: <code>just demo</code> makes the first.</p>"
+    look = Environment(loader=FileSystemLoader(PARTS), autoescape=True, trim_blocks=True)
+    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
     return write_text(out / "index.html", _page("Runs", body))
 
 
@@ -195,8 +171,7 @@ def report(out: Path | None = None) -> Path:
     out = out or out_folder()
     sweep(out)
     for row in runs(out):
-        notebook = out / row["folder"] / row["file"]
-        page = notebook.with_suffix(".html")
+        page = row["file"].with_suffix(".html")
         if row["state"] == "done" and not page.is_file():
-            render(notebook, page, title=row["notebook"])
+            render(row["file"], page, title=row["notebook"])
     return index(out)

@@ -32,7 +32,7 @@ def run_key(notebook: str, content: dict, params: dict, out: Path) -> Key:
     model = str(params.get("MODEL_ID", ""))
     if model and model != "tiny" and not Path(model).exists():
         counted["hub commit"] = hub_revision(model, str(params.get("REVISION") or "main"))
-    sources = digest(f"{text_key(parameters.code_of(content))} {entry.code(params)}".encode())
+    sources = digest(f"{text_key(parameters.code_of(content))} {code_key(*entry.roots(params), strict=False)}".encode())
     return stage_key(counted, entry.run_inputs(params, out), sources=sources)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ws.cache.names import RunId, model_folder, model_slug, slug
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
-from ws.cache.sources import code_key
 from ws.cache.syntax import read_scope
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
@@ -32,10 +31,6 @@ class Place:
         return self.out.parent / "logs"
 
 
-def _nothing(params: Params, out: Path) -> list[Path]:
-    return []
-
-
 @dataclass(frozen=True)
 class Notebook:
     """What is known of a notebook before it runs.
@@ -53,8 +48,8 @@ class Notebook:
     paths: tuple[str, ...] = ()
     level: str = "seed"
     folder: str = ""
-    inputs: Callable[[Params, Path], list[Path]] = _nothing
-    products: Callable[[Params, Path], list[Path]] = _nothing
+    inputs: Callable[[Params, Path], list[Path]] = lambda params, out: []
+    products: Callable[[Params, Path], list[Path]] = lambda params, out: []
     roots: Callable[[Params], list[str]] = lambda params: []
     batch: str | None = None
     needs: tuple[str, ...] = ()
@@ -82,14 +77,7 @@ class Notebook:
         named = [(model, ASSETS / "tiny" if model == "tiny" else Path(model))]
         named += [(behavior, ASSETS / f"{behavior}.json"), (behavior, Path(behavior))]
         given += [path for name, path in named if name]
-        if params.get("PROTOCOL"):
-            given.append(protocol_file(params))
-        return [path for path in given + self.inputs(params, out) if path.exists()]
-
-    def code(self, params: Params) -> str:
-        """Hash of the code behind a run that its cells do not name; "" when there is none."""
-        roots = self.roots(params)
-        return code_key(*roots, strict=False) if roots else ""
+        return [path for path in [*given, protocol_file(params)] + self.inputs(params, out) if path.exists()]
 
 
 # --- identities ------------------------------------------------------------------------------------------------------
@@ -145,16 +133,16 @@ def notebook_of(name: str) -> Notebook:
 
 
 def protocol_file(params: Params) -> Path:
-    return notebooks_folder() / "params" / f"{params['PROTOCOL']}.yaml"
+    return notebooks_folder() / "params" / f"{params.get('PROTOCOL')}.yaml"
 
 
 def protocol_sources(params: Params) -> list[str] | None:
     """The sources of candidates that take part in a sweep: SOURCES, else the protocol's; None when nothing says so."""
     import yaml
 
-    file = protocol_file({"PROTOCOL": "", **params})
-    given = params.get("SOURCES") or (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {})
-    return given.get("SOURCES") if isinstance(given, dict) else list(given)
+    file = protocol_file(params)
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return params.get("SOURCES") or known.get("SOURCES")
 
 
 def candidate_code(sources: list[str] | None) -> list[str]:
@@ -162,11 +150,10 @@ def candidate_code(sources: list[str] | None) -> list[str]:
     found = []
     for module in (f"ws.subspaces.{name}" for name in CANDIDATE_MODULES):
         for name, nodes in read_scope(module).defs.items():
-            decorators = [d for node in nodes for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)]
-            for call in decorators:
+            for call in (d for node in nodes for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)):
                 if getattr(call.func, "attr", getattr(call.func, "id", "")) == "candidate":
-                    source = next((ast.literal_eval(k.value) for k in call.keywords if k.arg == "source"), None)
-                    if sources is None or source is None or source in sources:
+                    own = [ast.literal_eval(k.value) for k in call.keywords if k.arg == "source"]
+                    if sources is None or not own or own[0] in sources:
                         found.append(f"{module}.{name}")
     return found
 
@@ -185,9 +172,9 @@ def _swept_w(params: Params, out: Path) -> list[Path]:
 
 def _swept_seeds(params: Params, out: Path) -> list[Path]:
     home = next(iter(paths_in(params, "RUNS_DIR")), run_id(params).adapter_folder(out))
-    files = [f"{params.get('PROTOCOL') or 'v7*'}/{name}" for name in ("v7_per_layer.csv", "scores.safetensors")]
-    seeds = params.get("SEEDS") or ["*"]
-    return [p for s in seeds for file in ("w.safetensors", *files) for p in sorted(home.glob(f"seed_{s}/{file}"))]
+    tables = ("v7_per_layer.csv", "v7_specific_per_layer.csv", "scores.safetensors", "*.py")
+    files = ["w.safetensors", *(f"{params.get('PROTOCOL') or 'v7*'}/{name}" for name in tables)]
+    return [p for s in params.get("SEEDS") or ["*"] for f in files for p in sorted(home.glob(f"seed_{s}/{f}"))]
 
 
 _ENTRIES = (

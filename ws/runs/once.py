@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from ws.cache.files import lock, publish, scratch, sweep, write_json
@@ -59,30 +60,20 @@ class Ask:
 
 def revision() -> str:
     """The source revision (git), '+' appended when tracked files differ from it; 'unknown' where this is no clone."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=CLONE, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    if CLONE is None:
-        return "unknown"
+    words = "git describe --always --exclude=* --abbrev=40 --dirty=+".split()
     try:
-        return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
+        done = subprocess.run(words, cwd=CLONE, capture_output=True, text=True, check=False) if CLONE else None
     except FileNotFoundError:
-        return "unknown"
+        done = None
+    return done.stdout.strip() if done and done.returncode == 0 else "unknown"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what the numbers depend on."""
     from ws import __version__
 
-    found = {"python": platform.python_version(), "ws": __version__}
-    for package in VERSIONS:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    installed = {name: metadata.version(name) if find_spec(name) else "absent" for name in VERSIONS}
+    return {"python": platform.python_version(), "ws": __version__, **installed}
 
 
 def threads() -> int:
@@ -136,11 +127,8 @@ def run_notebook(
     place = place or Place()
     ask = prepare(name, explicit, files, cwd, place)
     notebook, values, folder = ask.path, ask.values, ask.folder
-    script, target = notebook.with_suffix(".py"), folder / f"{name}.ipynb"
-    newer = script.is_file() and script.stat().st_mtime > notebook.stat().st_mtime
-    if newer:
-        check_pair(notebook)
-
+    target = folder / f"{name}.ipynb"
+    check_pair(notebook, edited=True)
     found = run_state(name, folder, ask.key(place.out))
     if found == "done" and not force:
         if not (folder / f"{name}.html").is_file():
@@ -149,8 +137,7 @@ def run_notebook(
             render(target, folder / f"{name}.html", title=name)
         return Run(name, folder, found, True, 0.0)
     need("papermill", "notebooks")
-    if not newer:
-        check_pair(notebook)
+    check_pair(notebook)
     with terminable(), lock(folder, name=f".lock.{name}"):
         key = ask.key(place.out)
         found = run_state(name, folder, key)  # another process may have run it while this one waited
@@ -181,7 +168,7 @@ def _execute(
     place.logs.mkdir(parents=True, exist_ok=True)
     started = time.time()
     log_path = place.logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
-    with log_path.open("w", encoding="utf-8") as log, scratch(target) as temporary:
+    with log_path.open("w", buffering=1, encoding="utf-8") as log, scratch(target) as temporary:
         log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
         error = execute(ask.path, ask.content, values, temporary, place.out, timeout, log, quiet, on_stage)
         seconds = round(time.time() - started, 1)
@@ -193,26 +180,21 @@ def _execute(
             for old in (target, folder / f"{name}.html"):
                 old.unlink(missing_ok=True)  # they tell of results that this run may have replaced
             return Run(name, folder, found, False, seconds, error)
-        _settle_paths(temporary, notebook, target)
+        cells = _settle(temporary, notebook, target)
         render(temporary, folder / f"{name}.html", title=name)
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
         about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
         about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
-        write_json(folder / "params.json", {**about, "timings": {**timing, "cells": _cell_seconds(temporary)}})
+        write_json(folder / "params.json", {**about, "timings": {**timing, "cells": cells}})
         failed.unlink(missing_ok=True)
         publish(temporary, target)
     return Run(name, folder, found, True, seconds)
 
 
-def _settle_paths(temporary: Path, notebook: Path, target: Path) -> None:
-    """papermill notes the temporary name it wrote to; the finished notebook names itself."""
+def _settle(temporary: Path, notebook: Path, target: Path) -> list[float]:
+    """Make the finished notebook name itself instead of papermill's temporary file; the seconds of its code cells."""
     content = json.loads(temporary.read_text(encoding="utf-8"))
     content["metadata"]["papermill"].update(input_path=notebook.name, output_path=target.name)
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _cell_seconds(notebook: Path) -> list[float]:
-    """Seconds that each code cell took."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    timed = [c["metadata"].get("papermill", {}).get("duration") for c in cells if c["cell_type"] == "code"]
+    timed = [c["metadata"].get("papermill", {}).get("duration") for c in content["cells"] if c["cell_type"] == "code"]
     return [round(t or 0.0, 3) for t in timed]

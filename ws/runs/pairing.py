@@ -25,10 +25,11 @@ def percent_cells(text: str) -> list[tuple[str, str, bool]]:
     return [cell for cell in cells if cell[1]]
 
 
-def check_pair(notebook: Path) -> None:
-    """Refuse an .ipynb that does not say what its .py says: the edit would silently not run."""
+def check_pair(notebook: Path, edited: bool = False) -> None:
+    """Refuse an .ipynb that does not say what its .py says: the edit would silently not run. edited: only look where
+    the .py is the newer one."""
     script = notebook.with_suffix(".py")
-    if not script.is_file():
+    if not script.is_file() or (edited and script.stat().st_mtime <= notebook.stat().st_mtime):
         return
     cells = parameters.read_notebook(notebook)["cells"]
     told = [(c["cell_type"], parameters.source_of(c).strip(), parameters.is_tagged(c)) for c in cells]

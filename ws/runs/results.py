@@ -31,7 +31,7 @@ def collect(out: Path) -> pl.DataFrame:
         if not read_sidecar(notebook) or not (folder / scores).is_file():
             continue  # it is being run again
         model, behavior, adapter, seed, protocol = folder.relative_to(out).parts
-        values = [model, behavior, adapter, int(seed.removeprefix("seed_")), protocol]
+        values = (model, behavior, adapter, int(seed.removeprefix("seed_")), protocol)
         keys = [pl.lit(value).alias(key) for key, value in zip(KEYS, values, strict=True)]
         table = read_table(folder / scores)
         parts.append(table.with_columns(keys).select([*KEYS, *table.columns]))
