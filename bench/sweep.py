@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ws.candidates import Materials
 from ws.candidates.weights import repeat
-from ws.diff import LowRank, WeightDiff, entry_svd
+from ws.diff import LowRank, WeightDiff
 from ws.model import Decoder
 from ws.scoring import score, weight_targets
 
@@ -147,7 +147,7 @@ def our_bases(decoder: Decoder) -> dict[str, list[Tensor]]:
 def our_scores(decoder: Decoder, w: WeightDiff, bases: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     targets = []
     for l in range(decoder.n_layers):
-        factors = [U * s for U, s, _ in (entry_svd(w, decoder.param_name(l, role)) for role in ("o", "down"))]
+        factors = [U * s for U, s, _ in (w.svd(decoder.param_name(l, role)) for role in ("o", "down"))]
         targets.append(weight_targets(*factors))
     return {
         name: torch.tensor(

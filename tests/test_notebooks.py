@@ -9,7 +9,7 @@ import torch
 
 from ws.batch.once import run_notebook
 from ws.config import ROOT
-from ws.diff import LowRank, WeightDiff
+from ws.diff import LowRank, WeightDiff, save_diff
 from ws.model import load_lm
 from ws.tables import read_table
 
@@ -90,7 +90,7 @@ def test_v7_sweep_on_other_families_and_in_bfloat16(family, dtype, model_folder,
         entries[decoder.param_name(1, role)] = LowRank(
             0.05 * torch.randn(out, 2, generator=g), torch.randn(2, width, generator=g)
         )
-    WeightDiff(entries, {"seed": 0}).save(tmp_path / "w.safetensors")
+    save_diff(WeightDiff(entries, {"seed": 0}), tmp_path / "w.safetensors")
     run(
         "v7_sweep",
         tmp_path / "run",

@@ -11,7 +11,7 @@ import ws.train.lora
 import ws.train.pairs
 from ws.config import RunId
 from ws.data import load_behavior
-from ws.diff import LowRank, WeightDiff, load_diff
+from ws.diff import LowRank, WeightDiff, load_diff, save_diff
 from ws.model import chat_text, load_lm
 from ws.steer import weight_steer
 from ws.train.difference import (
@@ -312,7 +312,7 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
 
 def test_a_difference_of_zero_is_refused_by_name(lm, behavior, tmp_path):
     name = lm.decoder.param_name(1, "o")
-    path = WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}).save(tmp_path / "w.safetensors")
+    path = save_diff(WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}), tmp_path / "w.safetensors")
     run = RunId("tiny", "sycophancy", "lora", 0)
     with pytest.raises(ValueError, match=r"w\.safetensors: the weight difference is 0 everywhere"):
         obtain_diff(lm, behavior, run, CFG, w_path=path or tmp_path / "w.safetensors", out=tmp_path)

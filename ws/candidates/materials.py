@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ws.activations import BaseCaptures, SteeredDiffs
 from ws.candidates.registry import get
-from ws.diff import WeightDiff, entry_svd
+from ws.diff import WeightDiff
 from ws.model import Decoder
 from ws.subspace import Basis, gram_basis
 
@@ -198,6 +198,6 @@ class CeilingMaterials:
         name = self.decoder.param_name(l, role)
         if name not in self.w.entries:
             return None
-        U, s, _ = entry_svd(self.w, name)
+        U, s, _ = self.w.svd(name)
         F = U * s
         return output_gain(self.decoder, l, role).double()[:, None] * F if self._fold else F
