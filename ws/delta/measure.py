@@ -158,8 +158,8 @@ def delta_svd(
     (docs/method.md section 9)
 
     Example:
-        >>> from ws.model.lm import load_lm
-        >>> run = delta_svd(load_lm("tiny"), ["The mill is near the river.", "So is the inn."], boot=0, progress=False)
+        >>> import ws
+        >>> run = ws.delta_svd(ws.load_lm("tiny"), ["The mill is near the river.", "So is the inn."], boot=0, progress=False)
         >>> run.hidden, run.table()["phase"].to_list()
         (128, ['A', 'B', 'C', 'C', 'D', 'D', 'E', 'E'])
     """

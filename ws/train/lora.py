@@ -39,6 +39,11 @@ class TrainConfig:
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
     -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how
     many steps a long run saves what it needs to go on after a kill; 0 for never.
+
+    Example:
+        >>> import ws
+        >>> ws.TrainConfig(lr=2e-3, pairs=ws.PairConfig(samples=4)).r
+        32
     """
 
     pairs: PairConfig = field(default_factory=PairConfig)
