@@ -29,10 +29,7 @@ SHOWN = [
     "L", "phase", "rel_step_mean", "h_norm_mean", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "top3_frac",
     "top10_frac", "parallel_frac", "cos_delta_h_mean",
 ]  # fmt: skip
-TITLES = {
-    "shared_C": "Phase C shares one broad subspace",
-    "specialised_E": "Phase E layers are specialised",
-}
+TITLES = {"shared_C": "Phase C shares one broad subspace", "specialised_E": "Phase E layers are specialised"}
 
 NULL_NOTE = (
     "Random directions are the weakest of nulls: a stream with a few large coordinates lifts every overlap above them."
