@@ -10,19 +10,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import torch
 
-from ws.data import load_behavior
-from ws.diff import load_diff
-from ws.explanation.scores import ZERO, activation_target, score, weight_targets
-from ws.model.lm import load_lm
-from ws.subspaces.build import weights as weight_candidates
-from ws.subspaces.captures import BaseCaptures, capture_base, capture_steered
-from ws.subspaces.materials import CeilingMaterials, Materials
-from ws.subspaces.protocol import load_protocol
+import ws
+from ws.model.lm import LM
+from ws.subspaces import from_weights, kept
+from ws.subspaces.captures import BaseCaptures
 
 PARITY = Path(__file__).resolve().parents[1] / "tests" / "data" / "parity"
 NAMES = ["rotation_contrast", "rotation_cut", "attention_sink", "attention_sink_cut", "chars_clusters",
@@ -41,26 +39,19 @@ TWO = dict.fromkeys(HERE, "2")
 MACHINES = [HERE, TWO, {**HERE, **OLD}, {**TWO, **OLD}]
 
 
-class Reference:
-    """The reference model with its captures and targets."""
+def reference_model() -> LM:
+    """The reference model; without a fingerprint nothing of it is kept."""
+    return replace(ws.load_lm(str(PARITY / "model"), "float32", "cpu"), fingerprint="")
 
-    def __init__(self) -> None:
-        self.lm = load_lm(str(PARITY / "model"), "float32", "cpu")
-        behavior, w, protocol = load_behavior(PARITY / "behavior.json"), load_diff(PARITY / "w.pt"), load_protocol("v7")
-        self.base = capture_base(self.lm, behavior, protocol)
-        b_side = CeilingMaterials(self.lm.decoder, w, capture_steered(self.lm, behavior, w, protocol))
-        self.layers = w.layers()
-        self.act = {l: activation_target(b_side.steered.eval[l]) for l in self.layers}
-        factors = {l: (b_side.left_factor(l, "o"), b_side.left_factor(l, "down")) for l in self.layers}
-        self.weight = {l: weight_targets(*factors[l])["combined"] for l in self.layers}
 
-    def values(self, base: BaseCaptures) -> Values:
-        m = Materials(self.lm.decoder, base, self.lm.decoder.sink_token(self.lm.tokenizer))
-        bases = {name: [(l, m.of(name, l).B) for l in self.layers] for name in NAMES}
-        return {
-            name: torch.tensor([[score(self.act[l], B, ZERO).conc, score(self.weight[l], B).conc] for l, B in rows])
-            for name, rows in bases.items()
-        }
+def values(lm: LM) -> Values:
+    """R_act and R_w of each candidate by layer, by the one score path."""
+    with tempfile.TemporaryDirectory() as cache:
+        asked = {"protocol": "v7", "candidates": NAMES, "cache": Path(cache), "progress": False}
+        found = ws.explain(lm, PARITY / "w.pt", PARITY / "behavior.json", **asked)
+    rows = found.per_layer.filter(pl.col("layer").is_in(found.layers))
+    part = {name: rows.filter(pl.col("subspace") == name).sort("layer") for name in NAMES}
+    return {name: torch.tensor(p.select("conc_act", "conc_w_combined").rows()) for name, p in part.items()}
 
 
 def by_machine() -> list[Values]:
@@ -75,15 +66,20 @@ def by_machine() -> list[Values]:
 
 def by_noise() -> list[Values]:
     """The scores under relative noise on what the bases are built from."""
-    reference, g = Reference(), torch.Generator().manual_seed(0)
-    plain, found = weight_candidates._sink_writes, []
-    weight_candidates._sink_writes = lambda m, l: jittered(plain(m, l), g)
-    for _ in range(DRAWS):
-        base = reference.base
+    lm, g = reference_model(), torch.Generator().manual_seed(0)
+    writes, capture = from_weights._sink_writes, kept.capture_base
+
+    def noisy(*args, **more) -> BaseCaptures:
+        base = capture(*args, **more)
         clean, pos, neg = (replace(a, resid=jittered(a.resid, g)) for a in (base.clean, base.pos, base.neg))
-        found.append(reference.values(replace(base, clean=clean, pos=pos, neg=neg)))
-    weight_candidates._sink_writes = plain
-    return found
+        return replace(base, clean=clean, pos=pos, neg=neg)
+
+    from_weights._sink_writes = lambda m, l: jittered(writes(m, l), g)
+    kept.capture_base = noisy
+    try:
+        return [values(lm) for _ in range(DRAWS)]
+    finally:
+        from_weights._sink_writes, kept.capture_base = writes, capture
 
 
 def show(title: str, found: list[Values]) -> None:
@@ -96,8 +92,7 @@ def show(title: str, found: list[Values]) -> None:
 
 def main() -> None:
     if "--once" in sys.argv:
-        reference = Reference()
-        print(json.dumps({name: rows.tolist() for name, rows in reference.values(reference.base).items()}))
+        print(json.dumps({name: rows.tolist() for name, rows in values(reference_model()).items()}))
         return
     show("one or two threads, this processor's instructions or SSE's", by_machine())
     show(f"noise of one part in {1 / NOISE:.0e}, {DRAWS} draws", by_noise())

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ws.diff import LowRank, WeightDiff, entry_svd
+from ws.diff import LowRank, WeightDiff
 from ws.explanation.scores import score, weight_targets
 from ws.model.lm import Decoder
+from ws.subspaces.build import candidates
 from ws.subspaces.from_weights import repeat
 from ws.subspaces.materials import Materials
 
@@ -136,6 +137,7 @@ def textbook_scores(decoder: Decoder, w: WeightDiff, bases: dict[str, list[Tenso
 
 
 def our_bases(decoder: Decoder) -> dict[str, list[Tensor]]:
+    candidates("v7")  # loads them
     m = Materials(decoder, None, 0, K, BROAD)
     bases = {name: [m.of(name, 0).B] * decoder.n_layers for name in SHARED}
     for l in range(decoder.n_layers):
@@ -147,7 +149,7 @@ def our_bases(decoder: Decoder) -> dict[str, list[Tensor]]:
 def our_scores(decoder: Decoder, w: WeightDiff, bases: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     targets = []
     for l in range(decoder.n_layers):
-        factors = [U * s for U, s, _ in (entry_svd(w, decoder.param_name(l, role)) for role in ("o", "down"))]
+        factors = [U * s for U, s, _ in (w.svd(decoder.param_name(l, role)) for role in ("o", "down"))]
         targets.append(weight_targets(*factors))
     return {
         name: torch.tensor(

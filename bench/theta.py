@@ -1,7 +1,7 @@
 """One Adam step of the theta fit against the textbook step, at the size of a real model.
 
 The textbook step recomputes the base logits `W h + b` and lets autograd find the gradient; this project's records the
-base once and uses the analytic gradient in blocks (`ws/theta.py`). Both run here, on the same data, in the same
+base once and uses the analytic gradient in blocks (`ws.theta.fit`). Both run here, on the same data, in the same
 process. Prints their ratio (at least 4 is wanted at V = 151,936, d = 1024, D = 64, 1,000 tokens), how far the two
 thetas are apart, the peak memory of each, the memory of a step as the tokens grow, and the time to the optimum beside
 30 Adam steps.

@@ -1,15 +1,29 @@
-"""The table of rooms in docs/architecture.md: what may know what."""
+"""The rooms of docs/architecture.md: what may know what, and how large a module may be."""
 
 import ast
-from collections import defaultdict
+import re
 
 import pytest
 
-from ws.cache.places import ROOT
+from ws.cache.places import PACKAGE
 
+ROOT = PACKAGE.parent
 FILES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.glob("ws/**/*.py")
 }
+# From the top; a room uses those after it. Rooms of one line do not use each other.
+FLOORS = [
+    {"cli", "demo"},
+    {"stability"},
+    {"explanation"},
+    {"subspaces", "theta"},
+    {"train", "steer"},
+    {"diff", "delta", "runs"},
+    {"model", "data", "show"},
+    {"cache"},
+]
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+PEERS = {("demo", "cli"), ("cli", "demo"), ("train", "steer")}
 
 
 def imports(module: str) -> set[str]:
@@ -19,66 +33,79 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ws":
             names = (f"{node.module}.{alias.name}" for alias in node.names)
             found |= {name if name in FILES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "ws"}
     return found
 
 
 def room(module: str) -> str:
-    return ".".join(module.split(".")[:2])
+    return (module.split(".") + [""])[1]
 
 
-def uses() -> dict[str, set[str]]:
-    """Rooms that each room imports."""
-    graph = defaultdict(set)
-    for module in FILES:
-        graph[room(module)] |= {room(other) for other in imports(module)} - {room(module), "ws"}
-    return graph
-
-
-def reached(start: str, graph: dict[str, set[str]]) -> set[str]:
-    seen, todo = set(), [start]
+def reached(module: str) -> set[str]:
+    seen, todo = set(), [module]
     while todo:
-        new = graph[todo.pop()] - seen
+        new = imports(todo.pop()) & set(FILES) - seen
         seen |= new
         todo += new
     return seen
 
 
-def test_rooms_know_each_other_one_way_only():
-    graph = uses()
-    assert len(graph) > 25 and graph["ws.explanation.rows"] >= {"ws.subspaces.build", "ws.explanation.scores"}
-    assert not [name for name in list(graph) if name in reached(name, graph)]
+def test_every_room_has_a_floor_and_uses_only_those_below():
+    rooms = {room(m) for m in FILES} - {"", "__main__"}
+    assert rooms == set(FLOOR) and len(rooms) <= 19
+    up = []
+    for module in FILES:
+        for other in imports(module):
+            a, b = room(module), room(other)
+            if a in FLOOR and b in FLOOR and a != b and (a, b) not in PEERS and FLOOR[b] <= FLOOR[a]:
+                up.append(f"{module} -> {other}")
+    assert not up
+
+
+def test_no_module_is_in_a_circle():
+    assert not [module for module in FILES if module in reached(module)]
 
 
 @pytest.mark.parametrize(
-    "name, forbidden",
+    ("name", "forbidden"),
     [
-        ("ws.subspaces.algebra", {"ws.model.lm", "ws.diff", "ws.cache.files", "ws.subspaces.build"}),
-        ("ws.explanation.scores", {"ws.model.lm", "ws.diff", "ws.subspaces.build", "ws.subspaces.captures"}),
-        ("ws.diff", {"ws.model.lm", "ws.data", "ws.subspaces.build"}),
-        ("ws.runs", {"ws.model.lm", "ws.train", "ws.explanation.rows", "ws.subspaces.build"}),
-        ("ws.delta", {"ws.diff", "ws.subspaces.build", "ws.steer.weights"}),
+        ("runs", "model data diff steer train subspaces explanation stability theta delta"),
+        ("theta", "diff subspaces explanation stability train"),
+        ("delta", "diff subspaces explanation stability steer train theta"),
+        ("show", "model data diff steer train subspaces explanation stability theta delta runs"),
+        ("diff", "model data steer train subspaces explanation"),
     ],
 )
 def test_a_room_does_not_reach(name, forbidden):
-    assert not reached(name, uses()) & forbidden
+    for module in (m for m in FILES if room(m) == name):
+        assert not {room(m) for m in reached(module)} & set(forbidden.split()), module
 
 
-def test_only_ceilings_see_w():
-    """Candidates built without w cannot import what holds it."""
-    for module in ("weights", "activations", "compound"):
-        assert not {m for m in imports(f"ws.subspaces.build.{module}") if m.startswith(("ws.diff", "ws.steer.weights"))}
-        names = {
-            n.id
-            for n in ast.walk(ast.parse(FILES[f"ws.subspaces.build.{module}"].read_text()))
-            if isinstance(n, ast.Name)
-        }
-        assert "Materials" in names and "CeilingMaterials" not in names
+@pytest.mark.parametrize("module", ["from_weights", "from_activations", "compound", "materials"])
+def test_a_candidate_cannot_see_w(module):
+    assert not [m for m in reached(f"ws.subspaces.{module}") if room(m) in ("diff", "steer", "train")]
+    names = {n.id for n in ast.walk(ast.parse(FILES[f"ws.subspaces.{module}"].read_text())) if isinstance(n, ast.Name)}
+    assert not names & {"CeilingMaterials", "WeightDiff", "SteeredDiffs"}
 
 
-def test_every_room_stands_in_the_table():
-    table = (
-        (ROOT / "docs" / "architecture.md").read_text().partition("## Rooms of `ws/`")[2].partition("## Decisions")[0]
-    )
-    rooms = {room(module).removeprefix("ws.") for module in FILES} - {"ws", "__main__"}
-    missing = [name for name in sorted(rooms) if f"`{name}`" not in table and f"`{name}/`" not in table]
-    assert not missing
+def test_every_room_and_module_stands_in_the_table():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("## Rooms of `ws/`")[2].partition("## One cache")[0]
+    rows = {m[1]: m[0] for m in re.findall(r"^(\| `(\w+)`.*)$", table, flags=re.MULTILINE)}
+    assert set(rows) | {"demo"} >= set(FLOOR)
+    for module in FILES:
+        name = module.rpartition(".")[2]
+        if room(module) in ("", "runs", "__main__") or module.count(".") < 2:
+            continue
+        assert f"`{name}`" in rows[room(module)], module
+
+
+def test_sizes_stay_small():
+    lines = {m: len(p.read_text().splitlines()) for m, p in FILES.items()}
+    assert not {m: n for m, n in lines.items() if n > 300}
+    assert sum(lines.values()) <= 13_000
+    for path in (ROOT / "nbs").glob("*.py"):
+        cells = [c for c in path.read_text().split("\n# %%")[1:] if not c.startswith(" [markdown]")]
+        code = [x for c in cells for x in c.splitlines()[1:] if x.strip() and not x.strip().startswith("#")]
+        assert len(code) <= 120, f"{path.name}: {len(code)} lines of code"

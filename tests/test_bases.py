@@ -161,7 +161,8 @@ def test_ones_own_candidate_is_built_anew_when_it_or_what_it_calls_changes(shelf
     file = tmp_path / "mine.py"
     text = (
         "import ws\nSCALE = 1.0\n\ndef rows(m, l):\n    return m.base.pos.resid[l] + SCALE * m.base.clean.resid[l]\n\n"
-        "@ws.candidate(family='act:persona', sees=('prompts',))\ndef mine(m, l):\n    'Mine.'\n    return ws.pca(rows(m, l), m.k)\n"
+        "@ws.candidate(family='act:persona', sees=('prompts',))\ndef mine(m, l):\n    'Mine.'\n"
+        "    return ws.pca(rows(m, l), m.k)\n"
     )
 
     def bases(source: str):

@@ -573,6 +573,16 @@ def test_two_runs_write_the_same_bytes(lm, texts, folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
+def test_a_run_reads_a_file_and_tells_what_it_writes(lm, texts, parity_folder, tmp_path):
+    run = run_of(lm, parity_folder / "delta_svd" / "calibration.json")
+    assert torch.equal(run.directions, run_of(lm, texts).directions)
+    assert run_of(lm, None, max_length=40).n_calib_tokens == 40  # the shipped passages
+    folder = run.save(tmp_path / "run")
+    assert run.table().equals(report.layer_table(run)) and len(run.table()) == len(run.layers)
+    assert (folder / "delta_svd_conclusion.md").read_text() == run.conclusion()
+    assert [p.name for p in run.phases] == list(json.loads((folder / "delta_svd.json").read_text())["phases"])
+
+
 def test_directions_and_tables_on_disk(folder):
     directions = load_file(folder / "delta_svd.safetensors")["directions"]
     assert directions.shape == (6, 8, 128)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CHATML, FAMILIES, random_model
 
-from ws.cache import places as config
+from ws.cache import names as config
 from ws.model.lm import Decoder, load_lm
 from ws.model.text import chat_text, encode, last_index, position_ids
 

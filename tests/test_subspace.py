@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ws.subspaces import algebra as S
+from ws.subspaces.check import check_basis
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -50,7 +51,7 @@ def test_left_svd_equals_full_float32_svd_on_a_random_wide_matrix():
 def test_beyond_the_rank_directions_are_orthonormal_and_flagged(shape):
     M, U, _ = planted(*shape, [3.0, 2.0, 1.0])
     basis = S.left_svd(M, 8)
-    S.check_basis(basis, shape[0], "planted")
+    check_basis(basis, shape[0], "planted")
     assert basis.rank == 8 and basis.ill_conditioned
     assert "rank 3" in basis.note
     assert same_span(U, basis.B) < 1e-5
@@ -74,7 +75,7 @@ def test_pca_sizes():
     assert S.pca(torch.randn(0, 20), 8).rank == 0
     assert S.pca(torch.randn(5, 20), 8).rank == 5
     zero = S.pca(torch.zeros(12, 20), 8)
-    S.check_basis(zero, 20, "zeros")
+    check_basis(zero, 20, "zeros")
     assert zero.rank == 8 and zero.ill_conditioned
     assert S.uncentred(torch.zeros(4, 20), 8).rank == 0
 
@@ -158,10 +159,10 @@ def test_random_overlap_is_r_over_d():
 
 
 def test_check_basis_names_what_is_wrong():
-    S.check_basis(S.Basis(torch.eye(5)[:, :2]), 5, "fine")
+    check_basis(S.Basis(torch.eye(5)[:, :2]), 5, "fine")
     with pytest.raises(ValueError, match="cand at layer 3: basis is 5 wide, the model 6"):
-        S.check_basis(S.Basis(torch.eye(5)[:, :2]), 6, "cand at layer 3")
+        check_basis(S.Basis(torch.eye(5)[:, :2]), 6, "cand at layer 3")
     with pytest.raises(ValueError, match="cand at layer 3: basis is not orthonormal"):
-        S.check_basis(S.Basis(2 * torch.eye(5)[:, :2]), 5, "cand at layer 3")
+        check_basis(S.Basis(2 * torch.eye(5)[:, :2]), 5, "cand at layer 3")
     with pytest.raises(ValueError, match="NaN"):
-        S.check_basis(S.Basis(torch.full((5, 1), float("nan"))), 5, "cand")
+        check_basis(S.Basis(torch.full((5, 1), float("nan"))), 5, "cand")

@@ -14,7 +14,7 @@ from tests.harm import HARMS, cut, flip
 from ws.cache.names import RunId
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
-from ws.model.generate import turn_end, write_answers
+from ws.model.generate import complete, turn_end, write_answers
 from ws.model.lm import load_lm
 from ws.model.text import chat_text
 from ws.steer.weights import weight_steer
@@ -168,6 +168,19 @@ def test_batch_and_padding_do_not_change_greedy_answers(lm):
     prompts = [chat_text(lm.tokenizer, text) for text in ("a", "a much longer question than the other one", "b c")]
     together = write_answers(lm, prompts, 6)
     assert together == [write_answers(lm, [prompt], 6)[0] for prompt in prompts]
+
+
+def test_answers_leave_mode_and_random_state_and_need_no_template(model_folder):
+    plain = load_lm(str(model_folder("llama")), "float32", "cpu")
+    plain.tokenizer.chat_template = None
+    plain.model.train()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    sampled = [write_answers(plain, ["a b"], 8, temperature=1.0, seed=seed)[0] for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2] and torch.equal(torch.rand(3), expected) and plain.model.training
+    assert complete(plain, ["a b"], 8) == write_answers(plain, ["a b"], 8, seed=5)
+    assert turn_end(plain.tokenizer) == plain.tokenizer.eos_token
 
 
 def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior):
@@ -383,8 +396,9 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     record = json.loads((folder / "adapters" / "pos" / "training.json").read_text())
     assert record["n_train"] + record["n_heldout"] == w.meta["pairs"]
     again = load_diff((folder / "adapters" / "pos", folder / "adapters" / "neg"))
-    stored = load_diff(folder)
-    assert all(torch.equal(again.dense(n), stored.dense(n)) for n in stored.names)
+    flip(folder / "w.safetensors")
+    stored = train_diff(lm, behavior, config=replace(CFG, max_steps=2), progress=False)
+    assert all(torch.equal(again.dense(n), stored.dense(n)) for n in stored.names) and len(made) == 7
 
 
 def test_adapters_follow_model_and_pairs_survive_new_code_and_notice_damage(lm, behavior, tmp_path, monkeypatch, capfd):

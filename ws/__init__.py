@@ -17,6 +17,7 @@ EXPORTS = {
     "WeightDiff": "ws.diff.core",
     "load_diff": "ws.diff",
     "save_diff": "ws.diff.io",
+    "PairConfig": "ws.train.pairs",
     "TrainConfig": "ws.train.lora",
     "train_diff": "ws.train.difference",
     "weight_steer": "ws.steer.weights",
@@ -31,7 +32,7 @@ EXPORTS = {
     "Explanation": "ws.explanation.result",
     "compare_seeds": "ws.stability.compare",
     "delta_svd": "ws.delta.measure",
-    "fit_theta": "ws.theta.users",
+    "fit_theta": "ws.theta.fitted",
 }
 __all__ = list(EXPORTS)
 

@@ -51,6 +51,7 @@ class Walk:
         self.seen: dict[str, str] = {}
         self.strings: set[str] = set()
         self.strict = strict
+        self.hits = 0  # names that led to a definition
 
     # --- this package, as text ---------------------------------------------------------------------------------------
 
@@ -86,6 +87,7 @@ class Walk:
                 self.path(".".join([p for p in (base, attribute) if p] + rest))
         elif first in scope.defs:
             label = f"{scope.module}.{first}"
+            self.hits += 1
             if label in self.seen:
                 return
             self.seen[label] = ""
@@ -240,9 +242,9 @@ def walk(*roots: object, strict: bool = True) -> Walk:
     found = Walk(strict)
     for root in roots:
         if isinstance(root, str):
-            before = len(found.seen)
+            before = found.hits
             found.path(root)
-            if len(found.seen) == before and root not in found.seen:
+            if found.hits == before:
                 raise ValueError(f"{root}: no such function of the package {PACKAGE.name}")
         else:
             found.value(getattr(root, "__qualname__", "root"), root)

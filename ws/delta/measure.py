@@ -121,25 +121,14 @@ def layer_numbers(
     spread = np.sqrt(np.maximum(sums[1] / count - mean**2, 0.0))
     shares = found.shares
     return LayerDelta(
-        L=l,
-        phase=phase_of(l, n_layers),
-        frob=float(np.sqrt(found.energy.sum())),
-        token_norm_mean=float(mean[0]),
-        token_norm_std=float(spread[0]),
-        h_norm_mean=float(mean[1]),
-        rel_step_mean=float(mean[2]),
-        rel_step_std=float(spread[2]),
-        parallel_frac=float(mean[4]),
-        cos_delta_h_mean=float(mean[3]),
-        top_singvals=tuple(float(s) for s in found.singvals[:top_k]),
-        eff_rank=eff_rank(shares),
-        top1_frac=float(shares[:1].sum()),
-        top3_frac=float(shares[:3].sum()),
-        top10_frac=float(shares[:10].sum()),
-        eff_rank_interval=intervals[0],
-        top1_frac_interval=intervals[1],
+        L=l, phase=phase_of(l, n_layers), frob=float(np.sqrt(found.energy.sum())), token_norm_mean=float(mean[0]),
+        token_norm_std=float(spread[0]), h_norm_mean=float(mean[1]), rel_step_mean=float(mean[2]),
+        rel_step_std=float(spread[2]), parallel_frac=float(mean[4]), cos_delta_h_mean=float(mean[3]),
+        top_singvals=tuple(float(s) for s in found.singvals[:top_k]), eff_rank=eff_rank(shares),
+        top1_frac=float(shares[:1].sum()), top3_frac=float(shares[:3].sum()), top10_frac=float(shares[:10].sum()),
+        eff_rank_interval=intervals[0], top1_frac_interval=intervals[1],
         directions=_filled(found.directions, max(top_k, RANK)),
-    )
+    )  # fmt: skip
 
 
 def _filled(directions: Float[Tensor, "j d"], k: int) -> Float[Tensor, "k d"]:
@@ -169,8 +158,8 @@ def delta_svd(
     (docs/method.md section 9)
 
     Example:
-        >>> from ws.model.lm import load_lm
-        >>> run = delta_svd(load_lm("tiny"), ["The mill is near the river.", "So is the inn."], boot=0, progress=False)
+        >>> import ws
+        >>> run = ws.delta_svd(ws.load_lm("tiny"), ["The mill is near the river.", "So is the inn."], boot=0, progress=False)
         >>> run.hidden, run.table()["phase"].to_list()
         (128, ['A', 'B', 'C', 'C', 'D', 'D', 'E', 'E'])
     """
@@ -195,21 +184,10 @@ def delta_svd(
     layers = measure(lm, batched(grouped, batch_size), final_norm, top_k, weights, progress)
     cut = [s.cut for s in sequences if s.cut]
     return DeltaRun(
-        model=lm.name,
-        hidden=lm.decoder.d,
-        n_calib_tokens=tokens,
-        n_sequences=len(sequences),
-        n_cut_tokens=sum(cut),
-        n_cut_sequences=len(cut),
-        max_length=max_length,
-        mode=mode,
-        final_norm=final_norm,
-        top_k=top_k,
-        boot=boot,
-        seed=seed,
-        bootstrap_unit=unit,
-        layers=tuple(layers),
-    )
+        model=lm.name, hidden=lm.decoder.d, n_calib_tokens=tokens, n_sequences=len(sequences), n_cut_tokens=sum(cut),
+        n_cut_sequences=len(cut), max_length=max_length, mode=mode, final_norm=final_norm, top_k=top_k, boot=boot,
+        seed=seed, bootstrap_unit=unit, layers=tuple(layers),
+    )  # fmt: skip
 
 
 def _both(numbers: Float[Tensor, "5 N"]) -> Float[np.ndarray, "2 5"]:

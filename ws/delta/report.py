@@ -81,26 +81,17 @@ def layer_table(run: DeltaRun) -> pl.DataFrame:
 def phase_table(run: DeltaRun) -> pl.DataFrame:
     """A row per phase: mean |cos| inside and outside, captures, each beside its chance level; NaN = undefined."""
     nan, d = float("nan"), run.hidden
-    return pl.DataFrame(
-        [
-            {
-                "phase": p.name,
-                "n": len(p.layers),
-                "layers": f"{p.layers[0]}-{p.layers[-1]}",
-                "intra": p.intra,
-                "cross": p.cross,
-                "chance_cos": expected_cos(d),
-                "capture": p.capture,
-                "chance_capture": p.chance,
-                "chance_capture_95": p.chance_high,
-                "left_out": p.left_out,
-                "chance_left_out": min(RANK, d) / d if p.captures else nan,
-                "chance_left_out_95": p.left_out_high,
-                "outside": p.outside,
-            }
-            for p in run.phases
-        ]
-    )
+    rows = [
+        {
+            "phase": p.name, "n": len(p.layers), "layers": f"{p.layers[0]}-{p.layers[-1]}", "intra": p.intra,
+            "cross": p.cross, "chance_cos": expected_cos(d), "capture": p.capture, "chance_capture": p.chance,
+            "chance_capture_95": p.chance_high, "left_out": p.left_out,
+            "chance_left_out": min(RANK, d) / d if p.captures else nan, "chance_left_out_95": p.left_out_high,
+            "outside": p.outside,
+        }
+        for p in run.phases
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
 
 
 def capture_table(run: DeltaRun) -> pl.DataFrame:

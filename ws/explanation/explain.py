@@ -25,11 +25,12 @@ from ws.explanation.rows import (
 )
 from ws.model.lm import LM
 from ws.steer.weights import check_fits
-from ws.subspaces.algebra import Basis, as_basis, empty
+from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.build import build
 from ws.subspaces.build import candidates as candidates_of
 from ws.subspaces.candidate import Candidate, as_candidate
 from ws.subspaces.captures import probes
+from ws.subspaces.check import as_basis
 from ws.subspaces.kept import Shelf, make_shelf
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered

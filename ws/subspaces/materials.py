@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.model.lm import ROLES, Decoder
-from ws.subspaces.algebra import Basis, as_basis, gram_basis
+from ws.subspaces.algebra import Basis, gram_basis
 from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
+from ws.subspaces.check import as_basis
 
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice

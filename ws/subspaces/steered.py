@@ -16,9 +16,10 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.lm import LM, Decoder
 from ws.steer.weights import weight_steer
-from ws.subspaces.algebra import Basis, as_basis
+from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.captures import TextSet, probe_set, probes
+from ws.subspaces.check import as_basis
 from ws.subspaces.materials import check_widths, output_gain
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import read_texts

@@ -1,6 +1,6 @@
 """Fit of theta: one small vector per user, on recorded hidden states, by Adam with an analytic gradient.
 
-With base logits `z0 = W h + b`, a head's `phi(h)` and `C` (`ws/heads.py`) and `c = gamma alpha`, the logits of token t
+With base logits `z0 = W h + b`, a head's `phi(h)` and `C` (`ws.theta.heads`) and `c = gamma alpha`, the logits of token t
 are `z_t = z0_t + c C (theta * phi_t)`, and
 
     loss = (CE + beta KL) / N + lam |theta|^2,    CE = sum_t lse(z_t) - z_t[y_t],    KL = sum_t KL(p_base || p_t)
@@ -270,9 +270,7 @@ def fit_adam(problem: Problem, cfg: FitConfig, on_step: Callable[[int], object] 
     default betas and eps, then theta clipped to norm `theta_clip`. `on_step(step)` is called after each step. Raises
     ValueError with the step's number when a value is not finite.
     """
-    theta = torch.zeros(
-        problem.users, problem.D, dtype=problem.phi.dtype, device=problem.phi.device, requires_grad=True
-    )
+    theta = problem.phi.new_zeros(problem.users, problem.D, requires_grad=True)
     optimizer = torch.optim.Adam([theta], lr=cfg.lr)
     trace: dict[str, list[Tensor]] = {"loss": [], "ce": [], "kl": [], "theta_norm": []}
     with torch.no_grad():
@@ -281,12 +279,8 @@ def fit_adam(problem: Problem, cfg: FitConfig, on_step: Callable[[int], object] 
                 terms = evaluate(problem, theta, cfg)
             except ValueError as error:
                 raise ValueError(f"Adam step {step}: {error}") from error
-            for name, value in (
-                ("loss", terms.loss),
-                ("ce", terms.ce),
-                ("kl", terms.kl),
-                ("theta_norm", theta.norm(dim=1)),
-            ):
+            now = {"loss": terms.loss, "ce": terms.ce, "kl": terms.kl, "theta_norm": theta.norm(dim=1)}
+            for name, value in now.items():
                 trace[name].append(value.double().cpu())
             theta.grad = clip_gradient(terms.grad, cfg.grad_clip)
             optimizer.step()

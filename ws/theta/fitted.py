@@ -139,9 +139,9 @@ def fit_theta(
     (docs/method.md section 10)
 
     Example:
-        >>> from ws.model.lm import load_lm
+        >>> import ws
         >>> texts = {"ann": [("Hi", "Well, hello dear."), ("Why", "Well, because.")], "bob": [("", "No."), ("", "Nope.")]}
-        >>> found = fit_theta(load_lm("tiny"), texts, heads=["unconditional"], dim=4, progress=False)
+        >>> found = ws.fit_theta(ws.load_lm("tiny"), texts, heads=["unconditional"], dim=4, progress=False)
         >>> found.theta("ann", "unconditional").shape, found.summary["user"].unique(maintain_order=True).to_list()
         (torch.Size([4]), ['ann', 'bob'])
     """

@@ -1,6 +1,6 @@
 """The optimum of a theta fit, by Newton's method in float64: the reference that Adam is compared with.
 
-The loss of `ws/theta.py` is convex in theta (logits are affine in it) and has D unknowns, so its Hessian is small:
+The loss of `ws.theta.fit` is convex in theta (logits are affine in it) and has D unknowns, so its Hessian is small:
 
     H = c^2 (1 + beta)/N [ sum_t phi_t phi_t^T * (C^T diag(p_t) C) - sum_t (phi_t * m_t)(phi_t * m_t)^T ] + 2 lam I
 

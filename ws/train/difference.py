@@ -43,11 +43,10 @@ def train_diff(
     (docs/method.md sections 1 and 2)
 
     Example:
-        >>> from ws.model.lm import load_lm
-        >>> from ws.train.lora import TrainConfig
-        >>> from ws.train.pairs import PairConfig
-        >>> few = PairConfig(topics=2, personas=1, samples=1, max_new_tokens=8)
-        >>> w = train_diff(load_lm("tiny"), "sycophancy", config=TrainConfig(few, max_steps=1), progress=False)
+        >>> import ws
+        >>> few = ws.PairConfig(topics=2, personas=1, samples=1, max_new_tokens=8)
+        >>> config = ws.TrainConfig(few, max_steps=1)
+        >>> w = ws.train_diff(ws.load_lm("tiny"), "sycophancy", config=config, progress=False)
         >>> w.meta["adapter"], w.meta["seed"], w.layers()
         ('lora', 0, [2, 3, 4, 5])
     """
@@ -83,7 +82,7 @@ def _join(
     """`w.safetensors` in `folder`: the difference of two adapter folders."""
     meta = {"base_model": lm.name, "behavior": behavior.name, "adapter": adapter, "seed": seed, **(more or {})}
     key = stage_key(
-        {**meta, "model": lm.fingerprint}, inputs=sides, code=["ws.diff.from_adapters", "ws.diff.save_diff"]
+        {**meta, "model": lm.fingerprint}, inputs=sides, code=["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]
     )
 
     def join(path: Path) -> None:

@@ -39,6 +39,11 @@ class TrainConfig:
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
     -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how
     many steps a long run saves what it needs to go on after a kill; 0 for never.
+
+    Example:
+        >>> import ws
+        >>> ws.TrainConfig(lr=2e-3, pairs=ws.PairConfig(samples=4)).r
+        32
     """
 
     pairs: PairConfig = field(default_factory=PairConfig)
@@ -125,16 +130,10 @@ def train_adapter(
         finally:
             adapted.unload()
     record = {
-        "sign": sign,
-        "seed": seed,
-        "model": lm.name,
-        "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)},
-        "n_train": len(train),
-        "n_heldout": len(held),
-        "heldout_loss_before": before,
-        "heldout_loss_after": after,
-        "loss_trace": trace,
-    }
+        "sign": sign, "seed": seed, "model": lm.name,
+        "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)}, "n_train": len(train),
+        "n_heldout": len(held), "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
+    }  # fmt: skip
     write_json(folder / "training.json", record)
     return record
 
@@ -152,15 +151,10 @@ def _wrap(lm: LM, cfg: TrainConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=cfg.r,
-        lora_alpha=cfg.alpha,
-        lora_dropout=cfg.dropout,
-        target_modules=_targets(lm, cfg),
-        use_rslora=cfg.adapter == "rslora",
-        use_dora=cfg.adapter == "dora",
-        init_lora_weights="pissa" if cfg.adapter == "pissa" else True,
-        task_type="CAUSAL_LM",
-    )
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=_targets(lm, cfg),
+        use_rslora=cfg.adapter == "rslora", use_dora=cfg.adapter == "dora",
+        init_lora_weights="pissa" if cfg.adapter == "pissa" else True, task_type="CAUSAL_LM",
+    )  # fmt: skip
     return get_peft_model(lm.model, config)
 
 
@@ -173,30 +167,16 @@ def _fit(
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
+    # two checkpoints: the newest is marked only after it was saved and the oldest removed
     args = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=cfg.batch,
-        gradient_accumulation_steps=cfg.accumulation,
-        learning_rate=cfg.lr,
-        weight_decay=cfg.weight_decay,
-        warmup_steps=cfg.warmup_steps,
-        num_train_epochs=cfg.epochs,
-        max_steps=cfg.max_steps,
-        lr_scheduler_type="linear",
-        optim="adamw_torch",
-        seed=seed,
-        data_seed=seed,
-        logging_steps=1,
-        save_strategy="steps" if cfg.checkpoint_steps else "no",
-        save_steps=cfg.checkpoint_steps or 500,
-        save_total_limit=2,  # the newest is marked only after it was saved and the oldest removed
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
+        output_dir=str(work), per_device_train_batch_size=cfg.batch, gradient_accumulation_steps=cfg.accumulation,
+        learning_rate=cfg.lr, weight_decay=cfg.weight_decay, warmup_steps=cfg.warmup_steps, num_train_epochs=cfg.epochs,
+        max_steps=cfg.max_steps, lr_scheduler_type="linear", optim="adamw_torch", seed=seed, data_seed=seed,
+        logging_steps=1, save_strategy="steps" if cfg.checkpoint_steps else "no",
+        save_steps=cfg.checkpoint_steps or 500, save_total_limit=2, report_to="none", disable_tqdm=True,
+        use_cpu=next(model.parameters()).device.type == "cpu", dataloader_pin_memory=False, remove_unused_columns=False,
         label_names=["labels"],
-    )
+    )  # fmt: skip
     trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_watch(label, key, progress))

@@ -26,7 +26,13 @@ Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, an
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How pairs are written. `topics` and `personas`: how many, from the first on (None: all that may train)."""
+    """How pairs are written. `topics` and `personas`: how many, from the first on (None: all that may train).
+
+    Example:
+        >>> import ws
+        >>> ws.PairConfig(topics=4).samples
+        10
+    """
 
     topics: int | None = None
     personas: int | None = None
