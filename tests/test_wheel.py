@@ -86,3 +86,11 @@ def test_the_sweep_runs_from_an_empty_folder_and_finds_the_reference(installed, 
     for column in ("mean_conc_act", "mean_conc_w_combined", "mean_cos_dW", "joint_score", "pct_w_oracle_oproj"):
         expected, got = sure[column].to_numpy(), sure[f"{column}_mine"].to_numpy()
         assert np.abs(got - expected).max() <= 1e-3 * max(1.0, np.abs(expected).max()), column
+
+
+def test_the_lines_of_the_readme(installed, tmp_path):
+    part = (root() / "README.md").read_text(encoding="utf-8").partition("\n## In Python\n")[2]
+    (tmp_path / "lines.py").write_text(part.partition("```python\n")[2].partition("```")[0])
+    (tmp_path / "empty").mkdir()
+    told = installed("python", tmp_path / "lines.py", cwd=tmp_path / "empty")
+    assert "mine" in told and "first axes" in told, told
