@@ -180,7 +180,7 @@ class Walk:
             elif _own(value):
                 self.seen[f"module {value.__name__}"] = digest(Path(value.__file__).read_bytes())
         elif _own(value) or not callable(value):
-            self.value(f"{first}", value)
+            self.value(f"{Path(str(known.get('__file__', ''))).name}:{first}", value)
         else:
             self.function(value)
 

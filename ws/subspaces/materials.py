@@ -17,6 +17,12 @@ from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
 from ws.subspaces.check import as_basis
 
+GRAMS = {"o_gram": "o", "kv_gram": "kv", "q_gram": "q"} | {f"{r}_gram": (r,) for r in ("down", "up", "gate")}
+SUMS = {
+    "write_gram": ("o_gram", "down_gram"),
+    "qkv_gram": ("kv_gram", "q_gram"),
+    "read_gram": ("qkv_gram", "up_gram", "gate_gram"),
+}
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
 
@@ -33,59 +39,33 @@ def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
 
 
 class LayerWeights:
-    """The seven matrices of one block, float32, and the Grams that candidates share; made when first asked for.
+    """One block's matrices, float32, by role (`q k v o gate up down`), and Grams `M M^T` of what they are made of.
 
-    `release` lets the matrices go (a float32 copy where the model is of lower precision) and keeps the Grams.
+    Grams: `o_gram`, `down_gram`, their sum `write_gram`; of the transposes `kv_gram`, `qkv_gram`, `up_gram`,
+    `gate_gram`, and `read_gram` = `S^T S`, `S = [q; k; v; up; gate]`. Made when first asked for; `release` lets the
+    matrices go (float32 copies where the model is of lower precision) and keeps the Grams.
     """
 
     def __init__(self, decoder: Decoder, l: int, fold_gain: bool):
         self._decoder, self._l, self._fold = decoder, l, fold_gain
 
-    def __getattr__(self, role: str) -> Tensor:
-        if role not in ROLES:
-            raise AttributeError(role)
-        W = self._decoder.weight(self._l, role)
-        if self._fold and role in ("o", "down"):
-            W = output_gain(self._decoder, self._l, role).to(W.device)[:, None] * W
-        setattr(self, role, W)
-        return W
+    def __getattr__(self, name: str) -> Tensor:
+        if name in SUMS:
+            return sum(getattr(self, part) for part in SUMS[name])
+        if name in ROLES:
+            made = self._decoder.weight(self._l, name)
+            if self._fold and name in ("o", "down"):
+                made = output_gain(self._decoder, self._l, name).to(made.device)[:, None] * made
+        elif name in GRAMS:
+            made = left_gram(*(getattr(self, r) if r in ("o", "down") else getattr(self, r).T for r in GRAMS[name]))
+        else:
+            raise AttributeError(name)
+        setattr(self, name, made)
+        return made
 
     def release(self) -> None:
         for role in ROLES:
             self.__dict__.pop(role, None)
-
-    @cached_property
-    def o_gram(self) -> Tensor:
-        return left_gram(self.o)
-
-    @cached_property
-    def down_gram(self) -> Tensor:
-        return left_gram(self.down)
-
-    @property
-    def write_gram(self) -> Tensor:
-        return self.o_gram + self.down_gram
-
-    @cached_property
-    def kv_gram(self) -> Tensor:
-        return left_gram(self.k.T, self.v.T)
-
-    @cached_property
-    def qkv_gram(self) -> Tensor:
-        return self.kv_gram + left_gram(self.q.T)
-
-    @cached_property
-    def up_gram(self) -> Tensor:
-        return left_gram(self.up.T)
-
-    @cached_property
-    def gate_gram(self) -> Tensor:
-        return left_gram(self.gate.T)
-
-    @property
-    def read_gram(self) -> Tensor:
-        """`S^T S`, `S = [q; k; v; up; gate]`."""
-        return self.qkv_gram + self.up_gram + self.gate_gram
 
 
 def check_widths(k: int, k_broad: int, d: int) -> None:
