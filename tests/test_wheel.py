@@ -46,6 +46,9 @@ def installed(tmp_path_factory):
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", vars=paths))
     (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    shared = Path("share", "jupyter", "nbconvert")  # its templates are data of an environment, no modules
+    (folder / shared.parent).mkdir(parents=True, exist_ok=True)
+    (folder / shared).symlink_to(sys.prefix / shared)
     home = call(python, "-c", "import ws; print(ws.__file__)").strip()
     assert Path(home).is_relative_to(folder), home
 
@@ -72,7 +75,7 @@ def test_the_sweep_runs_from_an_empty_folder_and_finds_the_reference(installed, 
     given = {"MODEL_ID": "model", "W_PATH": "w.pt", "BEHAVIOR": "behavior.json"}
     words = [word for key, name in given.items() for word in ("-p", key, parity_folder / name)]
     told = installed("ws", "nb", "v7_sweep", *words, "-p", "DTYPE", "float32", cwd=tmp_path)
-    assert "v7_sweep: ran in" in told and [p.name for p in tmp_path.iterdir()] == ["logs", "out"]
+    assert "v7_sweep: ran in" in told and sorted(p.name for p in tmp_path.iterdir()) == ["logs", "out"]
     tables = list((tmp_path / "out").rglob("v7_summary_pct.tsv"))
     assert len(tables) == 1 and (tables[0].parent / "v7_sweep.html").is_file()
     both = read_table(parity_folder / "v7" / "v7_summary_pct.tsv").join(
@@ -83,3 +86,11 @@ def test_the_sweep_runs_from_an_empty_folder_and_finds_the_reference(installed, 
     for column in ("mean_conc_act", "mean_conc_w_combined", "mean_cos_dW", "joint_score", "pct_w_oracle_oproj"):
         expected, got = sure[column].to_numpy(), sure[f"{column}_mine"].to_numpy()
         assert np.abs(got - expected).max() <= 1e-3 * max(1.0, np.abs(expected).max()), column
+
+
+def test_the_lines_of_the_readme(installed, tmp_path):
+    part = (root() / "README.md").read_text(encoding="utf-8").partition("\n## In Python\n")[2]
+    (tmp_path / "lines.py").write_text(part.partition("```python\n")[2].partition("```")[0])
+    (tmp_path / "empty").mkdir()
+    told = installed("python", tmp_path / "lines.py", cwd=tmp_path / "empty")
+    assert "mine" in told and "first axes" in told, told

@@ -29,7 +29,7 @@ from ws.runs.notebooks import Place
 from ws.runs.parameters import parse
 from ws.runs.progress import Board, summary_text
 from ws.runs.results import write_results
-from ws.runs.work import THREADS, command_of, end_runs, sees, work
+from ws.runs.work import THREADS, command_of, end_runs, work
 
 LOCK = ".lock.batch"
 
@@ -176,7 +176,7 @@ def run_steps(
     batch = f"ws-batch-{uuid.uuid4().hex[:12]}"
     heard: queue.Queue[tuple[str, str, object]] = queue.Queue()
     with connect(settings, len(todo)) as (client, environment):
-        blind = [who for who, ok in client.run(sees, str(place.out / LOCK)).items() if not ok]
+        blind = [who for who, ok in client.run(os.path.exists, str(place.out / LOCK)).items() if not ok]
         if blind:
             raise ValueError(f"worker {blind[0]} does not see {place.out}: workers and driver need a shared folder")
         client.subscribe_topic(batch, lambda event: heard.put((event[1]["name"], "stage", event[1]["stage"])))

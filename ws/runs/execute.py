@@ -53,32 +53,23 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _results_in(out: Path) -> Iterator[None]:
-    """What is started meanwhile takes `out` for the folder of all results."""
-    before = os.environ.get("WS_OUT")
-    os.environ["WS_OUT"] = str(out.absolute())
-    try:
-        yield
-    finally:
-        del os.environ["WS_OUT"]
-        if before is not None:
-            os.environ["WS_OUT"] = before
-
-
-@contextmanager
-def _kernel_config() -> Iterator[object]:
-    """Kernels over IPC sockets in a folder of their own: parallel kernels cannot race for ports.
+def _kernels(out: Path) -> Iterator[object]:
+    """The configuration of kernels that take `out` for the folder of all results, over IPC sockets in a folder of their
+    own: parallel kernels cannot race for ports.
 
     A socket's path is limited to about 100 characters; where the temporary folder is too deep, TCP serves.
     """
     from traitlets.config import Config
 
-    with tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True) as folder:
-        path = f"{folder}/kernel.json"
-        if os.name == "posix" and len(path) < 80:
-            yield Config(KernelManager={"transport": "ipc", "connection_file": path})
-        else:
-            yield Config()
+    before = os.environ.get("WS_OUT", "")  # empty says the same as absent
+    os.environ["WS_OUT"] = str(out.absolute())
+    try:
+        with tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True) as folder:
+            path = f"{folder}/kernel.json"
+            short = os.name == "posix" and len(path) < 80
+            yield Config(KernelManager={"transport": "ipc", "connection_file": path}) if short else Config()
+    finally:
+        os.environ["WS_OUT"] = before
 
 
 def execute(
@@ -114,7 +105,7 @@ def execute(
 
         bar = {"file": _Stream(heading), "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
     try:
-        with _results_in(out), _kernel_config() as config:
+        with _kernels(out) as config:
             papermill.execute_notebook(
                 str(path),
                 str(target),

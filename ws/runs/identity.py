@@ -4,13 +4,14 @@ done = the notebook ended, without exception, its outputs are there, and its key
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
+from ws.cache import syntax
 from ws.cache.files import HIDDEN
 from ws.cache.keys import Key, file_key, stage_key
-from ws.cache.made import describe, intact, read_sidecar, state
+from ws.cache.made import read_sidecar, state
 from ws.cache.sources import code_key, text_key
-from ws.cache.syntax import digest
 from ws.runs import parameters
 from ws.runs.notebooks import MAYBE_PATHS, notebook_of, path_names, paths_in, seed_folder
 
@@ -32,8 +33,15 @@ def run_key(notebook: str, content: dict, params: dict, out: Path) -> Key:
     model = str(params.get("MODEL_ID", ""))
     if model and model != "tiny" and not Path(model).exists():
         counted["hub commit"] = hub_revision(model, str(params.get("REVISION") or "main"))
-    sources = digest(f"{text_key(parameters.code_of(content))} {code_key(*entry.roots(params), strict=False)}".encode())
+    package = tuple((str(p), (s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(syntax.PACKAGE.rglob("*.py")))
+    sources = _sources(parameters.code_of(content), tuple(entry.roots(params)), package)
     return stage_key(counted, entry.run_inputs(params, out), sources=sources)
+
+
+@lru_cache(maxsize=64)
+def _sources(cells: str, roots: tuple[str, ...], package: tuple) -> str:
+    """Hash of a notebook's cells, the further code behind its run and what both use; once per state of the package."""
+    return syntax.digest(f"{text_key(cells)} {code_key(*roots, strict=False)}".encode())
 
 
 def outputs(notebook: str, folder: Path) -> dict[str, str]:
@@ -57,10 +65,10 @@ def outputs(notebook: str, folder: Path) -> dict[str, str]:
     return found
 
 
-def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, dict]:
-    """`{name relative to the run's folder: ws.cache.made.describe}` of what a run made for others, outside its folder."""
+def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, str]:
+    """`{name relative to the run's folder: hash}` of what a run made for others, outside its folder."""
     made = notebook_of(notebook).products(params, out)
-    return {os.path.relpath(path, folder): describe(path) for path in made if path.is_file()}
+    return {os.path.relpath(path, folder): file_key(path) for path in made if path.is_file()}
 
 
 def missing_output(notebook: str, folder: Path) -> str:
@@ -72,11 +80,8 @@ def missing_output(notebook: str, folder: Path) -> str:
     about = read_sidecar(target).get("about")
     if about is None or not target.is_file():
         return str(target)
-    for name, known in about["outputs"].items():
+    for name, known in {**about["outputs"], **about.get("products", {})}.items():
         if not (folder / name).is_file() or file_key(folder / name) != known:
-            return str(folder / name)
-    for name, record in about.get("products", {}).items():
-        if not (folder / name).is_file() or not intact(folder / name, record):
             return os.path.normpath(folder / name)
     return ""
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from ws.cache.places import root
 from ws.runs.job import MARK, Ending
@@ -89,8 +88,3 @@ def command_of(process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def sees(path: str) -> bool:
-    """On a worker: whether it has the driver's folder."""
-    return Path(path).exists()
