@@ -25,8 +25,7 @@ import ws
 @ws.candidate(family="act:persona", sees=("prompts",))
 def mine(m, l):
     "Persona contrast plus clean states."
-    n = len(m.base.pos.ids) // len(m.base.clean.ids)
-    return ws.pca(m.base.pos.resid[l] + m.base.clean.resid[l].repeat(n, 1), m.k)
+    return ws.pca(m.base.pos.resid[l] + m.base.clean.resid[l], m.k)
 """
 
 

@@ -105,7 +105,7 @@ def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
         >>> import ws
         >>> lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
         >>> table = ws.alpha_sweep(lm, b, ws.load_diff("tiny"), [-1.0, 1.0], progress=False)
-        >>> means = table.filter(set="false").group_by("alpha", maintain_order=True).mean()["logratio"]
+        >>> means = [table.filter(set="false", alpha=a)["logratio"].mean() for a in (-1.0, 1.0)]
         >>> means[1] > means[0] + 1
         True
     """

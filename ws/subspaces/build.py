@@ -26,7 +26,7 @@ def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
 
     Example:
         >>> import ws
-        >>> len(ws.subspaces.build("v7")), ws.subspaces.build("v7")[0].name
+        >>> len(ws.candidates("v7")), ws.candidates("v7")[0].name
         (44, 'lm_head_read')
     """
     modules = [importlib.import_module(f"ws.subspaces.{name}").__name__ for name in MODULES]

@@ -57,10 +57,15 @@ class Candidate:
         return own | {"sees": list(self.sees)}
 
     @property
+    def shipped(self) -> bool:
+        """Whether it is one of this package's."""
+        return (getattr(self.build, "__module__", "") or "").split(".")[0] == __name__.split(".")[0]
+
+    @property
     def file(self) -> Path | None:
         """The file of a candidate of one's own; None for those of this package and of notebook cells."""
         path = Path(getattr(getattr(self.build, "__code__", None), "co_filename", ""))
-        return path if path.suffix == ".py" and path.is_file() and not _shipped(self.build) else None
+        return path if path.suffix == ".py" and path.is_file() and not self.shipped else None
 
 
 def candidate(
@@ -75,10 +80,10 @@ def candidate(
 
     family: decides on which side it is ranked (`W:write...`, `W:OV`, `W:MLP` write; `W:read`, `W:unembed` read; all
     else mixed). name: default the function's. sees: what it may look at, of `weights` (the base model's), `prompts`
-    (activations on the FIT probes, `m.base`) and `pairs`; its bases are made anew when that changes, its function does, or
-    what the function calls. shared: one basis for all layers, `f(m)` instead of `f(m, l)`. source: the group it belongs to.
-    Registering a name again replaces it. Raises ValueError for a missing docstring, an unknown `sees`, the name of a
-    shipped candidate. (docs/method.md section 5)
+    (activations on the FIT probes: `m.base.clean`, `.pos`, `.neg`, row i of each the same probe) and `pairs`; its bases
+    are made anew when that changes, its function does, or what the function calls. shared: one basis for all layers,
+    `f(m)` instead of `f(m, l)`. source: the group it belongs to. Registering a name again replaces it. Raises ValueError
+    for a missing docstring, an unknown `sees`, the name of a shipped candidate. (docs/method.md section 5)
 
     Example:
         >>> import ws
@@ -106,17 +111,13 @@ def _check(entry: Candidate) -> None:
     unknown = [s for s in entry.sees if s not in SEES]
     if unknown:
         raise ValueError(f"candidate {entry.name}: sees {unknown[0]!r} is unknown; known are {', '.join(SEES[:3])}")
-    if _shipped(entry.build):
+    if entry.shipped:
         return
     if "w" in entry.sees or entry.family == "ceiling":
         raise ValueError(f"candidate {entry.name}: only the shipped ceilings see w")
     known = _REGISTRY.get(entry.name)
-    if known is not None and _shipped(known.build):
+    if known is not None and known.shipped:
         raise ValueError(f"candidate {entry.name}: a shipped candidate has this name; choose another")
-
-
-def _shipped(function: Callable) -> bool:
-    return (getattr(function, "__module__", "") or "").split(".")[0] == __name__.split(".")[0]
 
 
 def as_candidate(thing: object) -> Candidate:

@@ -1,7 +1,8 @@
 """What the unsteered model computes on a behaviour's FIT probes, kept on disk. (docs/method.md sections 3 and 7)"""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -88,6 +89,12 @@ class BaseCaptures:
     pos: TextActs
     neg: TextActs
     n_pairs: int
+
+    @cached_property
+    def aligned(self) -> "BaseCaptures":
+        """With the clean rows once per persona pair, so that row i of clean, pos and neg is the same probe."""
+        rows = list(range(len(self.clean.ids))) * self.n_pairs
+        return replace(self, clean=self.clean.take(rows)) if self.n_pairs > 1 else self
 
     def take(self, probes: list[int], pairs: list[int]) -> "BaseCaptures":
         """The recordings of some FIT probes under some persona pairs."""

@@ -111,7 +111,10 @@ class Materials:
 
     @property
     def base(self) -> BaseCaptures:
-        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas."""
+        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas.
+
+        A candidate of one's own gets all three with the same probe in row i (a clean row once per persona pair).
+        """
         blind = next((c.name for c in self._asking if "prompts" not in c.sees), None)
         if blind:
             raise ValueError(f"candidate {blind} looks at activations: decorate it with sees=('prompts',)")
@@ -119,7 +122,7 @@ class Materials:
             if self._base is None:
                 raise ValueError("these materials hold no captures")
             self._base = self._base()
-        return self._base
+        return self._base.aligned if self._asking and not self._asking[-1].shipped else self._base
 
     def layer(self, l: int) -> LayerWeights:
         """Weights and Grams of block l. One block's weights are held at a time, Grams up to a budget."""
