@@ -27,8 +27,9 @@ def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None)
 
     source: one file (this project's `.safetensors`, a dense `.safetensors`, a legacy `w.pt`), a run folder that holds
     `w.safetensors`, `tiny` (the shipped model's), a pair (pos, neg) of PEFT adapter folders or of full checkpoints
-    (folder or `.safetensors`), or a `WeightDiff`, which is given back as it is. base: for adapters that must be merged (DoRA and other non-LoRA types), the base as a module or a path;
-    by default the one that the adapters name. Raises FileNotFoundError / ValueError naming what is wrong.
+    (folder or `.safetensors`), or a `WeightDiff`, which is given back as it is. base: for adapters that must be merged
+    (DoRA and other non-LoRA types), the base as a module or a path; by default the one that the adapters name. Raises
+    FileNotFoundError / ValueError naming what is wrong.
 
     Example:
         >>> import ws

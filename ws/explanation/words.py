@@ -217,10 +217,11 @@ BEYOND = {
 
 
 def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
-    """The head of the summary as text, the columns a reader compares first."""
+    """The head of the summary as text, the columns a reader compares first; the caller's own candidates in any case."""
     columns = {
-        "subspace": "subspace", "family": "family", "mean_conc_act": "R_act", "mean_conc_w_combined": "R_w",
+        "#": "#", "subspace": "subspace", "family": "family", "mean_conc_act": "R_act", "mean_conc_w_combined": "R_w",
         "joint_score": "joint", "pct_act_ceiling": "% act ceiling", "pct_w_oracle_combined": "% w ceiling",
         "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
     }  # fmt: skip
-    return as_text(pct.select([pl.col(c).alias(n) for c, n in columns.items()]), rows=rows, style=style)
+    shown = pct.with_row_index("#", 1).filter((pl.col("#") <= rows) | (pl.col("source") == "own"))
+    return as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items()]), style=style)
