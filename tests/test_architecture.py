@@ -89,6 +89,18 @@ def test_a_candidate_cannot_see_w(module):
     assert not names & {"CeilingMaterials", "WeightDiff", "SteeredDiffs"}
 
 
+def test_there_is_one_score_path():
+    """Captures under w, targets and rows meet in `explain` alone: notebooks, benches and other rooms go through it."""
+    inner = ("capture_steered", "layer_targets", "per_layer", "CeilingMaterials", "specific_per_layer")
+    users = {}
+    for path in [*FILES.values(), *(ROOT / "nbs").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        used = {getattr(n.func, "id", "") for n in ast.walk(tree) if isinstance(n, ast.Call)} & set(inner)
+        if used:
+            users[path.relative_to(ROOT).as_posix()] = used
+    assert set(users) == {"ws/explanation/explain.py"}, users
+
+
 def test_every_room_and_module_stands_in_the_table():
     text = (ROOT / "docs" / "architecture.md").read_text()
     table = text.partition("## Rooms of `ws/`")[2].partition("## One cache")[0]

@@ -1,31 +1,34 @@
 """Weight diffs: algebra on factors against dense float32, files, adapters of every kind against peft's own merge."""
 
 import copy
+import doctest
 import json
+import pickle
 
 import pytest
 import torch
 from conftest import random_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import ws.diff
 from ws.diff import (
     LowRank,
     WeightDiff,
     add,
     describe,
     dot,
-    entry_svd,
     export_adapter,
     from_adapters,
     from_checkpoints,
     geometry,
     load_diff,
     project,
-    subtract,
+    save_diff,
     task_vectors,
     writers_only,
 )
+from ws.diff.factor import factors
 
 NAMES = ["model.layers.1.self_attn.o_proj.weight", "model.layers.10.mlp.down_proj.weight"]
 
@@ -77,14 +80,171 @@ def test_factors_equal_dense(w):
         assert k <= w.rank(name)
         torch.testing.assert_close(w.singular_values(name), s[:k], rtol=1e-5, atol=1e-4)
         assert w.norm(name) == pytest.approx(float(M.norm()), rel=1e-6)
-        torch.testing.assert_close(w.left_gram(name), M @ M.T, rtol=1e-4, atol=1e-3)
-        overlap = w.left_vectors(name, 3).double().T @ U[:, :3]
+        left, values, right = w.svd(name)
+        overlap = left[:, :3].T @ U[:, :3]
         torch.testing.assert_close(overlap.abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-4)
-        left, values, right = entry_svd(w, name)
         torch.testing.assert_close(left @ values.diag() @ right, M, rtol=0, atol=1e-4)
     total = sum(float(w.dense(n).double().norm() ** 2) for n in w.names) ** 0.5
     assert w.total_norm() == pytest.approx(total, rel=1e-6)
     assert w.layers() == [1, 2, 10]
+
+
+def test_a_read_only_mapping_of_tensors(w):
+    assert list(w) == list(w.keys()) == list(w.entries) and len(w) == 3 and NAMES[0] in w and "x" not in w
+    for name, tensor in w.items():
+        assert tensor.dtype == torch.float32 and tuple(tensor.shape) == w.shape(name)
+        assert torch.equal(tensor, w.dense(name)) and torch.equal(tensor, w[name].float().cpu())
+    assert w["model.layers.2.mlp.up_proj.weight"] is w.entries["model.layers.2.mlp.up_proj.weight"]
+    with pytest.raises(
+        KeyError, match=r"layers\.10\.mlp\.down_proj: not in .* of 3 .*near names: .*10.mlp.down_proj.weight"
+    ):
+        w["model.layers.10.mlp.down_proj"]
+    with pytest.raises(TypeError):
+        w[NAMES[0]] = torch.zeros(20, 30)
+    assert not WeightDiff({}) and w.get("x") is None and len({w, w}) == 1
+    assert w == w and w != WeightDiff(w.entries, w.meta)
+    assert repr(w) == "WeightDiff: 3 parameters (2 low-rank, 1 dense), layers 1 to 10\n  behavior x, seed 3"
+
+
+def test_decomposed_once_per_object(w, monkeypatch):
+    svd, calls = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: calls.append(1) or svd(*args, **kwargs))
+    monkeypatch.setattr(torch.linalg, "svdvals", None)
+    for _ in range(2):
+        describe(w), w.table(), w.total_norm()
+        [(w.svd(n), w.singular_values(n), w.effective_rank(n), w.norm(n), w.rank(n)) for n in w]
+    assert len(calls) == len(w)
+    copied = pickle.loads(pickle.dumps(w))
+    assert copied.names == w.names and copied.meta == w.meta and not copied._memory and not w.scale(2)._memory
+    assert torch.allclose(w.scale(2).singular_values(NAMES[0]), 2 * w.singular_values(NAMES[0]))
+
+
+def test_vectors_of_dense_matrices_are_remembered_within_a_budget(monkeypatch):
+    w = WeightDiff({n: torch.randn(12, 10) for n in "abc"} | {"low": LowRank(torch.randn(12, 2), torch.randn(2, 10))})
+    monkeypatch.setattr("ws.diff.core.DENSE_BUDGET", 2 * (12 * 10 + 10 * 10) * 8)
+    first = {name: w.svd(name) for name in ("low", "a", "b", "c")}
+    # a was dropped; that it comes back drops b
+    assert [name for name in ("low", "c", "b", "a") if w.svd(name)[0] is first[name][0]] == ["low", "c", "b"]
+    s = w.singular_values("b")
+    assert s is first["b"][1] and torch.equal(w.svd("b")[0], first["b"][0])
+
+
+def test_table_has_a_row_for_every_parameter(w):
+    more = WeightDiff({**w.entries, "model.norm.weight": torch.ones(4), "conv": torch.ones(2, 3, 4)})
+    table = more.table()
+    assert table["name"].to_list() == list(more) and table["layer"].to_list() == [1, 10, 2, None, None]
+    assert table["module"].to_list()[:2] == ["o_proj", "down_proj"] and table["shape"].to_list()[-1] == "2x3x4"
+    assert table["form"].to_list() == ["low-rank", "low-rank", "dense", "dense", "dense"]
+    assert table["rank"].to_list() == [6, 6, 20, 1, None] and table["norm"][3] == pytest.approx(2)
+    assert table["top_singular_value"][0] == pytest.approx(float(torch.linalg.matrix_norm(w[NAMES[0]], 2)), rel=1e-5)
+    assert table["effective_rank"].to_list()[3:] == [pytest.approx(1), None]
+    assert WeightDiff({}).table().columns == table.columns
+
+
+def test_fingerprint_is_of_the_content(w):
+    entries, name = w.entries, "model.layers.2.mlp.up_proj.weight"
+    assert len(w.fingerprint) == 32 and w.fingerprint == WeightDiff(dict(reversed(entries.items()))).fingerprint
+    changed = entries[name].clone()
+    changed[0, 0] += 1e-6
+    others = [
+        {**entries, name: changed},
+        {**entries, name: entries[name].double()},
+        {**entries, name: entries[name].reshape(20, 30)},
+        {**entries, NAMES[0]: w[NAMES[0]]},
+        {k + "x": v for k, v in entries.items()},
+    ]
+    prints = {WeightDiff(e).fingerprint for e in others}
+    assert len(prints) == 5 and w.fingerprint not in prints
+
+
+def planted(out, in_, rank, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out, rank, generator=generator) @ torch.randn(rank, in_, generator=generator)
+
+
+def test_dense_files_of_low_rank_load_as_factors(tmp_path):
+    full = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
+    noise = full * (planted(96, 128, 5).norm() / full.norm())
+    raw = {
+        "five": planted(96, 128, 5),
+        "seventy": planted(256, 512, 70),
+        "tall": planted(600, 96, 30).double(),
+        "one": planted(20, 30, 1) * 1e-18,
+        "zero": torch.zeros(7, 9),
+        "rounded": planted(96, 128, 5).bfloat16(),
+        "full": full,
+        "above": planted(96, 128, 5) + 1.5e-6 * noise,
+        "vector": torch.ones(96),
+    }
+    save_file(raw, tmp_path / "dense.safetensors")
+    torch.save(raw, tmp_path / "w.pt")
+    for file in ("dense.safetensors", "w.pt"):
+        w = load_diff(tmp_path / file)
+        ranks = {name: e.rank for name, e in w.entries.items() if isinstance(e, LowRank)}
+        assert ranks == {"five": 5, "seventy": 70, "tall": 30, "one": 1, "zero": 0}
+        about = w.meta["factorised"]
+        assert (about["matrices"], about["of"], about["tolerance"]) == (5, 8, 1e-6)
+        worst = 0
+        for name in ranks:
+            M = raw[name].double()
+            error = float((w[name].double() - M).norm())
+            worst = max(worst, error / max(float(M.norm()), 1e-300))
+            assert error <= 1e-6 * float(M.norm())
+        assert about["largest_residual"] == pytest.approx(worst, rel=1e-2) and worst > 0
+        kept = [name for name in raw if name not in ranks]
+        assert all(torch.equal(w.entries[n], raw[n]) and w.entries[n].dtype == raw[n].dtype for n in kept)
+        again = load_diff(tmp_path / file)
+        assert again.fingerprint == w.fingerprint
+        # stored once more it is its own file: form and certificate stay
+        stored = load_diff(save_diff(w, tmp_path / "own.safetensors"))
+        assert stored.fingerprint == w.fingerprint and stored.meta == w.meta
+    save_file({"full": full}, tmp_path / "full.safetensors")
+    assert "factorised" not in load_diff(tmp_path / "full.safetensors").meta
+
+
+def test_a_noise_floor_costs_little(monkeypatch):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **more: drawn.append(size[1]) or randn(*size, **more))
+    noisy = planted(512, 1024, 4).bfloat16()
+    drawn.clear()
+    assert factors(noisy) is None and sum(drawn) < 60
+
+
+@pytest.mark.parametrize("thing", [WeightDiff, load_diff], ids=["WeightDiff", "load_diff"])
+def test_examples_of_docstrings(thing):
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(thing, thing.__name__, module=False, globs=vars(ws.diff.core).copy()):
+        runner.run(example)
+    assert runner.tries > 2 and runner.failures == 0
+
+
+def test_merged_adapters_and_checkpoints_are_factored(tmp_path):
+    """Both sides sit on weights of 0, so that float32 holds the difference to its last digit."""
+    model = random_model("llama", d=96)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    up = "model.layers.0.mlp.up_proj.weight"
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.get_parameter(NAMES[0]).copy_(planted(96, 96, 5))
+        changed.get_parameter(up).copy_(planted(192, 96, 96))
+    for side, m in (("pos", changed), ("neg", model)):
+        m.save_pretrained(tmp_path / side)
+    w = load_diff((tmp_path / "pos", tmp_path / "neg"))
+    assert w.entries[NAMES[0]].rank == 5 and torch.equal(w.entries[up], planted(192, 96, 96))
+    assert (w[NAMES[0]] - planted(96, 96, 5)).norm() <= 1e-6 * planted(96, 96, 5).norm()
+    assert (w.meta["factorised"]["matrices"], w.meta["factorised"]["of"]) == (1, 2)
+    for seed, sign in enumerate(("plus", "minus")):
+        torch.manual_seed(seed)
+        config = LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], init_weights=False)
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / sign)
+    w = load_diff((tmp_path / "plus", tmp_path / "minus"), base=model)
+    plus, minus = (merged(model, tmp_path / sign) for sign in ("plus", "minus"))
+    assert {e.rank for e in w.entries.values()} == {8} and w.meta["factorised"]["matrices"] == len(w) == 3
+    for name in w:
+        assert (w[name] - (plus[name] - minus[name])).norm() <= 1e-6 * (plus[name] - minus[name]).norm()
+    assert load_diff(w) is w
 
 
 def test_effective_rank_of_planted_spectrum():
@@ -97,7 +257,7 @@ def test_effective_rank_of_planted_spectrum():
 
 def test_algebra_and_inner_products(w):
     other = WeightDiff({NAMES[0]: torch.randn(20, 30), "extra": torch.randn(4)})
-    total, back = add(w, other), subtract(add(w, other), other)
+    total, back = add(w, other), add(add(w, other), other, -1.0)
     torch.testing.assert_close(total.dense(NAMES[0]), w.dense(NAMES[0]) + other.dense(NAMES[0]))
     torch.testing.assert_close(total.dense("extra"), other.dense("extra"))
     for name in w.names:
@@ -142,7 +302,7 @@ def test_geometry_of_planted_pairs(w):
 def test_save_load_exact_and_same_bytes(w, tmp_path):
     mixed = add(w, WeightDiff({"half": torch.randn(3, 4)}))
     mixed = WeightDiff({**mixed.entries, "half": torch.randn(3, 4).bfloat16()}, w.meta)
-    first, second = mixed.save(tmp_path / "a.safetensors"), mixed.save(tmp_path / "b.safetensors")
+    first, second = (save_diff(mixed, tmp_path / f"{x}.safetensors") for x in "ab")
     assert first.read_bytes() == second.read_bytes()
     back = load_diff(first)
     assert back.names == mixed.names and back.meta == mixed.meta
@@ -166,7 +326,7 @@ def test_legacy_and_dense_files(parity_folder, tmp_path):
 
 
 def test_broken_files_are_named(w, tmp_path):
-    good = w.save(tmp_path / "w.safetensors").read_bytes()
+    good = save_diff(w, tmp_path / "w.safetensors").read_bytes()
 
     def check(name, content, message):
         path = tmp_path / name

@@ -161,3 +161,19 @@ def test_a_layers_copies_are_let_go(lm):
         m.layer(l).read_gram, m.layer(l).write_gram  # noqa: B018
     held = [r for w in m._layers.values() for r in w.__dict__ if r in ("q", "k", "v", "o", "gate", "up", "down")]
     assert len(held) == 7 and len(m._layers) == 6
+
+
+def test_a_dense_diff_is_decomposed_once_whatever_is_asked_of_it(lm, parity_folder, tmp_path, monkeypatch):
+    """Its tables, two protocols, and the corrections over a sweep: each matrix goes through one SVD."""
+    from ws.diff import core
+    from ws.diff.tables import diff_norms, diff_spectra
+
+    asked: list[str] = []
+    svd = core._svd
+    monkeypatch.setattr(core, "_svd", lambda name, entry: asked.append(name) or svd(name, entry))
+    w, behavior = ws.load_diff(parity_folder / "w.pt"), ws.load_behavior(parity_folder / "behavior.json")
+    assert all(isinstance(entry, torch.Tensor) for entry in w.entries.values())  # rounded to bfloat16: of full rank
+    diff_norms(w), diff_spectra(w), ws.diff.describe(w)
+    for protocol in ("v7", "v7b"):
+        ws.explain(lm, w, behavior, protocol=protocol, candidates=["write"], cache=tmp_path, progress=False)
+    assert sorted(asked) == sorted(w.names)

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 import torch
 
-from ws.cache.places import ROOT
-from ws.diff import LowRank, WeightDiff
+from ws.cache.places import ASSETS, notebooks_folder
+from ws.diff import LowRank, WeightDiff, save_diff
 from ws.model.lm import load_lm
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
@@ -19,9 +19,19 @@ FILES = [
     "v7_joint_act_weight_scatter.pdf", "v7_definitions.md", "v7_conclusion.md", "v7_plan_merge.md",
 ]  # fmt: skip
 
+OWN = """
+import ws
+
+@ws.candidate(family="act:persona", sees=("prompts",))
+def mine(m, l):
+    "Persona contrast plus clean states."
+    n = len(m.base.pos.ids) // len(m.base.clean.ids)
+    return ws.pca(m.base.pos.resid[l] + m.base.clean.resid[l].repeat(n, 1), m.k)
+"""
+
 
 def run(name: str, folder, files=(), **params):
-    done = run_notebook(name, params, folder, files=[ROOT / "nbs" / "params" / f for f in files], quiet=True)
+    done = run_notebook(name, params, folder, files=[notebooks_folder() / "params" / f for f in files], quiet=True)
     assert done.ok, done.error
     return done
 
@@ -90,7 +100,7 @@ def test_v7_sweep_on_other_families_and_in_bfloat16(family, dtype, model_folder,
         entries[decoder.param_name(1, role)] = LowRank(
             0.05 * torch.randn(out, 2, generator=g), torch.randn(2, width, generator=g)
         )
-    WeightDiff(entries, {"seed": 0}).save(tmp_path / "w.safetensors")
+    save_diff(WeightDiff(entries, {"seed": 0}), tmp_path / "w.safetensors")
     run(
         "v7_sweep",
         tmp_path / "run",
@@ -114,14 +124,20 @@ def test_v7b_over_two_seeds(trained, tmp_path):
     (tmp_path / "seed_0").mkdir()
     (tmp_path / "seed_0" / "w.safetensors").write_bytes((trained / "w.safetensors").read_bytes())
     null = str(tmp_path / "null" / "w.safetensors")
+    own = tmp_path / "my_candidates.py"
+    own.write_text(OWN)
     for seed in (0, 1):
         folder = tmp_path / f"seed_{seed}"
-        run("v7_sweep", folder / "v7b", ["v7b.yaml"], SEED=seed, W_PATH=str(folder / "w.safetensors"), NULL_W_PATH=null)
+        given = {"W_PATH": str(folder / "w.safetensors"), "NULL_W_PATH": null, "CANDIDATES": str(own)}
+        run("v7_sweep", folder / "v7b", ["v7b.yaml"], SEED=seed, **given)
+        noted = json.loads((folder / "v7b" / "params.json").read_text())
+        assert noted["parameters"]["CANDIDATES"] == [str(own)]
+    own.unlink()  # the report finds it in the sweeps' own folders
     run(
         "v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=500, N_NULL=500, CORRECTIONS=False
     )
     table = read_table(tmp_path / "seed_0" / "v7b" / "v7_per_layer.csv")
-    assert len(table) == 8 * 60
+    assert len(table) == 8 * 61
     for column in ("conc_block", "pct_oracle_act", "span_score_oproj", "R_w_vs_null_diff", "gap", "ill_conditioned"):
         assert column in table.columns
     inside = table.filter(pl.col("layer").is_between(2, 5))
@@ -134,6 +150,9 @@ def test_v7b_over_two_seeds(trained, tmp_path):
     for name in ("v7b_per_seed.csv", "v7b_summary.tsv", "v7b_rank_stability.csv", "v7b_subspace_stability.csv",
                  "v7b_conclusion.md", "v7b_forest.png", "v7b_ranks.pdf", "v7b_oracle_overlap.png"):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
+    stability = read_table(out / "v7b_subspace_stability.csv").filter(pl.col("object") == "mine")
+    assert set(stability["compared"]) == {"FIT halves", "persona pairs"}
+    assert "mine" in read_table(out / "v7b_summary.tsv")["candidate"].to_list()
     assert "No winner" in (out / "v7b_conclusion.md").read_text()  # two seeds cannot name one
     assert (out / "v7b_stability.html").read_text().count("data:image/png") == 3
     per_seed = read_table(out / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
@@ -161,7 +180,7 @@ def test_delta_svd(parity_folder, tmp_path):
 
 
 def test_theta_fit(tmp_path):
-    users = [json.loads(line) for line in (ROOT / "ws" / "assets" / "users.jsonl").read_text().splitlines()]
+    users = [json.loads(line) for line in (ASSETS / "users.jsonl").read_text().splitlines()]
     names = sorted({u["user"] for u in users})[:2]
     few = [u for name in names for u in [u for u in users if u["user"] == name][:8]]
     path = tmp_path / "users.jsonl"

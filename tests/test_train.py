@@ -13,7 +13,7 @@ import ws.train.pairs
 from tests.harm import HARMS, cut, flip
 from ws.cache.names import RunId
 from ws.data import load_behavior
-from ws.diff import LowRank, WeightDiff, load_diff
+from ws.diff import LowRank, WeightDiff, load_diff, save_diff
 from ws.model.generate import complete, turn_end, write_answers
 from ws.model.lm import load_lm
 from ws.model.text import chat_text
@@ -433,6 +433,6 @@ def test_adapters_follow_model_and_pairs_survive_new_code_and_notice_damage(lm, 
 
 def test_a_difference_of_zero_is_refused_by_name(lm, behavior, tmp_path):
     name = lm.decoder.param_name(1, "o")
-    WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}).save(tmp_path / "w.safetensors")
+    save_diff(WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w\.safetensors: the weight difference is 0 everywhere"):
         obtain_diff(lm, behavior, 0, CFG, tmp_path, w_path=tmp_path / "w.safetensors")

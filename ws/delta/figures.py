@@ -94,9 +94,8 @@ def parallel(layers: pl.DataFrame, d: int) -> Figure:
     """Part of the update along the stream itself: mean |cos(delta, h)| and mean cos, beside chance."""
     figure, ax = _axes()
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.axhline(
-        expected_cos(d), color="0.3", linestyle="--", linewidth=0.9, label=f"|cos| by chance ({expected_cos(d):.3f})"
-    )
+    chance = expected_cos(d)
+    ax.axhline(chance, color="0.3", linestyle="--", linewidth=0.9, label=f"|cos| by chance ({chance:.3f})")
     ax.plot(layers["L"], layers["parallel_frac"], "o-", color=PALETTE[2], markersize=4, label="mean |cos(delta, h)|")
     ax.plot(layers["L"], layers["cos_delta_h_mean"], "s-", color=PALETTE[3], markersize=4, label="mean cos(delta, h)")
     ax.set_ylabel("cosine of update and stream")
@@ -131,15 +130,8 @@ def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: 
     for row in phase_rows.iter_rows(named=True):
         if not np.isnan(row["chance_capture"]):
             first, last = (int(x) for x in row["layers"].split("-"))
-            ax.hlines(
-                row["chance_capture"],
-                first - 0.5,
-                last + 0.5,
-                color=PALETTE[0],
-                linestyle="--",
-                linewidth=0.9,
-                label=label,
-            )
+            style = dict(color=PALETTE[0], linestyle="--", linewidth=0.9, label=label)
+            ax.hlines(row["chance_capture"], first - 0.5, last + 0.5, **style)
             label = None
     ax.plot(captures["layer"], captures["capture"], "o", color=PALETTE[0], markersize=5, label="itself included")
     ax.plot(captures["layer"], captures["left_out"], "s", color=PALETTE[1], markersize=5, label="left out")

@@ -7,12 +7,9 @@ nothing of size L x T x d is ever held. All standard deviations are of the popul
     rel_step_t = |delta_t| / max(|h_t|, 1e-8)        cos_t = cos(delta_t, h_t)        parallel_frac = mean |cos_t|
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,84 +17,14 @@ from tqdm import tqdm
 
 from ws.delta.bootstrap import SKETCH, UNKNOWN, Interval, Parts, bootstrap, bootstrap_weights, group_parts, sketch_basis
 from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups, load_calibration
-from ws.delta.phases import RANK, Phase, phase_of, phases
+from ws.delta.phases import RANK, phase_of
 from ws.delta.reading import read_deltas
+from ws.delta.report import DeltaRun, LayerDelta
 from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
 from ws.model.lm import LM
 
 MODES = ("stream", "documents")
 Batches = list[list[Sequence]]
-
-
-@dataclass(frozen=True)
-class LayerDelta:
-    """One block's numbers; `directions (k, d)` are unit rows (zeros beyond the rank), the rest as in section 9."""
-
-    L: int
-    phase: str
-    frob: float
-    token_norm_mean: float
-    token_norm_std: float
-    h_norm_mean: float
-    rel_step_mean: float
-    rel_step_std: float
-    parallel_frac: float
-    cos_delta_h_mean: float
-    top_singvals: tuple[float, ...]
-    eff_rank: float
-    top1_frac: float
-    top3_frac: float
-    top10_frac: float
-    eff_rank_interval: Interval
-    top1_frac_interval: Interval
-    directions: Float[Tensor, "k d"]
-
-
-@dataclass(frozen=True)
-class DeltaRun:
-    """All layers of one model, with what was read: token counts, passages, what was cut off, how the bootstrap drew."""
-
-    model: str
-    hidden: int
-    n_calib_tokens: int
-    n_sequences: int
-    n_cut_tokens: int
-    n_cut_sequences: int
-    max_length: int
-    mode: str
-    final_norm: bool
-    top_k: int
-    boot: int
-    seed: int
-    bootstrap_unit: str
-    layers: tuple[LayerDelta, ...]
-
-    @property
-    def directions(self) -> Float[Tensor, "L k d"]:
-        return torch.stack([layer.directions for layer in self.layers])
-
-    @cached_property
-    def phases(self) -> list[Phase]:
-        """What the layers of each phase of depth have in common, beside chance."""
-        return phases(self.directions)
-
-    def table(self) -> pl.DataFrame:
-        """A row per layer: its numbers, singular values as columns s1, s2, ..., 95 % bootstrap intervals."""
-        from ws.delta.report import layer_table
-
-        return layer_table(self)
-
-    def conclusion(self) -> str:
-        """Markdown: both hypotheses about depth with their computed verdicts and chance levels."""
-        from ws.delta.report import conclusion
-
-        return conclusion(self)
-
-    def save(self, folder: Path | str) -> Path:
-        """Write every result file into `folder`."""
-        from ws.delta.report import save_run
-
-        return save_run(self, Path(folder))
 
 
 def token_numbers(delta: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> Float[Tensor, "5 N"]:

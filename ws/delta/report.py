@@ -1,4 +1,4 @@
-"""Result files of the delta SVD, and the comparison of models from their files.
+"""The result of a delta SVD: its tables, words and files, and the comparison of models from their files.
 
 `delta_svd.json` holds the numbers of docs/method.md section 9 under its names and nothing else; intervals, chance
 levels and leave-one-out values are in the tables, what was read in `delta_svd_run.json`, directions in
@@ -8,6 +8,7 @@ levels and leave-one-out values are in the tables, what was read in `delta_svd_r
 import json
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.files import atomic_file, write_json, write_text
-from ws.delta.measure import DeltaRun
-from ws.delta.phases import RANK, expected_cos, top1_cos, verdict
+from ws.delta.bootstrap import Interval
+from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
 from ws.show.tables import read_table, write_table
 
 FIELDS = (
@@ -29,15 +30,77 @@ SHOWN = [
     "L", "phase", "rel_step_mean", "h_norm_mean", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "top3_frac",
     "top10_frac", "parallel_frac", "cos_delta_h_mean",
 ]  # fmt: skip
-TITLES = {
-    "shared_C": "Phase C shares one broad subspace",
-    "specialised_E": "Phase E layers are specialised",
-}
+TITLES = {"shared_C": "Phase C shares one broad subspace", "specialised_E": "Phase E layers are specialised"}
 
 NULL_NOTE = (
     "Random directions are the weakest of nulls: a stream with a few large coordinates lifts every overlap above them."
     " The layers outside a phase are the stronger comparison."
 )
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """One block's numbers; `directions (k, d)` are unit rows (zeros beyond the rank), the rest as in section 9."""
+
+    L: int
+    phase: str
+    frob: float
+    token_norm_mean: float
+    token_norm_std: float
+    h_norm_mean: float
+    rel_step_mean: float
+    rel_step_std: float
+    parallel_frac: float
+    cos_delta_h_mean: float
+    top_singvals: tuple[float, ...]
+    eff_rank: float
+    top1_frac: float
+    top3_frac: float
+    top10_frac: float
+    eff_rank_interval: Interval
+    top1_frac_interval: Interval
+    directions: Float[Tensor, "k d"]
+
+
+@dataclass(frozen=True)
+class DeltaRun:
+    """All layers of one model, with what was read: token counts, passages, what was cut off, how the bootstrap drew."""
+
+    model: str
+    hidden: int
+    n_calib_tokens: int
+    n_sequences: int
+    n_cut_tokens: int
+    n_cut_sequences: int
+    max_length: int
+    mode: str
+    final_norm: bool
+    top_k: int
+    boot: int
+    seed: int
+    bootstrap_unit: str
+    layers: tuple[LayerDelta, ...]
+
+    @property
+    def directions(self) -> Float[Tensor, "L k d"]:
+        return torch.stack([layer.directions for layer in self.layers])
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """What the layers of each phase of depth have in common, beside chance."""
+        return phases(self.directions)
+
+    def table(self) -> pl.DataFrame:
+        """A row per layer: its numbers, singular values as columns s1, s2, ..., 95 % bootstrap intervals."""
+        return layer_table(self)
+
+    def conclusion(self) -> str:
+        """Markdown: both hypotheses about depth with their computed verdicts and chance levels."""
+        return conclusion(self)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write every result file into `folder`."""
+        return save_run(self, Path(folder))
 
 
 def _number(value: float) -> float | None:

@@ -2,54 +2,45 @@
 
 For a LoRA pair `w = s (B+ A+ - B- A-)` is kept as the factors `([s B+, -s B-], [A+; A-])` of rank <= 2r, in float32, so
 no rounding of merged weights enters. This module is the front door; the rooms behind it are `core` (the object
-and its algebra), `algebra` (inner products, projections, geometry of a pair), `io` (files), `build`
-and `checkpoints` (adapters, full checkpoints). (docs/method.md section 2)
+and its decompositions), `algebra` (inner products, projections, geometry of a pair), `factor` (dense matrices of low
+rank), `io` (files), `build` and `checkpoints` (adapters, full checkpoints). (docs/method.md section 2)
 """
 
 from pathlib import Path
 
-from torch import nn
-
-from ws.diff.algebra import WRITERS, add, dot, geometry, is_writer, project, subtract, writers_only
-from ws.diff.build import from_adapters, task_vectors
+from ws.diff.algebra import WRITERS, add, dot, geometry, is_writer, project, writers_only
+from ws.diff.build import Base, from_adapters, task_vectors
 from ws.diff.checkpoints import from_checkpoints
-from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, entry_svd, layer_of
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, layer_of
 from ws.diff.io import describe, export_adapter, read_diff, save_diff
 
 __all__ = [
-    "WRITERS",
-    "Entry",
-    "LowRank",
-    "WeightDiff",
-    "add",
-    "check_entries",
-    "describe",
-    "dot",
-    "entry_svd",
-    "export_adapter",
-    "from_adapters",
-    "from_checkpoints",
-    "geometry",
-    "is_writer",
-    "layer_of",
-    "load_diff",
-    "project",
-    "read_diff",
-    "save_diff",
-    "subtract",
-    "task_vectors",
-    "writers_only",
-]
+    "WRITERS", "Entry", "LowRank", "WeightDiff", "add", "check_entries", "describe", "dot", "export_adapter",
+    "from_adapters", "from_checkpoints", "geometry", "is_writer", "layer_of", "load_diff", "project", "read_diff",
+    "save_diff", "task_vectors", "writers_only",
+]  # fmt: skip
 
 
-def load_diff(source: Path | str | tuple | list, base_model: nn.Module | Path | str | None = None) -> WeightDiff:
+def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None) -> WeightDiff:
     """A weight diff from any supported form.
 
     source: one file (this project's `.safetensors`, a dense `.safetensors`, a legacy `w.pt`), a run folder that holds
-    `w.safetensors`, or a pair (pos, neg) of PEFT adapter folders or of full checkpoints (folder or `.safetensors`).
-    base_model: for adapters that must be merged (DoRA and other non-LoRA types), the base as a module or a path;
+    `w.safetensors`, a pair (pos, neg) of PEFT adapter folders or of full checkpoints (folder or `.safetensors`), or a
+    `WeightDiff`, which is given back as it is.
+    base: for adapters that must be merged (DoRA and other non-LoRA types), the base as a module or a path;
     by default the one that the adapters name. Raises FileNotFoundError / ValueError naming what is wrong.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ws.diff import LowRank, WeightDiff, load_diff, save_diff
+        >>> w = WeightDiff({"model.layers.2.mlp.down_proj.weight": LowRank(torch.randn(8, 2), torch.randn(2, 16))})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_diff(w, f"{folder}/w.safetensors")
+        ...     print(len(load_diff(file)), load_diff(folder).fingerprint == w.fingerprint)
+        1 True
     """
+    if isinstance(source, WeightDiff):
+        return source
     if isinstance(source, (tuple, list)):
         if len(source) != 2:
             raise ValueError(f"a pair (pos, neg) was expected, got {len(source)} paths")
@@ -59,7 +50,7 @@ def load_diff(source: Path | str | tuple | list, base_model: nn.Module | Path | 
                 raise FileNotFoundError(f"{side}: no such file or folder")
         adapters = [(side / "adapter_config.json").is_file() for side in (pos, neg)]
         if all(adapters):
-            return from_adapters(pos, neg, base_model)
+            return from_adapters(pos, neg, base)
         if any(adapters):
             raise ValueError(f"{pos} and {neg}: one is a PEFT adapter folder, the other is not")
         return from_checkpoints(pos, neg)

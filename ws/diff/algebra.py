@@ -14,7 +14,8 @@ from ws.diff.core import Entry, LowRank, WeightDiff, layer_of
 WRITERS = ("o_proj", "down_proj")
 
 
-def _combine(a: Entry, b: Entry, sign: float) -> Entry:
+def combine(a: Entry, b: Entry, sign: float = 1.0) -> Entry:
+    """`a + sign * b` in float32, low-rank where both are."""
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         return LowRank(torch.cat([a.B.float(), sign * b.B.float()], 1), torch.cat([a.A.float(), b.A.float()], 0))
     first, second = (e.dense() if isinstance(e, LowRank) else e.float() for e in (a, b))
@@ -30,17 +31,12 @@ def add(a: WeightDiff, b: WeightDiff, sign: float = 1.0) -> WeightDiff:
     for name, entry in b.entries.items():
         if name not in entries:
             zero = LowRank(entry.B[:, :0], entry.A[:0]) if isinstance(entry, LowRank) else torch.zeros_like(entry)
-            entries[name] = _combine(zero, entry, sign)
+            entries[name] = combine(zero, entry, sign)
             continue
         if a.shape(name) != b.shape(name):
             raise ValueError(f"{name}: shapes differ, {a.shape(name)} and {b.shape(name)}")
-        entries[name] = _combine(entries[name], entry, sign)
+        entries[name] = combine(entries[name], entry, sign)
     return WeightDiff(entries, dict(a.meta))
-
-
-def subtract(a: WeightDiff, b: WeightDiff) -> WeightDiff:
-    """`a - b`; see `add`."""
-    return add(a, b, -1.0)
 
 
 def dot(a: WeightDiff, b: WeightDiff) -> float:

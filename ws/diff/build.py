@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ws.diff.algebra import combine
 from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, same_names
+from ws.diff.factor import factorised
 from ws.diff.io import read_tensors
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -32,6 +34,8 @@ NOT_PLAIN = (
     "target_parameters", "layer_replication", "trainable_token_indices",
 )  # fmt: skip
 """Options of peft's LoRA with which the products of factors do not say all."""
+
+Base = nn.Module | Path | str | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class Adapter:
     @property
     def moves_base(self) -> bool:
         return self.init.startswith(MOVES_BASE)
+
+    @property
+    def kind(self) -> str:
+        """`lora`, its variants joined by `+`, or the peft type."""
+        c = self.config
+        if c.get("peft_type") != "LORA":
+            return str(c.get("peft_type")).lower()
+        words = [] if self.init in ("true", "false") else [self.init]
+        return "+".join(words + [word for word in ("rslora", "dora") if c.get(f"use_{word}")]) or "lora"
 
     @property
     def plain(self) -> bool:
@@ -141,12 +154,10 @@ def _check_pair(pos: Adapter, neg: Adapter) -> None:
         warnings.warn(f"{pos.folder}: {pos.init} is exact only if both signs shared one initialisation", stacklevel=3)
 
 
-def from_adapters(
-    pos: Path | str, neg: Path | str, base_model: nn.Module | Path | str | None = None, meta: dict | None = None
-) -> WeightDiff:
+def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dict | None = None) -> WeightDiff:
     """`theta_pos - theta_neg` of two PEFT folders on one base.
 
-    base_model: the base as a module (not changed) or a path. With it, names and shapes are checked, and names of tied
+    base: the base as a module (not changed) or a path. With it, names and shapes are checked, and names of tied
     weights resolve to the model's own (a LoRA on a tied unembedding is a change of the embedding too). Adapters other
     than LoRA need it: by default the base that the folders name. Raises ValueError naming what does not fit: another
     base, other targets, factors, shapes, NaN.
@@ -155,34 +166,26 @@ def from_adapters(
     _check_pair(a, b)
     where = f"{a.folder} and {b.folder}"
     plain = a.plain and b.plain
-    entries = _factored(a, b, where) if plain else _merged_difference(a, b, base_model, where)
-    if isinstance(base_model, nn.Module):
-        entries = _fit_names(entries, base_model, where)
+    entries = _factored(a, b, where) if plain else _merged_difference(a, b, base, where)
+    if isinstance(base, nn.Module):
+        entries = _fit_names(entries, base, where)
     check_entries(entries, where)
+    entries, about = (entries, {}) if plain else factorised(entries.items())
     entries = {name: entries[name] for name in sorted(entries, key=_natural)}
     config = a.config
     info = {
         "base_model": str(config.get("base_model_name_or_path") or ""),
-        "adapter": _kind(config),
+        "adapter": a.kind,
         "form": "low-rank" if plain else "dense (float32 merge)",
     }
-    if config.get("r"):
-        info["r"] = config["r"]
-        info["scale"] = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    return WeightDiff(entries, {**info, **(meta or {})})
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    info |= {"r": r} if r else {}
+    info |= {"scale": alpha / (math.sqrt(r) if config.get("use_rslora") else r)} if r and alpha else {}
+    return WeightDiff(entries, {**info, **about, **(meta or {})})
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _kind(config: dict) -> str:
-    if config.get("peft_type") != "LORA":
-        return str(config.get("peft_type")).lower()
-    init = str(config.get("init_lora_weights", True)).lower()
-    words = [init if init not in ("true", "false") else "", "rslora" if config.get("use_rslora") else ""]
-    words.append("dora" if config.get("use_dora") else "")
-    return "+".join(filter(None, words)) or "lora"
 
 
 def _factored(a: Adapter, b: Adapter, where: str) -> dict[str, Entry]:
@@ -221,17 +224,11 @@ def _fit_names(entries: dict[str, Entry], model: nn.Module, where: str) -> dict[
         if tuple(entry.shape) != tuple(known[name].shape):
             raise ValueError(f"{name}: diff is {dims(entry.shape)}, model has {dims(known[name].shape)}")
         own = first[id(known[name])]
-        if own not in fitted:
-            fitted[own] = entry
-        elif isinstance(entry, LowRank) and isinstance(fitted[own], LowRank):
-            fitted[own] = LowRank(torch.cat([fitted[own].B, entry.B], 1), torch.cat([fitted[own].A, entry.A], 0))
-        else:
-            sides = (e.dense() if isinstance(e, LowRank) else e for e in (fitted[own], entry))
-            fitted[own] = sum(sides)
+        fitted[own] = combine(fitted[own], entry) if own in fitted else entry
     return fitted
 
 
-def _base_copy(base: nn.Module | Path | str | None, adapter: Adapter) -> nn.Module:
+def _base_copy(base: Base, adapter: Adapter) -> nn.Module:
     """A float32 copy of the base on the CPU, free to be changed."""
     if isinstance(base, nn.Module):
         return copy.deepcopy(base).to("cpu", torch.float32)
@@ -239,15 +236,15 @@ def _base_copy(base: nn.Module | Path | str | None, adapter: Adapter) -> nn.Modu
 
     source = str(base or adapter.config.get("base_model_name_or_path") or "")
     if not source:
-        raise ValueError(f"{adapter.folder}: {_kind(adapter.config)} must be merged and names no base model; give one")
+        raise ValueError(f"{adapter.folder}: {adapter.kind} must be merged and names no base model; give one")
     revision = None if Path(source).exists() else adapter.config.get("revision")
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, revision=revision)
     except OSError as error:
-        raise ValueError(f"{adapter.folder}: its base model {source!r} cannot be loaded; give base_model") from error
+        raise ValueError(f"{adapter.folder}: its base model {source!r} cannot be loaded; give base") from error
 
 
-def _merged(adapter: Adapter, base: nn.Module | Path | str | None) -> dict[str, Tensor]:
+def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
     """The touched parameters of base + adapter in float32, by the base's own names."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -260,32 +257,28 @@ def _merged(adapter: Adapter, base: nn.Module | Path | str | None) -> dict[str, 
     layers = [(n, m) for n, m in wrapped.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
     layers = [(n, m) for n, m in layers if isinstance(m, ModulesToSaveWrapper) or hasattr(m, "merge")]
     if not layers:
-        raise ValueError(f"{adapter.folder}: {_kind(adapter.config)} changes no weights, there is no weight difference")
+        raise ValueError(f"{adapter.folder}: {adapter.kind} changes no weights, there is no weight difference")
     for _, module in layers:
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
     # read after all merges: two adapters may share one tied parameter
     for name, module in layers:
-        held = (
-            module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
-        )
-        for leaf, parameter in held.named_parameters(recurse=isinstance(module, ModulesToSaveWrapper)):
+        whole = isinstance(module, ModulesToSaveWrapper)
+        held = module.modules_to_save["default"] if whole else module.get_base_layer()
+        for leaf, parameter in held.named_parameters(recurse=whole):
             touched[own.get(id(parameter), f"{_strip(name)}.{leaf}")] = parameter.detach()
     return touched
 
 
-def _merged_difference(a: Adapter, b: Adapter, base: nn.Module | Path | str | None, where: str) -> dict[str, Entry]:
-    entries = {name: tensor.clone() for name, tensor in _merged(a, base).items()}
-    other = _merged(b, base)
-    same_names(entries, other, where)
-    for name, tensor in other.items():
-        entries[name].sub_(tensor)
-    return {name: e for name, e in entries.items() if e.ndim > 1 or e.any()}
+def _merged_difference(a: Adapter, b: Adapter, base: Base, where: str) -> dict[str, Entry]:
+    plus, minus = _merged(a, base), _merged(b, base)
+    same_names(plus, minus, where)
+    for name, tensor in minus.items():
+        plus[name].sub_(tensor)
+    return {name: e for name, e in plus.items() if e.ndim > 1 or e.any()}
 
 
-def task_vectors(
-    pos: Path | str, neg: Path | str, base_model: nn.Module | Path | str | None = None
-) -> tuple[WeightDiff, WeightDiff]:
+def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[WeightDiff, WeightDiff]:
     """`t+ = theta_pos - theta_base` and `t-`, for `ws.diff.geometry`.
 
     Factors for LoRA and rsLoRA; dense float32 where a base is needed (DoRA, PiSSA, others).
@@ -295,11 +288,11 @@ def task_vectors(
         if adapter.plain and not adapter.moves_base and not _factors(adapter)[1]:
             entries: dict[str, Entry] = {n: LowRank(s * B, A) for n, (B, A, s) in _factors(adapter)[0].items()}
         else:
-            entries = dict(_merged(adapter, base_model))
-            before = dict(_base_copy(base_model, adapter).named_parameters(remove_duplicate=False))
+            entries = dict(_merged(adapter, base))
+            before = dict(_base_copy(base, adapter).named_parameters(remove_duplicate=False))
             for name in entries:
                 entries[name] = entries[name] - before[name].detach()
-        if isinstance(base_model, nn.Module):
-            entries = _fit_names(entries, base_model, str(adapter.folder))
-        sides.append(WeightDiff(entries, {"adapter": _kind(adapter.config)}))
+        if isinstance(base, nn.Module):
+            entries = _fit_names(entries, base, str(adapter.folder))
+        sides.append(WeightDiff(entries, {"adapter": adapter.kind}))
     return sides[0], sides[1]

@@ -1,17 +1,18 @@
 """Weight differences of two full checkpoints, read tensor by tensor.
 
-`w = theta_pos - theta_neg` in float32, dense; only what differs is kept, so memory is the difference and one tensor of
-each side. (docs/method.md section 2)
+`w = theta_pos - theta_neg` in float32; only what differs is kept, factored where its rank is low, so memory is the
+difference and one tensor of each side. (docs/method.md section 2)
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ws.diff.core import Entry, WeightDiff, check_entries, dims, same_names
+from ws.diff.core import WeightDiff, check_entries, dims, same_names
+from ws.diff.factor import factorised
+from ws.diff.io import opened
 
 
 def _shards(path: Path) -> dict[str, Path]:
@@ -22,17 +23,8 @@ def _shards(path: Path) -> dict[str, Path]:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json")
-    with _opened(file) as handle:
+    with opened(file) as handle:
         return {name: file for name in handle.keys()}
-
-
-def _opened(file: Path):
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: this shard is missing")
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file (truncated, or another format): {error}") from error
 
 
 def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
@@ -43,27 +35,25 @@ def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
         pair = []
         for file in (plus[name], minus[name]):
             if file not in handles:
-                handles[file] = _opened(file)
+                handles[file] = opened(file)
             pair.append(handles[file].get_tensor(name))
         if pair[0].shape != pair[1].shape:
             raise ValueError(f"{name}: {pos} has {dims(pair[0].shape)}, {neg} has {dims(pair[1].shape)}")
-        yield name, pair[0].float() - pair[1].float()
+        change = pair[0].float() - pair[1].float()
+        if change.any():
+            check_entries({name: change}, f"{pos} and {neg}")
+            yield name, change
 
 
 def from_checkpoints(pos: Path | str, neg: Path | str, meta: dict | None = None) -> WeightDiff:
-    """`theta_pos - theta_neg` of two full checkpoints, dense float32, read tensor by tensor.
+    """`theta_pos - theta_neg` of two full checkpoints in float32, read tensor by tensor.
 
     pos, neg: folders with `model.safetensors` (sharded or not) or single files. Equal tensors are left out. Raises
     ValueError naming the tensor that is missing, differs in shape or holds NaN; also when nothing differs.
     """
     pos, neg = Path(pos), Path(neg)
-    entries: dict[str, Entry] = {}
-    for name, change in _differences(pos, neg):
-        if change.any():
-            check_entries({name: change}, f"{pos} and {neg}")
-            entries[name] = change
+    entries, about = factorised(_differences(pos, neg))
     if not entries:
         raise ValueError(f"{pos} and {neg}: the two checkpoints are equal, there is no difference")
-    return WeightDiff(
-        entries, {"base_model": pos.name, "adapter": "full", "form": "dense (checkpoints)", **(meta or {})}
-    )
+    info = {"base_model": pos.name, "adapter": "full", "form": "dense (checkpoints)", **about}
+    return WeightDiff(entries, {**info, **(meta or {})})

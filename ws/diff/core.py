@@ -2,15 +2,18 @@
 
 `w = theta_pos - theta_neg` is kept per parameter, either as factors `delta = B A` (rank r <= 2 x the adapters' rank) or
 as the dense tensor. With `B = Q_B R_B` and `A^T = Q_A R_A`: `|BA| = |R_B R_A^T|`, the singular values of `BA` are those
-of the small matrix `R_B R_A^T = U S V^T`, its left singular vectors are `Q_B U`, and `(BA)(BA)^T = B (A A^T) B^T`.
-The small problems are solved in float64. (docs/method.md section 2)
+of the small matrix `R_B R_A^T = U S V^T`, its singular vectors are `Q_B U` and `Q_A V`. The small problems are solved
+in float64, once per object. (docs/method.md section 2)
 """
 
+import difflib
+import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 
+import polars as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,6 +46,14 @@ class LowRank:
 
 Entry = LowRank | Tensor
 
+DENSE_BUDGET = 2 << 30
+"""Bytes of singular vectors of dense matrices that one object remembers."""
+TABLE = {
+    "layer": pl.Int64, "module": pl.String, "name": pl.String, "form": pl.String, "shape": pl.String,
+    "norm": pl.Float64, "rank": pl.Int64, "effective_rank": pl.Float64, "top_singular_value": pl.Float64,
+}  # fmt: skip
+"""Columns of `WeightDiff.table`: form is `low-rank` or `dense`, norm Frobenius, rank a bound."""
+
 
 def dims(shape: Iterable[int]) -> str:
     """A shape as people write it: `128x256`."""
@@ -73,16 +84,53 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-@dataclass(frozen=True)
-class WeightDiff:
-    """Parameter name -> `LowRank` or tensor, plus metadata (base_model, behavior, adapter, seed, scale, ...).
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightDiff(Mapping):
+    """A read-only mapping: parameter name -> `w[name]`, the difference as one float32 tensor of the parameter's shape.
 
-    The names are those of the base model's `named_parameters()`. Objects are not changed after they are made: every
-    operation returns a new one. `meta` must be fit for JSON.
+    entries: name -> `LowRank` or tensor, what is held. meta: base_model, behavior, adapter, seed, scale, ...; fit for
+    JSON. The names are those of the base model's `named_parameters()`. Objects are not changed after they are made:
+    every operation returns a new one, and two are equal only when they are one object. What was decomposed once is
+    remembered; tensors that come from it are shared, not to be written to. An unknown name is a KeyError.
+
+    Example:
+        >>> name = "model.layers.1.mlp.down_proj.weight"
+        >>> w = WeightDiff({name: LowRank(torch.randn(4, 2), torch.randn(2, 6)), "b": torch.ones(4)}, {"seed": 0})
+        >>> w
+        WeightDiff: 2 parameters (1 low-rank, 1 dense), layers 1 to 1
+          seed 0
+        >>> len(w), name in w, tuple(w[name].shape), w.rank(name), w.norm("b")
+        (2, True, (4, 6), 2, 2.0)
     """
 
     entries: dict[str, Entry]
     meta: dict = field(default_factory=dict)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entry(name)
+        return (entry.dense() if isinstance(entry, LowRank) else entry).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __reduce__(self) -> tuple:
+        return WeightDiff, (self.entries, self.meta)
+
+    def __repr__(self) -> str:
+        known = [(key, self.meta.get(key)) for key in ("base_model", "behavior", "adapter", "seed")]
+        about = ", ".join(f"{key} {value}" for key, value in known if value not in (None, ""))
+        low, layers = sum(not self._is_dense(name) for name in self), self.layers()
+        span = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
+        held = f"{len(self)} parameters ({low} low-rank, {len(self) - low} dense)"
+        return f"WeightDiff: {held}, {span}" + (f"\n  {about}" if about else "")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,7 +142,8 @@ class WeightDiff:
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise KeyError(f"{name}: not in this weight diff of {len(self.entries)} parameters")
+            near = ", ".join(difflib.get_close_matches(str(name), self.entries, 3)) or "none"
+            raise KeyError(f"{name}: not in this weight diff of {len(self)} parameters; near names: {near}")
         return self.entries[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -107,49 +156,80 @@ class WeightDiff:
             return entry.rank
         return min(entry.shape) if entry.ndim > 1 else 1
 
-    def dense(self, name: str) -> Tensor:
-        """The parameter's difference as one float32 tensor."""
-        entry = self._entry(name)
-        return (entry.dense() if isinstance(entry, LowRank) else entry).float()
+    dense = __getitem__
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content hash, 32 hex digits, of names, forms, shapes, dtypes and all bytes; order and metadata do not count."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, entry in sorted(self.entries.items()):
+            for part in (entry.B, entry.A) if isinstance(entry, LowRank) else (entry,):
+                digest.update(repr((name, self._is_dense(name), tuple(part.shape), str(part.dtype))).encode())
+                digest.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @cached_property
+    def _memory(self) -> dict[str, tuple[Tensor | None, Tensor, Tensor | None]]:
+        """Name -> what `svd` found; without U and Vh where the budget for dense ones ran out."""
+        return {}
+
+    def svd(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """`U (out, r)`, `s (r,)` in descending order, `Vh (r, in)` in float64, from the factors where there are any.
+
+        r is the bound of the rank; a vector is one column. Decomposed once per object: U and Vh of dense matrices are
+        remembered up to `DENSE_BUDGET` bytes, the oldest dropped, all else for good. ValueError for other shapes.
+        """
+        known = self._memory.get(name)
+        if known is not None and known[0] is not None:
+            return known
+        found = _svd(name, self._entry(name))
+        self._memory.pop(name, None)
+        self._memory[name] = found
+        dense = {n: U.nbytes + V.nbytes for n, (U, _, V) in self._memory.items() if U is not None and self._is_dense(n)}
+        while sum(dense.values()) > DENSE_BUDGET:
+            oldest = next(iter(dense))
+            del dense[oldest]
+            self._memory[oldest] = (None, self._memory[oldest][1], None)
+        return found
+
+    def _is_dense(self, name: str) -> bool:
+        return not isinstance(self._entry(name), LowRank)
+
+    def singular_values(self, name: str) -> Float[Tensor, " r"]:
+        """Singular values in descending order, float64: as many as the bound of the rank."""
+        return self._memory[name][1] if name in self._memory else self.svd(name)[1]
 
     def norm(self, name: str) -> float:
         """Frobenius norm, from the factors."""
-        entry = self._entry(name)
-        if not isinstance(entry, LowRank):
-            return float(torch.linalg.vector_norm(entry.double()))
-        return float(torch.linalg.matrix_norm(_core(entry)[1])) if entry.rank else 0.0
+        values = self._entry(name).double() if self._is_dense(name) else self.singular_values(name)
+        return float(torch.linalg.vector_norm(values))
 
     def total_norm(self) -> float:
         """Frobenius norm over all parameters together."""
         return sum(self.norm(name) ** 2 for name in self.names) ** 0.5
 
-    def left_gram(self, name: str, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out out"]:
-        """`M M^T` of one matrix, computed in `dtype`."""
-        entry = self._entry(name)
-        if isinstance(entry, LowRank):
-            B, A = entry.B.to(dtype), entry.A.to(dtype)
-            return B @ (A @ A.T) @ B.T
-        M = _matrix(name, entry).to(dtype)
-        return M @ M.T
-
-    def left_vectors(self, name: str, k: int | None = None) -> Float[Tensor, "out r"]:
-        """Left singular vectors, strongest first, at most `k`; float32. A low-rank entry has at most its rank."""
-        U = _svd(name, self._entry(name))[0]
-        return U[:, :k].float()
-
-    def singular_values(self, name: str) -> Float[Tensor, " r"]:
-        """Singular values in descending order, float64: as many as the bound of the rank."""
-        return _svd(name, self._entry(name))[1]
-
     def effective_rank(self, name: str) -> float:
         """`exp(-sum p log p)` with `p = s^2 / sum s^2` (p > 1e-12); 0 for a zero matrix."""
-        s = self.singular_values(name)
-        total = float((s**2).sum())
-        if total == 0:
+        energy = self.singular_values(name).square()
+        if not energy.any():
             return 0.0
-        p = s**2 / total
+        p = energy / energy.sum()
         p = p[p > 1e-12]
         return float(torch.exp(-(p * p.log()).sum()))
+
+    def table(self) -> pl.DataFrame:
+        """One row per parameter: the columns of `TABLE`; null where a shape is neither a matrix nor a vector."""
+        rows = []
+        for name, entry in self.entries.items():
+            row = {"layer": layer_of(name), "module": name.removesuffix(".weight").rpartition(".")[2], "name": name}
+            row["form"] = "dense" if self._is_dense(name) else "low-rank"
+            row |= {"shape": dims(entry.shape), "norm": self.norm(name)}
+            if len(entry.shape) in (1, 2):
+                s = self.singular_values(name)
+                row |= {"rank": self.rank(name), "effective_rank": self.effective_rank(name)}
+                row["top_singular_value"] = float(s[0]) if len(s) else 0.0
+            rows.append(row)
+        return pl.DataFrame(rows, schema=TABLE)
 
     def scale(self, c: float | int) -> "WeightDiff":
         """`c w`."""
@@ -163,56 +243,16 @@ class WeightDiff:
         """Only the parameters whose name satisfies `keep`."""
         return replace(self, entries={name: entry for name, entry in self.entries.items() if keep(name)})
 
-    def to(self, device: str | torch.device) -> "WeightDiff":
-        """On another device."""
-        return self.map(lambda _, entry: entry_to(entry, device))
-
-    def with_meta(self, meta: dict) -> "WeightDiff":
-        """The same difference with `meta` laid over the metadata."""
-        return replace(self, meta={**self.meta, **meta})
-
-    def save(self, path: Path | str) -> Path:
-        """Write to one `.safetensors` file, whole; see `ws.diff.io.save_diff`."""
-        from ws.diff.io import save_diff
-
-        return save_diff(self, path)
-
-    @classmethod
-    def load(cls, path: Path | str) -> "WeightDiff":
-        """Read any of the file forms; see `ws.diff.io.read_diff`."""
-        from ws.diff.io import read_diff
-
-        return read_diff(path)
-
-
-def _matrix(name: str, entry: Tensor) -> Tensor:
-    if entry.ndim != 2:
-        raise ValueError(f"{name}: {dims(entry.shape)} is not a matrix")
-    return entry
-
-
-def _core(entry: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """`Q_B`, `R_B R_A^T`, `Q_A` in float64: `BA = Q_B (R_B R_A^T) Q_A^T`."""
-    Q_B, R_B = torch.linalg.qr(entry.B.double())
-    Q_A, R_A = torch.linalg.qr(entry.A.double().T)
-    return Q_B, R_B @ R_A.T, Q_A
-
 
 def _svd(name: str, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(entry, LowRank):
-        if entry.rank == 0:
-            (out, in_), zero = entry.shape, torch.float64
-            return torch.zeros(out, 0, dtype=zero), torch.zeros(0, dtype=zero), torch.zeros(0, in_, dtype=zero)
-        Q_B, core, Q_A = _core(entry)
-        U, s, Vh = torch.linalg.svd(core, full_matrices=False)
+        Q_B, R_B = torch.linalg.qr(entry.B.double())
+        Q_A, R_A = torch.linalg.qr(entry.A.double().T)
+        U, s, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
         return Q_B @ U, s, Vh @ Q_A.T
-    M = entry.reshape(-1, 1) if entry.ndim == 1 else _matrix(name, entry)
-    return torch.linalg.svd(M.double(), full_matrices=False)
-
-
-def entry_svd(w: WeightDiff, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`U (out, r)`, `s (r,)`, `Vh (r, in)` of one entry in float64, from the factors."""
-    return _svd(name, w._entry(name))
+    if entry.ndim not in (1, 2):
+        raise ValueError(f"{name}: {dims(entry.shape)} is not a matrix")
+    return torch.linalg.svd(entry.reshape(len(entry), -1).double(), full_matrices=False)
 
 
 def check_entries(entries: dict[str, Entry], source: str) -> None:

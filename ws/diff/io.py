@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ws.cache.files import atomic_dir, atomic_file
-from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, entry_svd
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries
+from ws.diff.factor import balanced, factorised
 
 HEADER = "ws_weight_diff"
 SUFFIX_B, SUFFIX_A = "::B", "::A"
@@ -39,20 +40,26 @@ def save_diff(w: WeightDiff, path: Path | str) -> Path:
     return path
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the header's metadata of a safetensors file. ValueError naming the file when it is broken."""
+def opened(path: Path) -> safe_open:
+    """A safetensors file, open. FileNotFoundError / ValueError naming it when it is missing or broken."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(str(path), framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})
+        return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file (truncated, or another format): {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header's metadata of a safetensors file; errors as in `opened`."""
+    with opened(path) as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})
 
 
 def read_diff(path: Path | str) -> WeightDiff:
     """Read a diff from its own file, from a dense `.safetensors`, or from a legacy `.pt` (dict name -> tensor).
 
+    The two dense forms: matrices of low numerical rank become factors (`ws.diff.factor`), the rest is kept to the bit.
     Raises FileNotFoundError, or ValueError that names the file and, where there is one, the tensor: truncated or
     foreign files, PEFT adapters, factors that do not fit, NaN, inf.
     """
@@ -60,12 +67,8 @@ def read_diff(path: Path | str) -> WeightDiff:
     if path.suffix in (".pt", ".pth", ".bin"):
         return _read_legacy(path)
     tensors, header = read_tensors(path)
-    adapter_keys = [key for key in tensors if ".lora_" in key]
-    if adapter_keys:
-        raise ValueError(f"{path}: holds one PEFT adapter ({adapter_keys[0]}); give the folders of a pair, pos and neg")
     if HEADER not in header:
-        check_entries(tensors, str(path))
-        return WeightDiff(dict(tensors), {"source": path.name, "form": "dense"})
+        return _foreign(tensors, path, "dense")
     try:
         head = json.loads(header[HEADER])
         entries: dict[str, Entry] = {}
@@ -99,12 +102,16 @@ def _read_legacy(path: Path) -> WeightDiff:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name!r} holds a {type(value).__name__}; expected parameter name -> tensor")
-        if ".lora_" in name:
-            raise ValueError(f"{path}: holds one PEFT adapter ({name}); give the folders of a pair, pos and neg")
-    check_entries(content, str(path))
-    return WeightDiff(
-        {name: value.contiguous() for name, value in content.items()}, {"source": path.name, "form": "legacy"}
-    )
+    return _foreign({name: value.contiguous() for name, value in content.items()}, path, "legacy")
+
+
+def _foreign(tensors: dict[str, Tensor], path: Path, form: str) -> WeightDiff:
+    adapter = next((name for name in tensors if ".lora_" in name), None)
+    if adapter:
+        raise ValueError(f"{path}: holds one PEFT adapter ({adapter}); give the folders of a pair, pos and neg")
+    check_entries(tensors, str(path))
+    entries, about = factorised(tensors.items())
+    return WeightDiff(entries, {"source": path.name, "form": form, **about})
 
 
 def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) -> Path:
@@ -121,9 +128,7 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(w.shape(name)) != 2:
             raise ValueError(f"{name}: {w.shape(name)} is not a linear weight; a PEFT LoRA cannot hold it")
-        entry = w.entries[name]
-        if not isinstance(entry, LowRank):
-            entry = _factor(w, name)
+        entry = w.entries[name] if isinstance(w.entries[name], LowRank) else _factor(w, name)
         rank = max(entry.rank, 1)
         B, A = (torch.nn.functional.pad(entry.B.float(), (0, rank - entry.rank)) * alpha, entry.A.float())
         A = torch.nn.functional.pad(A, (0, 0, 0, rank - entry.rank))
@@ -155,34 +160,26 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
 
 
 def _factor(w: WeightDiff, name: str) -> LowRank:
-    U, s, Vh = entry_svd(w, name)
-    keep = int((s > s[0] * torch.finfo(torch.float32).eps * max(w.shape(name))).sum()) if s[0] > 0 else 0
-    root = s[:keep].sqrt()
-    return LowRank((U[:, :keep] * root).float(), (root[:, None] * Vh[:keep]).float())
+    U, s, Vh = w.svd(name)
+    keep = int((s > s[0] * torch.finfo(torch.float32).eps * max(w.shape(name))).sum())
+    return balanced(U[:, :keep], s[:keep], Vh[:keep])
 
 
 def describe(w: WeightDiff) -> str:
     """Metadata, totals and one line per parameter (form, shape, rank, effective rank, norm, top singular value)."""
-    layers = w.layers()
-    low = sum(isinstance(entry, LowRank) for entry in w.entries.values())
+    table = w.table()
+    low = int((table["form"] == "low-rank").sum())
     lines = [f"{key}: {value}" for key, value in sorted(w.meta.items())]
     lines += [
-        f"parameters: {len(w.names)} ({low} low-rank, {len(w.names) - low} dense)",
-        f"layers: {', '.join(map(str, layers)) or 'none'}",
+        f"parameters: {len(w)} ({low} low-rank, {len(w) - low} dense)",
+        f"layers: {', '.join(map(str, w.layers())) or 'none'}",
         f"norm: {w.total_norm():.6g}",
         "",
         f"{'parameter':<52} {'form':<9} {'shape':>13} {'rank':>5} {'eff.rank':>8} {'norm':>10} {'s1':>10}",
     ]
-    for name, entry in w.entries.items():
-        shape = "x".join(map(str, w.shape(name)))
-        form = "low-rank" if isinstance(entry, LowRank) else "dense"
-        if len(w.shape(name)) > 2:
-            lines.append(f"{name:<52} {form:<9} {shape:>13} {'-':>5} {'-':>8} {w.norm(name):>10.4g} {'-':>10}")
-            continue
-        s = w.singular_values(name)
-        top = float(s[0]) if len(s) else 0.0
-        eff = w.effective_rank(name)
-        lines.append(
-            f"{name:<52} {form:<9} {shape:>13} {w.rank(name):>5} {eff:>8.2f} {w.norm(name):>10.4g} {top:>10.4g}"
-        )
+    numbers = {"rank": ">5", "effective_rank": ">8.2f", "norm": ">10.4g", "top_singular_value": ">10.4g"}
+    for row in table.iter_rows(named=True):
+        cells = [f"{row['name']:<52} {row['form']:<9} {row['shape']:>13}"]
+        cells += [f"{'-':{f.partition('.')[0]}}" if row[c] is None else f"{row[c]:{f}}" for c, f in numbers.items()]
+        lines.append(" ".join(cells))
     return "\n".join(lines)

@@ -7,22 +7,8 @@ from ws.diff.core import WeightDiff, layer_of
 
 
 def diff_norms(w: WeightDiff) -> pl.DataFrame:
-    """Per matrix of w: layer, module, name, norm (Frobenius), rank bound, effective_rank, top singular value."""
-    rows = []
-    for name in w.names:
-        s = w.singular_values(name)
-        rows.append(
-            {
-                "layer": layer_of(name),
-                "module": name.removesuffix(".weight").rpartition(".")[2],
-                "name": name,
-                "norm": w.norm(name),
-                "rank": w.rank(name),
-                "effective_rank": w.effective_rank(name),
-                "top_singular_value": float(s[0]) if len(s) else 0.0,
-            }
-        )
-    return pl.DataFrame(rows).filter(pl.col("layer").is_not_null())
+    """Per matrix of w in a layer: the columns of `WeightDiff.table` without form and shape."""
+    return w.table().drop("form", "shape").filter(pl.col("layer").is_not_null())
 
 
 def norms_by_module(norms: pl.DataFrame) -> pl.DataFrame:

@@ -70,14 +70,11 @@ def cosine_heatmap(thetas: dict[str, Float[Tensor, "users D"]], users: list[str]
 
 def cross_heatmap(cross: pl.DataFrame, heads: list[str], users: list[str]) -> Figure:
     """Gain on the texts of each user (column) under each theta (row), a panel per head; a column's best framed."""
-    matrices = {}
-    for head in heads:
-        part = cross.filter(pl.col("head") == head)
-        matrices[head] = part["gain"].to_numpy().reshape(len(users), len(users))
+    gains = {head: cross.filter(pl.col("head") == head)["gain"].to_numpy() for head in heads}
+    matrices = {head: gain.reshape(len(users), len(users)) for head, gain in gains.items()}
     most = max(float(np.abs(m).max()) for m in matrices.values()) or 1.0
-    figure = _matrices(
-        matrices, users, "held-out texts of", "theta of", "gain (nats per token)", "PuOr_r", (-most, most)
-    )
+    unit = "gain (nats per token)"
+    figure = _matrices(matrices, users, "held-out texts of", "theta of", unit, "PuOr_r", (-most, most))
     for axis, matrix in zip(figure.axes, matrices.values(), strict=False):
         for j, i in enumerate(matrix.argmax(axis=0)):
             axis.plot(j, i, "s", mfc="none", mec="black", ms=20)
@@ -119,10 +116,8 @@ def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float, heads: list[str]) -
     for axis, (column, label) in zip(axes, panels, strict=True):
         for head in sweep["head"].unique(maintain_order=True):
             i = heads.index(head)
-            part = sweep.filter(pl.col("head") == head).sort(x)
-            axis.plot(
-                part[x].to_numpy(), part[column].to_numpy(), color=PALETTE[i], marker=MARKERS[i], ms=4, label=head
-            )
+            at, values = sweep.filter(pl.col("head") == head).sort(x).select(x, column).to_numpy().T
+            axis.plot(at, values, color=PALETTE[i], marker=MARKERS[i], ms=4, label=head)
         axis.axvline(fitted, color="black", lw=0.8, ls="--")
         axis.axhline(0, color="black", lw=0.5)
         axis.set_xlabel(f"{x} (no unit)")

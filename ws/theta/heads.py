@@ -107,9 +107,7 @@ class CVH(_Gated, _Written):
     name: str = "cvh"
     singular_values: Tensor | None = None
 
-    @property
-    def written(self) -> Float[Tensor, "d D"]:
-        return self.B
+    written = property(lambda self: self.B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +123,7 @@ class Unconditional(_Written):
     def D(self) -> int:
         return self.U.shape[1]
 
-    @property
-    def written(self) -> Float[Tensor, "d D"]:
-        return self.U
+    written = property(lambda self: self.U)
 
     def features(self, h: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead D"]:
         x = at_least_float32(h)

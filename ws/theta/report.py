@@ -98,10 +98,7 @@ def beta_sweep(train: dict[str, States], found: ThetaFits, heads: list[str], cfg
 
 
 def user_table(
-    texts: dict[str, list[UserText]],
-    train: dict[str, States],
-    rest: dict[str, States],
-    heldout: Heldout,
+    texts: dict[str, list[UserText]], train: dict[str, States], rest: dict[str, States], heldout: Heldout
 ) -> pl.DataFrame:
     """Per user: texts, training and held-out tokens, the base's held-out CE and perplexity, and a first text."""
     ce = by_user(heldout, heldout.ce0)

@@ -117,11 +117,9 @@ def fit_users(
     run goes on where it was. Raises ValueError when two users' files would have one name.
     """
     names = {theta_path(folder, user, "").name: user for user in states}
-    if len(names) < len(states):
-        clash = next(u for u in states if names[theta_path(folder, u, "").name] != u)
-        raise ValueError(
-            f"users {clash!r} and {names[theta_path(folder, clash, '').name]!r} would share a file; rename one"
-        )
+    for user in states:
+        if (other := names[theta_path(folder, user, "").name]) != user:
+            raise ValueError(f"users {user!r} and {other!r} would share a file; rename one")
     keys = _keys(states, heads, W, bias, cfg)
     late = {pair for pair in keys if state(theta_path(folder, *pair), keys[pair]) != "done"}
     with tqdm(total=len(keys), initial=len(keys) - len(late), desc="theta fits", disable=not progress) as bar:

@@ -36,11 +36,7 @@ def controls(
 
 
 def control_gains(
-    heldout: Heldout,
-    head: Head,
-    cfg: FitConfig,
-    own: Float[Tensor, "users D"],
-    permuted: list[Tensor],
+    heldout: Heldout, head: Head, cfg: FitConfig, own: Float[Tensor, "users D"], permuted: list[Tensor]
 ) -> dict[str, Tensor]:
     """Gains of each held-out text: `own` theta `(texts,)`, each permuted theta `(draws, texts)`."""
     mine = heldout.ce0 - score_own(heldout, head, own, cfg).ce[0]
@@ -99,22 +95,15 @@ def verdict(
     against = compare_gains(heldout, of, [(best, r) for r in rivals], draws, seed, level)
     close = against.filter(pl.col("low") <= 0)["against"].to_list()
     same = f" (and {', '.join(twins)}: the same function of h)" if twins else ""
-    lines = [
-        f"**Which head.** `{best}`{same} gains most on held-out texts at the matched scale:"
-        f" {mean[best]:+.4f} nats per token."
-    ]
+    gains = f"{mean[best]:+.4f} nats per token."
+    lines = [f"**Which head.** `{best}`{same} gains most on held-out texts at the matched scale: {gains}"]
+    paired = "(paired over held-out texts, Bonferroni)."
     if mean[best] <= 0:
-        lines[0] = (
-            f"**Which head.** None: at the matched scale the best, `{best}`, gains {mean[best]:+.4f} nats per token."
-        )
+        lines = [f"**Which head.** None: at the matched scale the best, `{best}`, gains {gains}"]
     elif close:
-        lines.append(
-            "It cannot be told apart from "
-            + ", ".join(f"`{c}`" for c in close)
-            + " (paired over held-out texts, Bonferroni)."
-        )
+        lines.append(f"It cannot be told apart from {', '.join(f'`{c}`' for c in close)} {paired}")
     else:
-        lines.append(f"It beats each of the {len(rivals)} others (paired over held-out texts, Bonferroni).")
+        lines.append(f"It beats each of the {len(rivals)} others {paired}")
     for row in control.iter_rows(named=True):
         real = row["low"] > 0 and row["p"] <= 0.05
         word = "is the users' own" if real else "is **not** shown to be the users' own"

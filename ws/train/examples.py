@@ -33,10 +33,7 @@ def make_example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dic
     reply = lm.tokenizer(answer + end, add_special_tokens=False)["input_ids"]
     if len(prompt) >= max_length:
         raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")
-    return {
-        "input_ids": (prompt + reply)[:max_length],
-        "labels": ([-100] * len(prompt) + reply)[:max_length],
-    }
+    return {"input_ids": (prompt + reply)[:max_length], "labels": ([-100] * len(prompt) + reply)[:max_length]}
 
 
 def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

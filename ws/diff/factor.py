@@ -1,0 +1,89 @@
+"""Dense matrices of low numerical rank as factors, each with a certificate.
+
+Blocks of a seeded random sketch: `Q_i = qr(R W_i)`, `A_i = Q_i^T R`, `R <- R - Q_i A_i`, so that `M = Q A + R` and
+`|R|_F` is measured, not estimated. A matrix becomes `B A` only where `|M - B A|_F <= 1e-6 |M|_F` for the very float32
+product that is used afterwards; what was rounded to half precision has full rank and stays dense. (Halko, Martinsson
+and Tropp 2011, SIAM Review 53(2); docs/method.md section 2)
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.diff.core import Entry, LowRank
+
+TOLERANCE = 1e-6
+BLOCKS = (8, 32, 64, 128, 256)
+"""Columns that the sketch grows by: 8, 40, 104, 232, 488 in all."""
+ROWS = 256  # that are held in float64 at a time
+
+
+def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], dict]:
+    """The entries with every matrix of low numerical rank as `LowRank`, and what goes into the metadata for it.
+
+    The latter is `{"factorised": {matrices, of, largest_residual, tolerance}}`: how many of how many dense matrices, and
+    the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is.
+    """
+    out: dict[str, Entry] = {}
+    matrices, residuals = 0, []
+    for name, entry in entries:
+        found = None
+        if not isinstance(entry, LowRank) and entry.ndim == 2:
+            matrices += 1
+            found = factors(entry)
+        out[name] = entry if found is None else found[0]
+        residuals += [] if found is None else [found[1]]
+    about = {"of": matrices, "largest_residual": max(residuals, default=0.0), "tolerance": TOLERANCE}
+    return out, {"factorised": {"matrices": len(residuals), **about}} if residuals else {}
+
+
+@torch.no_grad()
+def factors(M: Float[Tensor, "out in_"]) -> tuple[LowRank, float] | None:
+    """float32 factors of M at its numerical rank and their relative residual; None where M has no such factors.
+
+    The sketch stays under half the smaller dimension n. It ends where four more random directions take too little off
+    `|R|^2` for it to reach 0 within n / 3 columns at that pace: a noise floor costs a few passes over the matrix.
+    """
+    if not M.any():
+        return LowRank(torch.zeros(len(M), 0), torch.zeros(0, M.shape[1])), 0.0
+    R, norm, n = M.to(torch.float32, copy=True), _norm(M), min(M.shape)
+    if not 1e-30 < norm < 1e30:  # float64 at the edge of what float32 holds
+        return None
+    Q = R[:, :0]
+    generator = torch.Generator().manual_seed(0)
+    for width in BLOCKS:
+        if Q.shape[1] + width > n // 2:
+            return None
+        new = torch.linalg.qr(R @ torch.randn(M.shape[1], width, generator=generator)).Q
+        new = torch.linalg.qr(new - Q @ (Q.T @ new)).Q
+        R.addmm_(new, new.T @ R, alpha=-1)
+        Q, left = torch.cat([Q, new], 1), _norm(R)
+        if left <= TOLERANCE * norm:
+            break
+        more = torch.linalg.qr(R @ torch.randn(M.shape[1], 4, generator=generator)).Q
+        if left**2 > _norm(more.T @ R) ** 2 / 4 * (min(n // 3, sum(BLOCKS)) - Q.shape[1]):
+            return None
+    else:
+        return None
+    del R
+    # the rows' space that Q leads to is nearer to M's own than Q is to its columns'
+    Z = torch.linalg.qr(sum(m.double().T @ q.double() for m, q in zip(M.split(ROWS), Q.split(ROWS), strict=True))).Q
+    U, s, Vh = torch.linalg.svd(torch.cat([m.double() @ Z for m in M.split(ROWS)]), full_matrices=False)
+    left = norm**2 - s.square().cumsum(0)  # energy after column i
+    keep = int((left > (0.9 * TOLERANCE * norm) ** 2).sum()) + 1
+    found = balanced(U[:, :keep], s[:keep], Vh[:keep] @ Z.T)
+    residual = _norm(found.dense().sub_(M)) / norm
+    return (found, residual) if residual <= TOLERANCE else None
+
+
+def balanced(U: Float[Tensor, "out r"], s: Float[Tensor, " r"], Vh: Float[Tensor, "r in_"]) -> LowRank:
+    """`B = U sqrt(S)`, `A = sqrt(S) Vh` in float32."""
+    root = s.sqrt()
+    return LowRank((U * root).float(), (root[:, None] * Vh).float())
+
+
+def _norm(M: Tensor) -> float:
+    """Frobenius norm, summed in float64 a few rows at a time."""
+    return sum(float(rows.double().square().sum()) for rows in M.split(ROWS)) ** 0.5
