@@ -8,6 +8,7 @@ rank), `io` (files), `build` and `checkpoints` (adapters, full checkpoints). (do
 
 from pathlib import Path
 
+from ws.cache.places import ASSETS
 from ws.diff.algebra import WRITERS, add, dot, geometry, is_writer, project, writers_only
 from ws.diff.build import Base, from_adapters, task_vectors
 from ws.diff.checkpoints import from_checkpoints
@@ -25,22 +26,21 @@ def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None)
     """A weight diff from any supported form.
 
     source: one file (this project's `.safetensors`, a dense `.safetensors`, a legacy `w.pt`), a run folder that holds
-    `w.safetensors`, a pair (pos, neg) of PEFT adapter folders or of full checkpoints (folder or `.safetensors`), or a
+    `w.safetensors`, `tiny` (the shipped model's), a pair (pos, neg) of PEFT adapter folders or of full checkpoints (folder or `.safetensors`), or a
     `WeightDiff`, which is given back as it is.
     base: for adapters that must be merged (DoRA and other non-LoRA types), the base as a module or a path;
     by default the one that the adapters name. Raises FileNotFoundError / ValueError naming what is wrong.
 
     Example:
-        >>> import tempfile, torch
-        >>> from ws.diff import LowRank, WeightDiff, load_diff, save_diff
-        >>> w = WeightDiff({"model.layers.2.mlp.down_proj.weight": LowRank(torch.randn(8, 2), torch.randn(2, 16))})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = save_diff(w, f"{folder}/w.safetensors")
-        ...     print(len(load_diff(file)), load_diff(folder).fingerprint == w.fingerprint)
-        1 True
+        >>> import ws
+        >>> w = ws.load_diff("tiny")
+        >>> len(w), w.layers(), tuple(w["model.layers.3.mlp.down_proj.weight"].shape)
+        (28, [2, 3, 4, 5], (128, 320))
     """
     if isinstance(source, WeightDiff):
         return source
+    if source == "tiny":
+        return read_diff(ASSETS / "tiny_w.safetensors")
     if isinstance(source, (tuple, list)):
         if len(source) != 2:
             raise ValueError(f"a pair (pos, neg) was expected, got {len(source)} paths")

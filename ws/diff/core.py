@@ -94,8 +94,10 @@ class WeightDiff(Mapping):
     remembered; tensors that come from it are shared, not to be written to. An unknown name is a KeyError.
 
     Example:
-        >>> name = "model.layers.1.mlp.down_proj.weight"
-        >>> w = WeightDiff({name: LowRank(torch.randn(4, 2), torch.randn(2, 6)), "b": torch.ones(4)}, {"seed": 0})
+        >>> import torch, ws
+        >>> from ws.diff import LowRank
+        >>> name, entry = "model.layers.1.mlp.down_proj.weight", LowRank(torch.randn(4, 2), torch.randn(2, 6))
+        >>> w = ws.WeightDiff({name: entry, "b": torch.ones(4)}, {"seed": 0})
         >>> w
         WeightDiff: 2 parameters (1 low-rank, 1 dense), layers 1 to 1
           seed 0

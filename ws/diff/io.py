@@ -22,7 +22,15 @@ SUFFIX_B, SUFFIX_A = "::B", "::A"
 
 
 def save_diff(w: WeightDiff, path: Path | str) -> Path:
-    """Write `w` to one `.safetensors` file, whole. Loading gives the same tensors, dtypes, order and metadata."""
+    """Write `w` to one `.safetensors` file, whole. Loading gives the same tensors, dtypes, order and metadata.
+
+    Example:
+        >>> import tempfile, ws
+        >>> w = ws.load_diff("tiny")
+        >>> file = ws.save_diff(w, tempfile.mkdtemp() + "/w.safetensors")
+        >>> ws.load_diff(file).fingerprint == w.fingerprint
+        True
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a weight diff is saved as .safetensors")
