@@ -70,8 +70,8 @@ def write_project(base: Path) -> Place:
     trained = own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1"
     bodies = {
         "weight_diff": ('name = f"null-{SEED}" if NULL_DIFF else f"weight_diff-{SEED}"', WEIGHT_DIFF, trained),
-        "v7_sweep": ('name = f"v7_sweep-{SEED}"', SWEEP, own + 'NULL_W_PATH = ""\nPROTOCOL = "v7"'),
-        "v7b_stability": ('name = "v7b_stability"', STABILITY, OWN + "SEEDS = [0, 1, 2]"),
+        "v7_sweep": ('name = f"v7_sweep-{SEED}"', SWEEP, own + 'NULL_W_PATH = ""\nPROTOCOL = "v7"\nCANDIDATES = []'),
+        "v7b_stability": ('name = "v7b_stability"', STABILITY, OWN + "SEEDS = [0, 1, 2]\nCANDIDATES = []"),
     }
     for notebook, (name, body, parameters) in bodies.items():
         write_notebook(base / "nbs", notebook, name + START, body, parameters_cell=parameters)

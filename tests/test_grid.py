@@ -139,6 +139,22 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     assert [s.job.name for s in plan(jobs, True, place) if s.retrain] == [jobs[2].name]
 
 
+def test_candidates_of_a_batch_are_files_that_count_by_what_they_hold(place, tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "grid.yaml").write_text("models: org/stub\nset: {CANDIDATES: ../mine.py}\n")
+    typed = make_jobs(Grid(("org/stub",), set={"CANDIDATES": "mine.py"}), tmp_path, place)
+    for jobs in (typed, make_jobs(read_grid(tmp_path / "sets" / "grid.yaml"), None, place)):
+        values = {job.notebook: job.values.get("CANDIDATES") for job in jobs}
+        mine = [str(tmp_path / "mine.py")]
+        assert values == {"weight_diff": None, "v7_sweep": mine, "v7b_stability": mine}
+    finish(place, typed)
+    assert not any(step.run for step in plan(typed, place=place))
+    (tmp_path / "mine.py").write_text("x = 2\n")
+    why = [(step.job.notebook, step.why) for step in plan(typed, place=place) if step.run]
+    assert why == [("v7_sweep", "changed inputs")] * 3 + [("v7b_stability", "changed inputs")]
+
+
 def test_whether_adapters_were_retrained_is_no_part_of_a_run(place):
     job = stub_jobs(place)[0]
     content = parameters.read_notebook(place.nbs / "weight_diff.ipynb")
