@@ -20,6 +20,7 @@ from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
 
 N_PROBES = 32
+MOST_BYTES = 1 << 30  # of one text set's token states; more is read again where it is needed, not kept
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class TextSet:
         def make() -> TextActs:
             return read_texts(lm, list(self.texts), self.special, detail, batch_size, label=self.label)
 
-        if cache is None or not lm.fingerprint:
+        ids, mask = encode(lm.tokenizer, list(self.texts), self.special)
+        large = detail and ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
+        if cache is None or not lm.fingerprint or large:
             return make()
         params = {"model": lm.fingerprint, "tokens": self.content(lm), "detail": detail}
         key = stage_key(params, code=["ws.subspaces.reading.read_texts"])

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -79,6 +80,7 @@ class Shelf:
     cache: Path
     part: str = ""  # which of the prompts, where not all
     take: Callable[[BaseCaptures], BaseCaptures] | None = None
+    whole: Callable[[], BaseCaptures] | None = None  # the captures, where others take their part of them too
 
     def key(self, c: Candidate, prompts: dict) -> Key:
         params = {"model": self.lm.fingerprint, "k": self.k, "k_broad": self.k_broad, "shared": c.shared}
@@ -91,8 +93,8 @@ class Shelf:
         return self.cache / "bases" / f"{slug(c.name)}_{key.params[:8]}.safetensors"
 
     def base(self) -> BaseCaptures:
-        base = capture_base(self.lm, self.behavior, self.protocol, cache=self.cache)
-        return self.take(base) if self.take else base
+        read = self.whole or (lambda: capture_base(self.lm, self.behavior, self.protocol, cache=self.cache))
+        return self.take(read()) if self.take else read()
 
     def materials(self) -> Materials:
         sink = self.lm.decoder.sink_token(self.lm.tokenizer)
@@ -156,6 +158,7 @@ def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str,
     def pair(p: int) -> Callable[[BaseCaptures], BaseCaptures]:
         return lambda base: base.take(list(range(len(base.clean.ids))), [p])
 
+    shelf = replace(shelf, whole=cache(shelf.base))
     parts = {"FIT halves": {name: half(start) for name, start in (("even", 0), ("odd", 1))}}
     if n_pairs > 1:
         parts["persona pairs"] = {f"pair {p + 1}": pair(p) for p in range(n_pairs)}
