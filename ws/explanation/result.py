@@ -124,9 +124,9 @@ class Explanation:
         files += [write_text(folder / name, text) for name, text in self.sources.items()]
         with atomic_file(folder / "scores.safetensors") as tmp:
             save_file(self.tensors, tmp)
-        hashes = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
         record = {f: getattr(self, f) for f in ("setting", "candidates", "checks", "bases")}
-        record |= {"sources": list(self.sources), "files": hashes}
+        record["sources"] = list(self.sources)
+        record["files"] = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
         write_json(folder / RECORD, record | {"hash": _hash(record)})
         return folder
 
@@ -157,9 +157,8 @@ class Explanation:
         )
 
     def __repr__(self) -> str:
-        s = self.setting
-        of = f"{len(self.candidates)} candidates, layers {self.layers}, protocol {s['protocol']['name']}"
-        return f"Explanation({s['title']}: {of})"
+        of = f"{len(self.candidates)} candidates, layers {self.layers}, protocol {self.setting['protocol']['name']}"
+        return f"Explanation({self.setting['title']}: {of})"
 
     def _repr_html_(self) -> str:
         return self.top(style="html")
