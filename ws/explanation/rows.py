@@ -37,7 +37,11 @@ class LayerTargets:
     dw_left: Float[Tensor, "d r"]
 
 
-def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> list[LayerTargets]:
+Targets = list[LayerTargets]
+Bases = dict[str, list[Basis]]  # by candidate, one per layer
+
+
+def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
     """Targets of every layer. `clean` are the bases of layer_clean_resid_pca. Missing weight tensors are logged once."""
     targets, missing = [], []
     for l in range(ceiling.n_layers):
@@ -72,7 +76,7 @@ def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) ->
 
 
 def _cells(
-    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]
+    candidates: list[Candidate], bases: Bases, targets: Targets
 ) -> Iterator[tuple[int, LayerTargets, Candidate, Basis]]:
     """Every layer with its targets and every candidate with its basis there, layers outermost."""
     return ((l, t, c, bases[c.name][l]) for l, t in enumerate(targets) for c in candidates)
@@ -101,14 +105,12 @@ def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
     return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note}
 
 
-def per_layer(candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]) -> pl.DataFrame:
+def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
     """One row per layer and candidate: the columns of docs/method.md section 6, then block, oracle, span, gap columns."""
     return pl.DataFrame([_row(*cell) for cell in _cells(candidates, bases, targets)], infer_schema_length=None)
 
 
-def with_null_diff(
-    table: pl.DataFrame, candidates: list[Candidate], bases: dict[str, list[Basis]], null: list[LayerTargets]
-) -> pl.DataFrame:
+def with_null_diff(table: pl.DataFrame, candidates: list[Candidate], bases: Bases, null: Targets) -> pl.DataFrame:
     """The table with every candidate's scores on the null diff's targets and the ratios to them (section 7).
 
     A ratio is NaN where the null score is 0 or undefined.
@@ -126,9 +128,7 @@ def with_null_diff(
     return joined.with_columns(R_act_vs_null_diff=ratio("conc_act"), R_w_vs_null_diff=ratio("conc_w_combined"))
 
 
-def specific_per_layer(
-    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]
-) -> pl.DataFrame:
+def specific_per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
     """What each candidate explains beyond the clean states' own top directions, per layer. (section 6, specificity)"""
     rows = []
     for l, t, c, basis in _cells(candidates, bases, targets):
@@ -138,9 +138,7 @@ def specific_per_layer(
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def kept_tensors(
-    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets], k: int
-) -> dict[str, Tensor]:
+def kept_tensors(candidates: list[Candidate], bases: Bases, targets: Targets, k: int) -> dict[str, Tensor]:
     """What statistics over seeds start from.
 
     `act_topics (C, L, n)` float64: R_act of every EVAL row by itself. Per layer l: `act_oracle/<l>`, `weight_oracle/<l>`:
@@ -216,7 +214,7 @@ def null_summary(null: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def largest_deviation(bases: dict[str, list[Basis]]) -> float:
+def largest_deviation(bases: Bases) -> float:
     """`max |B^T B - I|` over all bases: the orthonormality check's value."""
     every = [b for rows in bases.values() for b in rows if b.rank]
     return max((float((b.B.T @ b.B - torch.eye(b.rank)).abs().max()) for b in every), default=0.0)

@@ -28,12 +28,9 @@ def _mean(column: str, missing: dict[str, list[int]], alias: str | None = None) 
 
 def missing_layers(table: pl.DataFrame) -> dict[str, list[int]]:
     """Layers at which a weight target does not exist (no candidate has a score), by target; `any`: neither exists."""
-    out = {}
-    for t in WEIGHTS:
-        column = pl.col(f"energy_frac_w_{t}").is_nan().all()
-        out[t] = table.group_by("layer").agg(column.alias("x")).filter("x")["layer"].sort().to_list()
-    out["any"] = [l for l in out["oproj"] if l in out["downproj"]]
-    return out
+    gone = table.group_by("layer").agg(pl.col(f"energy_frac_w_{t}").is_nan().all().alias(t) for t in WEIGHTS)
+    gone = gone.sort("layer").with_columns(any=pl.col("oproj") & pl.col("downproj"))
+    return {t: gone.filter(t)["layer"].to_list() for t in (*WEIGHTS, "any")}
 
 
 def summarise(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:

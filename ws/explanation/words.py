@@ -16,21 +16,6 @@ CHECKS = {
     "orthonormality": "largest |B^T B - I| over all bases (must stay under 1e-3)",
 }
 
-PLAN_MERGE = """# What v7 measures that its predecessor did not
-
-**Weight recovery per tensor.** `o_proj` and `down_proj` are scored apart (`conc_w_oproj`, `conc_w_downproj`), and the
-combined score first scales each to unit norm, so that it is the mean of the two. A single number over the raw side by
-side matrix would be that of whichever tensor happens to be larger.
-
-**A ceiling for weights.** `dW_left_basis_ceiling`, the top left singular vectors of w's own writers, says what eight
-directions chosen with w in hand explain. Weight scores are read as a percentage of it, as activation scores already
-were of the steered activations' own directions. It is cut from the unbalanced pair of matrices, so that for a single
-tensor it is not a strict bound.
-
-**axis_kind.** Every family is marked as reading from the residual stream, writing to it, or mixed. The matrices scored
-are writers, so that the winner is sought among write and mixed candidates; read candidates get a panel of their own.
-"""
-
 
 def definitions(candidates: list[dict]) -> str:
     """`v7_definitions.md`: one row per candidate (`ws.subspaces.candidate.Candidate.about`)."""
@@ -50,11 +35,7 @@ def leaders(summary: pl.DataFrame, column: str, kinds: tuple[str, ...] = ("write
 
 
 def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict[str, float]) -> str:
-    """`v7_conclusion.md`.
-
-    pct: `ws.explanation.summary.with_percentages`; table: the per-layer table; facts: `Explanation.setting`; checks:
-    `ws.explanation.rows.self_checks`.
-    """
+    """`v7_conclusion.md`, from the summary with percentages, the per-layer table, and the run's setting and checks."""
     ranked = leaders(pct, "joint_score", ("write", "mixed"))
     none = "None: no write or mixed candidate has a defined joint score in this run."
     sections = {

@@ -42,7 +42,7 @@ class Stability:
 
     @property
     def unstable(self) -> list[str]:
-        return _unstable(self.a_side)
+        return self.a_side.filter("unstable")["candidate"].to_list()
 
     def conclusion(self) -> str:
         """The verdict and every claim beside its chance level (Markdown)."""
@@ -101,13 +101,13 @@ def compare_seeds(
         protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
         rows = _a_side(shelf, scores, own)
-    rows += [
-        overlap.compare_parts("B", f"{s} oracle", "seeds", parts, scores.layers) for s, parts in runs.oracles.items()
-    ]
+    for side, parts in runs.oracles.items():
+        rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)
     a_side = overlap.a_side_stability(subspaces)
     significance = significance_table(scores, runs.factors, runs.one_basis, seed, n_null, device)
     doubtful = doubts(found, scores.layers)
+    unstable = a_side.filter("unstable")["candidate"].to_list()
     summary = _joined(summary_table(scores, seed, boot), significance, a_side)
     return Stability(
         runs=runs,
@@ -117,13 +117,9 @@ def compare_seeds(
         subspaces=subspaces,
         a_side=a_side,
         significance=significance,
-        verdict=verdict(scores, _unstable(a_side), significance["q_R_w"].to_numpy()),
+        verdict=verdict(scores, unstable, significance["q_R_w"].to_numpy()),
         bases=overlap.same_bases(found),
     )
-
-
-def _unstable(a_side: pl.DataFrame) -> list[str]:
-    return a_side.filter("unstable")["candidate"].to_list()
 
 
 def _a_side(shelf: Shelf, scores: SeedScores, own: Sequence[Candidate]) -> list[pl.DataFrame]:

@@ -19,6 +19,7 @@ from ws.explanation.explain import explain
 from ws.model.lm import LM
 from ws.subspaces.protocol import V7, Protocol, load_protocol
 
+MOVED = "variant spearman_joint median_abs_log2_act max_abs_log2_act moved_most log2_change top5_kept".split()
 CAPTURE = ("eval_split", "chat_probes", "persona_pairs", "raw_last", "fold_gain")
 MENDED = {  # v7 candidate -> its v7b form
     "TaskDiff_contrast": "TaskDiff_uncentred",
@@ -69,19 +70,12 @@ def capture_corrections(
         most = int(np.abs(shift).argmax())
         joint = ("log_joint", "log_joint_new")
         top = [set(both.sort(column, descending=True)["subspace"][:5]) for column in joint]
-        rows.append(
-            {
-                "variant": name,
-                "spearman_joint": float(spearmanr(*(both[column].to_numpy() for column in joint)).statistic),
-                "median_abs_log2_act": float(np.median(np.abs(shift))),
-                "max_abs_log2_act": float(np.abs(shift).max()),
-                "moved_most": both["subspace"][most] if name != "v7" else "",
-                "log2_change": float(shift[most]),
-                "top5_kept": len(top[0] & top[1]),
-            }
-        )
+        rho = float(spearmanr(*(both[column].to_numpy() for column in joint)).statistic)
+        sizes = float(np.median(np.abs(shift))), float(np.abs(shift).max())
+        moved = both["subspace"][most] if name != "v7" else ""
+        rows.append((name, rho, *sizes, moved, float(shift[most]), len(top[0] & top[1])))
     scores = pl.concat([t.with_columns(pl.lit(name).alias("variant")) for name, t in tables.items()])
-    return pl.DataFrame(rows), scores
+    return pl.DataFrame(rows, MOVED, orient="row"), scores
 
 
 def _log(column: str, base: float = math.e) -> pl.Expr:
@@ -92,7 +86,7 @@ def _log(column: str, base: float = math.e) -> pl.Expr:
 def _mean_logs(table: pl.DataFrame) -> pl.DataFrame:
     """Mean over seeds of log joint and log2 R_act of the A-hypotheses."""
     part = table.filter(pl.col("kind") == "A-hypothesis")
-    logs = part.select("subspace", log_joint=_log("joint_score"), log2_act=_log("R_act", 2))
+    logs = part.select("subspace", log_joint=_log("joint_score"), log2_act=_log("R_act", 2.0))
     return logs.group_by("subspace", maintain_order=True).mean()
 
 

@@ -13,6 +13,7 @@ AXIS_COLOURS = {"write": "#0b6e99", "mixed": "#c8641e", "read": "#5a7d2a", "ceil
 OTHER = "#777777"
 GRID = {"color": "#e4e4e4", "linewidth": 0.6, "zorder": 0}
 HIGHLIGHTS = "#0b6e99 #c8641e #5a7d2a #8a3b8f #b3212c #2b2f77 #947600 #00796b #a04a78 #4d4d4d".split()
+CLIP = 1.5  # a panel of the forest plot spans the data times this
 BAND = {"linewidth": 3.4, "alpha": 0.35}  # crossed bootstrap
 DIAMOND = {"marker": "D", "color": "white", "linestyle": ""}  # null diff
 
@@ -27,7 +28,7 @@ def _legend_below(figure: Figure, handles: list, labels: list[str]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
 
 
-def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFrame, clip: float) -> None:
+def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFrame) -> None:
     """One score: seeds as ticks, bootstrap interval thick, t interval thin, geometric mean as a dot."""
     places = {name: len(rows) - 1 - i for i, name in enumerate(rows["candidate"])}
     defined = pl.col(f"{score}_geomean").is_not_nan() & (pl.col(f"{score}_geomean") > 0)
@@ -39,7 +40,7 @@ def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFram
         return
     values = seeds.filter(pl.col(score).is_not_nan() & (pl.col(score) > 0))
     core = np.concatenate([values[score].to_numpy(), drawn[f"{score}_geomean"].to_numpy(), [1.0]])
-    left, right = core.min() / clip, core.max() * clip
+    left, right = core.min() / CLIP, core.max() * CLIP
     axes.set_xscale("log", base=2)
     axes.set_xlim(left, right)
     axes.axvline(1.0, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -64,12 +65,11 @@ def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFram
     axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | None = None, clip: float = 1.5) -> Figure:
+def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | None = None) -> Figure:
     """R_act and R_w of every candidate with both intervals, in the order of `summary`; dashed line at 1 (chance).
 
     Dot (star: ceiling): geometric mean over seeds; ticks: the seeds; thick band: crossed bootstrap; thin line: t over
-    seeds, cut with an arrowhead where it leaves the panel, which spans the data times `clip`; hollow diamond: null
-    diff.
+    seeds, cut with an arrowhead where it leaves the panel; hollow diamond: null diff.
     """
     count, S = summary.height, summary["S"][0]
     figure = Figure(figsize=(10.5, 1.9 + 0.185 * count), layout="constrained")
@@ -77,7 +77,7 @@ def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | Non
     for panel, score, title in zip(axes, ("R_act", "R_w"), ("R_act: activation", "R_w: weights"), strict=True):
         for y in range(count - 1, -1, -2):  # bands lead the eye from a name to its far interval
             panel.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0, linewidth=0)
-        _forest_panel(panel, summary, score, per_seed, clip)
+        _forest_panel(panel, summary, score, per_seed)
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("concentration (1 = random subspace)", fontsize=8.5)
         panel.tick_params(axis="x", labelsize=8)

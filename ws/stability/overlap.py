@@ -92,11 +92,11 @@ def compare_parts(
     return pl.DataFrame(rows, SCHEMA, orient="row")
 
 
-def a_side_stability(table: pl.DataFrame, threshold: float = UNSTABLE) -> pl.DataFrame:
+def a_side_stability(table: pl.DataFrame) -> pl.DataFrame:
     """Per candidate, the weaker of its mean energy-weighted overlaps over layers and pairs, and the flag it leads to.
 
     table: rows of `compare_parts`; the A-side ones are used. stability: the minimum over "FIT halves" and "persona
-    pairs", of which `weakest` is the one; unstable: under the threshold, or undefined at a layer. Candidates without
+    pairs", of which `weakest` is the one; unstable: under 0.5, or undefined at a layer. Candidates without
     rows do not depend on these data: they are stable.
     """
     order = pl.col("stability").fill_nan(-1.0)  # undefined is the weakest of all
@@ -106,7 +106,7 @@ def a_side_stability(table: pl.DataFrame, threshold: float = UNSTABLE) -> pl.Dat
         .agg(stability=pl.col("energy_overlap").mean(), stability_chance=pl.col("chance").mean())
         .sort("candidate", order, maintain_order=True)
         .unique("candidate", keep="first", maintain_order=True)
-        .select("candidate", "stability", "weakest", "stability_chance", unstable=order < threshold)
+        .select("candidate", "stability", "weakest", "stability_chance", unstable=order < UNSTABLE)
     )
 
 

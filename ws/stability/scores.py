@@ -58,14 +58,14 @@ class SeedScores:
         return self.ranked & np.array([axis in ("write", "mixed") for axis in self.axis_kinds])
 
     @property
-    def about(self) -> dict[str, Sequence]:
+    def about(self) -> dict[str, Sequence | np.ndarray]:
         """The leading columns of the tables over candidates; mean_rank is that of the basis over layers."""
-        return {
-            "candidate": self.candidates,
-            "kind": self.kinds,
-            "axis_kind": self.axis_kinds,
-            "mean_rank": self.ranks.mean(axis=1),
-        }
+        names = {"candidate": self.candidates, "kind": self.kinds, "axis_kind": self.axis_kinds}
+        return names | {"mean_rank": self.ranks.mean(axis=1)}
+
+    @property
+    def nulls(self) -> dict[str, Float[np.ndarray, " C"]]:
+        return {"R_act": self.null_act, "R_w": self.null_w}
 
 
 def make_scores(
@@ -148,21 +148,13 @@ def per_seed_table(scores: SeedScores) -> pl.DataFrame:
     rank_in_seed: place by joint score among the A-hypotheses, null where it takes no part. undefined: reason, or empty.
     """
     values, places, reasons = seed_values(scores), ranks_per_seed(scores), undefined_reason(scores)
-    parts = [
-        pl.DataFrame(
-            {
-                **scores.about,
-                "R_act": values["R_act"][s],
-                "R_w": values["R_w"][s],
-                "joint_score": values["joint"][s],
-                "rank_in_seed": places[s],
-                "R_act_vs_null_diff": values["R_act"][s] / scores.null_act,
-                "R_w_vs_null_diff": values["R_w"][s] / scores.null_w,
-                "undefined": reasons[s],
-            }
-        ).select(pl.lit(seed, pl.Int64).alias("seed"), pl.all())
-        for s, seed in enumerate(scores.seeds)
-    ]
+    parts = []
+    for s, seed in enumerate(scores.seeds):
+        columns = {"seed": [seed] * len(scores.candidates), **scores.about}
+        columns |= {"R_act": values["R_act"][s], "R_w": values["R_w"][s], "joint_score": values["joint"][s]}
+        columns["rank_in_seed"] = places[s]
+        columns |= {f"{name}_vs_null_diff": values[name][s] / null for name, null in scores.nulls.items()}
+        parts.append(pl.DataFrame(columns | {"undefined": reasons[s]}))
     return pl.concat(parts).with_columns(pl.col("rank_in_seed").fill_nan(None))
 
 
@@ -172,7 +164,7 @@ def sign_agreement(logs: Float[np.ndarray, "S C"]) -> Float[np.ndarray, " C"]:
     return np.where(np.isnan(logs).any(axis=0), np.nan, np.maximum(above, below) / len(logs))
 
 
-def summary_table(scores: SeedScores, seed: int, boot: int = BOOT, level: float = 0.95) -> pl.DataFrame:
+def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFrame:
     """`v7b_summary`: one row per candidate, highest mean log joint (natural log) first, undefined last.
 
     For each score X: X_sd over seeds, and two intervals of X_geomean in units of R, X_boot (crossed bootstrap
@@ -186,9 +178,9 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT, level: float 
     for name in SCORES:
         value, log = values[name], logs[name]
         q25, median, q75 = np.quantile(value, [0.25, 0.5, 0.75], axis=0)
-        boot_ends = np.where(np.isnan(log).any(axis=0), np.nan, percentile_interval(draws[name], level))
+        boot_ends = np.where(np.isnan(log).any(axis=0), np.nan, percentile_interval(draws[name]))
         with np.errstate(over="ignore"):  # exp of a t bound may pass the largest float at S = 2
-            (boot_lo, boot_hi), (t_lo, t_hi) = np.exp(boot_ends), np.exp(t_interval(log, level))
+            (boot_lo, boot_hi), (t_lo, t_hi) = np.exp(boot_ends), np.exp(t_interval(log))
         columns |= {
             f"{name}_geomean": np.exp(log.mean(axis=0)),
             f"{name}_median": median,
@@ -210,9 +202,8 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT, level: float 
         "top5_chance": np.where(in_rank, S * min(TOP / max(int(in_rank.sum()), 1), 1.0), np.nan),
     }
     columns |= {f"joint_seed_{k}": values["joint"][s] for s, k in enumerate(scores.seeds)}
-    nulls = {"R_act": scores.null_act, "R_w": scores.null_w}
-    columns |= {f"{name}_null_diff": null for name, null in nulls.items()}
-    columns |= {f"{name}_vs_null_diff": columns[f"{name}_geomean"] / null for name, null in nulls.items()}
+    columns |= {f"{name}_null_diff": null for name, null in scores.nulls.items()}
+    columns |= {f"{name}_vs_null_diff": columns[f"{name}_geomean"] / null for name, null in scores.nulls.items()}
     columns["undefined"] = [next(filter(None, reasons), "") for reasons in zip(*undefined_reason(scores), strict=True)]
     return sort_nan_last(pl.DataFrame(columns).sort("candidate"), "mean_log_joint")
 

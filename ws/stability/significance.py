@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ws.stability.scores import SeedScores
 
-N_DRAWS = 10_000
 TAIL = 1e-4  # relative change of the null's variance that a thinner factor may cost
 BLOCK = 200  # random bases held in memory at once
 
@@ -34,6 +33,9 @@ class GramFactor:
 
     F: Float[Tensor, "d k"]
     rest: float
+
+
+Factors = Sequence[Sequence[GramFactor]]  # [seed][layer]
 
 
 def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: float = TAIL) -> GramFactor:
@@ -55,11 +57,11 @@ def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: f
 
 
 def random_log_concentration(
-    factors: Sequence[Sequence[GramFactor]], ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
+    factors: Factors, ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
 ) -> Float[Tensor, "N L q"]:
     """Mean over seeds of log R_w of random bases: entry [i, l, j] is draw i of rank `ranks[j]` at layer l, float64.
 
-    factors: [seed][layer]. The same draw i stands at every layer and for every rank; same seed, same draws on one
+    The same draw i stands at every layer and for every rank; same seed, same draws on one
     device type. Raises ValueError for a rank outside 1..d.
     """
     S, L, d, most = len(factors), len(factors[0]), len(factors[0][0].F), max(ranks)
@@ -120,25 +122,24 @@ def benjamini_hochberg(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
 
 def significance_table(
     scores: SeedScores,
-    factors: Sequence[Sequence[GramFactor]],
+    factors: Factors,
     one_basis: Bool[np.ndarray, " C"],
     seed: int,
-    n_draws: int = N_DRAWS,
+    n_draws: int,
     device: str = "cpu",
 ) -> pl.DataFrame:
     """One row per candidate, in the order of `scores`; NaN for an undefined score and for ceilings, which saw w.
 
-    factors: `combined_factor` per [seed][LoRA layer]. one_basis: which candidates have one basis for all layers.
+    one_basis: which candidates have one basis for all layers.
     T: mean log R_w over layers and seeds (natural log), of which null_mean, null_sd and null_q95 are. q_R_w:
     Benjamini-Hochberg over the A-hypotheses.
     """
     if n_draws < 1:
         raise ValueError(f"N_NULL = {n_draws}: at least one random subspace is needed")
     S, C, L = scores.w.shape
-    if len(factors) != S or any(len(row) != L for row in factors):
-        raise ValueError(
-            f"factors: {len(factors)} seeds x {[len(row) for row in factors]} layers, scores have {S} x {L}"
-        )
+    lengths = [len(row) for row in factors]
+    if lengths != [L] * S:
+        raise ValueError(f"factors: {len(factors)} seeds x {lengths} layers, scores have {S} x {L}")
     observed = np.log(np.where(scores.w == 0, np.nan, scores.w)).mean(axis=(0, 2))
     tested = np.array([kind != "ceiling" for kind in scores.kinds]) & ~np.isnan(observed)
     layer_ranks = scores.ranks.astype(int)
@@ -148,8 +149,7 @@ def significance_table(
     rows = np.full((C, 4), np.nan)  # null_mean, null_sd, null_q95, p_R_w
     for c in np.flatnonzero(tested):
         values = null(bool(one_basis[c]), tuple(layer_ranks[c].tolist()))
-        p = monte_carlo_p(float(observed[c]), values)
-        rows[c] = values.mean(), values.std(), np.quantile(values, 0.95), p
+        rows[c] = values.mean(), values.std(), np.quantile(values, 0.95), monte_carlo_p(float(observed[c]), values)
     return pl.DataFrame(
         {
             "candidate": scores.candidates,

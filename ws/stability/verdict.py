@@ -40,7 +40,6 @@ class Verdict:
     S: int
     n_topics: int
     n_contenders: int
-    alpha: float
     undefined: tuple[str, ...]
     reasons: tuple[str, ...]
     winner: str | None = None
@@ -50,17 +49,12 @@ class Verdict:
     detectable: float = float("nan")
 
 
-def false_winner_bound(n_contenders: int, alpha: float = ALPHA) -> float:
+def false_winner_bound(n_contenders: int) -> float:
     """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two."""
-    return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * alpha / 2
+    return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * ALPHA / 2
 
 
-def verdict(
-    scores: SeedScores,
-    unstable: Sequence[str] = (),
-    q_w: Float[np.ndarray, " C"] | None = None,
-    alpha: float = ALPHA,
-) -> Verdict:
+def verdict(scores: SeedScores, unstable: Sequence[str] = (), q_w: Float[np.ndarray, " C"] | None = None) -> Verdict:
     """Name a winner among the contenders (A-hypotheses of axis kind write or mixed), or say why there is none.
 
     unstable: candidates flagged by A-side stability; they cannot win, but must be beaten. q_w: Benjamini-Hochberg
@@ -72,14 +66,14 @@ def verdict(
     defined = ~np.isnan(logs).any(axis=0)
     pool = np.flatnonzero(scores.contenders & defined)
     undefined = tuple(names[c] for c in np.flatnonzero(scores.contenders & ~defined))
-    setting = len(scores.seeds), scores.act.shape[3], len(pool), alpha, undefined
+    setting = len(scores.seeds), scores.act.shape[3], len(pool), undefined
     stable = [c for c in pool if names[c] not in unstable]
     if not stable:
         why = "every contender is unstable" if len(pool) else "no contender has a defined score"
         return Verdict(*setting, (why,))
     leader = max(stable, key=lambda c: (logs[:, c].mean(), -c))
     others = pool[pool != leader]
-    level = 1 - alpha / max(len(others), 1)
+    level = 1 - ALPHA / max(len(others), 1)
     difference = logs[:, [leader]] - logs[:, others]
     influence = 0.5 * topic_influence(scores.act.mean(axis=2)[:, pool])
     spread = influence[pool == leader] - influence[pool != leader]
@@ -87,7 +81,8 @@ def verdict(
     told = (t_ends[0] > 0) & ((crossed_ends[0] > 0) | np.isnan(crossed_ends[0]))
     columns = [[names[c] for c in others], difference.mean(axis=0), *t_ends, *crossed_ends, told]
     rivals = pl.DataFrame(columns, RIVALS).sort("log_ratio", maintain_order=True)
-    reasons = _reasons(scores, names[leader], rivals, unstable, q_w, alpha, bool(np.ptp(logs[:, pool], axis=0).any()))
+    copies = not np.ptp(logs[:, pool], axis=0).any()
+    reasons = _reasons(setting[0], copies, rivals, unstable, None if q_w is None else float(q_w[leader]))
     winner = None if reasons else names[leader]
     tied = () if winner else (names[leader], *rivals.filter(~pl.col("told_apart"))["rival"].to_list())
     half = np.where(np.isnan(crossed_ends[0]), np.diff(t_ends, axis=0), np.diff(crossed_ends, axis=0)) / 2
@@ -96,20 +91,12 @@ def verdict(
     return Verdict(*setting, reasons, winner, names[leader], tied, rivals, detectable)
 
 
-def _reasons(
-    scores: SeedScores,
-    leader: str,
-    rivals: pl.DataFrame,
-    unstable: Sequence[str],
-    q_w: Float[np.ndarray, " C"] | None,
-    alpha: float,
-    seeds_differ: bool,
-) -> tuple[str, ...]:
+def _reasons(S: int, copies: bool, rivals: pl.DataFrame, unstable: Sequence[str], q: float | None) -> tuple[str, ...]:
     """Why the leader is not named; empty when it is."""
-    S, found = len(scores.seeds), []
+    found = []
     if S < 2:
         return ("one seed has no spread to compare with",)
-    if not seeds_differ:
+    if copies:
         return (f"the {S} seeds have identical scores: they are copies of one run",)
     if rivals.height == 0:
         found.append("there is no rival to compare with")
@@ -122,8 +109,6 @@ def _reasons(
         found.append(f"over {S} seeds the corrected t interval against {by_seed} of {rivals.height} rivals holds 0")
     if close.height > by_seed:
         found.append(f"against {close.height - by_seed} more it holds 0 once the draw of topics counts")
-    if q_w is not None:
-        q = float(q_w[scores.candidates.index(leader)])
-        if not q <= alpha:
-            found.append(f"its R_w > 1 is not significant (adjusted p = {q:.3g})")
+    if q is not None and not q <= ALPHA:
+        found.append(f"its R_w > 1 is not significant (adjusted p = {q:.3g})")
     return tuple(found)

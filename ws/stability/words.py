@@ -15,7 +15,7 @@ from ws.stability.verdict import ALPHA, Verdict, false_winner_bound
 
 
 def _winner_lines(v: Verdict) -> list[str]:
-    bound = f"a false winner has probability at most {false_winner_bound(v.n_contenders, v.alpha):.3f} by chance"
+    bound = f"a false winner has probability at most {false_winner_bound(v.n_contenders):.3f} by chance"
     if v.winner:
         closest = v.rivals.row(0, named=True)
         return [
@@ -103,14 +103,14 @@ def _limits(v: Verdict) -> list[str]:
     if v.S < 2:
         return ["One seed: no statement about other seeds is possible."]
     rivals, coins = max(v.n_contenders - 1, 1), 2.0 ** (1 - v.S)
-    single, corrected = stats.t.ppf([0.975, 1 - v.alpha / (2 * rivals)], v.S - 1)
+    single, corrected = stats.t.ppf([0.975, 1 - ALPHA / (2 * rivals)], v.S - 1)
     lines = [
         f"{v.S} seeds give t intervals with {v.S - 1} degrees of freedom (factor {single:.2f} for one comparison, "
         f"{corrected:.1f} after the correction for {rivals} rivals).",
         f"The median rival had to differ by a factor of {v.detectable:.2f} in joint score to be told apart; smaller "
         "differences may exist and this run cannot show them.",
         f"If every seed agrees in sign, a fair coin would do so with probability {coins:.3g}: signs alone "
-        + ("prove nothing here." if coins > v.alpha else "carry some weight."),
+        + ("prove nothing here." if coins > ALPHA else "carry some weight."),
     ]
     if v.S < 5:
         lines += ["Percentile bootstrap intervals are too narrow with so few seeds; read the t interval beside them."]
