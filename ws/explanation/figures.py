@@ -33,9 +33,7 @@ def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list
             placed[i] -= push
             placed[i + 1] += push
         placed = np.clip(placed, low, high)
-    out = np.empty_like(placed)
-    out[order] = placed
-    return out.tolist()
+    return placed[np.argsort(order)].tolist()
 
 
 def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:

@@ -46,8 +46,9 @@ class Stability:
 
     def conclusion(self) -> str:
         """The verdict and every claim beside its chance level (Markdown)."""
-        tables = self.summary, self.ranks, self.significance, self.subspaces
-        return words.conclusion(self.verdict, *tables, self.unstable)
+        return words.conclusion(
+            self.verdict, self.summary, self.ranks, self.significance, self.subspaces, self.unstable
+        )
 
     def save(self, folder: Path | str) -> Path:
         """Write `v7b_*` tables and the conclusion into `folder`, each whole. Returns the folder."""

@@ -58,11 +58,8 @@ def crossed_bootstrap(
 def percentile_interval(draws: Float[np.ndarray, "boot C"], level: float = 0.95) -> Interval:
     """Percentiles of bootstrap draws; NaN columns stay NaN."""
     tail = (1 - level) / 2
-    ordered = np.sort(draws, axis=0)  # NaN sorts last, so a NaN in the last row marks an undefined column
-    last = len(draws) - 1
-    lo, hi = ordered[int(np.floor(tail * last))], ordered[int(np.ceil((1 - tail) * last))]
-    undefined = np.isnan(ordered[-1])
-    return np.where(undefined, np.nan, lo), np.where(undefined, np.nan, hi)
+    lower = np.quantile(draws, tail, axis=0, method="lower")
+    return lower, np.quantile(draws, 1 - tail, axis=0, method="higher")
 
 
 def t_interval(values: Float[np.ndarray, "S C"], level: float = 0.95) -> Interval:

@@ -12,6 +12,7 @@ import polars as pl
 from torch import Tensor
 
 from ws.explanation.result import Explanation
+from ws.explanation.summary import DOUBTS
 from ws.stability.scores import SeedScores, make_scores
 from ws.stability.significance import GramFactor, combined_factor
 from ws.subspaces.algebra import Basis
@@ -93,9 +94,6 @@ def _grid(table: pl.DataFrame, names: list[str], layers: list[int]) -> dict[str,
 
 def doubts(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl.DataFrame:
     """Per candidate, over seeds and LoRA layers: min_gap, and ill_conditioned where any basis is. (section 7)"""
-    part = pl.concat(run.per_layer.select("layer", "subspace", "gap", "ill_conditioned") for run in found.values())
-    return (
-        part.filter(pl.col("layer").is_in(layers))
-        .group_by(pl.col("subspace").alias("candidate"), maintain_order=True)
-        .agg(pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any())
-    )
+    every = pl.concat(run.per_layer.select("layer", "subspace", "gap", "ill_conditioned") for run in found.values())
+    part = every.filter(pl.col("layer").is_in(layers))
+    return part.group_by(candidate="subspace", maintain_order=True).agg(DOUBTS)

@@ -8,10 +8,7 @@ With `x_i[s] = log joint[s, i]` and leader i (the highest mean among the stable 
 and the same holds with the topics' spread added (`crossed_t_interval`): seeds share the EVAL topics, so a lucky draw of
 topics looks the same on every seed and the seeds alone cannot see it. Where p-values were computed, R_w > 1 must also
 be significant: bases are the same for all seeds, so a lucky random basis too looks the same on every seed.
-
-Without real differences each ordered pair passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1
-of them: a false winner has probability at most `C / (C - 1) * .05 / 2 <= .05`, its largest at C = 2. (docs/method.md
-section 7)
+(docs/method.md section 7)
 """
 
 from collections.abc import Sequence
@@ -50,7 +47,10 @@ class Verdict:
 
 
 def false_winner_bound(n_contenders: int) -> float:
-    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two."""
+    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two.
+
+    Each ordered pair passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1 of C (C - 1) pairs.
+    """
     return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * ALPHA / 2
 
 

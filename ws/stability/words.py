@@ -1,9 +1,4 @@
-"""`v7b_conclusion.md`: what the tables over seeds say, every claim beside its chance level.
-
-The chance levels: a false winner at most `C / (C - 1) * .05 / 2`; tau and Spearman of unrelated orders have mean 0; S
-fair signs agree with probability `2^(1 - S)`; of k discoveries at rate q at most `q k` are expected to be false;
-unrelated subspaces overlap by `r / d`. (docs/method.md section 7)
-"""
+"""`v7b_conclusion.md`: what the tables over seeds say, every claim beside its chance level. (docs/method.md section 7)"""
 
 from collections.abc import Sequence
 
