@@ -137,8 +137,7 @@ def _a_side(shelf: Shelf, scores: SeedScores, own: Sequence[Candidate]) -> list[
 
 def own_candidates(folder: Path, given: str | list[str] = "") -> list[Candidate]:
     """The caller's candidates of a sweep: from the files named, or those kept in the sweep's folder."""
-    kept = [folder / name for name in Explanation.load(folder).sources]
-    return load_candidates(given or kept)
+    return load_candidates(given or [folder / name for name in Explanation.load(folder).sources])
 
 
 def _joined(summary: pl.DataFrame, significance: pl.DataFrame, a_side: pl.DataFrame) -> pl.DataFrame:

@@ -25,15 +25,8 @@ from ws.subspaces.algebra import Basis, overlap
 UNSTABLE = 0.5  # energy-weighted overlap below which a candidate cannot win
 WHY = "an A-side basis must not depend on the LoRA seed"
 SAME = 1e-6  # overlap of a basis with itself, recomputed: at least 1 - SAME
-SCHEMA = {
-    "side": pl.String,
-    "object": pl.String,
-    "compared": pl.String,
-    "layer": pl.Int64,
-    "a": pl.String,
-    "b": pl.String,
-}
-SCHEMA |= dict.fromkeys(("rank_a", "rank_b"), pl.Int64)
+SCHEMA = dict.fromkeys(("side", "object", "compared", "layer", "a", "b"), pl.String)
+SCHEMA |= dict.fromkeys(("layer", "rank_a", "rank_b"), pl.Int64)
 SCHEMA |= dict.fromkeys(("overlap", "smallest_cos", "energy_overlap", "chance", "chance_sd"), pl.Float64)
 
 

@@ -28,24 +28,44 @@ TOP = 5
 
 @dataclass(frozen=True)
 class SeedScores:
-    """Scores of one (model, behaviour, adapter) over its seeds.
+    """Scores of one (model, behaviour, adapter) over its seeds, checked when they are made.
 
     act: per-topic activation concentration; w: weight concentration; both on the LoRA layers named by `layers`. ranks:
-    of the bases. kinds: "A-hypothesis", "ceiling" or "control". axis_kinds: read, write, mixed, ceiling. null_act,
-    null_w: R_act and R_w of the same candidates on the null diff, NaN where not run.
+    of the bases. kinds: "A-hypothesis" (default), "ceiling" or "control". axis_kinds: read, write (default), mixed,
+    ceiling. null_act, null_w: R_act and R_w of the same candidates on the null diff, NaN where not run. Raises
+    ValueError naming the axis whose length disagrees, a repeated seed or candidate, or a negative score.
     """
 
-    candidates: tuple[str, ...]
-    seeds: tuple[int, ...]
-    layers: tuple[int, ...]
+    candidates: Sequence[str]
+    seeds: Sequence[int]
     act: Float[np.ndarray, "S C L n"]
     w: Float[np.ndarray, "S C L"]
     ranks: Float[np.ndarray, "C L"]
-    kinds: tuple[str, ...]
-    axis_kinds: tuple[str, ...]
     d: int
-    null_act: Float[np.ndarray, " C"]
-    null_w: Float[np.ndarray, " C"]
+    layers: Sequence[int] | None = None
+    kinds: Sequence[str] | None = None
+    axis_kinds: Sequence[str] | None = None
+    null_act: Float[np.ndarray, " C"] | None = None
+    null_w: Float[np.ndarray, " C"] | None = None
+
+    def __post_init__(self):
+        C, layers = len(self.candidates), range(self.act.shape[2]) if self.layers is None else self.layers
+        named = {"seeds": self.seeds, "candidates": self.candidates, "layers": layers}
+        for have, (name, values) in zip(self.act.shape, named.items(), strict=False):
+            if have != len(values):
+                raise ValueError(f"act: {have} {name}, {len(values)} were named")
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}: repeated entries in {list(values)}")
+        if self.w.shape != self.act.shape[:3]:
+            raise ValueError(f"w: shape {self.w.shape}, act has seeds x candidates x layers {self.act.shape[:3]}")
+        for name, values in {"act": self.act, "w": self.w}.items():
+            if (values < 0).any():
+                raise ValueError(f"{name}: negative score of {self.candidates[np.argwhere(values < 0)[0][1]]}")
+        named |= {"kinds": self.kinds or ["A-hypothesis"] * C, "axis_kinds": self.axis_kinds or ["write"] * C}
+        arrays = {name: getattr(self, name) for name in ("act", "w", "null_act", "null_w")}
+        facts = {name: np.full(C, np.nan) if x is None else x.astype(np.float64) for name, x in arrays.items()}
+        for name, value in (facts | {name: tuple(values) for name, values in named.items()}).items():
+            object.__setattr__(self, name, value)  # frozen from here on
 
     @property
     def ranked(self) -> Bool[np.ndarray, " C"]:
@@ -68,43 +88,7 @@ class SeedScores:
         return {"R_act": self.null_act, "R_w": self.null_w}
 
 
-def make_scores(
-    candidates: Sequence[str],
-    seeds: Sequence[int],
-    act: Float[np.ndarray, "S C L n"],
-    w: Float[np.ndarray, "S C L"],
-    ranks: Float[np.ndarray, "C L"],
-    d: int,
-    layers: Sequence[int] | None = None,
-    kinds: Sequence[str] | None = None,
-    axis_kinds: Sequence[str] | None = None,
-    null_act: Float[np.ndarray, " C"] | None = None,
-    null_w: Float[np.ndarray, " C"] | None = None,
-) -> SeedScores:
-    """A checked `SeedScores`; without metadata every candidate is an A-hypothesis that writes.
-
-    Raises ValueError naming the axis whose length disagrees, a repeated seed or candidate, or a negative score.
-    """
-    C = len(candidates)
-    layers = range(act.shape[2]) if layers is None else layers
-    named = {"seeds": seeds, "candidates": candidates, "layers": layers}
-    for have, (name, values) in zip(act.shape, named.items(), strict=False):
-        if have != len(values):
-            raise ValueError(f"act: {have} {name}, {len(values)} were named")
-    if w.shape != act.shape[:3]:
-        raise ValueError(f"w: shape {w.shape}, act has seeds x candidates x layers {act.shape[:3]}")
-    for name in ("seeds", "candidates"):
-        if len(set(named[name])) != len(named[name]):
-            raise ValueError(f"{name}: repeated entries in {list(named[name])}")
-    for name, values in {"act": act, "w": w}.items():
-        if (values < 0).any():
-            raise ValueError(f"{name}: negative score of {candidates[int(np.argwhere(values < 0)[0][1])]}")
-    kinds, axis_kinds = kinds or ["A-hypothesis"] * C, axis_kinds or ["write"] * C
-    nulls = (np.full(C, np.nan) if null is None else null.astype(np.float64) for null in (null_act, null_w))
-    wide = act.astype(np.float64), w.astype(np.float64)
-    return SeedScores(
-        tuple(candidates), tuple(seeds), tuple(layers), *wide, ranks, tuple(kinds), tuple(axis_kinds), d, *nulls
-    )
+make_scores = SeedScores
 
 
 def seed_values(scores: SeedScores) -> dict[str, Float[np.ndarray, "S C"]]:
@@ -194,13 +178,10 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFra
             f"{name}_t_hi": t_hi,
         }
     in_rank = ~np.isnan(places).any(axis=0)
-    columns |= {
-        "rank_median": np.median(places, axis=0),
-        "rank_best": places.min(axis=0),
-        "rank_worst": places.max(axis=0),
-        "top5_count": (places <= TOP).sum(axis=0),
-        "top5_chance": np.where(in_rank, S * min(TOP / max(int(in_rank.sum()), 1), 1.0), np.nan),
-    }
+    chance = S * min(TOP / max(int(in_rank.sum()), 1), 1.0)
+    columns |= {"rank_median": np.median(places, axis=0), "rank_best": places.min(axis=0)}
+    columns |= {"rank_worst": places.max(axis=0), "top5_count": (places <= TOP).sum(axis=0)}
+    columns["top5_chance"] = np.where(in_rank, chance, np.nan)
     columns |= {f"joint_seed_{k}": values["joint"][s] for s, k in enumerate(scores.seeds)}
     columns |= {f"{name}_null_diff": null for name, null in scores.nulls.items()}
     columns |= {f"{name}_vs_null_diff": columns[f"{name}_geomean"] / null for name, null in scores.nulls.items()}

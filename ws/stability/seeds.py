@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ws.explanation.result import Explanation
 from ws.explanation.summary import DOUBTS
-from ws.stability.scores import SeedScores, make_scores
+from ws.stability.scores import SeedScores
 from ws.stability.significance import GramFactor, combined_factor
 from ws.subspaces.algebra import Basis
 
@@ -42,8 +42,7 @@ def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
 def load_seeds(found: Mapping[int, Explanation]) -> SeedRuns:
     """The sweeps of several seeds as arrays.
 
-    Raises ValueError where the runs do not fit together (other candidates, another model, other EVAL probes) or where no
-    layer of w has both residual writers.
+    Raises ValueError where candidates, model or EVAL probes differ, or no layer of w has both residual writers.
     """
     if not found:
         raise ValueError("no seeds to compare")
@@ -64,18 +63,11 @@ def load_seeds(found: Mapping[int, Explanation]) -> SeedRuns:
     if not layers:
         raise ValueError("no layer of w has both residual writers (o_proj and down_proj) in every seed")
     grids = [_grid(run.per_layer, names, layers) for run in found.values()]
-    scores = make_scores(
-        names,
-        list(found),
-        np.stack([run.tensors["act_topics"].numpy()[:, layers] for run in found.values()]),
-        np.stack([grid["conc_w_combined"] for grid in grids]),
-        grids[0]["rank"],
-        d,
-        layers,
-        [c["kind"] for c in some.candidates],
-        [c["axis_kind"] for c in some.candidates],
-        *(grids[0][c].mean(axis=1) if c in grids[0] else None for c in ("conc_act_null", "conc_w_combined_null")),
-    )
+    act = np.stack([run.tensors["act_topics"].numpy()[:, layers] for run in found.values()])
+    w = np.stack([grid["conc_w_combined"] for grid in grids])
+    kinds = ([c[kind] for c in some.candidates] for kind in ("kind", "axis_kind"))
+    nulls = (grids[0][c].mean(axis=1) if c in grids[0] else None for c in ("conc_act_null", "conc_w_combined_null"))
+    scores = SeedScores(names, list(found), act, w, grids[0]["rank"], d, layers, *kinds, *nulls)
     factors = [[combined_factor(writers(run, l), f"seed {s}, layer {l}") for l in layers] for s, run in found.items()]
     oracles = {
         side: {f"seed {s}": [Basis(r.tensors[f"{side}_oracle/{l}"].float()) for l in layers] for s, r in found.items()}
