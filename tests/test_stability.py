@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench.coverage import coverage
 from ws.stability.intervals import (
-    coverage,
     crossed_bootstrap,
     crossed_t_interval,
     percentile_interval,

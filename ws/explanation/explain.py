@@ -11,18 +11,9 @@ from pathlib import Path
 
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
+from ws.explanation import rows
 from ws.explanation.result import Explanation
-from ws.explanation.rows import (
-    bases_hash,
-    kept_tensors,
-    largest_deviation,
-    layer_targets,
-    lora_layers,
-    per_layer,
-    self_checks,
-    specific_per_layer,
-    with_null_diff,
-)
+from ws.explanation.rows import CLEAN
 from ws.model.lm import LM
 from ws.steer.weights import check_fits
 from ws.subspaces.algebra import Basis, empty
@@ -34,8 +25,6 @@ from ws.subspaces.check import as_basis
 from ws.subspaces.kept import Shelf, make_shelf
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
-
-CLEAN = "layer_clean_resid_pca"  # what specificity projects out
 
 
 def explain(
@@ -79,10 +68,9 @@ def explain(
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     w, null = load_diff(w), None if null is None else load_diff(null)
-    for diff in (w, null):
-        if diff is not None:
-            check_fits(lm.model, diff)
-    layers = lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
+    for diff in [w] if null is None else [w, null]:
+        check_fits(lm.model, diff)
+    layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
     shipped = candidates_of(protocol)
     functions, ready = _sorted_out(extra)
     chosen = shipped if candidates is None else [as_candidate(c) for c in candidates]
@@ -91,20 +79,20 @@ def explain(
     everyone = _in_order(a_side, ready, ceilings)
 
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache)
-    wanted = {c.name: c for c in [*a_side, *(c for c in shipped if c.name == CLEAN), as_candidate(CLEAN)]}
-    bases = shelf.bases(list({c.name: c for c in wanted.values()}.values()), progress)
-    bases |= {name: _given(name, rows, lm) for name, rows in ready.items()}
+    wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
+    bases = shelf.bases(list(wanted.values()), progress)
+    bases |= {name: _given(name, by_layer, lm) for name, by_layer in ready.items()}
     side, targets = _b_side(shelf, w, bases[CLEAN])
     bases |= build(side, ceilings, progress=False)
 
-    table = per_layer(everyone, bases, targets)
+    table = rows.per_layer(everyone, bases, targets)
     if null is not None:
-        table = with_null_diff(table, everyone, bases, _b_side(shelf, null, bases[CLEAN])[1])
+        table = rows.with_null_diff(table, everyone, bases, _b_side(shelf, null, bases[CLEAN])[1])
     split = probes(behavior, protocol)
     d = lm.decoder
     return Explanation(
         per_layer=table,
-        specific_per_layer=specific_per_layer(everyone, bases, targets),
+        specific_per_layer=rows.specific_per_layer(everyone, bases, targets),
         setting={
             "title": title or f"{lm.name}, {behavior.name}",
             "model": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.model.dtype), "n_layers": d.n_layers,
@@ -116,9 +104,9 @@ def explain(
             "null": null.fingerprint if null is not None else "",
         },
         candidates=[c.about for c in everyone],
-        checks=self_checks(table, layers) | {"orthonormality": largest_deviation(bases)},
-        tensors=kept_tensors(everyone, bases, targets, k),
-        bases={c.name: bases_hash(bases[c.name]) for c in everyone if c.kind != "ceiling"},
+        checks=rows.self_checks(table, layers) | {"orthonormality": rows.largest_deviation(bases)},
+        tensors=rows.kept_tensors(everyone, bases, targets, k),
+        bases={c.name: rows.bases_hash(bases[c.name]) for c in everyone if c.kind != "ceiling"},
         sources={c.file.name: c.file.read_text(encoding="utf-8") for c in functions if c.file},
     )  # fmt: skip
 
@@ -128,23 +116,16 @@ def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis]) -> tuple[CeilingMat
     lm, protocol = shelf.lm, shelf.protocol
     steered = capture_steered(lm, shelf.behavior, w, protocol, cache=shelf.cache)
     side = CeilingMaterials(lm.decoder, w, steered, shelf.k, protocol.fold_gain)
-    return side, layer_targets(side, clean)
+    return side, rows.layer_targets(side, clean)
 
 
 def _sorted_out(extra: Iterable[object] | Mapping[str, object]) -> tuple[list[Candidate], dict[str, Mapping]]:
     """Functions and ready bases among what the caller gave."""
-    functions: list[Candidate] = []
-    ready: dict[str, Mapping] = {}
+    items = []
     for item in [extra] if isinstance(extra, Mapping) else extra:
-        if isinstance(item, Mapping):
-            for name, rows in item.items():
-                if isinstance(rows, Mapping):
-                    ready[name] = rows
-                else:
-                    functions.append(as_candidate(rows))
-        else:
-            functions.append(as_candidate(item))
-    return functions, ready
+        items += item.items() if isinstance(item, Mapping) else [("", item)]
+    functions = [as_candidate(item) for _, item in items if not isinstance(item, Mapping)]
+    return functions, {name: item for name, item in items if isinstance(item, Mapping)}
 
 
 def _in_order(a_side: list[Candidate], ready: dict[str, Mapping], ceilings: list[Candidate]) -> list[Candidate]:
@@ -157,13 +138,10 @@ def _in_order(a_side: list[Candidate], ready: dict[str, Mapping], ceilings: list
     return list(everyone.values())
 
 
-def _given(name: str, rows: Mapping, lm: LM) -> list[Basis]:
+def _given(name: str, by_layer: Mapping, lm: LM) -> list[Basis]:
     """Ready bases as one per layer. ValueError for a layer that the model lacks or a basis that does not fit."""
     n, d = lm.decoder.n_layers, lm.decoder.d
-    beyond = [l for l in rows if l not in range(n)]
-    if beyond or not rows:
-        raise ValueError(f"{name}: bases are given for layers {sorted(rows)}; the model has 0 to {n - 1}")
-    return [
-        as_basis(rows[l], d, f"{name} at layer {l}") if l in rows else empty(d, "not given at this layer")
-        for l in range(n)
-    ]
+    if not by_layer or set(by_layer) - set(range(n)):
+        raise ValueError(f"{name}: bases are given for layers {sorted(by_layer)}; the model has 0 to {n - 1}")
+    missing = empty(d, "not given at this layer")
+    return [as_basis(by_layer[l], d, f"{name} at layer {l}") if l in by_layer else missing for l in range(n)]

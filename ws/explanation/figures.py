@@ -2,17 +2,21 @@
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ws.show.figures import MARKERS, PALETTE, plain_log_ticks
 
+ACT, W = "mean_conc_act", "mean_conc_w_combined"
+POINTS_SHARE = 0.66  # of the width of a panel; names stand in the rest
+CHANCE = {"ls": "--", "c": "0.5", "lw": 1}
 
-def family_styles(families: list[str]) -> dict[str, tuple[str, str]]:
+
+def family_styles(families: list[str]) -> dict[str, dict[str, str]]:
     """A colour and a marker per family, in order of first appearance."""
-    unique = list(dict.fromkeys(families))
-    return {
-        f: (PALETTE[i % len(PALETTE)], MARKERS[(i // len(PALETTE) + i) % len(MARKERS)]) for i, f in enumerate(unique)
-    }
+    n, m = len(PALETTE), len(MARKERS)
+    unique = enumerate(dict.fromkeys(families))
+    return {f: {"c": PALETTE[i % n], "marker": MARKERS[(i // n + i) % m], "label": f} for i, f in unique}
 
 
 def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list[float]:
@@ -29,38 +33,31 @@ def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list
             placed[i] -= push
             placed[i + 1] += push
         placed = np.clip(placed, low, high)
-    out = np.empty_like(placed)
-    out[order] = placed
-    return out.tolist()
+    return placed[np.argsort(order)].tolist()
 
 
 def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     """Activation recovery against weight recovery, write and mixed candidates left, read ones right.
 
-    summary: `ws.explanation.summary.summarise`. Log axes, dashed lines at 1 (chance), the ten best by joint score of each panel
-    named, ceilings as black stars in both. A candidate with an undefined or non-positive score is not drawn and counted.
+    summary: `ws.explanation.summary.summarise`. The ten best by joint score of each panel are named, ceilings are in
+    both. A candidate with an undefined or non-positive score is not drawn and counted.
     """
-    x, y = pl.col("mean_conc_act"), pl.col("mean_conc_w_combined")
+    x, y = pl.col(ACT), pl.col(W)
     shown = summary.filter((x > 0) & (y > 0) & y.is_not_nan() & x.is_not_nan())
     ceilings = shown.filter(pl.col("kind") == "ceiling")
     rest = shown.filter(pl.col("kind") != "ceiling")
-    styles = family_styles(sorted(rest["family"].to_list()))
+    styles = family_styles(sorted(rest["family"]))
     figure = Figure(figsize=(13.5, 6.4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    panels = (("write and mixed", ["write", "mixed"]), ("read", ["read"]))
     if len(shown):
         _limits(axes[0], shown)
-    for axis, (name, kinds) in zip(axes, panels, strict=True):
+    for axis, name, kinds in zip(axes, ("write and mixed", "read"), (["write", "mixed"], ["read"]), strict=True):
         part = rest.filter(pl.col("axis_kind").is_in(kinds)).sort("joint_score", descending=True)
-        for family in part["family"].unique(maintain_order=True):
-            of = part.filter(pl.col("family") == family)
-            colour, marker = styles[family]
-            axis.scatter(of["mean_conc_act"], of["mean_conc_w_combined"], c=colour, marker=marker, s=42, label=family,
-                         edgecolors="white", linewidths=0.5, zorder=3)  # fmt: skip
-        axis.scatter(ceilings["mean_conc_act"], ceilings["mean_conc_w_combined"], c="black", marker="*", s=150,
-                     label="ceiling", zorder=4)  # fmt: skip
-        axis.axhline(1, ls="--", c="0.5", lw=1, zorder=1)
-        axis.axvline(1, ls="--", c="0.5", lw=1, zorder=1)
+        for (family,), of in part.group_by("family", maintain_order=True):
+            axis.scatter(of[ACT], of[W], s=42, edgecolors="white", linewidths=0.5, zorder=3, **styles[family])
+        axis.scatter(ceilings[ACT], ceilings[W], c="black", marker="*", s=150, label="ceiling", zorder=4)
+        axis.axhline(1, zorder=1, **CHANCE)
+        axis.axvline(1, zorder=1, **CHANCE)
         _name_points(axis, pl.concat([part.head(10), ceilings]))
         axis.set(xscale="log", yscale="log", title=f"{name} ({len(part)} candidates)")
         plain_log_ticks(axis.xaxis)
@@ -75,34 +72,25 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-POINTS_SHARE = 0.66  # of the width of a panel; names stand in the rest
-
-
-def _limits(axis, shown: pl.DataFrame) -> None:
+def _limits(axis: Axes, shown: pl.DataFrame) -> None:
     """Log limits that hold every point and the chance lines, with room for names on the right."""
-    for column, setter, share in (
-        ("mean_conc_act", axis.set_xlim, POINTS_SHARE),
-        ("mean_conc_w_combined", axis.set_ylim, 0.96),
-    ):
+    for column, setter, share in ((ACT, axis.set_xlim, POINTS_SHARE), (W, axis.set_ylim, 0.96)):
         low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
         setter(low, low * (high / low) ** (1 / share))
 
 
-def _name_points(axis, points: pl.DataFrame) -> None:
+def _name_points(axis: Axes, points: pl.DataFrame) -> None:
     """Names in a column right of all points, pushed apart vertically, with a thin line to the point."""
     if points.is_empty():
         return
     low, high = np.log(axis.get_ylim())
-    ys = np.log(points["mean_conc_w_combined"].to_numpy())
     gap = (high - low) / 30
-    placed = _spread_labels(ys.tolist(), low + gap, high - gap, gap)
+    placed = _spread_labels(np.log(points[W].to_numpy()).tolist(), low + gap, high - gap, gap)
     left, right = np.log(axis.get_xlim())
     column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
-    for name, px, py, ly in zip(
-        points["subspace"], points["mean_conc_act"], points["mean_conc_w_combined"], placed, strict=True
-    ):
-        line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-        axis.annotate(name, (px, py), (column, float(np.exp(ly))), fontsize=7, va="center", zorder=2, arrowprops=line)
+    line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+    for (name, x, y), at in zip(points.select("subspace", ACT, W).rows(), np.exp(placed), strict=True):
+        axis.annotate(name, (x, y), (column, at), fontsize=7, va="center", zorder=2, arrowprops=line)
 
 
 def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) -> Figure:
@@ -114,12 +102,12 @@ def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) 
         for i, name in enumerate(names):
             part = table.filter(pl.col("subspace") == name).sort("layer")
             style = {"c": "black", "ls": ":"} if part["kind"][0] == "ceiling" else {"c": PALETTE[i % len(PALETTE)]}
-            values = part[column].to_numpy().astype(float)
+            values = part[column].to_numpy()
             values = np.where(values > 0, values, np.nan)
             axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.3, label=name, **style)
         if layers:
             axis.axvspan(min(layers) - 0.5, max(layers) + 0.5, color="0.93", zorder=0)
-        axis.axhline(1, ls="--", c="0.5", lw=1)
+        axis.axhline(1, **CHANCE)
         axis.set(xlabel="layer (shaded: LoRA layers)", ylabel=f"{label} (1 = chance)", yscale="log")
         plain_log_ticks(axis.yaxis)
         axis.xaxis.get_major_locator().set_params(integer=True)

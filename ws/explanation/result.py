@@ -17,6 +17,7 @@ from torch import Tensor
 from ws.cache.files import atomic_file, write_json, write_text
 from ws.cache.keys import file_key
 from ws.cache.made import read_safetensors
+from ws.cache.places import ASSETS
 from ws.cache.syntax import digest
 from ws.explanation import words
 from ws.explanation.figures import joint_scatter, recovery_by_layer
@@ -27,6 +28,7 @@ from ws.show.tables import read_table, write_table
 
 CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
 RECORD = "explanation.json"
+PLAN_MERGE = ASSETS / "v7_plan_merge.md"  # what v7 measures that its predecessor did not
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +120,16 @@ class Explanation:
             "v7_specific_summary.tsv": self.specific,
         }
         files = [write_table(table, folder / name) for name, table in tables.items()]
-        texts = {"conclusion": self.conclusion(), "definitions": self.definitions(), "plan_merge": words.PLAN_MERGE}
+        texts = {"conclusion": self.conclusion(), "definitions": self.definitions()}
+        texts |= {"plan_merge": PLAN_MERGE.read_text(encoding="utf-8")}
         for name, text in texts.items():
             write_text(folder / f"v7_{name}.md", text)
         files += [write_text(folder / name, text) for name, text in self.sources.items()]
         with atomic_file(folder / "scores.safetensors") as tmp:
             save_file(self.tensors, tmp)
-        hashes = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
         record = {f: getattr(self, f) for f in ("setting", "candidates", "checks", "bases")}
-        record |= {"sources": list(self.sources), "files": hashes}
+        record["sources"] = list(self.sources)
+        record["files"] = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
         write_json(folder / RECORD, record | {"hash": _hash(record)})
         return folder
 
@@ -157,9 +160,8 @@ class Explanation:
         )
 
     def __repr__(self) -> str:
-        s = self.setting
-        of = f"{len(self.candidates)} candidates, layers {self.layers}, protocol {s['protocol']['name']}"
-        return f"Explanation({s['title']}: {of})"
+        of = f"{len(self.candidates)} candidates, layers {self.layers}, protocol {self.setting['protocol']['name']}"
+        return f"Explanation({self.setting['title']}: {of})"
 
     def _repr_html_(self) -> str:
         return self.top(style="html")

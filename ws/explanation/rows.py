@@ -5,7 +5,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -15,26 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ws.diff import WeightDiff
-from ws.explanation.scores import (
-    NAN,
-    ZERO,
-    Target,
-    activation_target,
-    monte_carlo_null,
-    null_sd,
-    oracle_basis,
-    oracle_fraction,
-    score,
-    span_score,
-    specific,
-    topic_terms,
-    weight_targets,
-    without,
-)
+from ws.explanation import scores as sc
 from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.steered import CeilingMaterials
 
+CLEAN = "layer_clean_resid_pca"  # what specificity projects out
 WEIGHTS = ("oproj", "downproj", "combined")
 SKETCH = 64
 log = logging.getLogger(__name__)
@@ -44,14 +30,18 @@ log = logging.getLogger(__name__)
 class LayerTargets:
     """What is scored at one layer: activation difference (cumulative, block-local, without the clean PCA) and weights."""
 
-    act: Target
-    block: Target
-    beyond_clean: Target
-    weights: dict[str, Target | None]
+    act: sc.Target
+    block: sc.Target
+    beyond_clean: sc.Target
+    weights: dict[str, sc.Target | None]
     dw_left: Float[Tensor, "d r"]
 
 
-def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> list[LayerTargets]:
+Targets = list[LayerTargets]
+Bases = dict[str, list[Basis]]  # by candidate, one per layer
+
+
+def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
     """Targets of every layer. `clean` are the bases of layer_clean_resid_pca. Missing weight tensors are logged once."""
     targets, missing = [], []
     for l in range(ceiling.n_layers):
@@ -60,20 +50,12 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> list[LayerTa
             missing.append(f"layer {l}: {'o_proj' if F_o is None else 'down_proj'}")
         factors = [F for F in (F_o, F_down) if F is not None]
         dw = left_svd(torch.cat(factors, dim=1), ceiling.k).B if factors else torch.zeros(ceiling.d, 0)
-        X = ceiling.steered.eval[l]
-        targets.append(
-            LayerTargets(
-                act=activation_target(X),
-                block=activation_target(ceiling.steered.eval_block[l]),
-                beyond_clean=without(X, clean[l]),
-                weights=weight_targets(F_o, F_down),
-                dw_left=dw,
-            )
-        )
+        X, block = ceiling.steered.eval[l], sc.activation_target(ceiling.steered.eval_block[l])
+        weights = sc.weight_targets(F_o, F_down)
+        targets.append(LayerTargets(sc.activation_target(X), block, sc.without(X, clean[l]), weights, dw))
     if missing:
-        log.warning(
-            "the weight diff lacks one of the two residual writers at %s: scores there are NaN", "; ".join(missing)
-        )
+        where = "; ".join(missing)
+        log.warning("the weight diff lacks one of the two residual writers at %s: scores there are NaN", where)
     return targets
 
 
@@ -93,120 +75,89 @@ def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) ->
     return layers
 
 
-def _row(l: int, c: Candidate, basis: Basis, t: LayerTargets) -> dict:
-    act = score(t.act, basis.B, ZERO)
-    row = {
-        "layer": l,
-        "subspace": c.name,
-        "family": c.family,
-        "axis_kind": c.axis_kind,
-        "source": c.source,
-        "kind": c.kind,
-        "rank": basis.rank,
-        "conc_act": act.conc,
-        "z_act": act.z,
-        "energy_frac_act": act.energy_frac,
-    }
+def _cells(
+    candidates: list[Candidate], bases: Bases, targets: Targets
+) -> Iterator[tuple[int, LayerTargets, Candidate, Basis]]:
+    """Every layer with its targets and every candidate with its basis there, layers outermost."""
+    return ((l, t, c, bases[c.name][l]) for l, t in enumerate(targets) for c in candidates)
+
+
+def _keys(l: int, c: Candidate, *facts: str) -> dict:
+    return {"layer": l, "subspace": c.name} | {fact: getattr(c, fact) for fact in facts}
+
+
+def _columns(s: sc.Score, target: str, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}{name}_{target}": value for name, value in vars(s).items()}
+
+
+def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
+    B = basis.B
+    row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"rank": basis.rank}
+    row |= _columns(sc.score(t.act, B, sc.ZERO), "act")
     for name in WEIGHTS:
-        s = score(t.weights[name], basis.B)
-        row |= {f"conc_w_{name}": s.conc, f"z_w_{name}": s.z, f"energy_frac_w_{name}": s.energy_frac}
-    row["cos_with_dW"] = principal_cos(basis.B, t.dw_left)
-    block = score(t.block, basis.B, ZERO)
-    row |= {"conc_block": block.conc, "z_block": block.z, "energy_frac_block": block.energy_frac}
-    row["pct_oracle_act"] = oracle_fraction(t.act, basis.B, rows=True)
-    row["pct_oracle_block"] = oracle_fraction(t.block, basis.B, rows=True)
+        row |= _columns(sc.score(t.weights[name], B), f"w_{name}")
+    row |= {"cos_with_dW": principal_cos(B, t.dw_left), **_columns(sc.score(t.block, B, sc.ZERO), "block")}
+    for name, of in (("act", t.act), ("block", t.block)):
+        row[f"pct_oracle_{name}"] = sc.oracle_fraction(of, B, rows=True)
     for name in WEIGHTS:
-        row[f"pct_oracle_{name}"] = oracle_fraction(t.weights[name], basis.B)
-        row[f"span_score_{name}"] = span_score(t.weights[name], basis.B)
+        row[f"pct_oracle_{name}"] = sc.oracle_fraction(t.weights[name], B)
+        row[f"span_score_{name}"] = sc.span_score(t.weights[name], B)
     return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note}
 
 
-def per_layer(candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]) -> pl.DataFrame:
+def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
     """One row per layer and candidate: the columns of docs/method.md section 6, then block, oracle, span, gap columns."""
-    rows = [_row(l, c, bases[c.name][l], t) for l, t in enumerate(targets) for c in candidates]
-    return pl.DataFrame(rows, infer_schema_length=None)
+    return pl.DataFrame([_row(*cell) for cell in _cells(candidates, bases, targets)], infer_schema_length=None)
 
 
-def with_null_diff(
-    table: pl.DataFrame, candidates: list[Candidate], bases: dict[str, list[Basis]], null: list[LayerTargets]
-) -> pl.DataFrame:
-    """The table with every candidate's scores on the null diff's targets and the ratios to them.
+def with_null_diff(table: pl.DataFrame, candidates: list[Candidate], bases: Bases, null: Targets) -> pl.DataFrame:
+    """The table with every candidate's scores on the null diff's targets and the ratios to them (section 7).
 
-    Adds conc_act_null, conc_w_combined_null, R_act_vs_null_diff, R_w_vs_null_diff (NaN where the null score is 0 or
-    undefined). (docs/method.md section 7)
+    A ratio is NaN where the null score is 0 or undefined.
     """
-    rows = [
-        {
-            "layer": l,
-            "subspace": c.name,
-            "conc_act_null": score(t.act, bases[c.name][l].B, ZERO).conc,
-            "conc_w_combined_null": score(t.weights["combined"], bases[c.name][l].B).conc,
-        }
-        for l, t in enumerate(null)
-        for c in candidates
-    ]
+    rows = []
+    for l, t, c, basis in _cells(candidates, bases, null):
+        act, w = sc.score(t.act, basis.B, sc.ZERO).conc, sc.score(t.weights["combined"], basis.B).conc
+        rows.append(_keys(l, c) | {"conc_act_null": act, "conc_w_combined_null": w})
 
-    def ratio(value: str, reference: str) -> pl.Expr:
-        return pl.when(pl.col(reference) > 0).then(pl.col(value) / pl.col(reference)).otherwise(NAN)
+    def ratio(value: str) -> pl.Expr:
+        null = pl.col(f"{value}_null")
+        return pl.when(null > 0).then(pl.col(value) / null).otherwise(sc.NAN)
 
     joined = table.join(pl.DataFrame(rows), on=["layer", "subspace"], how="left", maintain_order="left")
-    return joined.with_columns(
-        R_act_vs_null_diff=ratio("conc_act", "conc_act_null"),
-        R_w_vs_null_diff=ratio("conc_w_combined", "conc_w_combined_null"),
-    )
+    return joined.with_columns(R_act_vs_null_diff=ratio("conc_act"), R_w_vs_null_diff=ratio("conc_w_combined"))
 
 
-def specific_per_layer(
-    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets]
-) -> pl.DataFrame:
+def specific_per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
     """What each candidate explains beyond the clean states' own top directions, per layer. (section 6, specificity)"""
     rows = []
-    for l, t in enumerate(targets):
-        clean = bases["layer_clean_resid_pca"][l]
-        for c in candidates:
-            s, rank = specific(t.beyond_clean, bases[c.name][l], clean)
-            rows.append(
-                {
-                    "layer": l,
-                    "subspace": c.name,
-                    "family": c.family,
-                    "source": c.source,
-                    "kind": c.kind,
-                    "specific_conc_act": s.conc,
-                    "specific_z_act": s.z,
-                    "specific_energy_frac_act": s.energy_frac,
-                    "specific_rank": rank,
-                    "gap": bases[c.name][l].gap,
-                    "ill_conditioned": bases[c.name][l].ill_conditioned,
-                }
-            )
+    for l, t, c, basis in _cells(candidates, bases, targets):
+        s, rank = sc.specific(t.beyond_clean, basis, bases[CLEAN][l])
+        row = _keys(l, c, "family", "source", "kind") | _columns(s, "act", "specific_") | {"specific_rank": rank}
+        rows.append(row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned})
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def kept_tensors(
-    candidates: list[Candidate], bases: dict[str, list[Basis]], targets: list[LayerTargets], k: int
-) -> dict[str, Tensor]:
+def kept_tensors(candidates: list[Candidate], bases: Bases, targets: Targets, k: int) -> dict[str, Tensor]:
     """What statistics over seeds start from.
 
     `act_topics (C, L, n)` float64: R_act of every EVAL row by itself. Per layer l: `act_oracle/<l>`, `weight_oracle/<l>`:
     top-k oracles `(d, <= k)`; `act_factor/<l> (d, n)` and `weight_factor/<l>/{oproj,downproj} (d, r)`: scaled factors.
     Per candidate `sketch/<name> (L, r, 64)`: `B^T S` with one random S, enough to tell whether two runs' bases agree.
     """
-    rows = [torch.stack([topic_terms(t.act, bases[c.name][l].B) for l, t in enumerate(targets)]) for c in candidates]
+    rows = [torch.stack([sc.topic_terms(t.act, bases[c.name][l].B) for l, t in enumerate(targets)]) for c in candidates]
     tensors = {"act_topics": torch.stack(rows)}
     for l, t in enumerate(targets):
         both = t.weights["combined"]
-        tensors[f"act_factor/{l}"] = t.act.F
-        tensors[f"act_oracle/{l}"] = oracle_basis(t.act, k)
-        tensors[f"weight_oracle/{l}"] = oracle_basis(both, k) if both else torch.zeros(len(t.dw_left), 0)
-        for name in ("oproj", "downproj"):
-            if t.weights[name] is not None:
-                tensors[f"weight_factor/{l}/{name}"] = t.weights[name].F
-    d = len(targets[0].dw_left)
-    S = torch.randn(d, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        tensors |= {f"act_factor/{l}": t.act.F, f"act_oracle/{l}": sc.oracle_basis(t.act, k)}
+        tensors[f"weight_oracle/{l}"] = sc.oracle_basis(both, k) if both else torch.zeros(len(t.dw_left), 0)
+        known = {name: t.weights[name] for name in ("oproj", "downproj") if t.weights[name]}
+        tensors |= {f"weight_factor/{l}/{name}": target.F for name, target in known.items()}
+    generator = torch.Generator().manual_seed(0)
+    S = torch.randn(len(targets[0].dw_left), SKETCH, generator=generator, dtype=torch.float64)
     for c in candidates:
         rows = [bases[c.name][l].B.double().T @ S for l in range(len(targets))]
-        widest = max(len(C) for C in rows)
+        widest = max(map(len, rows))
         tensors[f"sketch/{c.name}"] = torch.stack([pad(C, (0, 0, 0, widest - len(C))) for C in rows]).float()
     return {name: x.contiguous() for name, x in tensors.items()}
 
@@ -224,58 +175,46 @@ def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
     """The run's own assertions, with their values: AssertionError (naming the check) where one fails.
 
     ceiling_r_w: mean R_w of dW_left_basis_ceiling over `layers`, must exceed 1. combined_minus_mean: largest
-    |R_combined - (R_o + R_down)/2|. act_z_at_ceiling is reported only.
+    |R_combined - (R_o + R_down)/2|.
     """
     ceiling = table.filter((pl.col("subspace") == "dW_left_basis_ceiling") & pl.col("layer").is_in(layers))
-    r_w = ceiling["conc_w_combined"].drop_nans()
-    defined = table.drop_nans(["conc_w_combined", "conc_w_oproj", "conc_w_downproj"])
-    mean = (defined["conc_w_oproj"] + defined["conc_w_downproj"]) / 2
-    values = {
-        "ceiling_r_w": float(r_w.mean()) if len(r_w) else NAN,
-        "combined_minus_mean": float((defined["conc_w_combined"] - mean).abs().max()) if len(defined) else NAN,
-    }
-    if len(r_w) and not values["ceiling_r_w"] > 1:
-        raise AssertionError(f"the weight ceiling explains no more than chance: R_w = {values['ceiling_r_w']:.3f}")
-    if len(defined) and not values["combined_minus_mean"] < 1e-6 * max(1.0, float(defined["conc_w_combined"].max())):
-        raise AssertionError(f"R_combined differs from the mean of its parts by {values['combined_minus_mean']:.2g}")
-    return values
+    r_w = ceiling["conc_w_combined"].drop_nans().mean()
+    o, down, both = table.select(f"conc_w_{n}" for n in ("oproj", "downproj", "combined")).drop_nans().get_columns()
+    off = (both - (o + down) / 2).abs().max()
+    if r_w is not None and not r_w > 1:
+        raise AssertionError(f"the weight ceiling explains no more than chance: R_w = {r_w:.3f}")
+    if off is not None and not off < 1e-6 * max(1.0, both.max()):
+        raise AssertionError(f"R_combined differs from the mean of its parts by {off:.2g}")
+    return {"ceiling_r_w": sc.NAN if r_w is None else r_w, "combined_minus_mean": sc.NAN if off is None else off}
 
 
-def null_check(targets: dict[int, dict[str, Target | None]], r: int, draws: int, seed: int = 0) -> pl.DataFrame:
-    """The closed-form null beside a Monte-Carlo one: per layer and target, mean and sd of R over `draws` random subspaces.
+def null_check(targets: dict[int, dict[str, sc.Target | None]], r: int, draws: int, seed: int = 0) -> pl.DataFrame:
+    """The closed-form null beside a Monte-Carlo one: mean (expected 1) and sd of R over `draws` random subspaces.
 
-    Columns: layer, target, mc_mean (expected 1), mc_sd, closed_sd, sd_ratio (its own sampling error is about
-    1/sqrt(2 draws), more where the null is skewed).
+    sd_ratio: drawn over closed form, whose own sampling error is about 1/sqrt(2 draws), more where the null is skewed.
     """
     rows = []
     for l, by_name in targets.items():
         for name, t in by_name.items():
-            if t is None or t.trace <= 0:
-                continue
-            values = monte_carlo_null(t, r, draws, f"layer {l}/{name}", seed)
-            sd, closed = float(values.std()), null_sd(t, r)
-            mean = float(values.mean())
-            rows.append(
-                {"layer": l, "target": name, "mc_mean": mean, "mc_sd": sd, "closed_sd": closed, "sd_ratio": sd / closed}
-            )
-    return pl.DataFrame(rows)
+            if t is not None and t.trace > 0:
+                values = sc.monte_carlo_null(t, r, draws, f"layer {l}/{name}", seed)
+                rows.append((l, name, float(values.mean()), float(values.std()), sc.null_sd(t, r)))
+    table = pl.DataFrame(rows, ["layer", "target", "mc_mean", "mc_sd", "closed_sd"], orient="row")
+    return table.with_columns(sd_ratio=pl.col("mc_sd") / pl.col("closed_sd"))
 
 
 def null_summary(null: pl.DataFrame) -> pl.DataFrame:
     """Per target, over layers: mean of the drawn means (expected 1) and of the ratio of drawn to closed-form sd."""
+    ratio = pl.col("sd_ratio")
     return null.group_by("target", maintain_order=True).agg(
         pl.col("mc_mean").mean().alias("mean of R (expected 1)"),
-        pl.col("sd_ratio").mean().alias("drawn sd / closed form"),
-        pl.col("sd_ratio").min().alias("least over layers"),
-        pl.col("sd_ratio").max().alias("most over layers"),
+        ratio.mean().alias("drawn sd / closed form"),
+        ratio.min().alias("least over layers"),
+        ratio.max().alias("most over layers"),
     )
 
 
-def largest_deviation(bases: dict[str, list[Basis]]) -> float:
+def largest_deviation(bases: Bases) -> float:
     """`max |B^T B - I|` over all bases: the orthonormality check's value."""
-    worst = 0.0
-    for rows in bases.values():
-        for b in rows:
-            if b.rank:
-                worst = max(worst, float((b.B.T @ b.B - torch.eye(b.rank)).abs().max()))
-    return worst
+    every = [b for rows in bases.values() for b in rows if b.rank]
+    return max((float((b.B.T @ b.B - torch.eye(b.rank)).abs().max()) for b in every), default=0.0)

@@ -24,8 +24,7 @@ NAN = float("nan")
 class Target:
     """What a subspace is scored on: `F (d, q)` float64 with `G = F F^T`, living in `dim` dimensions.
 
-    Derived and kept: `trace = tr G`, `square = tr G^2`, `energies` = eigenvalues of G, largest first, with their
-    eigenvectors `axes`.
+    `trace = tr G`, `square = tr G^2`, `energies` = eigenvalues of G, largest first, with their eigenvectors `axes`.
     """
 
     F: Float[Tensor, "d q"]
@@ -34,10 +33,6 @@ class Target:
     square: float
     energies: Float[Tensor, " p"]
     axes: Float[Tensor, "d p"]
-
-    @property
-    def columns(self) -> int:
-        return self.F.shape[1]
 
 
 @dataclass(frozen=True)
@@ -77,15 +72,9 @@ def weight_targets(F_o: Tensor | None, F_down: Tensor | None) -> dict[str, Targe
 
     `combined` is `[w_o/|w_o| | w_down/|w_down|]`, so its score is the mean of the two.
     """
-    out: dict[str, Target | None] = {}
-    for name, F in (("oproj", F_o), ("downproj", F_down)):
-        out[name] = None if F is None else weight_target(F)
-    both = [t.F for t in out.values() if t is not None and t.trace > 0]
-    if len(both) == 2:
-        out["combined"] = target(torch.cat(both, dim=1) / math.sqrt(2.0 + EPS))
-    else:
-        out["combined"] = None
-    return out
+    single = {n: None if F is None else weight_target(F) for n, F in (("oproj", F_o), ("downproj", F_down))}
+    both = [t.F for t in single.values() if t is not None and t.trace > 0]
+    return single | {"combined": target(torch.cat(both, dim=1) / math.sqrt(2.0 + EPS)) if len(both) == 2 else None}
 
 
 def energy(target: Target, B: Float[Tensor, "d r"]) -> float:
@@ -128,9 +117,8 @@ def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score 
         raise ValueError(f"the basis is {B.shape[0]} wide, the target {target.F.shape[0]}")
     off = float((B.T @ B - torch.eye(r, dtype=B.dtype, device=B.device)).abs().max())
     if not off <= 1e-3:
-        raise ValueError(
-            f"the basis is not orthonormal: max |B^T B - I| = {off:.2g}; ws.subspaces.algebra.orthonormalize"
-        )
+        hint = "ws.subspaces.algebra.orthonormalize"
+        raise ValueError(f"the basis is not orthonormal: max |B^T B - I| = {off:.2g}; {hint}")
     f = energy(target, B)
     conc = f * target.dim / r
     sd = null_sd(target, r)
@@ -139,23 +127,16 @@ def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score 
 
 def topic_terms(target: Target, basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
     """R of every row by itself, `(|B^T x_i|^2 / |x_i|^2) d / r`; their mean is R. Zeros for an empty basis."""
-    r = basis.shape[1]
-    if r == 0:
-        return torch.zeros(target.columns, dtype=torch.float64)
-    return (basis.double().T @ target.F).square().sum(dim=0) * target.columns * target.dim / r
-
-
-def oracle_energy(target: Target, r: int) -> float:
-    """The most that any rank-r subspace explains: the sum of the r largest eigenvalues of G."""
-    return float(target.energies[:r].sum())
+    n, r = target.F.shape[1], basis.shape[1]
+    return (basis.double().T @ target.F).square().sum(dim=0) * n * target.dim / max(r, 1)
 
 
 def oracle_fraction(target: Target | None, basis: Float[Tensor, "d r"], rows: bool = False) -> float:
     """`f(B) / f(best subspace of the same rank)` in [0, 1]; with `rows` (an activation target) NaN where r >= n."""
     r = basis.shape[1]
-    if target is None or r == 0 or target.trace <= 0 or (rows and r >= target.columns):
+    if target is None or r == 0 or target.trace <= 0 or (rows and r >= target.F.shape[1]):
         return NAN
-    return min(energy(target, basis) / oracle_energy(target, r), 1.0)
+    return min(energy(target, basis) / float(target.energies[:r].sum()), 1.0)
 
 
 def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
@@ -188,8 +169,7 @@ def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int =
 
 def without(X: Float[Tensor, "n d"], C: Basis) -> Target:
     """The activation target of `X (I - C C^T)`, in `d - rank C` dimensions."""
-    Q = C.B.double()
-    X = X.double()
+    X, Q = X.double(), C.B.double()
     return activation_target(X - (X @ Q) @ Q.T, X.shape[1] - C.rank)
 
 

@@ -10,39 +10,21 @@ from ws.subspaces.captures import N_PROBES
 
 TOP = 5
 DISTINCT_Z = 2.0  # mean z over layers below which a winner is not told apart from a random subspace
-
-PLAN_MERGE = """# What v7 measures that its predecessor did not
-
-**Weight recovery per tensor.** `o_proj` and `down_proj` are scored apart (`conc_w_oproj`, `conc_w_downproj`), and the
-combined score first scales each to unit norm, so that it is the mean of the two. A single number over the raw side by
-side matrix would be that of whichever tensor happens to be larger.
-
-**A ceiling for weights.** `dW_left_basis_ceiling`, the top left singular vectors of w's own writers, says what eight
-directions chosen with w in hand explain. Weight scores are read as a percentage of it, as activation scores already
-were of the steered activations' own directions. It is cut from the unbalanced pair of matrices, so that for a single
-tensor it is not a strict bound.
-
-**axis_kind.** Every family is marked as reading from the residual stream, writing to it, or mixed. The matrices scored
-are writers, so that the winner is sought among write and mixed candidates; read candidates get a panel of their own.
-"""
+CHECKS = {
+    "ceiling_r_w": "mean R_w of the weight ceiling (must exceed 1)",
+    "combined_minus_mean": "largest |R_combined - mean of its parts| (must vanish)",
+    "orthonormality": "largest |B^T B - I| over all bases (must stay under 1e-3)",
+}
 
 
 def definitions(candidates: list[dict]) -> str:
     """`v7_definitions.md`: one row per candidate (`ws.subspaces.candidate.Candidate.about`)."""
-    lines = [
-        "# Candidate subspaces",
-        "",
-        "| # | name | family | axis | source | kind | sees | definition |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["# Candidate subspaces", "", "| # | name | family | axis | source | kind | sees | definition |"]
+    lines.append("|---" * 8 + "|")
     for i, c in enumerate(candidates, 1):
-        cells = [
-            i,
-            *(c[f] for f in ("name", "family", "axis_kind", "source", "kind")),
-            ", ".join(c["sees"]),
-            c["definition"],
-        ]
-        lines.append(f"| {' | '.join(str(x).replace('|', chr(92) + '|') for x in cells)} |")
+        facts = [c[f] for f in ("name", "family", "axis_kind", "source", "kind")]
+        cells = [str(i), *facts, ", ".join(c["sees"]), c["definition"]]
+        lines.append(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -53,21 +35,18 @@ def leaders(summary: pl.DataFrame, column: str, kinds: tuple[str, ...] = ("write
 
 
 def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict[str, float]) -> str:
-    """`v7_conclusion.md`.
-
-    pct: `ws.explanation.summary.with_percentages`; table: the per-layer table; facts: `Explanation.setting`; checks:
-    `ws.explanation.rows.self_checks`.
-    """
+    """`v7_conclusion.md`, from the summary with percentages, the per-layer table, and the run's setting and checks."""
     ranked = leaders(pct, "joint_score", ("write", "mixed"))
-    lines = [f"# Conclusion: {facts['title']}", "", _setting(facts), "", "## Winner", ""]
-    if ranked:
-        lines += _winner(pct, ranked)
-    else:
-        lines.append("None: no write or mixed candidate has a defined joint score in this run.")
-    lines += ["", "## Do activation and weight recovery agree?", "", *_agreement(pct)]
-    lines += ["", "## Caveats of this run", "", *[f"- {c}" for c in caveats(pct, table, facts, ranked)]]
-    lines += ["", "## Self-checks", "", *_checks(checks)]
-    return "\n".join(lines) + "\n"
+    none = "None: no write or mixed candidate has a defined joint score in this run."
+    sections = {
+        "Winner": [_winner(pct, ranked) if ranked else none],
+        "Do activation and weight recovery agree?": [f"- {line}" for line in _agreement(pct)],
+        "Caveats of this run": [f"- {line}" for line in caveats(pct, table, facts, ranked)],
+        "Self-checks": [f"- {CHECKS.get(key, key)}: {value:.3g}" for key, value in checks.items()],
+    }
+    parts = [f"# Conclusion: {facts['title']}", _setting(facts)]
+    parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items()]
+    return "\n\n".join(parts) + "\n"
 
 
 def _setting(f: dict) -> str:
@@ -103,7 +82,7 @@ def _row(pct: pl.DataFrame, name: str) -> dict:
     return pct.row(by_predicate=pl.col("subspace") == name, named=True)
 
 
-def _winner(pct: pl.DataFrame, ranked: list[str]) -> list[str]:
+def _winner(pct: pl.DataFrame, ranked: list[str]) -> str:
     best = _row(pct, ranked[0])
     text = [
         f"**{best['subspace']}** ({best['family']}) has the highest joint score among {len(ranked)} write and mixed"
@@ -112,9 +91,8 @@ def _winner(pct: pl.DataFrame, ranked: list[str]) -> list[str]:
         f" That is {best['pct_act_ceiling']:.0f} % of the activation ceiling and {best['pct_w_oracle_combined']:.0f} % of"
         f" the weight ceiling (o_proj {best['pct_w_oracle_oproj']:.0f} %, down_proj {best['pct_w_oracle_downproj']:.0f} %)."
     ]
-    weak = [
-        n for n, z in (("activations", "mean_z_act"), ("weights", "mean_z_w_combined")) if not best[z] >= DISTINCT_Z
-    ]
+    z_scores = {"activations": best["mean_z_act"], "weights": best["mean_z_w_combined"]}
+    weak = [name for name, z in z_scores.items() if not z >= DISTINCT_Z]
     if weak:
         text.append(
             f"**On {' and '.join(weak)} it is not told apart from a random subspace** of its rank (mean z under"
@@ -124,16 +102,12 @@ def _winner(pct: pl.DataFrame, ranked: list[str]) -> list[str]:
         second = _row(pct, ranked[1])
         lead = 100 * (best["joint_score"] / second["joint_score"] - 1)
         text.append(f"Next is {second['subspace']} with {second['joint_score']:.2f}: the lead is {lead:.0f} %.")
-    both = pct.filter(
-        (pl.col("kind") == "A-hypothesis") & (pl.col("mean_conc_act") > 1) & (pl.col("mean_conc_w_combined") > 1)
-    )
-    total = (pct["kind"] == "A-hypothesis").sum()
-    text.append(f"Above chance on both axes are {len(both)} of {total} candidates built without w.")
-    reads = leaders(pct, "joint_score", ("read",))
-    if reads:
-        row = _row(pct, reads[0])
-        text.append(f"The best read candidate is {reads[0]}, with a joint score of {row['joint_score']:.2f}.")
-    return [" ".join(text)]
+    blind = pct.filter(pl.col("kind") == "A-hypothesis")
+    both = blind.filter((pl.col("mean_conc_act") > 1) & (pl.col("mean_conc_w_combined") > 1))
+    text.append(f"Above chance on both axes are {len(both)} of {len(blind)} candidates built without w.")
+    for name in leaders(pct, "joint_score", ("read",))[:1]:
+        text.append(f"The best read candidate is {name}, with a joint score of {_row(pct, name)['joint_score']:.2f}.")
+    return " ".join(text)
 
 
 def _agreement(pct: pl.DataFrame) -> list[str]:
@@ -141,14 +115,14 @@ def _agreement(pct: pl.DataFrame) -> list[str]:
     by_w = leaders(pct, "mean_conc_w_combined", ("write", "mixed"))[:TOP]
     shared = [n for n in by_act if n in by_w]
     rows = [
-        f"- Top {TOP} by activation recovery (all candidates built without w): {', '.join(by_act) or 'none'}.",
-        f"- Top {TOP} by weight recovery (write and mixed): {', '.join(by_w) or 'none defined'}.",
-        f"- In both: {len(shared)} of {TOP}" + (f" ({', '.join(shared)})." if shared else "."),
+        f"Top {TOP} by activation recovery (all candidates built without w): {', '.join(by_act) or 'none'}.",
+        f"Top {TOP} by weight recovery (write and mixed): {', '.join(by_w) or 'none defined'}.",
+        f"In both: {len(shared)} of {TOP}" + (f" ({', '.join(shared)})." if shared else "."),
     ]
     part = pct.filter((pl.col("kind") == "A-hypothesis") & pl.col("mean_conc_w_combined").is_not_nan())
     if len(part) > 2:
         rho = part.select(pl.corr("mean_conc_act", "mean_conc_w_combined", method="spearman")).item()
-        rows.append(f"- Spearman correlation of the two scores over {len(part)} candidates: {rho:.2f}.")
+        rows.append(f"Spearman correlation of the two scores over {len(part)} candidates: {rho:.2f}.")
     return rows
 
 
@@ -158,56 +132,36 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
     p = facts["protocol"]
     trained_on = max(0, min(facts["n_train_topics"], N_PROBES) - facts["n_fit"]) if p["eval_split"] == "half" else 0
     if trained_on:
-        out.append(
-            f"{trained_on} of {facts['n_eval']} EVAL probes are topics that the adapters may have been trained on."
-        )
+        out += [f"{trained_on} of {facts['n_eval']} EVAL probes are topics that the adapters may have been trained on."]
     if not p["chat_probes"]:
-        out.append(
-            "Clean and steered probes are raw text, persona probes are in the chat template: a contrast mixes both."
-        )
+        mixed = "a contrast mixes both"
+        out += [f"Clean and steered probes are raw text, persona probes are in the chat template: {mixed}."]
     if p["persona_pairs"] == "1" and facts["n_persona_pairs"] > 1:
-        out.append(f"One of {facts['n_persona_pairs']} persona pairs is used.")
+        out += [f"One of {facts['n_persona_pairs']} persona pairs is used."]
     if p["name"] == "v7":
-        out.append("PCA centres the contrasts, which removes their mean: the steering direction itself.")
+        out += ["PCA centres the contrasts, which removes their mean: the steering direction itself."]
     part = table.filter(pl.col("layer").is_in(facts["layers"]))
-    doubtful = (
-        part.filter(pl.col("ill_conditioned")).group_by("subspace", maintain_order=True).agg(pl.col("note").first())
-    )
-    for name, note in doubtful.rows():
+    doubtful = part.filter(pl.col("ill_conditioned")).unique("subspace", keep="first", maintain_order=True)
+    for name, note in doubtful.select("subspace", "note").rows():
         place = f" (rank {ranked.index(name) + 1} by joint score)" if name in ranked else ""
-        out.append(f"`{name}`{place} is not determined by its data: {note}.")
+        out += [f"`{name}`{place} is not determined by its data: {note}."]
     over = pct.filter((pl.col("kind") == "A-hypothesis") & (pl.col("pct_act_ceiling") > 100))["subspace"].to_list()
     if over:
-        out.append(
-            f"The activation ceiling is no upper bound: {', '.join(over)} exceed{'s' if len(over) == 1 else ''} it."
-        )
+        exceed = "exceeds" if len(over) == 1 else "exceed"
+        out += [f"The activation ceiling is no upper bound: {', '.join(over)} {exceed} it."]
     for t in ("oproj", "downproj"):
-        top = part.filter(pl.col("subspace") == "dW_left_basis_ceiling")[f"pct_oracle_{t}"].drop_nans()
-        if len(top) and float(top.mean()) < 0.99:
-            out.append(
-                f"The weight ceiling is cut from the unbalanced pair: on {t} it reaches {100 * float(top.mean()):.0f} % of"
-                " that tensor's own best rank-8 subspace."
-            )
+        top = part.filter(pl.col("subspace") == "dW_left_basis_ceiling")[f"pct_oracle_{t}"].drop_nans().mean()
+        if top is not None and top < 0.99:
+            reaches = f"on {t} it reaches {100 * top:.0f} % of that tensor's own best rank-8 subspace"
+            out += [f"The weight ceiling is cut from the unbalanced pair: {reaches}."]
     undefined = pct.filter(pl.col("joint_score").is_nan())["subspace"].to_list()
     if undefined:
-        out.append(f"Undefined joint score, sorted last: {', '.join(undefined)}.")
-    silent = (
-        part.group_by("layer").agg((pl.col("conc_act") == 0).all().alias("x")).filter("x")["layer"].sort().to_list()
-    )
+        out += [f"Undefined joint score, sorted last: {', '.join(undefined)}."]
+    silent = part.group_by("layer").agg((pl.col("conc_act") == 0).all()).filter("conc_act")["layer"].sort().to_list()
     if silent:
-        out.append(f"w changes no EVAL activation at layers {', '.join(map(str, silent))}.")
-    out.append("The null is a uniformly random subspace; real activations and weights are far from uniform, so a large z"
-               " says less than it seems.")  # fmt: skip
-    return out
-
-
-def _checks(checks: dict[str, float]) -> list[str]:
-    names = {
-        "ceiling_r_w": "mean R_w of the weight ceiling (must exceed 1)",
-        "combined_minus_mean": "largest |R_combined - mean of its parts| (must vanish)",
-        "orthonormality": "largest |B^T B - I| over all bases (must stay under 1e-3)",
-    }
-    return [f"- {names.get(key, key)}: {value:.3g}" for key, value in checks.items()]
+        out += [f"w changes no EVAL activation at layers {', '.join(map(str, silent))}."]
+    null = "The null is a uniformly random subspace; real activations and weights are far from uniform"
+    return [*out, f"{null}, so a large z says less than it seems."]
 
 
 BEYOND = {

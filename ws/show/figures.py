@@ -1,8 +1,6 @@
-"""Figures: what they share, a palette and how they are saved. One module per notebook, one function per figure.
+"""What all figures share: the Okabe-Ito palette (families stay apart in print and for colour-blind readers), files.
 
-A function takes tables and returns the Figure; `save` writes png and pdf whole.
-
-Colours follow the Okabe-Ito palette, so that families stay apart in print and for colour-blind readers.
+One function per figure, which takes tables and returns the Figure.
 """
 
 from pathlib import Path

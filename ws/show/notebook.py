@@ -41,8 +41,7 @@ def show(figure: Figure, stem: Path | None = None):
         save(figure, stem)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=170, metadata={"Software": None})
-    width = int(figure.get_figwidth() * 85)
-    return Image(buffer.getvalue(), format="png", width=width)
+    return Image(buffer.getvalue(), format="png", width=int(figure.get_figwidth() * 85))
 
 
 def show_table(table: pl.DataFrame, columns: list[str] | dict[str, str] | None = None, rows: int | None = None):
@@ -50,7 +49,7 @@ def show_table(table: pl.DataFrame, columns: list[str] | dict[str, str] | None =
     from IPython.display import HTML
 
     if isinstance(columns, dict):
-        table, columns = renamed(table, columns), None
+        table, columns = table.select(pl.col(old).alias(new) for old, new in columns.items()), None
     return HTML(as_text(table, columns, rows, "html"))
 
 
@@ -59,8 +58,3 @@ def embedded(text: str):
     from IPython.display import Markdown
 
     return Markdown(re.sub(r"^(#+) ", r"##\1 ", text, flags=re.MULTILINE))
-
-
-def renamed(table: pl.DataFrame, columns: dict[str, str]) -> pl.DataFrame:
-    """The named columns under the names that a reader sees."""
-    return table.select([pl.col(old).alias(new) for old, new in columns.items()])

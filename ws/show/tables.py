@@ -6,6 +6,8 @@ import polars as pl
 
 from ws.cache.files import atomic_file
 
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
 
 def sort_nan_last(table: pl.DataFrame, column: str) -> pl.DataFrame:
     """Highest first; NaN last (polars alone would put it first); ties keep their order."""
@@ -15,11 +17,10 @@ def sort_nan_last(table: pl.DataFrame, column: str) -> pl.DataFrame:
 
 def write_table(table: pl.DataFrame, path: Path) -> Path:
     """Write a .csv (comma) or .tsv (tab) whole; NaN is written as `NaN`."""
-    separators = {".csv": ",", ".tsv": "\t"}
-    if path.suffix not in separators:
+    if path.suffix not in SEPARATORS:
         raise ValueError(f"{path}: a table is written as .csv or .tsv")
     with atomic_file(path) as tmp:
-        table.write_csv(tmp, separator=separators[path.suffix])
+        table.write_csv(tmp, separator=SEPARATORS[path.suffix])
     return path
 
 
@@ -27,7 +28,7 @@ def read_table(path: Path) -> pl.DataFrame:
     """Read a table that `write_table` wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table")
-    return pl.read_csv(path, separator="\t" if path.suffix == ".tsv" else ",", infer_schema_length=None)
+    return pl.read_csv(path, separator=SEPARATORS.get(path.suffix, ","), infer_schema_length=None)
 
 
 def as_text(

@@ -12,23 +12,22 @@ from ws.explanation.result import Explanation
 from ws.model.lm import LM
 from ws.show.tables import write_table
 from ws.stability import overlap, words
-from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
+from ws.stability.scores import SeedScores, per_seed_table, rank_stability_table, summary_table
 from ws.stability.seeds import SeedRuns, doubts, load_seeds
 from ws.stability.significance import significance_table
 from ws.stability.verdict import Verdict, verdict
 from ws.subspaces.build import candidates
 from ws.subspaces.candidate import Candidate, load_candidates
-from ws.subspaces.kept import make_shelf, part_bases
+from ws.subspaces.kept import Shelf, make_shelf, part_bases
 from ws.subspaces.protocol import Protocol
 
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """What the sweeps of several seeds say together.
+    """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more.
 
-    summary, per_seed, ranks, subspaces: the tables of docs/method.md section 7. a_side: which candidates their own data
-    determine. significance: R_w against random subspaces. verdict: the winner, or why there is none. bases: a sentence
-    on whether the seeds share their A-side bases.
+    a_side: which candidates their own data determine. significance: R_w against random subspaces. verdict: the winner,
+    or why there is none. bases: a sentence on whether the seeds share their A-side bases.
     """
 
     runs: SeedRuns
@@ -77,9 +76,9 @@ def compare_seeds(
 
     folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default
     sycophancy) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
-    one that its data do not determine cannot win. own: the caller's candidates among those swept, where their files are not
-    kept with the sweeps. boot, n_null, seed: draws of the bootstrap and of random subspaces, and their generator.
-    Raises FileNotFoundError / ValueError naming the run that is missing or does not fit. (docs/method.md section 7)
+    one that its data do not determine cannot win. own: the caller's candidates among those swept. boot, n_null, seed:
+    draws of the bootstrap and of random subspaces, and their generator. Raises FileNotFoundError / ValueError naming
+    the run that is missing or does not fit. (docs/method.md section 7)
 
     Example:
         >>> import torch, ws
@@ -95,20 +94,22 @@ def compare_seeds(
     """
     found = {s: f if isinstance(f, Explanation) else Explanation.load(f) for s, f in folders.items()}
     runs = load_seeds(found)
-    scores = runs.scores
-    rows = [] if lm is None else _a_side(lm, behavior, found, runs, own, cache)
-    rows += [
-        overlap.compare_parts("B", f"{side} oracle", "seeds", runs.oracles[side], scores.layers)
-        for side in runs.oracles
-    ]
+    scores, device = runs.scores, "cpu" if lm is None else lm.device.type
+    rows = []
+    if lm is not None:
+        behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or "sycophancy")
+        setting = next(iter(found.values())).setting
+        protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
+        shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
+        rows = _a_side(shelf, scores, own)
+    for side, parts in runs.oracles.items():
+        rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)
     a_side = overlap.a_side_stability(subspaces)
-    significance = significance_table(
-        scores, runs.factors, runs.one_basis, seed, n_null, "cpu" if lm is None else lm.device.type
-    )
+    significance = significance_table(scores, runs.factors, runs.one_basis, seed, n_null, device)
     doubtful = doubts(found, scores.layers)
-    summary = _joined(summary_table(scores, seed, boot), significance, a_side)
     unstable = a_side.filter("unstable")["candidate"].to_list()
+    summary = _joined(summary_table(scores, seed, boot), significance, a_side)
     return Stability(
         runs=runs,
         summary=summary.join(doubtful, on="candidate", maintain_order="left"),
@@ -122,33 +123,21 @@ def compare_seeds(
     )
 
 
-def _a_side(
-    lm: LM,
-    behavior: Behavior | Path | str | None,
-    found: Mapping[int, Explanation],
-    runs: SeedRuns,
-    own: Sequence[Candidate],
-    cache: Path | None,
-) -> list[pl.DataFrame]:
+def _a_side(shelf: Shelf, scores: SeedScores, own: Sequence[Candidate]) -> list[pl.DataFrame]:
     """Comparisons of bases from parts of the prompts, for the candidates whose functions are known."""
-    behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or "sycophancy")
-    setting = next(iter(found.values())).setting
-    protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
-    known = {c.name: c for c in [*candidates(protocol), *own]}
-    chosen = [known[name] for name in runs.scores.candidates if name in known]
-    shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
-    layers = runs.scores.layers
-    return [
-        overlap.compare_parts("A", name, compared, {p: [b[name][l] for l in layers] for p, b in parts.items()}, layers)
-        for compared, parts in part_bases(shelf, chosen).items()
-        for name in next(iter(parts.values()))
-    ]
+    known = {c.name: c for c in [*candidates(shelf.protocol), *own]}
+    chosen = [known[name] for name in scores.candidates if name in known]
+    tables = []
+    for compared, parts in part_bases(shelf, chosen).items():
+        for name in next(iter(parts.values())):
+            rows = {part: [bases[name][l] for l in scores.layers] for part, bases in parts.items()}
+            tables.append(overlap.compare_parts("A", name, compared, rows, scores.layers))
+    return tables
 
 
 def own_candidates(folder: Path, given: str | list[str] = "") -> list[Candidate]:
     """The caller's candidates of a sweep: from the files named, or those kept in the sweep's folder."""
-    kept = [folder / name for name in Explanation.load(folder).sources]
-    return load_candidates(given or kept)
+    return load_candidates(given or [folder / name for name in Explanation.load(folder).sources])
 
 
 def _joined(summary: pl.DataFrame, significance: pl.DataFrame, a_side: pl.DataFrame) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""Intervals of a score over LoRA seeds, and how often they really cover: crossed bootstrap and t.
+"""Intervals of a score over LoRA seeds: crossed bootstrap and t. (`bench/coverage.py`: how often they really cover)
 
 A score of one seed is a mean over EVAL topics, `R_s = (1/n) sum_t a[s, t]`; over seeds the statistic is a mean of logs,
 `T = (1/S) sum_s log R_s`. The topics are the same for every seed, so the two factors are *crossed*: one bootstrap draw
@@ -12,10 +12,10 @@ At S = 3 the percentiles of such draws are far too narrow (three seeds have 10 d
 """
 
 import numpy as np
-import polars as pl
 from jaxtyping import Float
 from scipy import stats
 
+Interval = tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]  # lower and upper end per candidate
 BOOT = 20_000
 CHUNK = 512  # bootstrap draws held in memory at once
 
@@ -55,21 +55,14 @@ def crossed_bootstrap(
     return {"R_act": log_act, "R_w": log_w, "joint": 0.5 * (log_act + log_w)}
 
 
-def percentile_interval(
-    draws: Float[np.ndarray, "boot C"], level: float = 0.95
-) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-    """Lower and upper percentile of bootstrap draws, per candidate; NaN columns stay NaN."""
+def percentile_interval(draws: Float[np.ndarray, "boot C"], level: float = 0.95) -> Interval:
+    """Percentiles of bootstrap draws; NaN columns stay NaN."""
     tail = (1 - level) / 2
-    ordered = np.sort(draws, axis=0)  # NaN sorts last, so a NaN in the last row marks an undefined column
-    last = len(draws) - 1
-    lo, hi = ordered[int(np.floor(tail * last))], ordered[int(np.ceil((1 - tail) * last))]
-    undefined = np.isnan(ordered[-1])
-    return np.where(undefined, np.nan, lo), np.where(undefined, np.nan, hi)
+    lower = np.quantile(draws, tail, axis=0, method="lower")
+    return lower, np.quantile(draws, 1 - tail, axis=0, method="higher")
 
 
-def t_interval(
-    values: Float[np.ndarray, "S C"], level: float = 0.95
-) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+def t_interval(values: Float[np.ndarray, "S C"], level: float = 0.95) -> Interval:
     """`mean +- t_{S-1} sd / sqrt(S)` over the first axis (seeds); NaN for a single seed, which has no spread."""
     S = len(values)
     if S < 2:
@@ -86,7 +79,7 @@ def topic_influence(topic_scores: Float[np.ndarray, "S C n"]) -> Float[np.ndarra
 
 def crossed_t_interval(
     values: Float[np.ndarray, "S C"], influence: Float[np.ndarray, "C n"], level: float = 0.95
-) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+) -> Interval:
     """`mean +- sqrt((t_{S-1} se_seeds)^2 + (t_{n-1} se_topics)^2)`: a t interval for new seeds *and* new topics.
 
     The two standard errors of a crossed design, each with its own t quantile, added in quadrature (the MOVER rule;
@@ -102,75 +95,3 @@ def crossed_t_interval(
     half = np.hypot((hi - lo) / 2, topics)
     mean = values.mean(axis=0)
     return mean - half, mean + half
-
-
-def simulated_tables(
-    reps: int, S: int, n: int, seed_sd: float, topic_sd: float, cross_sd: float, seed: int
-) -> tuple[Float[np.ndarray, "S reps n"], Float[np.ndarray, "1 reps"]]:
-    """Score tables whose truth is known: `log a[s, t] = seed_s + topic_t + cross_st - (topic_sd^2 + cross_sd^2) / 2`.
-
-    Each of the `reps` columns is a data set of its own. Returns the scores and, per column, the target for *these*
-    topics, `E_s log R_s` given the topic effects (computed with many seeds' worth of crossing noise averaged out); the
-    target for the population of topics is 0.
-    """
-    generator = np.random.default_rng(seed)
-    seeds = seed_sd * generator.standard_normal((S, reps, 1))
-    topics = topic_sd * generator.standard_normal((1, reps, n))
-    crossed = cross_sd * generator.standard_normal((S, reps, n))
-    scores = np.exp(seeds + topics + crossed - (topic_sd**2 + cross_sd**2) / 2)
-    many = 400  # E log mean_t exp(topic + cross) has no closed form
-    target = np.zeros((1, reps))
-    for _ in range(many if cross_sd > 0 else 1):
-        noise = cross_sd * generator.standard_normal((1, reps, n))
-        target += np.log(np.exp(topics + noise - (topic_sd**2 + cross_sd**2) / 2).mean(axis=2))
-    return scores, target / (many if cross_sd > 0 else 1)
-
-
-def coverage(
-    S: int,
-    n: int,
-    seed_sd: float,
-    topic_sd: float,
-    cross_sd: float,
-    reps: int,
-    boot: int,
-    seed: int,
-    level: float = 0.95,
-) -> dict[str, float]:
-    """Share of simulated data sets whose interval of mean log R_act holds the truth.
-
-    For each of t, boot and crossed_t the keys `X_these_topics` and `X_all_topics` (the target is the mean over seeds
-    for the topics at hand, or for the population they came from) and `X_width`, the mean width in nats.
-    """
-    scores, these = simulated_tables(reps, S, n, seed_sd, topic_sd, cross_sd, seed)
-    logs = np.log(scores.mean(axis=2))
-    draws = crossed_bootstrap(scores, np.ones((S, reps)), seed + 1, boot)["R_act"]
-    found = {}
-    intervals = {
-        "t": t_interval(logs, level),
-        "boot": percentile_interval(draws, level),
-        "crossed_t": crossed_t_interval(logs, topic_influence(scores), level),
-    }
-    for name, (lo, hi) in intervals.items():
-        found[f"{name}_these_topics"] = float(((lo <= these[0]) & (these[0] <= hi)).mean())
-        found[f"{name}_all_topics"] = float(((lo <= 0) & (0 <= hi)).mean())
-        found[f"{name}_width"] = float((hi - lo).mean())
-    return found
-
-
-def coverage_table(
-    seeds: tuple[int, ...] = (3, 5, 10), n: int = 12, reps: int = 2000, boot: int = 2000, seed: int = 0
-) -> pl.DataFrame:
-    """Coverage of both intervals at several S, for three shares of seed, topic and crossing noise (sd in nats).
-
-    Columns: S, n, seed_sd, topic_sd, cross_sd, and those of `coverage`. The Monte-Carlo error of a share near .95 is
-    `sqrt(.95 * .05 / reps)`. (docs/method.md section 7)
-    """
-    cases = {"seeds only": (0.3, 0.0, 0.0), "seeds and topics": (0.3, 0.6, 0.3), "topics only": (0.02, 0.6, 0.0)}
-    rows = []
-    for case, (seed_sd, topic_sd, cross_sd) in cases.items():
-        for S in seeds:
-            numbers = coverage(S, n, seed_sd, topic_sd, cross_sd, reps, boot, seed)
-            design = {"noise": case, "S": S, "n": n, "seed_sd": seed_sd, "topic_sd": topic_sd, "cross_sd": cross_sd}
-            rows.append(design | numbers)
-    return pl.DataFrame(rows)

@@ -25,21 +25,9 @@ from ws.subspaces.algebra import Basis, overlap
 UNSTABLE = 0.5  # energy-weighted overlap below which a candidate cannot win
 WHY = "an A-side basis must not depend on the LoRA seed"
 SAME = 1e-6  # overlap of a basis with itself, recomputed: at least 1 - SAME
-SCHEMA = {
-    "side": pl.String,
-    "object": pl.String,
-    "compared": pl.String,
-    "layer": pl.Int64,
-    "a": pl.String,
-    "b": pl.String,
-    "rank_a": pl.Int64,
-    "rank_b": pl.Int64,
-    "overlap": pl.Float64,
-    "smallest_cos": pl.Float64,
-    "energy_overlap": pl.Float64,
-    "chance": pl.Float64,
-    "chance_sd": pl.Float64,
-}
+SCHEMA = dict.fromkeys(("side", "object", "compared", "layer", "a", "b"), pl.String)
+SCHEMA |= dict.fromkeys(("layer", "rank_a", "rank_b"), pl.Int64)
+SCHEMA |= dict.fromkeys(("overlap", "smallest_cos", "energy_overlap", "chance", "chance_sd"), pl.Float64)
 
 
 def smallest_cos(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
@@ -76,70 +64,42 @@ def chance_overlap(a: int, b: int, d: int) -> tuple[float, float]:
     return max(a, b) / d, float(np.sqrt(variance) * b / min(a, b))
 
 
-def _row(side: str, name: str, compared: str, layer: int, labels: tuple[str, str], A: Basis, B: Basis) -> dict:
-    """One comparison; the energy-weighted overlap is the mean of both directions."""
-    energies = energy_overlap(A.B, B.B, B.s), energy_overlap(B.B, A.B, A.s)
-    mean, sd = chance_overlap(A.rank, B.rank, A.d)
-    return {
-        "side": side,
-        "object": name,
-        "compared": compared,
-        "layer": layer,
-        "a": labels[0],
-        "b": labels[1],
-        "rank_a": A.rank,
-        "rank_b": B.rank,
-        "overlap": overlap(A.B, B.B),
-        "smallest_cos": smallest_cos(A.B, B.B),
-        "energy_overlap": sum(energies) / 2,
-        "chance": mean,
-        "chance_sd": sd,
-    }
-
-
 def compare_parts(
     side: str, name: str, compared: str, parts: Mapping[str, Sequence[Basis]], layers: Sequence[int]
 ) -> pl.DataFrame:
     """Rows of `v7b_subspace_stability`: every pair of `parts` (label -> one basis per layer) at every layer.
 
     side "B" with compared "seeds" for the activation and weight oracles, side "A" with compared "FIT halves" or
-    "persona pairs" for a candidate. Columns: side, object, compared, layer, a, b, rank_a, rank_b, overlap,
-    smallest_cos, energy_overlap (mean of both directions), chance, chance_sd (of overlap, for random subspaces). An
-    empty basis gives NaN. Raises ValueError naming the part whose number of layers differs.
+    "persona pairs" for a candidate. energy_overlap is the mean of both directions; chance and chance_sd are those of
+    overlap. An empty basis gives NaN. Raises ValueError naming the part whose number of layers differs.
     """
     for label, bases in parts.items():
         if len(bases) != len(layers):
             raise ValueError(f"{name}, {compared} {label}: {len(bases)} bases, {len(layers)} layers")
-    rows = [
-        _row(side, name, compared, layer, (a, b), parts[a][i], parts[b][i])
-        for a, b in combinations(parts, 2)
-        for i, layer in enumerate(layers)
-    ]
-    return pl.DataFrame(rows, schema=SCHEMA)
+    rows = []
+    for a, b in combinations(parts, 2):
+        for layer, A, B in zip(layers, parts[a], parts[b], strict=True):
+            energy = (energy_overlap(A.B, B.B, B.s) + energy_overlap(B.B, A.B, A.s)) / 2
+            found = overlap(A.B, B.B), smallest_cos(A.B, B.B), energy, *chance_overlap(A.rank, B.rank, A.d)
+            rows.append((side, name, compared, layer, a, b, A.rank, B.rank, *found))
+    return pl.DataFrame(rows, SCHEMA, orient="row")
 
 
-def a_side_stability(table: pl.DataFrame, threshold: float = UNSTABLE) -> pl.DataFrame:
+def a_side_stability(table: pl.DataFrame) -> pl.DataFrame:
     """Per candidate, the weaker of its mean energy-weighted overlaps over layers and pairs, and the flag it leads to.
 
-    table: rows of `compare_parts`; the A-side ones are used. Columns: candidate, stability (the minimum over "FIT
-    halves" and "persona pairs"), weakest (which of them), stability_chance (mean chance of it), unstable (`stability <
-    threshold`, or undefined at a layer). Candidates without rows do not depend on these data: they are stable.
+    table: rows of `compare_parts`; the A-side ones are used. stability: the minimum over "FIT halves" and "persona
+    pairs", of which `weakest` is the one; unstable: under 0.5, or undefined at a layer. Candidates without
+    rows do not depend on these data: they are stable.
     """
-    means = (
+    order = pl.col("stability").fill_nan(-1.0)  # undefined is the weakest of all
+    return (
         table.filter(pl.col("side") == "A")
-        .group_by("object", "compared", maintain_order=True)
-        .agg(pl.col("energy_overlap").mean().alias("stability"), pl.col("chance").mean().alias("stability_chance"))
-        .with_columns(pl.col("stability").fill_nan(-1.0))  # undefined is the weakest of all
-        .sort("object", "stability", maintain_order=True)
-        .group_by("object", maintain_order=True)
-        .first()
-    )
-    return means.select(
-        pl.col("object").alias("candidate"),
-        pl.when(pl.col("stability") < 0).then(float("nan")).otherwise(pl.col("stability")).alias("stability"),
-        pl.col("compared").alias("weakest"),
-        "stability_chance",
-        (pl.col("stability") < threshold).alias("unstable"),
+        .group_by(candidate="object", weakest="compared", maintain_order=True)
+        .agg(stability=pl.col("energy_overlap").mean(), stability_chance=pl.col("chance").mean())
+        .sort("candidate", order, maintain_order=True)
+        .unique("candidate", keep="first", maintain_order=True)
+        .select("candidate", "stability", "weakest", "stability_chance", unstable=order < UNSTABLE)
     )
 
 
@@ -149,28 +109,20 @@ def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) ->
     Returns (all hashes equal, smallest overlap with the first seed). Raises ValueError naming candidate, seed and layer
     where rank or subspace differ.
     """
-    first, *others = by_seed
-    hashes = {seed: bases_hash(bases) for seed, bases in by_seed.items()}
-    if len(set(hashes.values())) == 1:
+    if len({bases_hash(bases) for bases in by_seed.values()}) == 1:
         return True, 1.0
-    smallest = 1.0
+    first, *others = by_seed
+    smallest, own = 1.0, by_seed[first]
     for seed in others:
-        if len(by_seed[seed]) != len(by_seed[first]):
-            raise ValueError(
-                f"{candidate}: {len(by_seed[first])} layers at seed {first}, {len(by_seed[seed])} at {seed}"
-            )
-        for layer, (A, B) in enumerate(zip(by_seed[first], by_seed[seed], strict=True)):
+        if len(by_seed[seed]) != len(own):
+            raise ValueError(f"{candidate}: {len(own)} layers at seed {first}, {len(by_seed[seed])} at {seed}")
+        for layer, (A, B) in enumerate(zip(own, by_seed[seed], strict=True)):
+            where = f"{candidate}, layer {layer}"
             if A.rank != B.rank:
-                raise ValueError(
-                    f"{candidate}, layer {layer}: rank {A.rank} at seed {first}, {B.rank} at seed {seed}; {WHY}"
-                )
-            if A.rank == 0:
-                continue
-            value = overlap(A.B, B.B)
+                raise ValueError(f"{where}: rank {A.rank} at seed {first}, {B.rank} at seed {seed}; {WHY}")
+            value = overlap(A.B, B.B) if A.rank else 1.0
             if not value >= 1 - SAME:
-                raise ValueError(
-                    f"{candidate}, layer {layer}: overlap {value:.8f} between seeds {first} and {seed}; {WHY}"
-                )
+                raise ValueError(f"{where}: overlap {value:.8f} between seeds {first} and {seed}; {WHY}")
             smallest = min(smallest, value)
     return False, smallest
 
@@ -182,15 +134,16 @@ def same_bases(found: Mapping[int, Explanation]) -> str:
     do (overlap >= 1 - 1e-6). A basis that its data do not determine (`ill_conditioned`) is named instead. Raises
     ValueError naming candidate, seed and layer where others differ.
     """
-    records = {seed: run.bases for seed, run in found.items()}
     first = next(iter(found.values()))
-    differ = [name for name in first.bases if len({r.get(name) for r in records.values()}) > 1]
+    differ = [name for name in first.bases if len({run.bases.get(name) for run in found.values()}) > 1]
     if not differ:
         return f"All {len(found)} seeds used the same A-side bases."
     doubtful = set(first.per_layer.filter("ill_conditioned")["subspace"])
-    sure = [name for name in differ if name not in doubtful]
-    spans = {name: {s: _spans(run.tensors[f"sketch/{name}"]) for s, run in found.items()} for name in sure}
-    least = min([assert_same_bases(rows, name)[1] for name, rows in spans.items()], default=1.0)
+    least = 1.0
+    for name in differ:
+        if name not in doubtful:
+            spans = {seed: _spans(run.tensors[f"sketch/{name}"]) for seed, run in found.items()}
+            least = min(least, assert_same_bases(spans, name)[1])
     text = f"The A-side bases of {len(found)} seeds differ in bytes but not in span: least overlap {least:.9f}."
     odd = ", ".join(name for name in differ if name in doubtful)
     return text + (f" Not determined by their data and so not compared: {odd}." if odd else "")

@@ -12,6 +12,7 @@ is what keeps p honest, and z (whose null is right-skewed) is descriptive only. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import polars as pl
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from ws.stability.scores import SeedScores
 
-N_DRAWS = 10_000
 TAIL = 1e-4  # relative change of the null's variance that a thinner factor may cost
 BLOCK = 200  # random bases held in memory at once
 
@@ -33,6 +33,9 @@ class GramFactor:
 
     F: Float[Tensor, "d k"]
     rest: float
+
+
+Factors = Sequence[Sequence[GramFactor]]  # [seed][layer]
 
 
 def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: float = TAIL) -> GramFactor:
@@ -54,39 +57,36 @@ def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: f
 
 
 def random_log_concentration(
-    factors: Sequence[Sequence[GramFactor]], ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
+    factors: Factors, ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
 ) -> Float[Tensor, "N L q"]:
     """Mean over seeds of log R_w of random bases: entry [i, l, j] is draw i of rank `ranks[j]` at layer l, float64.
 
-    factors: [seed][layer]. The same draw i stands at every layer and for every rank. Explicit generator: same seed,
-    same draws on one device type. Raises ValueError for a rank outside 1..d.
+    The same draw i stands at every layer and for every rank; same seed, same draws on one
+    device type. Raises ValueError for a rank outside 1..d.
     """
-    S, L, d = len(factors), len(factors[0]), factors[0][0].F.shape[0]
-    if min(ranks) < 1 or max(ranks) > d:
+    S, L, d, most = len(factors), len(factors[0]), len(factors[0][0].F), max(ranks)
+    if min(ranks) < 1 or most > d:
         raise ValueError(f"ranks {sorted(ranks)}: random bases of R^{d} have rank 1 to {d}")
-    most = max(ranks)
-    picks = torch.tensor([r - 1 for r in ranks], device=device)
-    scale = d / torch.tensor([float(r) for r in ranks], dtype=torch.float64, device=device)
-    wide = [torch.cat([factors[s][layer].F for s in range(S)], dim=1).to(device) for layer in range(L)]
-    widths = [[factors[s][layer].F.shape[1] for s in range(S)] for layer in range(L)]
+    picks = torch.tensor(ranks, device=device) - 1
+    scale = d / torch.tensor(ranks, dtype=torch.float64, device=device)
+    layers = list(zip(*factors, strict=True))  # the seeds' factors of each layer
+    wide = [torch.cat([f.F for f in row], dim=1).to(device) for row in layers]
     generator = torch.Generator(device).manual_seed(seed)
     out = torch.empty(n_draws, L, len(ranks), dtype=torch.float64)
     for start in range(0, n_draws, BLOCK):
         size = min(BLOCK, n_draws - start)
         X = torch.randn(size, most, d, generator=generator, device=device)
         if most * 4 <= d:  # Gram-Schmidt by Cholesky: X^T = Q R with R = chol(X X^T)^T, well conditioned for thin X
-            lower = torch.linalg.cholesky(X @ X.mT)
-            Q = torch.linalg.solve_triangular(lower, X, upper=False)
+            Q = torch.linalg.solve_triangular(torch.linalg.cholesky(X @ X.mT), X, upper=False)
         else:
             Q = torch.linalg.qr(X.double().mT).Q.mT.float()
-        rows = Q.reshape(size * most, d)
-        for layer in range(L):
-            squared = (rows @ wide[layer]).square_()
+        for l, row in enumerate(layers):
+            squared = (Q.reshape(size * most, d) @ wide[l]).square_()
             total = torch.zeros(size, len(ranks), dtype=torch.float64, device=device)
-            for s, part in enumerate(squared.split(widths[layer], dim=1)):
+            for f, part in zip(row, squared.split([f.F.shape[1] for f in row], dim=1), strict=True):
                 energy = part.sum(dim=1).reshape(size, most).double().cumsum(dim=1)[:, picks]
-                total += (energy * scale + factors[s][layer].rest).log()
-            out[start : start + size, layer] = (total / S).cpu()
+                total += (energy * scale + f.rest).log()
+            out[start : start + size, l] = (total / S).cpu()
     return out
 
 
@@ -99,9 +99,8 @@ def null_statistics(
     (mod N) at layer l, so that no draw meets itself.
     """
     N, L, _ = draws.shape
-    where = [list(ranks).index(r) for r in layer_ranks]
     step = 0 if one_basis else N // L
-    total = sum(torch.roll(draws[:, layer, where[layer]], -step * layer) for layer in range(L))
+    total = sum(torch.roll(draws[:, l, list(ranks).index(r)], -step * l) for l, r in enumerate(layer_ranks))
     return np.sort((total / L).numpy())
 
 
@@ -123,48 +122,41 @@ def benjamini_hochberg(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
 
 def significance_table(
     scores: SeedScores,
-    factors: Sequence[Sequence[GramFactor]],
+    factors: Factors,
     one_basis: Bool[np.ndarray, " C"],
     seed: int,
-    n_draws: int = N_DRAWS,
+    n_draws: int,
     device: str = "cpu",
 ) -> pl.DataFrame:
-    """One row per candidate, in the order of `scores`.
+    """One row per candidate, in the order of `scores`; NaN for an undefined score and for ceilings, which saw w.
 
-    factors: `combined_factor` per [seed][LoRA layer]. one_basis: which candidates have one basis for all layers.
-    Columns: candidate, T (mean log R_w over layers and seeds, natural log), null_mean, null_sd, null_q95 (of T), p_R_w,
-    q_R_w (Benjamini-Hochberg over the A-hypotheses), n_draws, basis ("one for all layers" / "per layer"). A candidate
-    with an undefined score has NaN; ceilings, which saw w, are not tested. (docs/method.md section 7)
+    one_basis: which candidates have one basis for all layers.
+    T: mean log R_w over layers and seeds (natural log), of which null_mean, null_sd and null_q95 are. q_R_w:
+    Benjamini-Hochberg over the A-hypotheses.
     """
     if n_draws < 1:
         raise ValueError(f"N_NULL = {n_draws}: at least one random subspace is needed")
     S, C, L = scores.w.shape
-    if len(factors) != S or any(len(row) != L for row in factors):
-        raise ValueError(
-            f"factors: {len(factors)} seeds x {[len(row) for row in factors]} layers, scores have {S} x {L}"
-        )
-    with np.errstate(divide="ignore"):
-        observed = np.log(scores.w).mean(axis=(0, 2))
-    observed = np.where(np.isneginf(observed), np.nan, observed)
+    lengths = [len(row) for row in factors]
+    if lengths != [L] * S:
+        raise ValueError(f"factors: {len(factors)} seeds x {lengths} layers, scores have {S} x {L}")
+    observed = np.log(np.where(scores.w == 0, np.nan, scores.w)).mean(axis=(0, 2))
     tested = np.array([kind != "ceiling" for kind in scores.kinds]) & ~np.isnan(observed)
     layer_ranks = scores.ranks.astype(int)
-    ranks = sorted(set(layer_ranks[tested].ravel().tolist()))
+    ranks = np.unique(layer_ranks[tested]).tolist()
     draws = random_log_concentration(factors, ranks, n_draws, seed, device) if ranks else None
-    nulls, rows = {}, []
-    for c, candidate in enumerate(scores.candidates):
-        row = {"candidate": candidate, "T": float(observed[c])}
-        if tested[c]:
-            key = (bool(one_basis[c]), tuple(layer_ranks[c].tolist()))
-            if key not in nulls:
-                nulls[key] = null_statistics(draws, ranks, key[1], key[0])
-            null = nulls[key]
-            row |= {"null_mean": float(null.mean()), "null_sd": float(null.std())}
-            row |= {"null_q95": float(np.quantile(null, 0.95)), "p_R_w": monte_carlo_p(float(observed[c]), null)}
-        else:
-            row |= {name: float("nan") for name in ("null_mean", "null_sd", "null_q95", "p_R_w")}
-        rows.append(row | {"n_draws": n_draws, "basis": "one for all layers" if one_basis[c] else "per layer"})
-    frame = pl.DataFrame(rows, infer_schema_length=None)
-    q = benjamini_hochberg(np.where(scores.ranked, frame["p_R_w"].to_numpy(), np.nan))
-    return frame.with_columns(pl.Series("q_R_w", q)).select(
-        "candidate", "T", "null_mean", "null_sd", "null_q95", "p_R_w", "q_R_w", "n_draws", "basis"
+    null = cache(lambda one, of_layers: null_statistics(draws, ranks, of_layers, one))  # many candidates share one
+    rows = np.full((C, 4), np.nan)  # null_mean, null_sd, null_q95, p_R_w
+    for c in np.flatnonzero(tested):
+        values = null(bool(one_basis[c]), tuple(layer_ranks[c].tolist()))
+        rows[c] = values.mean(), values.std(), np.quantile(values, 0.95), monte_carlo_p(float(observed[c]), values)
+    return pl.DataFrame(
+        {
+            "candidate": scores.candidates,
+            "T": observed,
+            **dict(zip(("null_mean", "null_sd", "null_q95", "p_R_w"), rows.T, strict=True)),
+            "q_R_w": benjamini_hochberg(np.where(scores.ranked, rows[:, 3], np.nan)),
+            "n_draws": [n_draws] * C,
+            "basis": ["one for all layers" if one else "per layer" for one in one_basis],
+        }
     )

@@ -8,14 +8,11 @@ With `x_i[s] = log joint[s, i]` and leader i (the highest mean among the stable 
 and the same holds with the topics' spread added (`crossed_t_interval`): seeds share the EVAL topics, so a lucky draw of
 topics looks the same on every seed and the seeds alone cannot see it. Where p-values were computed, R_w > 1 must also
 be significant: bases are the same for all seeds, so a lucky random basis too looks the same on every seed.
-
-Without real differences each ordered pair passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1
-of them: a false winner has probability at most `C / (C - 1) * .05 / 2 <= .05`, its largest at C = 2. (docs/method.md
-section 7)
+(docs/method.md section 7)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -25,108 +22,81 @@ from ws.stability.intervals import crossed_t_interval, t_interval, topic_influen
 from ws.stability.scores import SeedScores, log_values
 
 ALPHA = 0.05
+RIVALS = {"rival": pl.String} | dict.fromkeys(("log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi"), pl.Float64)
+RIVALS |= {"told_apart": pl.Boolean}
 
 
 @dataclass(frozen=True)
 class Verdict:
     """winner: the named candidate, or None. leader: the best stable contender. tied: leader and the rivals not told
     apart from it (empty with a winner). reasons: why there is none. undefined: contenders without a joint score.
-    rivals: one row per rival (see `verdict`). detectable: ratio of joint scores that the median pair needed to be told
-    apart.
+    rivals: one row per rival (see `verdict`), empty without a leader. detectable: ratio of joint scores that the median
+    pair needed to be told apart.
     """
 
-    winner: str | None
-    leader: str | None
-    tied: tuple[str, ...]
-    reasons: tuple[str, ...]
-    undefined: tuple[str, ...]
-    rivals: pl.DataFrame
     S: int
     n_topics: int
     n_contenders: int
-    alpha: float
-    detectable: float
+    undefined: tuple[str, ...]
+    reasons: tuple[str, ...]
+    winner: str | None = None
+    leader: str | None = None
+    tied: tuple[str, ...] = ()
+    rivals: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=RIVALS))
+    detectable: float = float("nan")
 
 
-def false_winner_bound(n_contenders: int, alpha: float = ALPHA) -> float:
-    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two."""
-    return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * alpha / 2
+def false_winner_bound(n_contenders: int) -> float:
+    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two.
+
+    Each ordered pair passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1 of C (C - 1) pairs.
+    """
+    return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * ALPHA / 2
 
 
-def verdict(
-    scores: SeedScores,
-    unstable: Sequence[str] = (),
-    q_w: Float[np.ndarray, " C"] | None = None,
-    alpha: float = ALPHA,
-) -> Verdict:
+def verdict(scores: SeedScores, unstable: Sequence[str] = (), q_w: Float[np.ndarray, " C"] | None = None) -> Verdict:
     """Name a winner among the contenders (A-hypotheses of axis kind write or mixed), or say why there is none.
 
     unstable: candidates flagged by A-side stability; they cannot win, but must be beaten. q_w: Benjamini-Hochberg
-    adjusted p of R_w > 1 in the order of `scores`. `rivals` has columns rival, log_ratio (of joint, leader over rival,
-    natural log), t_lo, t_hi (over seeds), crossed_lo, crossed_hi (seeds and topics), told_apart; closest first. All
-    intervals are Bonferroni-corrected over the rivals. With one EVAL topic the crossed interval is undefined and only
-    seeds count. (docs/method.md section 7)
+    adjusted p of R_w > 1 in the order of `scores`. `rivals`, closest first: log_ratio of joint, leader over rival
+    (natural log), with its t interval over seeds and the crossed one over seeds and topics, both Bonferroni-corrected
+    over the rivals. With one EVAL topic the crossed interval is undefined and only seeds count.
     """
-    names, n = scores.candidates, scores.act.shape[3]
-    S = len(scores.seeds)
-    logs = log_values(scores)["joint"]
+    names, logs = scores.candidates, log_values(scores)["joint"]
     defined = ~np.isnan(logs).any(axis=0)
     pool = np.flatnonzero(scores.contenders & defined)
     undefined = tuple(names[c] for c in np.flatnonzero(scores.contenders & ~defined))
-    stable = [c for c in pool if names[c] not in set(unstable)]
+    setting = len(scores.seeds), scores.act.shape[3], len(pool), undefined
+    stable = [c for c in pool if names[c] not in unstable]
     if not stable:
         why = "every contender is unstable" if len(pool) else "no contender has a defined score"
-        empty = pl.DataFrame(schema=_RIVALS)
-        return Verdict(None, None, (), (why,), undefined, empty, S, n, len(pool), alpha, float("nan"))
+        return Verdict(*setting, (why,))
     leader = max(stable, key=lambda c: (logs[:, c].mean(), -c))
-    others = np.array([c for c in pool if c != leader], dtype=int)
-    level = 1 - alpha / max(len(others), 1)
+    others = pool[pool != leader]
+    level = 1 - ALPHA / max(len(others), 1)
     difference = logs[:, [leader]] - logs[:, others]
     influence = 0.5 * topic_influence(scores.act.mean(axis=2)[:, pool])
-    place = {c: k for k, c in enumerate(pool)}
-    spread = influence[[place[leader]]] - influence[[place[c] for c in others]]
-    t_lo, t_hi = t_interval(difference, level)
-    crossed_lo, crossed_hi = crossed_t_interval(difference, spread, level)
-    told = (t_lo > 0) & ((crossed_lo > 0) | np.isnan(crossed_lo))
-    rivals = pl.DataFrame(
-        {
-            "rival": [names[c] for c in others],
-            "log_ratio": difference.mean(axis=0),
-            "t_lo": t_lo,
-            "t_hi": t_hi,
-            "crossed_lo": crossed_lo,
-            "crossed_hi": crossed_hi,
-            "told_apart": told,
-        },
-        schema=_RIVALS,
-    ).sort("log_ratio", maintain_order=True)
-    reasons = _reasons(scores, names[leader], rivals, unstable, q_w, alpha, bool(np.ptp(logs[:, pool], axis=0).any()))
+    spread = influence[pool == leader] - influence[pool != leader]
+    t_ends, crossed_ends = t_interval(difference, level), crossed_t_interval(difference, spread, level)
+    told = (t_ends[0] > 0) & ((crossed_ends[0] > 0) | np.isnan(crossed_ends[0]))
+    columns = [[names[c] for c in others], difference.mean(axis=0), *t_ends, *crossed_ends, told]
+    rivals = pl.DataFrame(columns, RIVALS).sort("log_ratio", maintain_order=True)
+    copies = not np.ptp(logs[:, pool], axis=0).any()
+    reasons = _reasons(setting[0], copies, rivals, unstable, None if q_w is None else float(q_w[leader]))
     winner = None if reasons else names[leader]
     tied = () if winner else (names[leader], *rivals.filter(~pl.col("told_apart"))["rival"].to_list())
-    half = np.where(np.isnan(crossed_lo), t_hi - t_lo, crossed_hi - crossed_lo) / 2
+    half = np.where(np.isnan(crossed_ends[0]), np.diff(t_ends, axis=0), np.diff(crossed_ends, axis=0)) / 2
     with np.errstate(over="ignore"):
-        detectable = float(np.exp(np.median(half))) if len(half) else float("nan")
-    return Verdict(winner, names[leader], tied, reasons, undefined, rivals, S, n, len(pool), alpha, detectable)
+        detectable = float(np.exp(np.median(half))) if half.size else float("nan")
+    return Verdict(*setting, reasons, winner, names[leader], tied, rivals, detectable)
 
 
-_RIVALS = {"rival": pl.String, "log_ratio": pl.Float64, "t_lo": pl.Float64, "t_hi": pl.Float64}
-_RIVALS |= {"crossed_lo": pl.Float64, "crossed_hi": pl.Float64, "told_apart": pl.Boolean}
-
-
-def _reasons(
-    scores: SeedScores,
-    leader: str,
-    rivals: pl.DataFrame,
-    unstable: Sequence[str],
-    q_w: Float[np.ndarray, " C"] | None,
-    alpha: float,
-    seeds_differ: bool,
-) -> tuple[str, ...]:
+def _reasons(S: int, copies: bool, rivals: pl.DataFrame, unstable: Sequence[str], q: float | None) -> tuple[str, ...]:
     """Why the leader is not named; empty when it is."""
-    S, found = len(scores.seeds), []
+    found = []
     if S < 2:
         return ("one seed has no spread to compare with",)
-    if not seeds_differ:
+    if copies:
         return (f"the {S} seeds have identical scores: they are copies of one run",)
     if rivals.height == 0:
         found.append("there is no rival to compare with")
@@ -139,8 +109,6 @@ def _reasons(
         found.append(f"over {S} seeds the corrected t interval against {by_seed} of {rivals.height} rivals holds 0")
     if close.height > by_seed:
         found.append(f"against {close.height - by_seed} more it holds 0 once the draw of topics counts")
-    if q_w is not None:
-        q = float(q_w[scores.candidates.index(leader)])
-        if not q <= alpha:
-            found.append(f"its R_w > 1 is not significant (adjusted p = {q:.3g})")
+    if q is not None and not q <= ALPHA:
+        found.append(f"its R_w > 1 is not significant (adjusted p = {q:.3g})")
     return tuple(found)

@@ -1,9 +1,4 @@
-"""`v7b_conclusion.md`: what the tables over seeds say, every claim beside its chance level.
-
-The chance levels: a false winner at most `C / (C - 1) * .05 / 2`; tau and Spearman of unrelated orders have mean 0; S
-fair signs agree with probability `2^(1 - S)`; of k discoveries at rate q at most `q k` are expected to be false;
-unrelated subspaces overlap by `r / d`. (docs/method.md section 7)
-"""
+"""`v7b_conclusion.md`: what the tables over seeds say, every claim beside its chance level. (docs/method.md section 7)"""
 
 from collections.abc import Sequence
 
@@ -14,12 +9,8 @@ from scipy import stats
 from ws.stability.verdict import ALPHA, Verdict, false_winner_bound
 
 
-def _share(count: int, total: int) -> str:
-    return f"{count} of {total}"
-
-
 def _winner_lines(v: Verdict) -> list[str]:
-    bound = f"a false winner has probability at most {false_winner_bound(v.n_contenders, v.alpha):.3f} by chance"
+    bound = f"a false winner has probability at most {false_winner_bound(v.n_contenders):.3f} by chance"
     if v.winner:
         closest = v.rivals.row(0, named=True)
         return [
@@ -48,20 +39,18 @@ def _agreement_lines(summary: pl.DataFrame, ranks: pl.DataFrame, S: int) -> list
             f"{joint['top5_shared'].mean():.1f} (chance {joint['chance_top5_shared'].mean():.1f})."
         )
     ranked = summary.filter(pl.col("kind") == "A-hypothesis")
-    always = ranked.filter(pl.col("top5_count") == S)
     single = ranked["top5_chance"].fill_nan(None).max()  # seeds in the top 5 expected of any one candidate
     if single is not None:
-        named = ", ".join(always["candidate"].to_list()) or "none"
+        named = ", ".join(ranked.filter(pl.col("top5_count") == S)["candidate"]) or "none"
         expected = ranked["top5_chance"].is_not_nan().sum() * (single / S) ** S
         lines.append(f"In the top 5 on all {S} seeds: {named} (chance: {expected:.2f} candidates).")
-    above = {m: ranked.filter(pl.col(f"{m}_t_lo") > 1).height for m in ("R_act", "R_w")}
-    same = {m: ranked.filter(pl.col(f"{m}_sign_agree") == 1).height for m in ("R_act", "R_w")}
     for m in ("R_act", "R_w"):
-        total = int(ranked[f"{m}_geomean"].is_not_nan().sum())
+        total = ranked[f"{m}_geomean"].is_not_nan().sum()
+        same = (ranked[f"{m}_sign_agree"] == 1).sum()
         lines.append(
-            f"{m} lies on one side of 1 on every seed for {_share(same[m], total)} candidates (chance "
-            f"{total * 2.0 ** (1 - S):.1f}, were seeds fair coins); its t interval lies above 1 for {above[m]} (chance "
-            f"{0.025 * total:.1f}, uncorrected)."
+            f"{m} lies on one side of 1 on every seed for {same} of {total} candidates (chance "
+            f"{total * 2.0 ** (1 - S):.1f}, were seeds fair coins); its t interval lies above 1 for "
+            f"{ranked.filter(pl.col(f'{m}_t_lo') > 1).height} (chance {0.025 * total:.1f}, uncorrected)."
         )
     return lines
 
@@ -70,62 +59,56 @@ def _significance_lines(table: pl.DataFrame | None) -> list[str]:
     if table is None or table["p_R_w"].is_nan().all():
         return ["R_w > 1 was not tested against random subspaces."]
     tested = table.filter(pl.col("q_R_w").is_not_nan())
-    hits = tested.filter(pl.col("q_R_w") <= ALPHA)
-    raw = tested.filter(pl.col("p_R_w") <= ALPHA).height
+    hits, raw = (tested.filter(pl.col(column) <= ALPHA).height for column in ("q_R_w", "p_R_w"))
+    draws = table["n_draws"][0]
     return [
-        f"R_w > 1 against {table['n_draws'][0]:,} random subspaces: {_share(hits.height, tested.height)} candidates at "
-        f"a false discovery rate of {ALPHA:g} (Benjamini-Hochberg: at most {ALPHA * hits.height:.1f} of these by "
-        f"chance); {raw} at p <= {ALPHA:g} uncorrected (chance {ALPHA * tested.height:.1f}). Smallest possible p: "
-        f"{1 / (1 + table['n_draws'][0]):.1g}."
+        f"R_w > 1 against {draws:,} random subspaces: {hits} of {tested.height} candidates at a false discovery rate of "
+        f"{ALPHA:g} (Benjamini-Hochberg: at most {ALPHA * hits:.1f} of these by chance); {raw} at p <= {ALPHA:g} "
+        f"uncorrected (chance {ALPHA * tested.height:.1f}). Smallest possible p: {1 / (1 + draws):.1g}."
     ]
 
 
 def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list[str]:
     lines = []
     if table is not None:
-        for (name,), part in table.filter(pl.col("side") == "B").group_by("object", maintain_order=True):
-            kept = part.filter(pl.col("overlap").is_not_nan())
-            if kept.height:
-                lines.append(
-                    f"{name} between seeds: overlap {kept['overlap'].mean():.2f} (layers: {kept['overlap'].min():.2f} "
-                    f"to {kept['overlap'].max():.2f}), chance {kept['chance'].mean():.3f} +- "
-                    f"{kept['chance_sd'].mean():.3f}; smallest principal cosine {kept['smallest_cos'].mean():.2f}."
-                )
+        between = table.filter((pl.col("side") == "B") & pl.col("overlap").is_not_nan())
+        lines = [
+            f"{name} between seeds: overlap {part['overlap'].mean():.2f} (layers: {part['overlap'].min():.2f} to "
+            f"{part['overlap'].max():.2f}), chance {part['chance'].mean():.3f} +- {part['chance_sd'].mean():.3f}; "
+            f"smallest principal cosine {part['smallest_cos'].mean():.2f}."
+            for (name,), part in between.group_by("object", maintain_order=True)
+        ]
     flagged = ", ".join(unstable) or "none"
-    lines.append(f"Flagged unstable (energy-weighted overlap between halves of the data under 0.5): {flagged}.")
-    return lines
+    return [*lines, f"Flagged unstable (energy-weighted overlap between halves of the data under 0.5): {flagged}."]
 
 
 def _null_diff_line(summary: pl.DataFrame) -> str:
     known = summary.filter((pl.col("kind") == "A-hypothesis") & pl.col("R_w_vs_null_diff").is_not_nan())
-    if known.height == 0:
+    n = known.height
+    if n == 0:
         return "The null diff (shuffled labels) was not scored: no score is compared with training noise."
-    act = known.filter(pl.col("R_act_vs_null_diff") > 1).height
-    w = known.filter(pl.col("R_w_vs_null_diff") > 1).height
+    act, w = (known.filter(pl.col(f"{m}_vs_null_diff") > 1).height for m in ("R_act", "R_w"))
     return (
-        f"Above the null diff's score (same training, shuffled labels; chance level 1): R_act for "
-        f"{_share(act, known.height)}, R_w for {_share(w, known.height)} candidates (chance {known.height / 2:g} each; "
-        "the null diff is one run, so this has no interval)."
+        f"Above the null diff's score (same training, shuffled labels; chance level 1): R_act for {act} of {n}, R_w for "
+        f"{w} of {n} candidates (chance {n / 2:g} each; the null diff is one run, so this has no interval)."
     )
 
 
 def _limits(v: Verdict) -> list[str]:
     if v.S < 2:
         return ["One seed: no statement about other seeds is possible."]
-    rivals = max(v.n_contenders - 1, 1)
-    t = stats.t.ppf(1 - v.alpha / (2 * rivals), v.S - 1)
+    rivals, coins = max(v.n_contenders - 1, 1), 2.0 ** (1 - v.S)
+    single, corrected = stats.t.ppf([0.975, 1 - ALPHA / (2 * rivals)], v.S - 1)
     lines = [
-        f"{v.S} seeds give t intervals with {v.S - 1} degrees of freedom (factor {stats.t.ppf(0.975, v.S - 1):.2f} for "
-        f"one comparison, {t:.1f} after the correction for {rivals} rivals).",
+        f"{v.S} seeds give t intervals with {v.S - 1} degrees of freedom (factor {single:.2f} for one comparison, "
+        f"{corrected:.1f} after the correction for {rivals} rivals).",
         f"The median rival had to differ by a factor of {v.detectable:.2f} in joint score to be told apart; smaller "
         "differences may exist and this run cannot show them.",
-        f"If every seed agrees in sign, a fair coin would do so with probability {2.0 ** (1 - v.S):.3g}: signs alone "
-        + ("prove nothing here." if 2.0 ** (1 - v.S) > v.alpha else "carry some weight."),
+        f"If every seed agrees in sign, a fair coin would do so with probability {coins:.3g}: signs alone "
+        + ("prove nothing here." if coins > ALPHA else "carry some weight."),
     ]
     if v.S < 5:
-        lines.append(
-            "Percentile bootstrap intervals are too narrow with so few seeds; read the t interval beside them."
-        )
+        lines += ["Percentile bootstrap intervals are too narrow with so few seeds; read the t interval beside them."]
     if v.n_topics < 2:
         lines.append("One EVAL topic: nothing can be said about other topics.")
     else:
