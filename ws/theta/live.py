@@ -26,17 +26,16 @@ def check_plain_logits(model: nn.Module) -> nn.Module:
     module = model.get_output_embeddings()
     if module is None:
         raise ValueError(f"{name}: no unembedding (output embeddings); theta heads need a causal LM")
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        raise ValueError(
-            f"{name}: it caps its logits (final_logit_softcapping = {cap}); theta heads need plain logits W h + b"
-        )
-    for field in ("logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"{name}: it rescales its logits ({field} = {getattr(config, field)}); theta heads need W h + b"
-            )
+    config = model.config.get_text_config()
+    for field, plain in {
+        "final_logit_softcapping": (None,),
+        "logit_scale": (None, 1),
+        "logits_scaling": (None, 1),
+    }.items():
+        value = getattr(config, field, None)
+        if value not in plain:
+            does = "caps" if "cap" in field else "rescales"
+            raise ValueError(f"{name}: it {does} its logits ({field} = {value}); theta heads need plain logits W h + b")
     return module
 
 
