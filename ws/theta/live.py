@@ -27,14 +27,9 @@ def check_plain_logits(model: nn.Module) -> nn.Module:
     if module is None:
         raise ValueError(f"{name}: no unembedding (output embeddings); theta heads need a causal LM")
     config = model.config.get_text_config()
-    for field, plain in {
-        "final_logit_softcapping": (None,),
-        "logit_scale": (None, 1),
-        "logits_scaling": (None, 1),
-    }.items():
+    for does, field in ("caps", "final_logit_softcapping"), ("rescales", "logit_scale"), ("rescales", "logits_scaling"):
         value = getattr(config, field, None)
-        if value not in plain:
-            does = "caps" if "cap" in field else "rescales"
+        if value is not None and not (does == "rescales" and value == 1):
             raise ValueError(f"{name}: it {does} its logits ({field} = {value}); theta heads need plain logits W h + b")
     return module
 
