@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ws.theta.fit import FitConfig, fit_adam, make_problem, record_base  # noqa: E402
@@ -70,7 +71,8 @@ def memory_only(tokens: int) -> None:
     problem = make_problem(record_base(h, y, W, max_mb=0), cvh(d, D), W)
     private_before = private_mb()
     most = [private_before]
-    fit_adam(problem, FitConfig(steps=3), on_step=lambda _: most.append(private_mb()))
+    register_optimizer_step_post_hook(lambda *_: most.append(private_mb()))
+    fit_adam(problem, FitConfig(steps=3))
     print(f"{max(most) - private_before:.0f}")
 
 
@@ -101,7 +103,9 @@ def main() -> None:
     problem = make_problem(base, head, W)
     once = time.perf_counter() - start
     marks = [time.perf_counter()]
-    ours = fit_adam(problem, FitConfig(steps=args.repeats), on_step=lambda _: marks.append(time.perf_counter()))[0]
+    hook = register_optimizer_step_post_hook(lambda *_: marks.append(time.perf_counter()))
+    ours = fit_adam(problem, FitConfig(steps=args.repeats))[0]
+    hook.remove()
     ours_times = [b - a for a, b in zip(marks, marks[1:], strict=False)]
     print(f"this project : {statistics.median(ours_times):6.3f} s per step, once {once:.2f} s, peak {peak_mb():.0f} MB")
     theirs, theirs_times = textbook(h, y, W, head, cfg, args.repeats)

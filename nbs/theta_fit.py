@@ -60,6 +60,7 @@ from pathlib import Path
 import polars as pl
 from IPython.display import HTML, Markdown, display
 
+from ws.cache.files import write_text
 from ws.cache.names import model_folder, model_slug
 from ws.model.lm import load_lm
 from ws.show import notebook
@@ -68,9 +69,10 @@ from ws.show.tables import as_text, write_table
 from ws.theta import compare, report, verdict
 from ws.theta import figures as draw
 from ws.theta.fit import FitConfig
-from ws.theta.fitted import SOLVERS, fit_heads
+from ws.theta.fitted import SOLVERS, ThetaFits
 from ws.theta.heads import all_heads
 from ws.theta.states import joint_base, load_users, record_users
+from ws.theta.users import fit_users
 
 folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "theta_fit"
 log = notebook.start_log("theta_fit", folder)
@@ -86,9 +88,8 @@ W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
 # with `MASK_PROMPT = False`).
 
 # %%
-train, rest = record_users(
-    lm, texts, float(HELDOUT), MASK_PROMPT, MAX_LENGTH, BATCH_SIZE, folder / "states.safetensors"
-)
+record = dict(mask_prompt=MASK_PROMPT, max_length=MAX_LENGTH, batch=BATCH_SIZE, path=folder / "states.safetensors")
+train, rest = record_users(lm, texts, float(HELDOUT), **record)
 heldout = compare.make_heldout(rest, W, bias)
 users, heads = list(texts), all_heads(W, THETA_DIM, float(ALPHA), SEED)
 display(HTML(as_text(report.user_table(texts, train, rest, heldout), style="html")))
@@ -116,8 +117,9 @@ display(HTML(as_text(report.scale_table(heads, rescaled, kappa), style="html")))
 # Newton's method finds it exactly, once over all theta and once within the norm clip. One file per user and head.
 
 # %%
-default = fit_heads(train, heads, heldout, cfg, folder)
-matched = fit_heads(train, compare.distinct_functions(rescaled), heldout, cfg, folder / "matched", "matched")
+default = ThetaFits(fit_users(train, heads, W, bias, cfg, folder), heads, heldout, cfg, "default")
+rescaled = compare.distinct_functions(rescaled)
+matched = ThetaFits(fit_users(train, rescaled, W, bias, cfg, folder / "matched"), rescaled, heldout, cfg, "matched")
 summary = pl.concat([default.summary, matched.summary], how="vertical_relaxed")
 write_table(summary, folder / "theta_summary.tsv")
 display(HTML(as_text(report.adam_against_optimum(summary), style="html")))
@@ -222,6 +224,6 @@ display(HTML(as_text(samples, style="html")))
 # %%
 text_gains = {s: matched.text_gains(s) for s in SOLVERS}
 said = verdict.verdict(heldout, text_gains, control, diagonal, BOOT, SEED)
-verdict.write_conclusion(said, folder / "theta_conclusion.md")
+write_text(folder / "theta_conclusion.md", f"# Theta fit\n\n{said}\n")
 log.info("done: %s", folder)
 display(Markdown(said))

@@ -68,7 +68,7 @@ def test_equals_the_reference(lm, texts, parity_folder, tmp_path, final_norm):
         (parity_folder / "delta_svd" / f"expected_final_norm_{str(final_norm).lower()}.json").read_text()
     )
     run = run_of(lm, texts, final_norm=final_norm)
-    report.save_run(run, tmp_path)
+    run.save(tmp_path)
     result = json.loads((tmp_path / "delta_svd.json").read_text())
 
     cos = reference.pop("abs_top1_cos_adjacent")
@@ -136,7 +136,7 @@ def test_a_block_that_adds_nothing_has_zeros_and_no_nan(tokenizer, tmp_path):
     still = run.layers[1]
     assert (still.frob, still.eff_rank, still.top1_frac, still.rel_step_mean) == (0, 0, 0, 0)
     assert not still.directions.any()
-    report.save_run(run, tmp_path)
+    run.save(tmp_path)
     assert "NaN" not in (tmp_path / "delta_svd.json").read_text()
 
 
@@ -560,12 +560,12 @@ def test_stream_tokens_know_their_passage(tokenizer):
 @pytest.fixture(scope="module")
 def folder(lm, texts, tmp_path_factory):
     target = tmp_path_factory.mktemp("delta") / "first"
-    report.save_run(run_of(lm, texts, boot=20), target)
+    run_of(lm, texts, boot=20).save(target)
     return target
 
 
 def test_two_runs_write_the_same_bytes(lm, texts, folder, tmp_path):
-    report.save_run(run_of(lm, texts, boot=20), tmp_path)
+    run_of(lm, texts, boot=20).save(tmp_path)
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(p.name for p in tmp_path.iterdir())
     assert len(names) == 8
@@ -578,7 +578,7 @@ def test_a_run_reads_a_file_and_tells_what_it_writes(lm, texts, parity_folder, t
     assert torch.equal(run.directions, run_of(lm, texts).directions)
     assert run_of(lm, None, max_length=40).n_calib_tokens == 40  # the shipped passages
     folder = run.save(tmp_path / "run")
-    assert run.table().equals(report.layer_table(run)) and len(run.table()) == len(run.layers)
+    assert len(run.table()) == len(run.layers)
     assert (folder / "delta_svd_conclusion.md").read_text() == run.conclusion()
     assert [p.name for p in run.phases] == list(json.loads((folder / "delta_svd.json").read_text())["phases"])
 
@@ -589,9 +589,9 @@ def test_directions_and_tables_on_disk(folder):
     assert torch.allclose(directions @ directions.transpose(1, 2), torch.eye(8).expand(6, 8, 8), atol=1e-5)
     with safe_open(folder / "delta_svd.safetensors", "pt") as handle:
         assert "about" in handle.metadata()
-    saved = report.read_folder(folder)
-    assert saved.layers["eff_rank"].to_list() == pytest.approx([e["eff_rank"] for e in saved.result["per_layer"]])
-    assert (saved.layers["eff_rank_low"] <= saved.layers["eff_rank"]).all()
+    result, layers = report.read_folder(folder)
+    assert layers["eff_rank"].to_list() == pytest.approx([e["eff_rank"] for e in result["per_layer"]])
+    assert (layers["eff_rank_low"] <= layers["eff_rank"]).all()
     assert (folder / "delta_svd_conclusion.md").read_text().count("chance") >= 3
 
 
@@ -604,14 +604,14 @@ def test_a_failed_write_leaves_the_old_result(lm, texts, folder, tmp_path, monke
 
     monkeypatch.setattr(report, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
-        report.save_run(run_of(lm, texts[:5]), tmp_path / "copy")
+        run_of(lm, texts[:5]).save(tmp_path / "copy")
     assert (tmp_path / "copy" / "delta_svd.safetensors").read_bytes() == before
     assert not list((tmp_path / "copy").glob(".tmp-*"))
 
 
 def test_comparison(folder, model_folder, tmp_path):
     other = load_lm(str(model_folder("llama", layers=3)), "float32", "cpu")
-    report.save_run(run_of(other, TEXTS), tmp_path / "other")
+    run_of(other, TEXTS).save(tmp_path / "other")
     table = report.compare([folder, tmp_path / "other"])
     assert table.height == 9
     assert table["depth"].to_list()[6:] == pytest.approx([0, 1 / 3, 2 / 3])

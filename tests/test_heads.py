@@ -35,7 +35,7 @@ def test_seeded_bases_equal_the_stated_draw(reference):
 @pytest.mark.parametrize("key,make", [
     ("cvh_out", lambda W: H.cvh(48, 8)),
     ("uncond_out", lambda W: H.unconditional(48, 8)),
-    ("svd_cvh_out", lambda W: H.svd_cvh(W, 8)),
+    ("svd_cvh_out", lambda W: H.all_heads(W, 8)["svd_cvh"]),
 ])  # fmt: skip
 def test_outputs_equal_the_reference(reference, key, make):
     out = make(reference["lm_head_weight"]).apply(reference["h0"], reference["theta_probe"])
@@ -126,15 +126,13 @@ def test_svd_basis_equals_the_full_svd_and_follows_the_sign_convention():
         @ torch.diag(torch.linspace(3, 0.5, 32))
         @ torch.linalg.qr(torch.randn(32, 32, generator=gen))[0]
     )
-    V, S = H.svd_basis(W, 6)
-    _, S_full, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    assert torch.allclose(S.double(), S_full[:6], rtol=1e-5)
+    V = H.svd_basis(W, 6)
+    _, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     assert ((V.double() * Vh[:6].T).sum(0).abs() - 1).abs().max() < 1e-6
     top = V.gather(0, V.abs().argmax(0, keepdim=True))
     assert (top > 0).all()
-    assert torch.equal(H.svd_cvh(W, 6).singular_values, S) and torch.allclose(
-        H.lm_head_from_svd(W, 6).C.norm(dim=0), S, rtol=1e-4
-    )
+    update = H.all_heads(W, 6)["lm_head_svd"]
+    assert torch.allclose(update.C.norm(dim=0).double(), S[:6], rtol=1e-4) and torch.equal(update.A, V.T)
     with pytest.raises(ValueError, match="D = 33 .* width 32"):
         H.svd_basis(W, 33)
 

@@ -120,7 +120,7 @@ def test_only_what_makes_a_thing_makes_it_anew(package, kinds, kind):
     for module in ("train/lora.py", "train/pairs.py", "model/generate.py", "theta/states.py", "theta/fit.py"):
         package(module, "\nimport ", "\n# a remark\n\nimport ")
     package("theta/figures.py", "figsize=(13, 3.8)", "figsize=(12, 3.8)")
-    package("theta/verdict.py", "It beats each", "It wins against each")
+    package("theta/verdict.py", "beats each of", "wins against each of")
     package("train/difference.py", "How w came about", "What w came from")
     package("theta/states.py", "A user's training texts", "The training texts of a user")
     assert kinds[kind]() == again

@@ -1,6 +1,7 @@
 """Theta fit: reference numbers, the gradient, the optimum, a planted theta, and what the recording leaves out."""
 
 import json
+import tempfile
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_at_theta_zero_kl_and_its_gradient_are_zero():
 
 
 def test_blocks_large_exponents_and_a_base_on_disk_give_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     h, y, W, b, head = small()
     theta = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
     cfg = T.FitConfig()
@@ -108,7 +110,7 @@ def test_blocks_large_exponents_and_a_base_on_disk_give_the_same(monkeypatch, tm
     monkeypatch.setattr(T, "TOKENS", 7)
     monkeypatch.setattr(T, "WORDS", 13)
     monkeypatch.setattr(T, "SAFE_EXPONENT", 0.0)  # always the running maximum
-    base = T.record_base(h, y, W, b, max_mb=0, scratch=tmp_path)
+    base = T.record_base(h, y, W, b, max_mb=0)
     assert not list(tmp_path.iterdir())  # the file has no name: nothing is left behind
     got = T.evaluate(T.make_problem(base, head, W), theta, cfg)
     for name in ("loss", "ce", "kl", "grad"):

@@ -175,9 +175,10 @@ def test_the_front_door_fits_users_of_ones_own(parity_folder, tmp_path, counted)
         fit_theta(lm, {**texts, "bob": texts["bob"][:1]}, **options)
 
 
-def test_groups_of_users_change_nothing(planted, fitted, tmp_path):
+def test_groups_of_users_change_nothing(planted, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(users, "BASE_MB", 0)
     W, heads, train, _, cfg, *_ = planted
-    alone = fit_users(train, {"cvh": heads["cvh"]}, W, None, cfg, tmp_path, max_mb=0, progress=False)
+    alone = fit_users(train, {"cvh": heads["cvh"]}, W, None, cfg, tmp_path, progress=False)
     _, together, _ = fitted
     for user in USERS:
         assert torch.allclose(alone[user, "cvh"].theta(), together[user, "cvh"].theta(), atol=1e-5)
@@ -198,8 +199,8 @@ def test_users_that_would_share_a_file_and_foreign_files_are_refused(planted, tm
 def test_held_out_scores_equal_a_problem_per_user(planted, found):
     W, heads, _, rest, cfg, heldout = planted
     thetas = found.stacked("cvh")
-    cross = compare.by_user(heldout, compare.score_thetas(heldout, heads["cvh"], thetas, cfg).ce)
-    own = compare.by_user(heldout, compare.score_own(heldout, heads["cvh"], thetas, cfg).ce[0])
+    cross = compare.by_user(heldout, compare.score(heldout, heads["cvh"], thetas[:, None].expand(-1, 9, -1), cfg)[0])
+    own = compare.by_user(heldout, found.own_scores("cvh")[0])
     assert torch.allclose(own, cross.diagonal(), atol=1e-6)
     for j, user in enumerate(USERS):
         problem = make_problem(record_base(rest[user].h, rest[user].y, W), heads["cvh"], W)
@@ -262,8 +263,8 @@ def test_thetas_of_no_user_are_not_called_real(planted):
     noise = {u: replace(s, y=torch.randint(V, s.y.shape, generator=gen)) for u, s in train.items()}
     problem = make_problem(*[joint_base(list(noise.values()), W, None)[0]], heads["unconditional"], W)
     assert problem.users == 1
-    own = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 1, 7)[0]
-    permuted = compare.permuted_thetas(noise, heads["unconditional"], W, None, cfg, 19, 0)
+    own = compare.permuted_thetas(noise, heads["unconditional"], heldout, cfg, 1, 7)[0]
+    permuted = compare.permuted_thetas(noise, heads["unconditional"], heldout, cfg, 19, 0)
     gains = verdict.control_gains(heldout, heads["unconditional"], cfg, own, permuted)
     row = verdict.control_table(heldout, {"unconditional": gains}, 200, 0).row(0, named=True)
     assert row["own_gain"] < 0 and row["p"] > 0.05

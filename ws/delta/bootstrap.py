@@ -7,7 +7,7 @@ the full result back exactly), and its participation ratio `tr(A_w)^2 / tr(A_w^2
 logarithm carries the entropy from draw to draw. (docs/method.md section 9)
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ SKETCH = 128  # directions followed one by one
 PROBES = 16  # random vectors that estimate tr(A_p A_q)
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Both ends of a 95 % interval; NaN where there is none."""
 
     low: float
@@ -31,8 +30,7 @@ class Interval:
 UNKNOWN = Interval(float("nan"), float("nan"))
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """What the bootstrap needs of P groups of passages, float64 on the CPU; sums over batches are sums of the fields.
 
     grams `(P, m, m)`: `(delta_p Q)^T (delta_p Q)`. energy `(P,)`: `|delta_p|_F^2`. images `(P, d, s)`: `A_p z` for s
@@ -44,7 +42,7 @@ class Parts:
     images: Float[Tensor, "P d s"]
 
     def plus(self, other: "Parts") -> "Parts":
-        return Parts(self.grams + other.grams, self.energy + other.energy, self.images + other.images)
+        return Parts(*map(torch.add, self, other))
 
 
 def sketch_basis(delta: Float[Tensor, "N d"], size: int = SKETCH) -> Float[Tensor, "d m"]:
@@ -75,8 +73,7 @@ def group_parts(
         mine = coordinates[rows].double()
         grams.append((mine.T @ mine).cpu())
         images.append(_outside(delta[rows].T @ seen[rows], basis).double().cpu())
-    energy = torch.zeros(count, dtype=torch.float64)
-    energy.index_add_(0, group.cpu(), delta.double().square().sum(dim=1).cpu())
+    energy = torch.bincount(group.cpu(), weights=delta.double().square().sum(dim=1).cpu(), minlength=count)
     return Parts(torch.stack(grams), energy, torch.stack(images))
 
 
@@ -101,12 +98,9 @@ def bootstrap(full: Spectrum, parts: Parts, weights: Float[np.ndarray, "b P"]) -
         return UNKNOWN, UNKNOWN
     everything = np.concatenate([np.ones((1, groups)), weights])
     total = np.maximum(everything @ parts.energy.numpy(), 1e-300)
-    shares = np.concatenate(
-        [
-            np.linalg.eigvalsh(torch.einsum("bp,pij->bij", torch.from_numpy(chunk), parts.grams).numpy())[:, ::-1]
-            for chunk in np.array_split(everything, max(1, len(everything) // 32))
-        ]
-    )
+    chunks = torch.from_numpy(everything).tensor_split(max(1, len(everything) // 32))
+    grams = (torch.einsum("bp,pij->bij", chunk, parts.grams).numpy() for chunk in chunks)
+    shares = np.concatenate([np.linalg.eigvalsh(gram)[:, ::-1] for gram in grams])
     shares = np.maximum(shares, 0.0) / total[:, None]
     rest = np.clip(1.0 - shares.sum(axis=1), 0.0, 1.0)
     nats = entropy(shares)
@@ -118,8 +112,8 @@ def bootstrap(full: Spectrum, parts: Parts, weights: Float[np.ndarray, "b P"]) -
         rest_nats = -rest * np.log(np.maximum(rest, 1e-300))
         shape = (target - nats[0] - rest_nats[0]) / rest[0]
         nats = nats + rest_nats + rest * (shape + width - width[0])
-    low, high = np.quantile(nats[1:] - nats[1:].mean(), [0.025, 0.975])
-    rank = Interval(float(np.exp(target + low)), float(np.exp(target + high)))
-    low, high = np.quantile(shares[1:, 0] - shares[1:, 0].mean(), [0.025, 0.975])
-    here = float(full.shares[0])
-    return rank, Interval(max(0.0, here + float(low)), min(1.0, here + float(high)))
+    rank, top = (
+        here + np.quantile(draws - draws.mean(), [0.025, 0.975])
+        for here, draws in ((target, nats[1:]), (full.shares[0], shares[1:, 0]))
+    )
+    return Interval(*np.exp(rank).tolist()), Interval(*top.clip(0.0, 1.0).tolist())

@@ -5,7 +5,7 @@ passage.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,23 +75,21 @@ class Sequence:
 
 
 def as_stream(tokenizer, texts: list[str], max_length: int) -> list[Sequence]:
-    """All texts joined by blank lines as one sequence of at most `max_length` tokens.
+    """All texts joined by blank lines as one sequence of at most `max_length` tokens, special tokens by default.
 
-    A blank line belongs to the text before it. Special tokens are the tokenizer's default. A tokenizer without
-    character offsets gets its passage borders from the token counts of the texts' prefixes. (docs/method.md section
-    9)
+    A blank line belongs to the text before it. Without character offsets, passage borders come from the token counts of
+    the texts' prefixes. (docs/method.md section 9)
     """
     joined = SEPARATOR.join(texts)
     if tokenizer.is_fast:
-        starts = np.cumsum([0] + [len(text) + len(SEPARATOR) for text in texts])[:-1]
+        ends = np.cumsum([len(text) + len(SEPARATOR) for text in texts])
         encoded = tokenizer(joined, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        first_char = [start for start, _ in encoded["offset_mapping"]]
-        passage = np.searchsorted(starts, first_char, side="right") - 1
+        ids, place = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
     else:
         ids = tokenizer(joined)["input_ids"]
         ends = [len(tokenizer(SEPARATOR.join(texts[: i + 1]) + SEPARATOR)["input_ids"]) for i in range(len(texts))]
-        passage = np.searchsorted(ends, np.arange(len(ids)), side="right").clip(max=len(texts) - 1)
+        place = np.arange(len(ids))
+    passage = np.searchsorted(ends, place, side="right").clip(max=len(texts) - 1)
     return [_sequence(ids, passage, max_length)]
 
 
@@ -102,22 +100,14 @@ def as_documents(tokenizer, texts: list[str], max_length: int) -> list[Sequence]
 
 
 def _sequence(ids: list[int], passage: np.ndarray, max_length: int) -> Sequence:
-    kept = torch.tensor(ids[:max_length], dtype=torch.long)
-    return Sequence(
-        kept, torch.from_numpy(np.asarray(passage[:max_length], dtype=np.int64)), max(0, len(ids) - max_length)
-    )
-
-
-def batched(sequences: list[Sequence], batch_size: int) -> list[list[Sequence]]:
-    """Sequences in their order, `batch_size` at a time."""
-    return [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    kept, passage = (torch.tensor(values[:max_length], dtype=torch.long) for values in (ids, passage))
+    return Sequence(kept, passage, max(0, len(ids) - max_length))
 
 
 def padded(batch: list[Sequence]) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n T"], Int[Tensor, "n T"]]:
     """Token ids, attention mask and passages `(n, T)` of a batch, padded on the right under a mask of 0."""
-    ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in batch], batch_first=True)
-    passage = torch.nn.utils.rnn.pad_sequence([s.passage for s in batch], batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(s.ids) for s in batch], batch_first=True)
+    rows = zip(*((s.ids, torch.ones_like(s.ids), s.passage) for s in batch), strict=True)
+    ids, mask, passage = (torch.nn.utils.rnn.pad_sequence(row, batch_first=True) for row in rows)
     return ids, mask, passage
 
 
@@ -133,12 +123,10 @@ def bootstrap_groups(
     total = sum(len(s.ids) for s in sequences)
     if len(present) < fewest:
         count = min(blocks, max(1, total // 4))
-        place = (torch.arange(total) * count) // total
-        pieces = place.split([len(s.ids) for s in sequences])
-        return [
-            Sequence(s.ids, p, s.cut) for s, p in zip(sequences, pieces, strict=True)
-        ], f"{count} contiguous runs of tokens"
-    unit = "passages" if len(present) <= most else f"groups of passages ({len(present)} passages)"
-    return [
-        Sequence(s.ids, torch.searchsorted(present, s.passage) % most, s.cut) for s in sequences
-    ], f"{min(len(present), most)} {unit}"
+        groups = ((torch.arange(total) * count) // total).split([len(s.ids) for s in sequences])
+        unit = f"{count} contiguous runs of tokens"
+    else:
+        groups = [torch.searchsorted(present, s.passage) % most for s in sequences]
+        many = f"{most} groups of passages ({len(present)} passages)"
+        unit = many if len(present) > most else f"{len(present)} passages"
+    return [replace(s, passage=group) for s, group in zip(sequences, groups, strict=True)], unit

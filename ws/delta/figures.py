@@ -16,20 +16,17 @@ def _axes(width: float = 9.0, height: float = 3.4) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _phase_bands(ax: Axes, n_layers: int) -> None:
+def _finished(figure: Figure, ax: Axes, n_layers: int, title: str | None = None) -> Figure:
+    """With bands of phases, and the legend beside the axes: inside them it would hide some layer's point."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False, title=title, title_fontsize=8)
+    named = dict(transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
     for name, first, last in bands(n_layers):
         ax.axvspan(first - 0.5, last + 0.5, color=BAND[name], alpha=0.13, linewidth=0)
-        ax.text(
-            (first + last) / 2, 1.01, name, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8
-        )
+        ax.text((first + last) / 2, 1.01, name, **named)
     ax.set_xlim(-0.5, n_layers - 0.5)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("layer")
-
-
-def _legend(ax: Axes, title: str | None = None) -> None:
-    """Beside the axes: inside them it would hide some layer's point."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False, title=title, title_fontsize=8)
+    return figure
 
 
 def _log_scale(ax: Axes) -> None:
@@ -41,9 +38,8 @@ def rel_step(layers: pl.DataFrame) -> Figure:
     """Mean relative step per layer, with one standard deviation over tokens."""
     figure, ax = _axes()
     x, mean, std = (layers[c].to_numpy() for c in ("L", "rel_step_mean", "rel_step_std"))
-    ax.fill_between(
-        x, np.maximum(mean - std, 0), mean + std, color=PALETTE[0], alpha=0.2, linewidth=0, label="±1 sd over tokens"
-    )
+    style = dict(color=PALETTE[0], alpha=0.2, linewidth=0, label="±1 sd over tokens")
+    ax.fill_between(x, np.maximum(mean - std, 0), mean + std, **style)
     ax.plot(x, mean, "o-", color=PALETTE[0], markersize=4, label="mean")
     ax.set_ylabel("relative step |delta| / |h|")
     if mean.max() > 10 * np.median(mean):  # a first block on small embeddings would flatten all the others
@@ -51,9 +47,7 @@ def rel_step(layers: pl.DataFrame) -> Figure:
         ax.set_ylim(bottom=mean[mean > 0].min() / 3)
     else:
         ax.set_ylim(bottom=0)
-    _legend(ax)
-    _phase_bands(ax, len(layers))
-    return figure
+    return _finished(figure, ax, len(layers))
 
 
 def eff_rank(layers: pl.DataFrame) -> Figure:
@@ -62,9 +56,7 @@ def eff_rank(layers: pl.DataFrame) -> Figure:
     _with_interval(ax, layers["L"].to_numpy(), layers, "eff_rank", PALETTE[1], "effective rank")
     _log_scale(ax)
     ax.set_ylabel("effective rank (directions)")
-    _legend(ax)
-    _phase_bands(ax, len(layers))
-    return figure
+    return _finished(figure, ax, len(layers))
 
 
 def _with_interval(ax: Axes, x: np.ndarray, table: pl.DataFrame, column: str, color: str, label: str) -> None:
@@ -85,9 +77,7 @@ def top_spectrum(layers: pl.DataFrame) -> Figure:
         ax.plot(layers["L"], share, "o-", color=str(shade), markersize=3, linewidth=1, label=f"s{i + 1}")
     _log_scale(ax)
     ax.set_ylabel("share of the energy")
-    _legend(ax, "singular value")
-    _phase_bands(ax, len(layers))
-    return figure
+    return _finished(figure, ax, len(layers), "singular value")
 
 
 def parallel(layers: pl.DataFrame, d: int) -> Figure:
@@ -99,9 +89,7 @@ def parallel(layers: pl.DataFrame, d: int) -> Figure:
     ax.plot(layers["L"], layers["parallel_frac"], "o-", color=PALETTE[2], markersize=4, label="mean |cos(delta, h)|")
     ax.plot(layers["L"], layers["cos_delta_h_mean"], "s-", color=PALETTE[3], markersize=4, label="mean cos(delta, h)")
     ax.set_ylabel("cosine of update and stream")
-    _legend(ax)
-    _phase_bands(ax, len(layers))
-    return figure
+    return _finished(figure, ax, len(layers))
 
 
 def cos_heatmap(cos: np.ndarray, d: int) -> Figure:
@@ -137,9 +125,7 @@ def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: 
     ax.plot(captures["layer"], captures["left_out"], "s", color=PALETTE[1], markersize=5, label="left out")
     ax.set_ylim(0, 1.02)
     ax.set_ylabel("share of top-1 direction in\nthe phase's rank-8 space")
-    _legend(ax)
-    _phase_bands(ax, n_layers)
-    return figure
+    return _finished(figure, ax, n_layers)
 
 
 def comparison(table: pl.DataFrame) -> Figure:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ws.delta.bootstrap import SKETCH, UNKNOWN, Interval, Parts, bootstrap, bootstrap_weights, group_parts, sketch_basis
-from ws.delta.calibration import Sequence, as_documents, as_stream, batched, bootstrap_groups, load_calibration
+from ws.delta.calibration import Sequence, as_documents, as_stream, bootstrap_groups, load_calibration
 from ws.delta.phases import RANK, phase_of
 from ws.delta.reading import read_deltas
 from ws.delta.report import DeltaRun, LayerDelta
@@ -54,12 +54,8 @@ def layer_numbers(
         top_singvals=tuple(float(s) for s in found.singvals[:top_k]), eff_rank=eff_rank(shares),
         top1_frac=float(shares[:1].sum()), top3_frac=float(shares[:3].sum()), top10_frac=float(shares[:10].sum()),
         eff_rank_interval=intervals[0], top1_frac_interval=intervals[1],
-        directions=_filled(found.directions, max(top_k, RANK)),
+        directions=torch.nn.functional.pad(found.directions, (0, 0, 0, max(top_k, RANK) - len(found.directions))),
     )  # fmt: skip
-
-
-def _filled(directions: Float[Tensor, "j d"], k: int) -> Float[Tensor, "k d"]:
-    return torch.nn.functional.pad(directions, (0, 0, 0, k - len(directions)))
 
 
 def delta_svd(
@@ -107,8 +103,8 @@ def delta_svd(
         )
     grouped, unit = bootstrap_groups(sequences)
     weights = bootstrap_weights(int(torch.cat([s.passage for s in grouped]).max()) + 1, boot, seed)
-    measure = _stream if mode == "stream" else _documents
-    layers = measure(lm, batched(grouped, batch_size), final_norm, top_k, weights, progress)
+    batches = [grouped[i : i + batch_size] for i in range(0, len(grouped), batch_size)]
+    layers = (_stream if mode == "stream" else _documents)(lm, batches, final_norm, top_k, weights, progress)
     cut = [s.cut for s in sequences if s.cut]
     return DeltaRun(
         model=lm.name, hidden=lm.decoder.d, n_calib_tokens=tokens, n_sequences=len(sequences), n_cut_tokens=sum(cut),
@@ -146,44 +142,35 @@ def _stream(
 def _documents(
     lm: LM, batches: Batches, final_norm: bool, top_k: int, weights: Float[np.ndarray, "b P"], progress: bool
 ) -> list[LayerDelta]:
-    n_layers, d = lm.decoder.n_layers, lm.decoder.d
-    sums = np.zeros((n_layers, 2, 5))
-    counts = [0] * n_layers
+    n_layers, d, k = lm.decoder.n_layers, lm.decoder.d, max(top_k, RANK)
+    sums, counts = np.zeros((n_layers, 2, 5)), [0] * n_layers
     grams: dict[int, Tensor] = {}
     totals: dict[int, Tensor] = {}
-
-    def add(l: int, delta: Tensor, h: Tensor, group: Tensor) -> None:
-        if len(delta) == 0:
-            return
-        sums[l] += _both(token_numbers(delta, h))
-        counts[l] += len(delta)
-        if l not in grams:
-            grams[l] = torch.zeros(d, d, dtype=torch.float64, device=delta.device)
-            totals[l] = torch.zeros(d, dtype=torch.float64, device=delta.device)
-        grams[l] += right_gram(delta)
-        totals[l] += delta.double().sum(dim=0)
-
-    for batch in tqdm(batches, desc="delta SVD, batches", disable=not progress):
-        read_deltas(lm, batch, final_norm, add)
-
-    spectra, bases = [], []
-    k = max(top_k, RANK)
-    for l in tqdm(range(n_layers), desc="delta SVD, spectra", disable=not progress):
-        found = spectrum_of_gram(grams[l], totals[l], max(k, SKETCH) if len(weights) else k)
-        if len(weights):
-            bases.append(found.directions[:SKETCH].T.to(grams[l].device))
-        spectra.append(Spectrum(found.energy, found.directions[:k]))
-        del grams[l]
-
     parts: dict[int, Parts] = {}
+    spectra, bases, layers = [], [], []
+
+    def add(l: int, delta: Tensor, h: Tensor, _group: Tensor) -> None:
+        if len(delta):
+            sums[l] += _both(token_numbers(delta, h))
+            counts[l] += len(delta)
+            for sums_of, more in (grams, right_gram(delta)), (totals, delta.double().sum(dim=0)):
+                sums_of[l] = sums_of[l].add_(more) if l in sums_of else more
 
     def add_groups(l: int, delta: Tensor, _h: Tensor, group: Tensor) -> None:
         more = group_parts(delta, bases[l], group, weights.shape[1], bases[l].shape[1] < d)
         parts[l] = parts[l].plus(more) if l in parts else more
 
+    for batch in tqdm(batches, desc="delta SVD, batches", disable=not progress):
+        read_deltas(lm, batch, final_norm, add)
+
+    for l in tqdm(range(n_layers), desc="delta SVD, spectra", disable=not progress):
+        found = spectrum_of_gram(grams.pop(l), totals[l], max(k, SKETCH) if len(weights) else k)
+        if len(weights):
+            bases.append(found.directions[:SKETCH].T.to(totals[l].device))
+        spectra.append(Spectrum(found.energy, found.directions[:k]))
+
     for batch in tqdm(batches if bases else [], desc="delta SVD, intervals", disable=not progress):
         read_deltas(lm, batch, final_norm, add_groups)
-    layers = []
     for l in range(n_layers):
         intervals = bootstrap(spectra[l], parts[l], weights) if bases else (UNKNOWN, UNKNOWN)
         layers.append(layer_numbers(l, n_layers, sums[l], counts[l], spectra[l], top_k, intervals))

@@ -5,7 +5,7 @@ singular vectors of the phase's top-8 directions side by side. `v_l` itself went
 for a small phase; leaving layer l out of `B` makes it 8/d. (docs/method.md section 9)
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 RANK = 8
+NAN = float("nan")
 LAYERS_64 = {"A": range(7), "B": range(7, 10), "C": range(10, 32), "D": range(32, 47), "E": range(47, 59)}
 FRACTIONS = {"A": 0.11, "B": 0.15, "C": 0.5, "D": 0.75, "E": 0.92}
 PHASES = ("A", "B", "C", "D", "E", "tail")
@@ -51,8 +52,7 @@ def capture_of(vectors: Float[Tensor, "j d"], directions: Float[Tensor, "n k d"]
     return coordinates.square().sum(dim=1)
 
 
-@dataclass(frozen=True)
-class Capture:
+class Capture(NamedTuple):
     """Shared-subspace numbers of one layer of a phase: with itself in `B`, and left out of it."""
 
     layer: int
@@ -60,8 +60,7 @@ class Capture:
     left_out: float
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """One phase: its layers, mean |cos| inside (1 for a single layer) and to the outside (NaN without one), captures.
 
     `outside`: mean capture of the other phases' top-1 directions by this phase's `B`. `chance` / `chance_high`: mean
@@ -70,14 +69,14 @@ class Phase:
     """
 
     name: str
-    layers: tuple[int, ...]
-    intra: float
-    cross: float
+    layers: tuple[int, ...] = ()
+    intra: float = NAN
+    cross: float = NAN
     captures: tuple[Capture, ...] = ()
-    outside: float = float("nan")
-    chance: float = float("nan")
-    chance_high: float = float("nan")
-    left_out_high: float = float("nan")
+    outside: float = NAN
+    chance: float = NAN
+    chance_high: float = NAN
+    left_out_high: float = NAN
 
     @property
     def capture(self) -> float:
@@ -89,7 +88,7 @@ class Phase:
 
 
 def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+    return float(np.mean(values)) if len(values) else NAN
 
 
 def simulate_capture(d: int, n: int, draws: int = 50, seed: int = 0) -> Float[np.ndarray, "b n"]:
@@ -122,32 +121,22 @@ def phases(directions: Float[Tensor, "L k d"], seed: int = 0) -> list[Phase]:
     cos = top1_cos(directions).abs()
     found = []
     for name, layers in phase_layers(n_layers).items():
-        others = [l for l in range(n_layers) if l not in layers]
-        pairs = [float(cos[a, b]) for i, a in enumerate(layers) for b in layers[i + 1 :]]
-        intra = _mean(pairs) if pairs else 1.0
-        cross = float(cos[layers][:, others].mean()) if others else float("nan")
-        if len(layers) < 2:
-            found.append(Phase(name, tuple(layers), intra, cross))
-            continue
-        mine = directions[layers]
-        whole = capture_of(mine[:, 0], mine)
-        left = [
-            float(capture_of(mine[i : i + 1, 0], torch.cat([mine[:i], mine[i + 1 :]]))[0]) for i in range(len(layers))
-        ]
-        chance = simulate_capture(d, len(layers), seed=seed).mean(axis=1)
-        found.append(
-            Phase(
-                name,
-                tuple(layers),
-                intra,
-                cross,
-                tuple(Capture(l, float(c), f) for l, c, f in zip(layers, whole, left, strict=True)),
-                _mean(capture_of(directions[others, 0], mine).tolist()) if others else float("nan"),
-                float(chance.mean()),
-                float(np.quantile(chance, 0.95)),
-                left_out_quantile(d, len(layers), seed=seed),
+        others, n = [l for l in range(n_layers) if l not in layers], len(layers)
+        inside = cos[layers][:, layers][*torch.triu_indices(n, n, 1)]
+        cross = float(cos[layers][:, others].mean())  # NaN without others
+        phase = Phase(name, tuple(layers), _mean(inside.tolist() or [1.0]), cross)
+        if n > 1:
+            mine = directions[layers]
+            left = [float(capture_of(mine[i : i + 1, 0], torch.cat([mine[:i], mine[i + 1 :]]))[0]) for i in range(n)]
+            chance = simulate_capture(d, n, seed=seed).mean(axis=1)
+            phase = phase._replace(
+                captures=tuple(map(Capture, layers, capture_of(mine[:, 0], mine).tolist(), left)),
+                outside=_mean(capture_of(directions[others, 0], mine).tolist()),
+                chance=float(chance.mean()),
+                chance_high=float(np.quantile(chance, 0.95)),
+                left_out_high=left_out_quantile(d, n, seed=seed),
             )
-        )
+        found.append(phase)
     return found
 
 
@@ -159,19 +148,14 @@ def verdict(found: list[Phase], eff_ranks: list[float], d: int) -> dict[str, str
     supported*. Phase E is specialised: *supported* if its leave-one-out capture is within chance, *in part* if above
     chance but under phase C's, else *not supported*. A phase of fewer than two layers cannot be tested.
     """
-    by_name = {p.name: p for p in found}
-    c, e = by_name.get("C"), by_name.get("E")
+    by_name = {name: Phase(name) for name in PHASES} | {p.name: p for p in found}
+    c, e = by_name["C"], by_name["E"]
     return {"shared_C": _shared(c, eff_ranks, d), "specialised_E": _specialised(e, c, eff_ranks, d)}
 
 
-def _testable(phase: Phase | None) -> bool:
-    return phase is not None and len(phase.layers) >= 2
-
-
-def _untestable(name: str, phase: Phase | None) -> str:
-    count = 0 if phase is None else len(phase.layers)
-    layers = f"{count} layer{'' if count == 1 else 's'}"
-    return f"cannot be tested: phase {name} has {layers} in this model, and two are needed."
+def _untestable(phase: Phase) -> str:
+    layers = f"{len(phase.layers)} layer{'' if len(phase.layers) == 1 else 's'}"
+    return f"cannot be tested: phase {phase.name} has {layers} in this model, and two are needed."
 
 
 def _numbers(p: Phase, eff_ranks: list[float], d: int) -> str:
@@ -179,7 +163,7 @@ def _numbers(p: Phase, eff_ranks: list[float], d: int) -> str:
     beside = f" against {np.mean(rest):.1f} in the other layers" if rest else ""
     chance = f"chance {min(RANK, d) / d:.3f}, 95 % of chance under {p.left_out_high:.3f}"
     return (
-        f"Leave-one-out capture {p.left_out:.3f} ({chance});"
+        f"({len(p.layers)} layers). Leave-one-out capture {p.left_out:.3f} ({chance});"
         f" capture with the layer itself {p.capture:.3f} (simulated chance {p.chance:.3f});"
         f" |cos| of top-1 directions {p.intra:.3f} inside, {p.cross:.3f} to the other phases"
         f" (chance {expected_cos(d):.3f});"
@@ -187,46 +171,34 @@ def _numbers(p: Phase, eff_ranks: list[float], d: int) -> str:
     )
 
 
-def _shared(c: Phase | None, eff_ranks: list[float], d: int) -> str:
-    if not _testable(c):
-        return _untestable("C", c)
+def _shared(c: Phase, eff_ranks: list[float], d: int) -> str:
+    if len(c.layers) < 2:
+        return _untestable(c)
     if c.left_out <= c.left_out_high:
-        word, why = "not supported", "the layers' top directions lie in each other's space no more than random ones do"
-    elif c.left_out >= 0.5 and not c.outside >= c.left_out:
-        word, why = "supported", "most of a left-out layer's top direction lies in the space of the others"
-    elif c.left_out >= 0.5:
-        word, why = (
-            "supported in part",
-            "the space is shared, but it holds the layers outside the phase at least as well",
-        )
+        said = "not supported: the layers' top directions lie in each other's space no more than random ones do"
+    elif c.left_out < 0.5:
+        said = "supported in part: a common part above chance, under half of a left-out layer's top direction"
+    elif c.outside >= c.left_out:
+        said = "supported in part: the space is shared, but it holds the layers outside the phase at least as well"
     else:
-        word, why = "supported in part", "a common part above chance, under half of a left-out layer's top direction"
-    outside = (
-        ""
-        if np.isnan(c.outside)
-        else f" The phase's space holds {c.outside:.3f} of the outside layers' top directions."
-    )
-    return f"{word}: {why} ({len(c.layers)} layers). {_numbers(c, eff_ranks, d)}{outside}"
+        said = "supported: most of a left-out layer's top direction lies in the space of the others"
+    outside = f" The phase's space holds {c.outside:.3f} of the outside layers' top directions."
+    return f"{said} {_numbers(c, eff_ranks, d)}{'' if np.isnan(c.outside) else outside}"
 
 
-def _specialised(e: Phase | None, c: Phase | None, eff_ranks: list[float], d: int) -> str:
-    if not _testable(e):
-        return _untestable("E", e)
-    beside = f" Phase C's leave-one-out capture: {c.left_out:.3f}." if _testable(c) else ""
+def _specialised(e: Phase, c: Phase, eff_ranks: list[float], d: int) -> str:
+    if len(e.layers) < 2:
+        return _untestable(e)
+    lies = "a layer's top direction lies in the space of the others"
     if e.left_out <= e.left_out_high:
-        word, why = (
-            "supported",
-            "a layer's top direction lies in the space of the others no more than a random one does",
-        )
-    elif _testable(c) and e.left_out < c.left_out:
-        word, why = "supported in part", "above chance, yet less shared than phase C"
+        said = f"supported: {lies} no more than a random one does"
+    elif e.left_out < c.left_out:
+        said = "supported in part: above chance, yet less shared than phase C"
     else:
-        word, why = (
-            "not supported",
-            "a layer's top direction lies in the space of the others above chance"
-            + (", and no less so than in phase C" if _testable(c) else ""),
-        )
-    return f"{word}: {why} ({len(e.layers)} layers). {_numbers(e, eff_ranks, d)}{beside}"
+        said = f"not supported: {lies} above chance"
+        said += ", and no less so than in phase C" if c.captures else ""
+    beside = f" Phase C's leave-one-out capture: {c.left_out:.3f}." if c.captures else ""
+    return f"{said} {_numbers(e, eff_ranks, d)}{beside}"
 
 
 def bands(n_layers: int) -> list[tuple[str, int, int]]:

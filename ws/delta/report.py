@@ -16,20 +16,18 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ws.cache.files import atomic_file, write_json, write_text
 from ws.delta.bootstrap import Interval
 from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
 from ws.show.tables import read_table, write_table
 
-FIELDS = (
-    "L", "phase", "frob", "token_norm_mean", "token_norm_std", "h_norm_mean", "rel_step_mean", "rel_step_std",
-    "parallel_frac", "cos_delta_h_mean", "top_singvals", "eff_rank", "top1_frac", "top3_frac", "top10_frac",
-)  # fmt: skip
 SHOWN = [
     "L", "phase", "rel_step_mean", "h_norm_mean", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "top3_frac",
     "top10_frac", "parallel_frac", "cos_delta_h_mean",
 ]  # fmt: skip
+COMPARED = ["rel_step_mean", "rel_step_std", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "parallel_frac"]
 TITLES = {"shared_C": "Phase C shares one broad subspace", "specialised_E": "Phase E layers are specialised"}
 
 NULL_NOTE = (
@@ -62,6 +60,9 @@ class LayerDelta:
     directions: Float[Tensor, "k d"]
 
 
+FIELDS = [f.name for f in fields(LayerDelta)][:-3]  # of the JSON
+
+
 @dataclass(frozen=True)
 class DeltaRun:
     """All layers of one model, with what was read: token counts, passages, what was cut off, how the bootstrap drew."""
@@ -91,32 +92,47 @@ class DeltaRun:
         return phases(self.directions)
 
     def table(self) -> pl.DataFrame:
-        """A row per layer: its numbers, singular values as columns s1, s2, ..., 95 % bootstrap intervals."""
-        return layer_table(self)
+        """A row per layer: the fields of the JSON, singular values as columns s1, s2, ..., 95 % bootstrap intervals."""
+        rows = []
+        for layer in self.layers:
+            row = {name: getattr(layer, name) for name in FIELDS if name != "top_singvals"}
+            for name in ("eff_rank", "top1_frac"):
+                row |= {f"{name}_{end}": x for end, x in getattr(layer, f"{name}_interval")._asdict().items()}
+            rows.append(row | {f"s{i}": s for i, s in enumerate(layer.top_singvals, 1)})
+        return pl.DataFrame(rows)
 
     def conclusion(self) -> str:
-        """Markdown: both hypotheses about depth with their computed verdicts and chance levels."""
-        return conclusion(self)
+        """Markdown: both hypotheses about depth with their computed verdicts and chance levels, notes on this run."""
+        said = verdict(self.phases, [layer.eff_rank for layer in self.layers], self.hidden)
+        judged = [f"**{title}**: {said[key]}" for key, title in TITLES.items()]
+        notes = "\n".join(f"- {note}" for note in reading_notes(self))
+        return "\n\n".join([f"# Delta SVD of {self.model}", *judged, NULL_NOTE, notes]) + "\n"
 
     def save(self, folder: Path | str) -> Path:
-        """Write every result file into `folder`."""
-        return save_run(self, Path(folder))
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no NaN: what is undefined is null."""
-    return value if math.isfinite(value) else None
+        """Write every result file whole into `folder`; the JSON comes last: a folder with it is complete."""
+        folder = Path(folder)
+        # One metadata entry: the format's writer does not keep the order of several.
+        about = {"model": self.model, "rows": "unit right singular vectors, signs by docs/method.md section 9"}
+        singvals = [torch.tensor(layer.top_singvals) for layer in self.layers]
+        tensors = {"directions": self.directions.contiguous(), "top_singvals": pad_sequence(singvals, batch_first=True)}
+        with atomic_file(folder / "delta_svd.safetensors") as tmp:
+            save_file(tensors, tmp, metadata={"about": json.dumps(about)})
+        tables = {"per_layer": self.table(), "phases": phase_table(self), "capture": capture_table(self)}
+        for name, table in (tables | {"cos": cos_table(top1_cos(self.directions))}).items():
+            write_table(table, folder / f"delta_svd_{name}.tsv")
+        write_text(folder / "delta_svd_conclusion.md", self.conclusion())
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        write_json(folder / "delta_svd_run.json", settings | {"notes": reading_notes(self)})
+        write_json(folder / "delta_svd.json", result_json(self))
+        return folder
 
 
 def result_json(run: DeltaRun) -> dict:
-    """The named schema of docs/method.md section 9."""
-    per_layer = []
-    for layer in run.layers:
-        entry = {name: getattr(layer, name) for name in FIELDS}
-        per_layer.append(entry | {"top_singvals": list(layer.top_singvals)})
+    """The named schema of docs/method.md section 9; what is undefined (NaN) is null."""
     groups = {}
     for p in run.phases:
-        groups[p.name] = {"n": len(p.layers), "intra": _number(p.intra), "cross": _number(p.cross)}
+        means = {name: x if math.isfinite(x) else None for name, x in (("intra", p.intra), ("cross", p.cross))}
+        groups[p.name] = {"n": len(p.layers)} | means
         if p.captures:
             groups[p.name]["capture"] = {str(c.layer): c.capture for c in p.captures}
     return {
@@ -124,21 +140,10 @@ def result_json(run: DeltaRun) -> dict:
         "num_layers": len(run.layers),
         "hidden": run.hidden,
         "n_calib_tokens": run.n_calib_tokens,
-        "per_layer": per_layer,
+        "per_layer": [{name: getattr(layer, name) for name in FIELDS} for layer in run.layers],
         "top1_cos_adjacent": top1_cos(run.directions).diagonal(1).tolist(),
         "phases": groups,
     }
-
-
-def layer_table(run: DeltaRun) -> pl.DataFrame:
-    """A row per layer: the fields of the JSON, singular values as columns s1, s2, ..., 95 % bootstrap intervals."""
-    rows = []
-    for layer in run.layers:
-        row = {name: getattr(layer, name) for name in FIELDS if name != "top_singvals"}
-        row |= {"eff_rank_low": layer.eff_rank_interval.low, "eff_rank_high": layer.eff_rank_interval.high}
-        row |= {"top1_frac_low": layer.top1_frac_interval.low, "top1_frac_high": layer.top1_frac_interval.high}
-        rows.append(row | {f"s{i}": s for i, s in enumerate(layer.top_singvals, 1)})
-    return pl.DataFrame(rows)
 
 
 def phase_table(run: DeltaRun) -> pl.DataFrame:
@@ -159,12 +164,10 @@ def phase_table(run: DeltaRun) -> pl.DataFrame:
 
 def capture_table(run: DeltaRun) -> pl.DataFrame:
     """A row per layer of every phase with at least two: capture and leave-one-out capture, with chance levels."""
-    values = ("capture", "chance_capture", "left_out", "chance_left_out")
+    schema = dict.fromkeys(("capture", "chance_capture", "left_out", "chance_left_out"), pl.Float64)
     chance = min(RANK, run.hidden) / run.hidden
     rows = [(p.name, c.layer, c.capture, p.chance, c.left_out, chance) for p in run.phases for c in p.captures]
-    return pl.DataFrame(
-        rows, {"phase": pl.String, "layer": pl.Int64, **dict.fromkeys(values, pl.Float64)}, orient="row"
-    )
+    return pl.DataFrame(rows, {"phase": pl.String, "layer": pl.Int64} | schema, orient="row")
 
 
 def cos_table(cos: Float[Tensor, "L L"]) -> pl.DataFrame:
@@ -200,43 +203,11 @@ def setting(run: DeltaRun, n_texts: int) -> str:
     return "\n".join([size, *(f"- {note}" for note in reading_notes(run))])
 
 
-def conclusion(run: DeltaRun) -> str:
-    """Markdown: both hypotheses with their computed verdicts and chance levels, then the notes on this run."""
-    said = verdict(run.phases, [layer.eff_rank for layer in run.layers], run.hidden)
-    parts = [f"# Delta SVD of {run.model}", *(f"**{title}**: {said[key]}" for key, title in TITLES.items()), NULL_NOTE]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in reading_notes(run))]) + "\n"
+def read_folder(folder: str | Path) -> tuple[dict, pl.DataFrame]:
+    """The JSON and the per-layer table of a result folder.
 
-
-def save_run(run: DeltaRun, folder: Path) -> Path:
-    """Write every result file whole into `folder`; the JSON comes last, so that a folder with it is complete."""
-    with atomic_file(folder / "delta_svd.safetensors") as tmp:
-        # One metadata entry: the format's writer does not keep the order of several.
-        about = json.dumps(
-            {"model": run.model, "rows": "unit right singular vectors, signs by docs/method.md section 9"}
-        )
-        singvals = torch.nn.utils.rnn.pad_sequence([torch.tensor(l.top_singvals) for l in run.layers], batch_first=True)
-        save_file({"directions": run.directions.contiguous(), "top_singvals": singvals}, tmp, metadata={"about": about})
-    tables = {"per_layer": layer_table(run), "phases": phase_table(run), "capture": capture_table(run)}
-    for name, table in (tables | {"cos": cos_table(top1_cos(run.directions))}).items():
-        write_table(table, folder / f"delta_svd_{name}.tsv")
-    write_text(folder / "delta_svd_conclusion.md", conclusion(run))
-    settings = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "layers"}
-    write_json(folder / "delta_svd_run.json", settings | {"notes": reading_notes(run)})
-    write_json(folder / "delta_svd.json", result_json(run))
-    return folder
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A result folder read back: its name in comparisons, the JSON, the per-layer table."""
-
-    label: str
-    result: dict
-    layers: pl.DataFrame
-
-
-def read_folder(folder: str | Path) -> Saved:
-    """Read a result folder. Raises FileNotFoundError / ValueError naming the file that is missing or foreign."""
+    Raises FileNotFoundError / ValueError naming the file that is missing or foreign.
+    """
     folder = Path(folder).expanduser()
     path, table = folder / "delta_svd.json", folder / "delta_svd_per_layer.tsv"
     for file in (path, table):
@@ -249,7 +220,7 @@ def read_folder(folder: str | Path) -> Saved:
     lacks = [key for key in ("model", "num_layers", "per_layer") if not isinstance(result, dict) or key not in result]
     if lacks:
         raise ValueError(f"{path}: not a delta SVD result, it lacks {', '.join(lacks)}")
-    return Saved(result["model"], result, read_table(table))
+    return result, read_table(table)
 
 
 def compare(folders: list[str | Path]) -> pl.DataFrame:
@@ -265,21 +236,13 @@ def compare(folders: list[str | Path]) -> pl.DataFrame:
     if twice is not None:
         raise ValueError(f"{twice}: given twice")
     saved = [read_folder(path) for path in paths]
-    names = [s.label for s in saved]
-    labels = [
-        n if names.count(n) == 1 else f"{n} ({p.parent.name}/{p.name})" for n, p in zip(names, paths, strict=True)
-    ]
-    columns = [
-        "rel_step_mean", "rel_step_std", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "parallel_frac",
-    ]  # fmt: skip
-    parts = [
-        s.layers.select(
+    names, parts = [result["model"] for result, _ in saved], []
+    for path, name, (result, layers) in zip(paths, names, saved, strict=True):
+        label = name if names.count(name) == 1 else f"{name} ({path.parent.name}/{path.name})"
+        about = (
             pl.lit(label).alias("model"),
             pl.col("L").alias("layer"),
-            (pl.col("L") / s.result["num_layers"]).alias("depth"),
-            pl.col("phase"),
-            *(pl.col(c).cast(pl.Float64) for c in columns),
+            (pl.col("L") / result["num_layers"]).alias("depth"),
         )
-        for s, label in zip(saved, labels, strict=True)
-    ]
+        parts.append(layers.select(*about, "phase", pl.col(COMPARED).cast(pl.Float64)))
     return pl.concat(parts)

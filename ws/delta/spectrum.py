@@ -52,14 +52,14 @@ def spectrum(delta: Float[Tensor, "N d"], k: int) -> Spectrum:
         return spectrum_of_gram(right_gram(delta), delta.double().sum(dim=0), k)
     rows = delta.double()
     energy, left = eigen(_gram(rows), min(k, n))
-    return Spectrum(_clipped(energy), _directions(rows.T @ left, energy, rows.sum(dim=0)))
+    return Spectrum(energy, _directions(rows.T @ left, energy, rows.sum(dim=0)))
 
 
 def spectrum_of_gram(gram: Float[Tensor, "d d"], total: Float[Tensor, " d"], k: int) -> Spectrum:
     """Spectrum from an accumulated `delta^T delta` and the sum of the rows of `delta` (for the signs)."""
     energy, right = eigen(gram, min(k, gram.shape[0]))
-    singvals = torch.from_numpy(_clipped(energy)[: right.shape[1]] ** 0.5).to(right)
-    return Spectrum(_clipped(energy), _directions(right * singvals, energy, total))
+    singvals = torch.from_numpy(energy[: right.shape[1]] ** 0.5).to(right)
+    return Spectrum(energy, _directions(right * singvals, energy, total))
 
 
 def right_gram(delta: Float[Tensor, "N d"]) -> Float[Tensor, "d d"]:
@@ -77,15 +77,12 @@ def _gram(rows: Float[Tensor, "a b"]) -> Float[Tensor, "a a"]:
     return torch.from_numpy(np.tril(lower) + np.tril(lower, -1).T)
 
 
-def _clipped(energy: np.ndarray) -> np.ndarray:
-    return np.maximum(energy, 0.0)
-
-
 def _directions(scaled: Float[Tensor, "d k"], energy: np.ndarray, total: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
     """Unit rows out of `V S`, with fixed signs; a direction without energy is a row of zeros, not an arbitrary one."""
-    top = max(float(energy[0]), 0.0) if len(energy) else 0.0
     lengths = torch.linalg.vector_norm(scaled, dim=0)
-    real = lengths.square() > 1e-12 * top  # below that a float64 Gram of float32 rows holds rounding alone
+    real = lengths.square() > 1e-12 * energy.max(
+        initial=0.0
+    )  # below that a float64 Gram of float32 rows holds rounding alone
     unit = torch.where(real, scaled / lengths.clamp_min(1e-300), 0.0)
     return fix_signs(unit.T, total).float().cpu()
 
@@ -104,29 +101,27 @@ def fix_signs(directions: Float[Tensor, "k d"], total: Float[Tensor, " d"]) -> F
 
 
 def eigen(gram: Float[Tensor, "n n"], k: int) -> tuple[np.ndarray, Float[Tensor, "n k"]]:
-    """All eigenvalues (falling) and the top `k` eigenvectors of a symmetric float64 matrix, on its device.
+    """All eigenvalues (falling, none under 0) and the top `k` eigenvectors of a Gram in float64, on its device.
 
     On the CPU one reduction to tridiagonal form serves both (LAPACK sytrd, sterf, stemr). Elsewhere the eigenvalues
     come from the device's own solver and the vectors from block Krylov iteration: no full set of vectors is formed.
     """
     if gram.device.type != "cpu":
-        return torch.linalg.eigvalsh(gram).flip(0).cpu().numpy(), krylov_top(gram, k)
+        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).cpu().numpy(), krylov_top(gram, k)
     n = gram.shape[0]
     if n <= 64:
         values, vectors = np.linalg.eigh(gram.numpy())
-        return values[::-1].copy(), torch.from_numpy(vectors[:, ::-1][:, :k].copy())
+        return values[::-1].clip(min=0.0), torch.from_numpy(vectors[:, ::-1][:, :k].copy())
     work = int(sl.lapack.dsytrd_lwork(n, lower=1)[0])
     reflectors, diagonal, off, tau, info = sl.lapack.dsytrd(np.asfortranarray(gram.numpy()), lower=1, lwork=work)
     if info != 0 or not np.isfinite(diagonal).all():
         raise ValueError(f"the {n} x {n} Gram matrix is not finite")
-    values = sl.eigvalsh_tridiagonal(diagonal, off, lapack_driver="sterf")[::-1].copy()
+    values = sl.eigvalsh_tridiagonal(diagonal, off, lapack_driver="sterf")[::-1].clip(min=0.0)
     _, inner = sl.eigh_tridiagonal(diagonal, off, select="i", select_range=(n - k, n - 1))
     # Q of the reduction leaves the first coordinate alone; below it, its reflectors are stored like those of a QR.
     vectors = np.asfortranarray(inner[:, ::-1])
-    below, _, info = sl.lapack.dormqr(
-        "L", "N", reflectors[1:, : n - 1], tau, np.asfortranarray(vectors[1:]), lwork=64 * n
-    )
-    vectors[1:] = below
+    inner = np.asfortranarray(vectors[1:])
+    vectors[1:], _, info = sl.lapack.dormqr("L", "N", reflectors[1:, : n - 1], tau, inner, lwork=64 * n)
     return values, torch.from_numpy(np.ascontiguousarray(vectors))
 
 
@@ -138,12 +133,9 @@ def krylov_top(
     Made of products alone. Stops when every residual `|G v - theta v|` is under `tolerance * theta_1`; falls back on
     a full decomposition where close eigenvalues keep it from that. The start is seeded.
     """
-    n = gram.shape[0]
-    width, depth = k + 8, 10
-    if width * depth >= n:
-        return torch.linalg.eigh(gram)[1].flip(1)[:, :k].contiguous()
+    n, width, depth = len(gram), k + 8, 10
     start = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).to(gram.device)
-    for _ in range(restarts):
+    for _ in range(restarts if width * depth < n else 0):
         block = torch.linalg.qr(start)[0]
         basis = [block]
         for _ in range(depth - 1):

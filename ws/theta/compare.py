@@ -24,12 +24,9 @@ from ws.theta.states import States, joint_base
 
 def random_kl(problem: Problem, gamma: float) -> float:
     """`kappa`: KL to the base, nats per token to second order, of a theta of norm 1 in a random direction."""
-    still = torch.zeros_like(problem.phi)
-    _, square = lse_and_mean(problem.base.logp, still, problem.C.square())
-    variance = (square - problem.m0.square()).clamp(min=0)
-    return float(
-        (gamma * problem.alpha) ** 2 / (2 * problem.D) * (problem.phi.square() * variance).sum(1).double().mean()
-    )
+    _, square = lse_and_mean(problem.base.logp, torch.zeros_like(problem.phi), problem.C.square())
+    spread = (problem.phi.square() * (square - problem.m0.square()).clamp(min=0)).sum(1)
+    return float((gamma * problem.alpha) ** 2 / (2 * problem.D) * spread.double().mean())
 
 
 def matched_heads(
@@ -71,40 +68,31 @@ class Heldout:
     users: list[str]
 
 
+def _joint_texts(
+    states: dict[str, States], W: Float[Tensor, "V d"], bias: Tensor | None
+) -> tuple[Base, Int[Tensor, " T"], Int[Tensor, " texts"]]:
+    """One base for the tokens of all users, each token's text (numbered through), each text's user."""
+    base, owner = joint_base(list(states.values()), W, bias)
+    number = torch.stack([owner, torch.cat([s.text for s in states.values()])])
+    texts, number = number.unique(dim=1, return_inverse=True)
+    return base, number, texts[0]
+
+
 def make_heldout(states: dict[str, States], W: Float[Tensor, "V d"], bias: Tensor | None) -> Heldout:
     """Held-out texts of every user in one problem, one 'owner' per text."""
-    texts, user = [], []
-    for u, s in enumerate(states.values()):
-        for t in s.text.unique().tolist():
-            texts.append(s.of_texts([t]))
-            user.append(u)
-    base, owner = joint_base(texts, W, bias)
-    tokens = torch.bincount(owner)
-    ce0 = -target_logp(base).double().cpu()
-    per_text = torch.zeros(len(user), dtype=torch.float64).index_add_(0, owner.cpu(), ce0) / tokens
-    return Heldout(base, W, bias, owner, torch.tensor(user), tokens, per_text, list(states))
+    base, text, user = _joint_texts(states, W, bias)
+    tokens = torch.bincount(text)
+    ce0 = torch.bincount(text, weights=-target_logp(base).double().cpu()) / tokens
+    return Heldout(base, W, bias, text, user, tokens, ce0, list(states))
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """CE and KL to the base per token (nats) of each held-out text under each theta `(thetas, texts)`."""
-
-    ce: Float[Tensor, "thetas texts"]
-    kl: Float[Tensor, "thetas texts"]
-
-
-def score_thetas(heldout: Heldout, head: Head, thetas: Float[Tensor, "thetas D"], cfg: FitConfig) -> Scores:
-    """Every theta on every held-out text."""
+def score(
+    heldout: Heldout, head: Head, thetas: Float[Tensor, "rows texts D"], cfg: FitConfig
+) -> tuple[Float[Tensor, "rows texts"], Float[Tensor, "rows texts"]]:
+    """CE and KL to the base per token (nats) of each held-out text under the theta that a row has for it."""
     problem = make_problem(heldout.base, head, heldout.W, heldout.text)
-    terms = [evaluate(problem, theta.expand(len(heldout.user), -1), cfg) for theta in thetas]
-    return Scores(torch.stack([t.ce.cpu() for t in terms]), torch.stack([t.kl.cpu() for t in terms]))
-
-
-def score_own(heldout: Heldout, head: Head, thetas: Float[Tensor, "users D"], cfg: FitConfig) -> Scores:
-    """Each held-out text under its own user's theta: one row."""
-    problem = make_problem(heldout.base, head, heldout.W, heldout.text)
-    terms = evaluate(problem, thetas[heldout.user], cfg)
-    return Scores(terms.ce.cpu()[None], terms.kl.cpu()[None])
+    terms = [evaluate(problem, row, cfg) for row in thetas]
+    return torch.stack([t.ce for t in terms]).cpu(), torch.stack([t.kl for t in terms]).cpu()
 
 
 def by_user(heldout: Heldout, values: Float[Tensor, "*rows texts"]) -> Float[Tensor, "*rows users"]:
@@ -118,36 +106,20 @@ def by_user(heldout: Heldout, values: Float[Tensor, "*rows texts"]) -> Float[Ten
 
 
 def permuted_thetas(
-    states: dict[str, States],
-    head: Head,
-    W: Float[Tensor, "V d"],
-    bias: Tensor | None,
-    cfg: FitConfig,
-    draws: int,
-    seed: int,
-) -> list[Float[Tensor, "users D"]]:
+    states: dict[str, States], head: Head, heldout: Heldout, cfg: FitConfig, draws: int, seed: int
+) -> Float[Tensor, "draws users D"]:
     """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike.
 
     What such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains
     beyond it is the user's.
     """
-    base, owner = joint_base(list(states.values()), W, bias)
-    numbers, start = [], 0
-    for s in states.values():
-        _, local = s.text.unique(return_inverse=True)
-        numbers.append(local + start)
-        start += int(local.max()) + 1
-    number = torch.cat(numbers)
-    home = torch.zeros(start, dtype=torch.long)
-    home[number] = owner
-    gen, out = torch.Generator().manual_seed(seed), []
-    problem = make_problem(base, head, W, owner)
+    base, number, home = _joint_texts(states, heldout.W, heldout.bias)
+    problem, gen, out = make_problem(base, head, heldout.W, home[number]), torch.Generator().manual_seed(seed), []
     for _ in range(draws):
-        dealt = home[torch.randperm(start, generator=gen)]
-        mixed = dealt[number].to(problem.owner.device)
+        mixed = home[torch.randperm(len(home), generator=gen)][number].to(problem.owner.device)
         fits = fit_adam(replace(problem, owner=mixed, n=torch.bincount(mixed, minlength=len(states))), cfg)
         out.append(torch.stack([fit.theta for fit in fits]))
-    return out
+    return torch.stack(out)
 
 
 def bootstrap_users(

@@ -13,9 +13,7 @@ beside the recorded base. Tokens of several users stand in one problem, each wit
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,10 +54,7 @@ class FitConfig:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """What does not depend on theta or on the head: base log-probabilities and the recorded targets.
-
-    logp `(T, V)` float32 log-softmax of the base logits (in memory, or memory-mapped and then on the CPU); y `(T,)`.
-    """
+    """What depends on no theta and no head: states, targets, and the base's log-softmax, float32 (perhaps a memory map)."""
 
     logp: Float[Tensor, "T V"]
     y: Int[Tensor, " T"]
@@ -98,7 +93,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Per-user values at one theta: loss, CE per token, KL per token (nats) `(users,)`; grad `(users, D)`."""
+    """Per-user values at one theta: loss, CE and KL per token (nats), the loss's gradient."""
 
     loss: Float[Tensor, " users"]
     ce: Float[Tensor, " users"]
@@ -120,13 +115,11 @@ def record_base(
     W: Float[Tensor, "V d"],
     bias: Float[Tensor, " V"] | None = None,
     max_mb: int = BASE_MB,
-    scratch: Path | None = None,
 ) -> Base:
     """Base log-probabilities of recorded hidden states, computed once in blocks of tokens.
 
-    Above `max_mb` the `(T, V)` array lies in an unnamed file under `scratch` (default: the system's temporary folder)
-    that vanishes with the process. Raises ValueError when a target is outside the vocabulary or something is not
-    finite.
+    Above `max_mb` the `(T, V)` array lies in an unnamed temporary file that vanishes with the process. Raises
+    ValueError when a target is outside the vocabulary or something is not finite.
     """
     T, V = h.shape[0], W.shape[0]
     if T == 0:
@@ -138,7 +131,7 @@ def record_base(
     if T * V * 4 <= max_mb * 2**20:
         logp = torch.empty(T, V, dtype=torch.float32, device=W.device)
     else:
-        with tempfile.TemporaryFile(dir=scratch) as file:
+        with tempfile.TemporaryFile() as file:
             logp = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(T, V)))
     h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
     for start in range(0, T, TOKENS):
@@ -167,9 +160,7 @@ def make_problem(
 
     dtype is that of all arithmetic: float32 for Adam, float64 for the optimum.
     """
-    T = base.y.shape[0]
-    owner = torch.zeros(T, dtype=torch.long) if owner is None else owner
-    owner = owner.to(base.y.device)
+    owner = torch.zeros_like(base.y) if owner is None else owner.to(base.y.device)
     n = torch.bincount(owner)
     if int(n.min()) == 0:
         raise ValueError(f"user {int(n.argmin())} of {n.shape[0]} has no tokens")
@@ -177,8 +168,7 @@ def make_problem(
     C = head.readout(W.to(dtype)).to(dtype).contiguous()
     _finite(phi, f"features of head {head.name}")
     _finite(C, f"readout of head {head.name}")
-    still = torch.zeros(T, head.D, dtype=dtype, device=base.y.device)
-    lse0, m0 = lse_and_mean(base.logp, still, C)
+    lse0, m0 = lse_and_mean(base.logp, torch.zeros_like(phi), C)
     ce0 = lse0 - target_logp(base).to(dtype)
     return Problem(base, phi, C, C[base.y], m0, lse0, ce0, owner, n, float(head.alpha), head.name)
 
@@ -186,12 +176,6 @@ def make_problem(
 def _finite(x: Tensor, where: str) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{where}: not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()} entries)")
-
-
-def _blocks(logp: Tensor, tokens: int, words: int):
-    T, V = logp.shape
-    for t in range(0, T, tokens):
-        yield slice(t, min(t + tokens, T)), [slice(v, min(v + words, V)) for v in range(0, V, words)]
 
 
 def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,11 +187,12 @@ def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """
     lse, mean = torch.empty_like(X[:, 0]), torch.empty_like(X)
     safe = float(X.norm(dim=1).max() * C.norm(dim=1).max()) <= SAFE_EXPONENT
-    for rows, columns in _blocks(logp, TOKENS, WORDS):
-        x, total, m = X[rows], X.new_zeros(rows.stop - rows.start), X.new_zeros(rows.stop - rows.start, X.shape[1])
+    for start in range(0, len(X), TOKENS):
+        rows = slice(start, start + TOKENS)
+        x, total, m = X[rows], torch.zeros_like(lse[rows]), torch.zeros_like(mean[rows])
         top = torch.zeros_like(total) if safe else torch.full_like(total, -torch.inf)
-        for words in columns:
-            z = torch.addmm(logp[rows, words].to(X), x, C[words].T)
+        for part, words in zip(C.split(WORDS), logp[rows].split(WORDS, dim=1), strict=True):
+            z = torch.addmm(words.to(X), x, part.T)
             if not safe:
                 new = torch.maximum(top, z.amax(dim=1))
                 keep = torch.exp(top - new)
@@ -215,7 +200,7 @@ def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
                 z -= top[:, None]
             z.exp_()
             total += z.sum(dim=1)
-            m.addmm_(z, C[words])
+            m.addmm_(z, part)
         lse[rows] = top + total.log()
         mean[rows] = m / total[:, None]
     return lse, mean
@@ -263,31 +248,29 @@ def clip_gradient(grad: Float[Tensor, "users D"], most: float) -> Float[Tensor, 
     return grad * (most / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
 
 
-def fit_adam(problem: Problem, cfg: FitConfig, on_step: Callable[[int], object] | None = None) -> list[Fit]:
-    """Adam from theta = 0, exactly as docs/method.md section 10 says; one Fit per user of the problem.
+def fit_adam(problem: Problem, cfg: FitConfig) -> list[Fit]:
+    """Adam from theta = 0; one Fit per user of the problem. (docs/method.md section 10)
 
     Per step: terms at theta (recorded in the trace), gradient clipped at norm `grad_clip`, torch's Adam with its
-    default betas and eps, then theta clipped to norm `theta_clip`. `on_step(step)` is called after each step. Raises
-    ValueError with the step's number when a value is not finite.
+    default betas and eps, then theta clipped to norm `theta_clip`. Raises ValueError with the step's number when a
+    value is not finite.
     """
     theta = problem.phi.new_zeros(problem.users, problem.D, requires_grad=True)
     optimizer = torch.optim.Adam([theta], lr=cfg.lr)
-    trace: dict[str, list[Tensor]] = {"loss": [], "ce": [], "kl": [], "theta_norm": []}
+    trace: list[Tensor] = []
     with torch.no_grad():
         for step in range(cfg.steps):
             try:
                 terms = evaluate(problem, theta, cfg)
             except ValueError as error:
                 raise ValueError(f"Adam step {step}: {error}") from error
-            now = {"loss": terms.loss, "ce": terms.ce, "kl": terms.kl, "theta_norm": theta.norm(dim=1)}
-            for name, value in now.items():
-                trace[name].append(value.double().cpu())
+            trace.append(torch.stack([terms.loss, terms.ce, terms.kl, theta.norm(dim=1)]).cpu())
             theta.grad = clip_gradient(terms.grad, cfg.grad_clip)
             optimizer.step()
             theta.copy_(clip_norm(theta, cfg.theta_clip))
-            if on_step is not None:
-                on_step(step)
-    empty = torch.zeros(0, problem.users, dtype=torch.float64)
-    traces = {name: torch.stack(values) if values else empty for name, values in trace.items()}
-    fitted = theta.detach().cpu()
-    return [Fit(fitted[u].clone(), {k: v[:, u].clone() for k, v in traces.items()}) for u in range(problem.users)]
+    fitted, runs = theta.detach().cpu(), torch.stack(trace, dim=-1).unbind(1)
+    names = ("loss", "ce", "kl", "theta_norm")
+    return [
+        Fit(t.clone(), {k: v.clone() for k, v in zip(names, run, strict=True)})
+        for t, run in zip(fitted, runs, strict=True)
+    ]

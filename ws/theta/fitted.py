@@ -7,6 +7,7 @@ The front door of the theta heads. Gains are held-out `CE(base) - CE(theta)` in 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import polars as pl
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ws.cache.names import model_folder
 from ws.model.lm import LM
-from ws.theta.compare import Heldout, Scores, by_user, make_heldout, score_own, score_thetas
+from ws.theta.compare import Heldout, by_user, make_heldout, score
 from ws.theta.fit import FitConfig
 from ws.theta.heads import Head, all_heads
-from ws.theta.states import States, UserText, load_users, record_users
+from ws.theta.states import UserText, load_users, record_users
 from ws.theta.users import UserFit, fit_users
 
 SOLVERS = ("adam", "clipped", "optimum")
@@ -48,13 +49,17 @@ class ThetaFits:
         """The users' thetas of one head and solver as rows."""
         return torch.stack([self.theta(user, head, solver) for user in self.users])
 
-    def own_scores(self, head: str, solver: str = "adam", config: FitConfig | None = None) -> Scores:
-        """Each held-out text under its own user's theta, worn as fitted or with another `config`: one row."""
-        return score_own(self.heldout, self.heads[head], self.stacked(head, solver), config or self.config)
+    def own_scores(
+        self, head: str, solver: str = "adam", config: FitConfig | None = None
+    ) -> tuple[Float[Tensor, " texts"], Float[Tensor, " texts"]]:
+        """CE and KL of each held-out text under its own user's theta, worn as fitted or with another `config`."""
+        thetas = self.stacked(head, solver)[None, self.heldout.user]
+        ce, kl = score(self.heldout, self.heads[head], thetas, config or self.config)
+        return ce[0], kl[0]
 
     def text_gains(self, solver: str = "adam") -> dict[str, Float[Tensor, " texts"]]:
         """Per head: the gain of each held-out text under its own user's theta."""
-        return {name: self.heldout.ce0 - self.own_scores(name, solver).ce[0] for name in self.heads}
+        return {name: self.heldout.ce0 - self.own_scores(name, solver)[0] for name in self.heads}
 
     @cached_property
     def summary(self) -> pl.DataFrame:
@@ -62,58 +67,38 @@ class ThetaFits:
 
         Iterations, condition number and gradient_ratio belong to the optimum rows and are null in Adam's.
         """
-        rows, ce0 = [], by_user(self.heldout, self.heldout.ce0)
-        tokens = torch.zeros(len(self.users), dtype=torch.long).index_add_(0, self.heldout.user, self.heldout.tokens)
-        for name, head in self.heads.items():
-            for solver in SOLVERS:
-                scores = self.own_scores(name, solver)
-                ce, kl = by_user(self.heldout, scores.ce[0]), by_user(self.heldout, scores.kl[0])
-                for u, user in enumerate(self.users):
-                    fit = self.fits[user, name]
-                    best = None if solver == "adam" else getattr(fit, solver)
-                    row = {
-                        "user": user, "head": name, "scale": self.scale, "solver": solver, "alpha": head.alpha,
-                        "tokens_heldout": int(tokens[u]),
-                        "ce_before": float(ce0[u]), "ce_after": float(ce[u]), "gain": float(ce0[u] - ce[u]),
-                        "ppl_before": float(ce0[u].exp()), "ppl_after": float(ce[u].exp()), "kl": float(kl[u]),
-                        "theta_norm": float(fit.theta(solver).norm()),
-                        "train_loss": float(fit.adam.trace["loss"][-1]) if best is None else best.loss,
-                    }  # fmt: skip
-                    effort = ("iterations", "condition", "gradient_ratio")
-                    rows.append(row | {field: getattr(best, field, None) for field in effort})
-        return pl.DataFrame(rows, infer_schema_length=None)
+        held, parts = self.heldout, []
+        ce0, tokens = by_user(held, held.ce0), torch.bincount(held.user, weights=held.tokens).long()
+        for name, solver in product(self.heads, SOLVERS):
+            ce, kl = (by_user(held, values) for values in self.own_scores(name, solver))
+            fits = [getattr(self.fits[user, name], solver) for user in self.users]
+            named = {"user": self.users, "head": name, "scale": self.scale, "solver": solver}
+            scores = {"tokens_heldout": tokens, "ce_before": ce0, "ce_after": ce, "gain": ce0 - ce}
+            scores |= {"ppl_before": ce0.exp(), "ppl_after": ce.exp(), "kl": kl}
+            fitted = {
+                "theta_norm": [float(fit.theta.float().norm()) for fit in fits],
+                "train_loss": [float(fit.trace["loss"][-1]) if solver == "adam" else fit.loss for fit in fits],
+            }
+            fitted |= {
+                f: [getattr(fit, f, None) for fit in fits] for f in ("iterations", "condition", "gradient_ratio")
+            }
+            scores = {"alpha": self.heads[name].alpha} | {k: v.tolist() for k, v in scores.items()}
+            parts.append(pl.DataFrame(named | scores | fitted))
+        return pl.concat(parts, how="vertical_relaxed")
 
     @cached_property
     def cross(self) -> pl.DataFrame:
         """A row per head, user of theta and user of held-out texts: CE, gain, KL; `best` = least CE on those texts."""
-        rows, ce0, users = [], by_user(self.heldout, self.heldout.ce0), self.users
+        held, users, parts = self.heldout, self.users, []
         for name, head in self.heads.items():
-            scores = score_thetas(self.heldout, head, self.stacked(name), self.config)
-            ce, kl = by_user(self.heldout, scores.ce), by_user(self.heldout, scores.kl)
-            best = ce.argmin(dim=0)
-            rows += [
-                {
-                    "head": name, "scale": self.scale, "theta_user": users[i], "text_user": users[j],
-                    "ce": float(ce[i, j]), "gain": float(ce0[j] - ce[i, j]), "kl": float(kl[i, j]),
-                    "best": i == int(best[j]),
-                }
-                for i in range(len(users)) for j in range(len(users))
-            ]  # fmt: skip
-        return pl.DataFrame(rows)
-
-
-def fit_heads(
-    train: dict[str, States],
-    heads: dict[str, Head],
-    heldout: Heldout,
-    config: FitConfig,
-    folder: Path,
-    scale: str = "default",
-    progress: bool = True,
-) -> ThetaFits:
-    """Every head for every user (`fit_users`), with the held-out texts that judge them."""
-    fits = fit_users(train, heads, heldout.W, heldout.bias, config, folder, progress=progress)
-    return ThetaFits(fits, heads, heldout, config, scale)
+            thetas = self.stacked(name)[:, None].expand(-1, len(held.user), -1)
+            ce, kl = (by_user(held, values) for values in score(held, head, thetas, self.config))
+            numbers = {"ce": ce, "gain": by_user(held, held.ce0) - ce, "kl": kl}
+            numbers["best"] = torch.arange(len(users))[:, None] == ce.argmin(dim=0)
+            named = {"theta_user": [u for u in users for _ in users], "text_user": users * len(users)}
+            flat = {k: v.flatten().tolist() for k, v in numbers.items()}
+            parts.append(pl.DataFrame({"head": name, "scale": self.scale} | named | flat))
+        return pl.concat(parts)
 
 
 def fit_theta(
@@ -156,5 +141,6 @@ def fit_theta(
     folder = Path(folder) if folder else model_folder(lm.name) / "theta_fit"
     train, rest = record_users(lm, texts, heldout, path=folder / "states.safetensors", progress=progress)
     chosen = {name: known[name] for name in heads or known}
-    judged = make_heldout(rest, W, lm.decoder.unembed_bias())
-    return fit_heads(train, chosen, judged, config or FitConfig(), folder, progress=progress)
+    config, bias = config or FitConfig(), lm.decoder.unembed_bias()
+    fits = fit_users(train, chosen, W, bias, config, folder, progress)
+    return ThetaFits(fits, chosen, make_heldout(rest, W, bias), config)

@@ -13,7 +13,6 @@ docs/method.md section 10.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,136 +23,97 @@ UNCONDITIONAL_SEED_SHIFT = 1000
 GRAM_ROWS = 8192  # rows of the unembedding turned into float64 at a time
 
 
-@runtime_checkable
-class Head(Protocol):
-    """What every head offers. `h` may have any leading shape; dtype and device of `h` are kept."""
-
-    name: str
-    alpha: float
-
-    @property
-    def D(self) -> int: ...
-
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
-        """The edited hidden state `h'`. An LM-head update leaves h as it is."""
-        ...
-
-    def logit_delta(
-        self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"], W: Float[Tensor, "V d"]
-    ) -> Float[Tensor, "*lead V"]:
-        """What the head adds to the logits (the unembedding's bias cancels)."""
-        ...
-
-    def features(self, h: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead D"]:
-        """`phi(h)`: what theta gates, in float32 or better."""
-        ...
-
-    def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
-        """`C`: effect on the logits of each of theta's D gated features, in float32 or better."""
-        ...
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _Linear:
-    """What all heads share: logits are affine in theta, `logit_delta = alpha (theta * phi(h)) C^T`."""
+class Head:
+    """What all heads share: `h' = h + alpha B (theta * phi(h))`, the logits affine in theta.
+
+    `h` may have any leading shape; its dtype and device are kept, the arithmetic is float32 or better.
+    """
+
+    A: Float[Tensor, "D d"]
+    B: Float[Tensor, "d D"]
+    alpha: float
+    name: str
+
+    @property
+    def D(self) -> int:
+        return self.B.shape[1]
+
+    def features(self, h: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead D"]:
+        """`phi(h) = A h`: what theta gates, in float32 or better."""
+        x = at_least_float32(h)
+        return x @ self.A.to(x).T
+
+    def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
+        """`C = W B`: effect on the logits of each of theta's D gated features, in float32 or better."""
+        W = at_least_float32(W)
+        return W @ self.B.to(W)
+
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
+        """The edited hidden state `h'`."""
+        x = at_least_float32(h)
+        gated = theta.to(x) * self.features(x)
+        return (x + self.alpha * (gated @ self.B.to(x).T)).to(h.dtype)
 
     def logit_delta(
-        self: Head, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"], W: Float[Tensor, "V d"]
+        self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"], W: Float[Tensor, "V d"]
     ) -> Float[Tensor, "*lead V"]:
+        """What the head adds to the logits, `alpha (theta * phi(h)) C^T` (the unembedding's bias cancels)."""
         phi = self.features(h)
         return (self.alpha * (theta.to(phi) * phi) @ self.readout(W).to(phi).T).to(h.dtype)
 
 
-class _Written(_Linear):
-    """A head that edits the state: `h' = h + alpha B (theta * phi(h))` with the `(d, D)` matrix `written`."""
-
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
-        x = at_least_float32(h)
-        gated = theta.to(x) * self.features(x)
-        return (x + self.alpha * (gated @ self.written.to(x).T)).to(h.dtype)
-
-    def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
-        W = at_least_float32(W)
-        return W @ self.written.to(W)
-
-
-class _Gated(_Linear):
-    """A head that reads the state: `phi(h) = A h`."""
-
-    A: Float[Tensor, "D d"]
-
-    @property
-    def D(self) -> int:
-        return self.A.shape[0]
-
-    def features(self, h: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead D"]:
-        x = at_least_float32(h)
-        return x @ self.A.to(x).T
-
-
 @dataclass(frozen=True, eq=False)
-class CVH(_Gated, _Written):
-    """Contextual-vector head: `h' = h + alpha B (theta * (A h))`.
-
-    A reads, `(D, d)`; B writes, `(d, D)`. `singular_values` `(D,)` are kept where A and B come from an SVD.
-    """
+class CVH(Head):
+    """Contextual-vector head: A reads, `(D, d)`; B writes, `(d, D)`."""
 
     A: Float[Tensor, "D d"]
     B: Float[Tensor, "d D"]
     alpha: float = 0.1
     name: str = "cvh"
-    singular_values: Tensor | None = None
-
-    written = property(lambda self: self.B)
 
 
 @dataclass(frozen=True, eq=False)
-class Unconditional(_Written):
+class Unconditional(Head):
     """A bias on the last hidden state: `h' = h + alpha U theta`, `U` `(d, D)`; the same shift for every token."""
 
     U: Float[Tensor, "d D"]
     alpha: float = 0.1
     name: str = "unconditional"
-    singular_values: Tensor | None = None
 
-    @property
-    def D(self) -> int:
-        return self.U.shape[1]
-
-    written = property(lambda self: self.U)
+    B = property(lambda self: self.U)
 
     def features(self, h: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead D"]:
         x = at_least_float32(h)
-        if x.shape[-1] != self.U.shape[0]:
-            raise ValueError(f"head {self.name}: hidden states of width {x.shape[-1]}, the head's is {self.U.shape[0]}")
+        if x.shape[-1] != len(self.U):
+            raise ValueError(f"head {self.name}: hidden states of width {x.shape[-1]}, the head's is {len(self.U)}")
         return x.new_ones(*x.shape[:-1], self.D)
 
 
 @dataclass(frozen=True, eq=False)
-class LMHeadUpdate(_Gated):
+class LMHeadUpdate(Head):
     """An update of the unembedding: `W' = W + alpha C diag(theta) A`, `A` `(D, d)`, `C` `(V, D)`.
 
-    `apply` returns h unchanged: the edit is not in the hidden state. `logit_delta` uses the head's own C; W is only
-    checked for its shape. With C = W B it equals what the CVH head of the same A and B does.
+    The edit is not in the hidden state: `apply` returns h unchanged. W is only checked for its shape. With C = W B it
+    equals what the CVH head of the same A and B does.
     """
 
     A: Float[Tensor, "D d"]
     C: Float[Tensor, "V D"]
     alpha: float = 0.1
     name: str = "lm_head"
-    singular_values: Tensor | None = None
+
+    B = property(lambda self: self.C)
 
     def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
         return h
 
     def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:
-        if W.shape[0] != self.C.shape[0]:
-            raise ValueError(
-                f"head {self.name}: made for a vocabulary of {self.C.shape[0]}, the model has {W.shape[0]}"
-            )
+        if len(W) != len(self.C):
+            raise ValueError(f"head {self.name}: made for a vocabulary of {len(self.C)}, the model has {len(W)}")
         return at_least_float32(self.C.to(W.device))
 
 
@@ -181,8 +141,18 @@ def unconditional(d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> Un
     return Unconditional(*_normal(seed + UNCONDITIONAL_SEED_SHIFT, (d, D, D)), alpha, "unconditional")
 
 
-def svd_basis(W: Float[Tensor, "V d"], D: int) -> tuple[Float[Tensor, "d D"], Float[Tensor, " D"]]:
-    """Top-D right singular vectors and singular values of the unembedding, float32, largest first.
+def lm_head_random(V: int, d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> LMHeadUpdate:
+    """Random LM-head update: `A ~ N(0,1)/sqrt(d)` drawn first, then `C ~ N(0,1)/sqrt(D)` `(V, D)`, one generator."""
+    return LMHeadUpdate(*_normal(seed, (D, d, d), (V, D, D)), alpha, "lm_head_random")
+
+
+def lm_head_from_cvh(head: CVH, W: Float[Tensor, "V d"], name: str = "lm_head_cvh") -> LMHeadUpdate:
+    """The LM-head update that does exactly what a CVH head does to the logits: `C = W B`."""
+    return LMHeadUpdate(head.A, head.readout(W), head.alpha, name)
+
+
+def svd_basis(W: Float[Tensor, "V d"], D: int) -> Float[Tensor, "d D"]:
+    """Top-D right singular vectors of the unembedding, float32, largest singular value first.
 
     Through the `d x d` Gram in float64, so the `V x d` SVD is never formed. Sign convention: the entry of largest
     magnitude of every vector is positive (an SVD leaves the sign open; SVD-CVH does not depend on it, the others
@@ -195,54 +165,29 @@ def svd_basis(W: Float[Tensor, "V d"], D: int) -> tuple[Float[Tensor, "d D"], Fl
     for rows in W.split(GRAM_ROWS):
         rows = rows.double()
         gram += rows.T @ rows
-    values, vectors = eigh(gram.cpu().numpy(), subset_by_index=[d - D, d - 1])
+    _, vectors = eigh(gram.cpu().numpy(), subset_by_index=[d - D, d - 1])
     V = torch.from_numpy(vectors.copy()).flip(1)
     V = V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
-    S = torch.from_numpy(values.copy()).flip(0).clamp(min=0).sqrt()
-    return V.float().contiguous().to(W.device), S.float().to(W.device)
-
-
-def svd_cvh(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1) -> CVH:
-    """CVH head that reads and writes along the unembedding's top singular directions: `A = V_D^T`, `B = V_D`."""
-    V, S = svd_basis(W, D)
-    return CVH(V.T.contiguous(), V, alpha, "svd_cvh", S)
-
-
-def svd_unconditional(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1) -> Unconditional:
-    """Unconditional head along the unembedding's top singular directions: `U = V_D`."""
-    V, S = svd_basis(W, D)
-    return Unconditional(V, alpha, "svd_unconditional", S)
-
-
-def lm_head_from_cvh(head: CVH, W: Float[Tensor, "V d"]) -> LMHeadUpdate:
-    """The LM-head update that does exactly what a CVH head does to the logits: `C = W B`."""
-    return LMHeadUpdate(head.A, head.readout(W), head.alpha, f"lm_head_{head.name}", head.singular_values)
-
-
-def lm_head_from_svd(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1) -> LMHeadUpdate:
-    """LM-head update that rescales the unembedding's own singular values: `A = V_D^T`, `C = U_D S_D = W V_D`.
-
-    The same function of h as the LM-head update of SVD-CVH.
-    """
-    return replace(lm_head_from_cvh(svd_cvh(W, D, alpha), W), name="lm_head_svd")
-
-
-def lm_head_random(V: int, d: int, D: int = 64, alpha: float = 0.1, seed: int = 42) -> LMHeadUpdate:
-    """Random LM-head update: `A ~ N(0,1)/sqrt(d)` drawn first, then `C ~ N(0,1)/sqrt(D)` `(V, D)`, one generator."""
-    return LMHeadUpdate(*_normal(seed, (D, d, d), (V, D, D)), alpha, "lm_head_random")
+    return V.float().contiguous().to(W.device)
 
 
 def all_heads(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1, seed: int = 42) -> dict[str, Head]:
-    """Every head of section 10 for one unembedding, by name, on its device: hidden-state heads first."""
+    """Every head of section 10 for one unembedding, by name, on its device: hidden-state heads first.
+
+    `svd_cvh` reads and writes along the unembedding's top singular directions (`A = V_D^T`, `B = V_D`),
+    `svd_unconditional` shifts along them (`U = V_D`); `lm_head_svd` rescales the unembedding's own singular values (`A =
+    V_D^T`, `C = U_D S_D = W V_D`), the same function of h as `svd_cvh`.
+    """
     V, d = W.shape
-    random_cvh = cvh(d, D, alpha, seed)
+    basis = svd_basis(W, D)
+    random_cvh, svd_cvh = cvh(d, D, alpha, seed), CVH(basis.T.contiguous(), basis, alpha, "svd_cvh")
     heads = [
         random_cvh,
         unconditional(d, D, alpha, seed),
-        svd_cvh(W, D, alpha),
-        svd_unconditional(W, D, alpha),
+        svd_cvh,
+        Unconditional(basis, alpha, "svd_unconditional"),
         lm_head_from_cvh(random_cvh, W),
-        lm_head_from_svd(W, D, alpha),
+        lm_head_from_cvh(svd_cvh, W, "lm_head_svd"),
         lm_head_random(V, d, D, alpha, seed),
     ]
     return {head.name: to_device(head, W.device) for head in heads}

@@ -26,17 +26,11 @@ def check_plain_logits(model: nn.Module) -> nn.Module:
     module = model.get_output_embeddings()
     if module is None:
         raise ValueError(f"{name}: no unembedding (output embeddings); theta heads need a causal LM")
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        raise ValueError(
-            f"{name}: it caps its logits (final_logit_softcapping = {cap}); theta heads need plain logits W h + b"
-        )
-    for field in ("logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"{name}: it rescales its logits ({field} = {getattr(config, field)}); theta heads need W h + b"
-            )
+    config = model.config.get_text_config()
+    for does, field in ("caps", "final_logit_softcapping"), ("rescales", "logit_scale"), ("rescales", "logits_scaling"):
+        value = getattr(config, field, None)
+        if value is not None and not (does == "rescales" and value == 1):
+            raise ValueError(f"{name}: it {does} its logits ({field} = {value}); theta heads need plain logits W h + b")
     return module
 
 

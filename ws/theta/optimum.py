@@ -144,39 +144,50 @@ def fit_optimum(
     theta = torch.zeros(users, D, dtype=torch.float64, device=problem.phi.device)
     terms = evaluate(problem, theta, cfg)
     start = terms.grad.norm(dim=1).clamp(min=1e-300)
-    eigen: list[tuple[Tensor, Tensor] | None] = [None] * users
+    eigen: list[list[Tensor] | None] = [None] * users
     steps, formed, condition = [0] * users, [0] * users, [1.0] * users
 
-    def ratios(theta, grad):
+    def ratios(theta: Tensor, grad: Tensor) -> list[float]:
         return [float(_residual(grad[u], theta[u], max_norm)[0].norm() / start[u]) for u in range(users)]
 
     ratio = ratios(theta, terms.grad)
-    for _ in range(max_iterations):
-        active = [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]
-        if not active:
-            break
+    while active := [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]:
+        if max(steps) == max_iterations:
+            u = active[0]
+            raise ValueError(
+                f"head {problem.name}, user {u}: no optimum after {max_iterations} Newton steps, gradient norm"
+                f" {ratio[u]:.1e} of that at theta = 0 (wanted {tolerance:.0e}), condition number {condition[u]:.1e}"
+            )
         goal = theta.clone()
         for u in active:
             if eigen[u] is None:
                 known = first is not None and steps[u] == 0
-                *pair, condition[u] = _eigen(first[u] if known else hessian(problem, theta, cfg, u, torch.float32))
-                eigen[u] = (pair[0], pair[1])
+                *eigen[u], condition[u] = _eigen(first[u] if known else hessian(problem, theta, cfg, u, torch.float32))
                 formed[u] += 1
             goal[u] = _model_minimum(*eigen[u], terms.grad[u], theta[u], max_norm)
-        theta, new, size = _line_search(problem, cfg, theta, goal, terms, active, ratios, ratio)
-        now = ratios(theta, new.grad)
+        # Backtracking from the full step, each user with a step size of its own, until the loss falls enough (Armijo)
+        # or the gradient shrinks: near the optimum the loss's change is below what float64 resolves.
+        size = torch.ones_like(terms.loss)
+        slope = (terms.grad * (goal - theta)).sum(1)
+        for _ in range(40):
+            trial = theta + size[:, None] * (goal - theta)
+            new = evaluate(problem, trial, cfg)
+            now = ratios(trial, new.grad)
+            falls = new.loss <= terms.loss + 1e-4 * size * slope
+            bad = [u for u in active if not bool(falls[u]) and now[u] >= ratio[u]]
+            if not bad:
+                break
+            size[bad] /= 2
+        else:
+            raise ValueError(
+                f"head {problem.name}, user {bad[0]}: the line search found no better theta"
+                f" (slope {float(slope[bad[0]]):.1e})"
+            )
         for u in active:
             steps[u] += 1
-            if size[u] < 1 or now[u] > KEEP_HESSIAN * ratio[u]:
+            if float(size[u]) < 1 or now[u] > KEEP_HESSIAN * ratio[u]:
                 eigen[u] = None
-        terms, ratio = new, now
-    late = [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]
-    if late:
-        raise ValueError(
-            f"head {problem.name}, user {late[0]}: no optimum after {max_iterations} Newton steps, gradient norm"
-            f" {ratio[late[0]]:.1e} of that at theta = 0 (wanted {tolerance:.0e}), condition number"
-            f" {condition[late[0]]:.1e}"
-        )
+        theta, terms, ratio = trial, new, now
     return [
         Optimum(
             theta[u].cpu(), float(terms.loss[u]), float(terms.ce[u]), float(terms.kl[u]), ratio[u], steps[u], formed[u],
@@ -184,25 +195,3 @@ def fit_optimum(
         )
         for u in range(users)
     ]  # fmt: skip
-
-
-def _line_search(problem, cfg, theta, goal, terms, active, ratios, ratio):
-    """Backtracking from the full step, each user with a step size of its own; returns theta, its terms and the sizes.
-
-    A size is accepted when the loss falls enough (Armijo), or when the gradient shrinks: near the optimum the loss's
-    change is below what float64 resolves.
-    """
-    size = torch.ones(problem.users, dtype=torch.float64)
-    slope = (terms.grad * (goal - theta)).sum(1)
-    for _ in range(40):
-        trial = theta + size.to(theta)[:, None] * (goal - theta)
-        new = evaluate(problem, trial, cfg)
-        now = ratios(trial, new.grad)
-        falls = new.loss <= terms.loss + 1e-4 * size.to(theta) * slope
-        bad = [u for u in active if not bool(falls[u]) and now[u] >= ratio[u]]
-        if not bad:
-            return trial, new, size
-        size[bad] /= 2
-    raise ValueError(
-        f"head {problem.name}, user {bad[0]}: the line search found no better theta (slope {float(slope[bad[0]]):.1e})"
-    )

@@ -4,12 +4,16 @@ Gains are held-out `CE(base) - CE(theta)` in nats per token; means over users gi
 docs/method.md section 10.
 """
 
+from itertools import product
+
 import polars as pl
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ws.model.generate import complete
 from ws.model.lm import LM
-from ws.theta.compare import Heldout, Scores, by_user, score_own
+from ws.theta.compare import Heldout, by_user, score
 from ws.theta.fit import FitConfig, fit_adam, make_problem
 from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
@@ -21,13 +25,7 @@ def gains(table: pl.DataFrame) -> pl.DataFrame:
     """Mean over users of held-out gain, KL and |theta|, per head, scale and solver; highest gain first."""
     return (
         table.group_by("scale", "head", "solver", maintain_order=True)
-        .agg(
-            pl.col("alpha").first(),
-            pl.col("gain").mean(),
-            pl.col("gain").min().alias("least_gain"),
-            pl.col("kl").mean(),
-            pl.col("theta_norm").mean(),
-        )
+        .agg(pl.first("alpha"), pl.mean("gain"), pl.min("gain").alias("least_gain"), pl.mean("kl", "theta_norm"))
         .sort(["scale", "gain"], descending=[False, True], maintain_order=True)
     )
 
@@ -40,20 +38,17 @@ def best_head(table: pl.DataFrame, scale: str = "matched") -> str:
 
 def adam_against_optimum(table: pl.DataFrame) -> pl.DataFrame:
     """Per head and scale: how far Adam's loss stays above the clipped and the free optimum's, and Newton's effort."""
-    wide = table.pivot(on="solver", index=["scale", "head", "user"], values="train_loss")
-    effort = table.filter(pl.col("solver") == "optimum").group_by("scale", "head", maintain_order=True).agg(
-        pl.col("theta_norm").mean().alias("free_theta_norm"),
-        pl.col("iterations").max().alias("most_iterations"),
-        pl.col("condition").max().alias("largest_condition"),
-        pl.col("gradient_ratio").max().alias("largest_gradient_ratio"),
-    )  # fmt: skip
-    return (
-        wide.group_by("scale", "head", maintain_order=True)
-        .agg(
-            (pl.col("adam") - pl.col("clipped")).mean().alias("adam_above_clipped"),
-            (pl.col("adam") - pl.col("optimum")).mean().alias("adam_above_free"),
-        )
-        .join(effort, on=["scale", "head"], how="left", maintain_order="left")
+
+    def of(solver: str, column: str = "train_loss") -> pl.Expr:
+        return pl.col(column).filter(pl.col("solver") == solver)
+
+    return table.group_by("scale", "head", maintain_order=True).agg(
+        (of("adam") - of("clipped")).mean().alias("adam_above_clipped"),
+        (of("adam") - of("optimum")).mean().alias("adam_above_free"),
+        of("optimum", "theta_norm").mean().alias("free_theta_norm"),
+        of("optimum", "iterations").max().alias("most_iterations"),
+        of("optimum", "condition").max().alias("largest_condition"),
+        of("optimum", "gradient_ratio").max().alias("largest_gradient_ratio"),
     )
 
 
@@ -67,33 +62,30 @@ def diagonal(cross: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _means(heldout: Heldout, scores: Scores) -> dict[str, float]:
+def _means(heldout: Heldout, ce: Float[Tensor, " texts"], kl: Float[Tensor, " texts"]) -> dict[str, float]:
     """Gain and KL, mean over users, of each text under its own user's theta."""
-    gain, kl = by_user(heldout, heldout.ce0 - scores.ce[0]), by_user(heldout, scores.kl[0])
-    return {"gain": float(gain.mean()), "kl": float(kl.mean())}
+    return {"gain": float(by_user(heldout, heldout.ce0 - ce).mean()), "kl": float(by_user(heldout, kl).mean())}
 
 
 def gamma_sweep(found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of the fitted thetas worn at other gammas (`cfgs` differ in gamma)."""
-    return pl.DataFrame(
-        [
-            {"head": name, "gamma": cfg.gamma} | _means(found.heldout, found.own_scores(name, config=cfg))
-            for name in heads for cfg in cfgs
-        ]
-    )  # fmt: skip
+    rows = []
+    for name, cfg in product(heads, cfgs):
+        scores = found.own_scores(name, config=cfg)
+        rows.append({"head": name, "gamma": cfg.gamma} | _means(found.heldout, *scores))
+    return pl.DataFrame(rows)
 
 
 def beta_sweep(train: dict[str, States], found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of thetas fitted by Adam at other betas (`cfgs` differ in beta)."""
     held = found.heldout
-    base, owner = joint_base(list(train.values()), held.W, held.bias)
-    rows = []
+    (base, owner), rows = joint_base(list(train.values()), held.W, held.bias), []
     for name in heads:
         problem = make_problem(base, found.heads[name], held.W, owner)
         for cfg in cfgs:
             thetas = torch.stack([fit.theta for fit in fit_adam(problem, cfg)])
-            scores = score_own(held, found.heads[name], thetas, cfg)
-            rows.append({"head": name, "beta": cfg.beta} | _means(held, scores))
+            (ce,), (kl,) = score(held, found.heads[name], thetas[None, held.user], cfg)
+            rows.append({"head": name, "beta": cfg.beta} | _means(held, ce, kl))
     return pl.DataFrame(rows)
 
 
@@ -102,15 +94,16 @@ def user_table(
 ) -> pl.DataFrame:
     """Per user: texts, training and held-out tokens, the base's held-out CE and perplexity, and a first text."""
     ce = by_user(heldout, heldout.ce0)
-    return pl.DataFrame(
-        [
-            {
-                "user": user, "texts": len(items), "tokens_train": len(train[user].y), "tokens_heldout": len(rest[user].y),
-                "base_ce": float(ce[u]), "base_ppl": float(ce[u].exp()), "first_text": items[0].text,
-            }
-            for u, (user, items) in enumerate(texts.items())
-        ]
-    )  # fmt: skip
+    columns = {
+        "user": list(texts),
+        "texts": [len(items) for items in texts.values()],
+        "tokens_train": [len(train[user].y) for user in texts],
+        "tokens_heldout": [len(rest[user].y) for user in texts],
+        "base_ce": ce.tolist(),
+        "base_ppl": ce.exp().tolist(),
+        "first_text": [items[0].text for items in texts.values()],
+    }
+    return pl.DataFrame(columns)
 
 
 def scale_table(heads: dict[str, Head], matched: dict[str, Head], kappa: dict[str, float]) -> pl.DataFrame:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ws.cache.keys import stage_key
@@ -26,7 +27,7 @@ from ws.cache.made import kept
 from ws.cache.places import ASSETS
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
-from ws.theta.fit import BASE_MB, Base, record_base
+from ws.theta.fit import Base, record_base
 from ws.theta.live import check_plain_logits
 
 FIELDS = ("user", "prompt", "text")
@@ -58,39 +59,43 @@ class States:
 def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     """Users in order of first appearance, from a JSONL file with rows `{"user", "prompt", "text"}`; '' = shipped ones.
 
-    Raises FileNotFoundError, or ValueError naming the line and what is wrong with it: no JSON object, a missing or
-    unknown field, an empty user or text. Fewer than two users, or a user with fewer than two texts (one must be held
-    out), too.
+    Raises FileNotFoundError, or ValueError naming the line and what is wrong with it; for fewer than two users, and for
+    a user with fewer than two texts (one must be held out), too.
     """
     path = Path(path).expanduser() if path else ASSETS / "users.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"USERS: {path} does not exist")
     users: dict[str, list[UserText]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"USERS {path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
-        for field in FIELDS:
-            if not isinstance(row.get(field), str):
-                raise ValueError(f"{where}: field {field!r} is missing or not a text")
-        if unknown := sorted(set(row) - set(FIELDS)):
-            raise ValueError(f"{where}: unknown field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
-        for field in ("user", "text"):
-            if not row[field].strip():
-                raise ValueError(f"{where}: field {field!r} is empty")
-        users.setdefault(row["user"], []).append(UserText(row["user"], row["prompt"], row["text"]))
+        if line.strip():
+            try:
+                item = _user_text(line)
+            except ValueError as error:
+                raise ValueError(f"USERS {path}, line {number}: {error}") from error
+            users.setdefault(item.user, []).append(item)
     if len(users) < 2:
         raise ValueError(f"USERS {path}: {len(users)} user(s); at least two are needed to compare them")
     for user, texts in users.items():
         if len(texts) < 2:
             raise ValueError(f"USERS {path}: user {user!r} has one text; at least two are needed, to hold one out")
     return users
+
+
+def _user_text(line: str) -> UserText:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
+    for field in FIELDS:
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"field {field!r} is missing or not a text")
+        if field != "prompt" and not row[field].strip():
+            raise ValueError(f"field {field!r} is empty")
+    if unknown := sorted(set(row) - set(FIELDS)):
+        raise ValueError(f"unknown field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+    return UserText(**row)
 
 
 def split_texts(texts: list[UserText], heldout: float = 0.25) -> tuple[list[UserText], list[UserText]]:
@@ -110,18 +115,19 @@ def prompt_text(lm: LM, prompt: str) -> str:
     return f"{prompt}\n" if prompt else ""
 
 
-def _tokens(lm: LM, item: UserText, max_length: int) -> tuple[list[int], int]:
-    """Token ids of one pair, and how many of them are the prompt's; prompt and text are tokenized apart."""
+def _tokens(lm: LM, item: UserText, mask_prompt: bool, max_length: int) -> tuple[list[int], int]:
+    """Token ids of one pair, and the index of the first target; prompt and text are tokenized apart."""
     templated = bool(getattr(lm.tokenizer, "chat_template", None))
-    prefix = prompt_text(lm, item.prompt)
-    before = lm.tokenizer(prefix, add_special_tokens=not templated)["input_ids"]
+    before = lm.tokenizer(prompt_text(lm, item.prompt), add_special_tokens=not templated)["input_ids"]
     own = encode(lm.tokenizer, [item.text], False, max_length)[0][0].tolist()
     ids = [*before, *own][:max_length]
     if len(before) >= len(ids):
         raise ValueError(
             f"user {item.user!r}: the prompt {item.prompt[:40]!r} alone fills {max_length} tokens (MAX_LENGTH)"
         )
-    return ids, len(before)
+    if len(ids) < 2:
+        raise ValueError(f"user {item.user!r}: the text {item.text[:40]!r} has no token to predict")
+    return ids, max(len(before), 1) if mask_prompt else 1
 
 
 def record_states(
@@ -139,68 +145,55 @@ def record_states(
     written block by block and memory-mapped, and read where they were recorded from the same model, tokens and settings.
     Raises ValueError when the model's logits are not `W h + b` of these states.
     """
-    rows = [_tokens(lm, item, max_length) for item in texts]
-    firsts = [max(n, 1) if mask_prompt else 1 for _, n in rows]
-    counts = [len(ids) - first for (ids, _), first in zip(rows, firsts, strict=True)]
-    if (empty := next((i for i, c in enumerate(counts) if c < 1), None)) is not None:
-        raise ValueError(f"user {texts[empty].user!r}: the text {texts[empty].text[:40]!r} has no token to predict")
-    y = torch.tensor([t for (ids, _), first in zip(rows, firsts, strict=True) for t in ids[first:]])
-    index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-    blocks = _state_blocks(lm, rows, firsts, batch, progress)
+    rows = [_tokens(lm, item, mask_prompt, max_length) for item in texts]
+    targets = [torch.tensor(ids[first:]) for ids, first in rows]
+    y, index = torch.cat(targets), torch.repeat_interleave(torch.tensor([len(t) for t in targets]))
+    blocks = _state_blocks(lm, rows, batch, progress)
     if path is None:
         return States(torch.cat(list(blocks)), y, index)
-    params = {"model": lm.fingerprint, "rows": rows, "firsts": firsts, "batch": batch}
+    params = {"model": lm.fingerprint, "rows": rows, "batch": batch}
     key = stage_key(params, code=["ws.theta.states._state_blocks", "ws.theta.states._write_states"])
     h = kept(path, key, lambda target: _write_states(target, blocks, (len(y), lm.decoder.d)), _read_states)
     return States(h, y, index)
 
 
 def record_users(
-    lm: LM,
-    users: dict[str, list[UserText]],
-    heldout: float = 0.25,
-    mask_prompt: bool = True,
-    max_length: int = 256,
-    batch: int = 16,
-    path: Path | None = None,
-    progress: bool = True,
+    lm: LM, users: dict[str, list[UserText]], heldout: float = 0.25, **options
 ) -> tuple[dict[str, States], dict[str, States]]:
-    """Every user's training and held-out states, from one recording of all texts (`record_states`, `split_texts`)."""
-    flat = [item for items in users.values() for item in items]
-    states = record_states(lm, flat, mask_prompt, max_length, batch, path, progress)
+    """Every user's training and held-out states, from one recording of all texts (`split_texts`).
+
+    options: of `record_states`.
+    """
+    states = record_states(lm, [item for items in users.values() for item in items], **options)
     train, rest, start = {}, {}, 0
     for user, items in users.items():
-        kept_back = start + len(split_texts(items, heldout)[0])
+        kept_back, end = start + len(split_texts(items, heldout)[0]), start + len(items)
         train[user] = states.of_texts(list(range(start, kept_back)))
-        start += len(items)
-        rest[user] = states.of_texts(list(range(kept_back, start)))
+        rest[user] = states.of_texts(list(range(kept_back, end)))
+        start = end
     return train, rest
 
 
-def joint_base(
-    states: list[States], W: Float[Tensor, "V d"], bias: Tensor | None, max_mb: int = BASE_MB
-) -> tuple[Base, Int[Tensor, " T"]]:
+def joint_base(states: list[States], W: Float[Tensor, "V d"], bias: Tensor | None) -> tuple[Base, Int[Tensor, " T"]]:
     """Base logits of several records side by side, and which record each token is of."""
-    owner = torch.repeat_interleave(torch.arange(len(states)), torch.tensor([len(s.y) for s in states]))
-    return record_base(torch.cat([s.h for s in states]), torch.cat([s.y for s in states]), W, bias, max_mb), owner
+    owner = torch.repeat_interleave(torch.tensor([len(s.y) for s in states]))
+    return record_base(torch.cat([s.h for s in states]), torch.cat([s.y for s in states]), W, bias), owner
 
 
-def _state_blocks(lm: LM, rows: list, firsts: list[int], batch: int, progress: bool):
+def _state_blocks(lm: LM, rows: list[tuple[list[int], int]], batch: int, progress: bool):
     """The kept states of each batch of texts, float32 on the CPU, in order."""
     module, body = check_plain_logits(lm.model), lm.model.get_decoder()
-    pad = next((t for t in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id) if t is not None), 0)
     for start in tqdm(range(0, len(rows), batch), "hidden states", disable=not progress):
-        part = [ids for ids, _ in rows[start : start + batch]]
-        width = max(map(len, part))
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in part], device=lm.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=lm.device)
+        part = rows[start : start + batch]
+        ids = [torch.tensor(row, device=lm.device) for row, _ in part]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        ids = pad_sequence(ids, batch_first=True)  # padded with 0, which is masked out
         with torch.no_grad():
             h = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             if start == 0:
                 logits = lm.model(input_ids=ids[:1], attention_mask=mask[:1], use_cache=False).logits
                 _check_logits(lm, module(h[:1]), logits)
-        kept = [h[i, firsts[start + i] - 1 : len(row) - 1] for i, row in enumerate(part)]
-        yield torch.cat(kept).float().cpu()
+        yield torch.cat([h[i, first - 1 : len(row) - 1] for i, (row, first) in enumerate(part)]).float().cpu()
 
 
 def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:

@@ -107,25 +107,24 @@ def fit_users(
     bias: Tensor | None,
     cfg: FitConfig,
     folder: Path,
-    max_mb: int = BASE_MB,
     progress: bool = True,
 ) -> dict[tuple[str, str], UserFit]:
     """Every head for every user: `{(user, head): UserFit}`; a file each under `folder`, written as soon as it is known.
 
-    Users are fitted together as long as their base logits take at most `max_mb`, which are computed once for all heads.
-    A file made from the same states, head and config by the same code is read instead of made again, so an interrupted
-    run goes on where it was. Raises ValueError when two users' files would have one name.
+    Users are fitted together as long as their base logits, computed once for all heads, take at most BASE_MB. A file
+    made from the same states, head and config by the same code is read instead of made again. Raises ValueError when
+    two users' files would have one name.
     """
-    names = {theta_path(folder, user, "").name: user for user in states}
+    owners = {theta_path(folder, user, ""): user for user in states}
     for user in states:
-        if (other := names[theta_path(folder, user, "").name]) != user:
+        if (other := owners[theta_path(folder, user, "")]) != user:
             raise ValueError(f"users {user!r} and {other!r} would share a file; rename one")
     keys = _keys(states, heads, W, bias, cfg)
     late = {pair for pair in keys if state(theta_path(folder, *pair), keys[pair]) != "done"}
     with tqdm(total=len(keys), initial=len(keys) - len(late), desc="theta fits", disable=not progress) as bar:
-        for group in _groups(states, W.shape[0], max_mb):
+        for group in _groups(states, W.shape[0]):
             todo = [name for name in heads if any((user, name) in late for user in group)]
-            base = joint_base([states[u] for u in group], W, bias, max_mb) if todo else None
+            base = joint_base([states[u] for u in group], W, bias) if todo else None
             for name in todo:
                 # the whole group again: the last digits depend on who is fitted together
                 for fit in fit_group(*base, W, name, heads[name], group, cfg):
@@ -147,14 +146,12 @@ def fit_group(
     return [UserFit(u, name, head.alpha, *fits) for u, *fits in zip(users, adam, free, clipped, strict=True)]
 
 
-def _groups(states: dict[str, States], V: int, max_mb: int) -> list[list[str]]:
+def _groups(states: dict[str, States], V: int) -> list[list[str]]:
     groups: list[list[str]] = []
-    size = 0.0
-    for user, mine in states.items():
-        more = len(mine.y) * V * 4 / 2**20
-        if not groups or size + more > max_mb:
-            groups.append([])
-            size = 0.0
-        groups[-1].append(user)
-        size += more
+    for user in states:
+        together = sum(len(states[u].y) for u in groups[-1]) + len(states[user].y) if groups else 0
+        if groups and together * V * 4 <= BASE_MB * 2**20:
+            groups[-1].append(user)
+        else:
+            groups.append([user])
     return groups

@@ -5,15 +5,12 @@ within each user (a percentile bootstrap). The control deals the training texts 
 `p = (1 + #{deals that gain as much}) / (1 + N)`. docs/method.md section 10.
 """
 
-from pathlib import Path
-
 import polars as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.cache.files import write_text
-from ws.theta.compare import Heldout, bootstrap_users, by_user, permuted_thetas, score_own
+from ws.theta.compare import Heldout, bootstrap_users, by_user, permuted_thetas, score
 from ws.theta.fit import FitConfig
 from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
@@ -25,56 +22,45 @@ SAME = 1e-4  # nats: two heads whose gains differ by less on every held-out text
 
 def controls(
     train: dict[str, States], found: ThetaFits, heads: list[str], draws: int, seed: int
-) -> dict[str, dict[str, Tensor]]:
-    """Per head: gains of each held-out text under the own and the permuted thetas (`control_gains`), both by Adam."""
+) -> dict[str, Float[Tensor, "rows texts"]]:
+    """Per head: `control_gains` of the fitted thetas and of `draws` permuted ones, both by Adam."""
     held, cfg, out = found.heldout, found.config, {}
     for name in heads:
-        head = found.heads[name]
-        permuted = permuted_thetas(train, head, held.W, held.bias, cfg, draws, seed)
-        out[name] = control_gains(held, head, cfg, found.stacked(name), permuted)
+        permuted = permuted_thetas(train, found.heads[name], held, cfg, draws, seed)
+        out[name] = control_gains(held, found.heads[name], cfg, found.stacked(name), permuted)
     return out
 
 
 def control_gains(
-    heldout: Heldout, head: Head, cfg: FitConfig, own: Float[Tensor, "users D"], permuted: list[Tensor]
-) -> dict[str, Tensor]:
-    """Gains of each held-out text: `own` theta `(texts,)`, each permuted theta `(draws, texts)`."""
-    mine = heldout.ce0 - score_own(heldout, head, own, cfg).ce[0]
-    control = torch.stack([heldout.ce0 - score_own(heldout, head, thetas, cfg).ce[0] for thetas in permuted])
-    return {"own": mine, "permuted": control}
+    heldout: Heldout, head: Head, cfg: FitConfig, own: Float[Tensor, "users D"], permuted: Float[Tensor, "n users D"]
+) -> Float[Tensor, "rows texts"]:
+    """Gains of each held-out text: a row for the `own` thetas, then one for each draw of the permuted."""
+    return heldout.ce0 - score(heldout, head, torch.cat([own[None], permuted])[:, heldout.user], cfg)[0]
 
 
-def control_table(heldout: Heldout, controls: dict[str, dict[str, Tensor]], draws: int, seed: int) -> pl.DataFrame:
+def control_table(
+    heldout: Heldout, controls: dict[str, Float[Tensor, "rows texts"]], draws: int, seed: int
+) -> pl.DataFrame:
     """Per head: own gain, mean permuted gain, their difference with a 95 % interval over texts, and the permutation p.
 
     `p = (1 + #{permuted mean gain >= own}) / (1 + N)`: N permutations cannot give less than 1 / (1 + N).
     """
     rows = []
-    for name, gain in controls.items():
-        mine, control = by_user(heldout, gain["own"]).mean(), by_user(heldout, gain["permuted"]).mean(dim=1)
-        excess, low, high = bootstrap_users(heldout, gain["own"] - gain["permuted"].mean(0), draws, seed)
+    for name, (own, *permuted) in controls.items():
+        mine, control = by_user(heldout, own).mean(), by_user(heldout, torch.stack(permuted)).mean(dim=1)
+        excess, low, high = bootstrap_users(heldout, own - torch.stack(permuted).mean(0), draws, seed)
         p = (1 + int((control >= mine).sum())) / (1 + len(control))
-        rows.append(
-            {"head": name, "own_gain": float(mine), "permuted_gain": float(control.mean()),
-             "largest_permuted": float(control.max()), "excess": excess, "low": low, "high": high, "p": p}
-        )  # fmt: skip
-    return pl.DataFrame(rows)
+        rows.append((name, *map(float, (mine, control.mean(), control.max(), excess, low, high, p))))
+    columns = ("head", "own_gain", "permuted_gain", "largest_permuted", "excess", "low", "high", "p")
+    return pl.DataFrame(rows, columns, orient="row")
 
 
 def compare_gains(
-    heldout: Heldout,
-    gain: dict[str, Float[Tensor, " texts"]],
-    pairs: list[tuple[str, str]],
-    draws: int,
-    seed: int,
-    level: float,
+    heldout: Heldout, gain: dict[str, Tensor], pairs: list[tuple[str, str]], draws: int, seed: int, level: float = 0.95
 ) -> pl.DataFrame:
     """Paired difference of held-out gains for pairs of heads, mean over users, with an interval over held-out texts."""
-    rows = []
-    for a, b in pairs:
-        mean, low, high = bootstrap_users(heldout, gain[a] - gain[b], draws, seed, level)
-        rows.append({"head": a, "against": b, "difference": mean, "low": low, "high": high, "level": level})
-    return pl.DataFrame(rows)
+    rows = [(a, b, *bootstrap_users(heldout, gain[a] - gain[b], draws, seed, level), level) for a, b in pairs]
+    return pl.DataFrame(rows, ("head", "against", "difference", "low", "high", "level"), orient="row")
 
 
 def verdict(
@@ -96,14 +82,14 @@ def verdict(
     close = against.filter(pl.col("low") <= 0)["against"].to_list()
     same = f" (and {', '.join(twins)}: the same function of h)" if twins else ""
     gains = f"{mean[best]:+.4f} nats per token."
-    lines = [f"**Which head.** `{best}`{same} gains most on held-out texts at the matched scale: {gains}"]
-    paired = "(paired over held-out texts, Bonferroni)."
-    if mean[best] <= 0:
-        lines = [f"**Which head.** None: at the matched scale the best, `{best}`, gains {gains}"]
-    elif close:
-        lines.append(f"It cannot be told apart from {', '.join(f'`{c}`' for c in close)} {paired}")
-    else:
-        lines.append(f"It beats each of the {len(rivals)} others {paired}")
+    lines = [f"**Which head.** None: at the matched scale the best, `{best}`, gains {gains}"]
+    if mean[best] > 0:
+        unclear = f"cannot be told apart from {', '.join(f'`{c}`' for c in close)}"
+        told = unclear if close else f"beats each of the {len(rivals)} others"
+        lines = [
+            f"**Which head.** `{best}`{same} gains most on held-out texts at the matched scale: {gains}",
+            f"It {told} (paired over held-out texts, Bonferroni).",
+        ]
     for row in control.iter_rows(named=True):
         real = row["low"] > 0 and row["p"] <= 0.05
         word = "is the users' own" if real else "is **not** shown to be the users' own"
@@ -113,7 +99,7 @@ def verdict(
             f" {row['excess']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p = {row['p']:.3g}."
         )
     for solver, label in (("adam", "Adam"), ("optimum", "the free optimum")):
-        for row in compare_gains(heldout, gain[solver], list(PAIRS), draws, seed, 0.95).iter_rows(named=True):
+        for row in compare_gains(heldout, gain[solver], list(PAIRS), draws, seed).iter_rows(named=True):
             said = "beats" if row["low"] > 0 else "loses to" if row["high"] < 0 else "cannot be told apart from"
             lines.append(
                 f"**Gating against bias, {label}.** `{row['head']}` {said} `{row['against']}`:"
@@ -126,8 +112,3 @@ def verdict(
         )
         lines.append(f"**Whose theta, {scale} scale.** Users on whose texts their own theta is the best: {counts}.")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def write_conclusion(text: str, path: Path) -> Path:
-    """The verdict as a Markdown file."""
-    return write_text(path, f"# Theta fit\n\n{text}\n")

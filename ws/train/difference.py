@@ -58,7 +58,7 @@ def train_diff(
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
-    sides, found = _sides(folder), set()
+    sides, found = [folder / "adapters" / sign for sign in SIGNS], set()
     for sign, side in zip(SIGNS, sides, strict=True):
 
         def make(path: Path, sign: str = sign) -> None:
@@ -72,18 +72,13 @@ def train_diff(
     return _join(lm, behavior, kind, seed, sides, folder, {"null": null, **counts})
 
 
-def _sides(folder: Path) -> list[Path]:
-    return [folder / "adapters" / sign for sign in SIGNS]
-
-
 def _join(
     lm: LM, behavior: Behavior, adapter: str, seed: int, sides: list[Path], folder: Path, more: dict | None = None
 ) -> WeightDiff:
     """`w.safetensors` in `folder`: the difference of two adapter folders."""
     meta = {"base_model": lm.name, "behavior": behavior.name, "adapter": adapter, "seed": seed, **(more or {})}
-    key = stage_key(
-        {**meta, "model": lm.fingerprint}, inputs=sides, code=["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]
-    )
+    code = ["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]
+    key = stage_key({**meta, "model": lm.fingerprint}, inputs=sides, code=code)
 
     def join(path: Path) -> None:
         save_diff(from_adapters(*sides, lm.model, meta), path)
@@ -113,7 +108,7 @@ def obtain_diff(
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {own[0]} was given")
     if w_path and own:
         raise ValueError("give W_PATH, or POS_ADAPTER and NEG_ADAPTER, not both")
-    sides = own or _sides(folder)
+    sides = own or [folder / "adapters" / sign for sign in SIGNS]
     if w_path:
         w, record = load_diff(w_path), {"source": Path(w_path).name}
     elif own:
@@ -124,13 +119,9 @@ def obtain_diff(
         record = {"source": "trained, labels shuffled" if config.shuffle_labels else "trained"}
         for sign, side in zip(SIGNS, sides, strict=True):
             log = json.loads((side / "training.json").read_text(encoding="utf-8"))
-            record |= {
-                "layers": log["config"]["layers"],
-                "pairs_trained": log["n_train"],
-                "pairs_held_out": log["n_heldout"],
-                f"held_out_loss_{sign}_before": log["heldout_loss_before"],
-                f"held_out_loss_{sign}_after": log["heldout_loss_after"],
-            }
+            counts = {"pairs_trained": log["n_train"], "pairs_held_out": log["n_heldout"]}
+            record |= {"layers": log["config"]["layers"]} | counts
+            record |= {f"held_out_loss_{sign}_{when}": log[f"heldout_loss_{when}"] for when in ("before", "after")}
         record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
     norm = w.total_norm()
     if norm == 0:

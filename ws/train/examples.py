@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ws.model.lm import LM
 from ws.model.text import chat_text
@@ -38,12 +39,9 @@ def make_example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dic
 
 def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Right-padded ids, mask and labels `(n, T)`. The pad id is 0: masked out and without a label it is never read."""
-    width = max(len(row["input_ids"]) for row in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, row in enumerate(batch):
-        n = len(row["input_ids"])
-        ids[i, :n], mask[i, :n], labels[i, :n] = torch.tensor(row["input_ids"]), 1, torch.tensor(row["labels"])
+    ids, labels = ([torch.tensor(row[key]) for row in batch] for key in ("input_ids", "labels"))
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    ids, labels = pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -52,10 +50,8 @@ def response_loss(model: nn.Module, examples: list[dict[str, list[int]]], batch:
     """Mean cross-entropy per response token, in float32; None without examples."""
     if not examples:
         return None
-    was = model.training
+    was, device, total, count = model.training, next(model.parameters()).device, 0.0, 0
     model.eval()
-    total, count = 0.0, 0
-    device = next(model.parameters()).device
     for start in range(0, len(examples), batch):
         rows = collate(examples[start : start + batch])
         labels = rows.pop("labels")[:, 1:]

@@ -98,9 +98,8 @@ def train_adapter(
     """Train one adapter and fill `folder` with it: a normal PEFT folder plus `training.json`. Returns that record.
 
     sign: `pos` or `neg`. The base model is left as it was: modules, bits, `requires_grad`, mode. The same arguments on
-    one machine with one thread count give the same bytes. The record holds the configuration, counts, held-out loss per
-    token before and after, and the training loss trace. Raises ValueError for an unknown sign, no pairs, or a loss that
-    is not finite.
+    one machine with one thread count give the same bytes. Raises ValueError for an unknown sign, no pairs, or a loss
+    that is not finite.
     """
     if sign not in SIGNS:
         raise ValueError(f"sign {sign!r} is unknown; one of {', '.join(SIGNS)}")
@@ -113,8 +112,7 @@ def train_adapter(
     examples = [make_example(lm, row, sign, end, cfg.max_length) for row in rows]
     order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(examples))
     n_held = min(round(cfg.heldout * len(examples)), len(examples) - 1)
-    held = [examples[i] for i in sorted(order[:n_held])]
-    train = [examples[i] for i in sorted(order[n_held:])]
+    held, train = ([examples[i] for i in sorted(part)] for part in (order[:n_held], order[n_held:]))
     made_of = {"model": lm.fingerprint, "sign": sign, "seed": seed, "config": asdict(cfg), "examples": train}
     key = stage_key(made_of, code=["ws.train.lora.train_adapter"])
     # outside the folder that is being filled, under a name that the next try finds again
@@ -140,11 +138,10 @@ def train_adapter(
 
 def _targets(lm: LM, cfg: TrainConfig) -> str:
     """A regular expression of the targeted modules' full names. peft would write a set of names in random order."""
-    names = [lm.decoder.param_name(l, role) for l in adapter_layers(lm.decoder.n_layers, cfg) for role in cfg.roles]
-    split = [re.fullmatch(rf"({re.escape(lm.decoder.prefix)})\.(\d+)\.(.+)\.weight", name) for name in names]
-    layers = "|".join(dict.fromkeys(m[2] for m in split))
-    parts = "|".join(dict.fromkeys(re.escape(m[3]) for m in split))
-    return rf"{re.escape(lm.decoder.prefix)}\.({layers})\.({parts})"
+    layers, prefix = adapter_layers(lm.decoder.n_layers, cfg), re.escape(lm.decoder.prefix)
+    names = [lm.decoder.param_name(l, role) for l in layers for role in cfg.roles]
+    parts = [re.escape(re.fullmatch(rf"{prefix}\.\d+\.(.+)\.weight", name)[1]) for name in names]
+    return rf"{prefix}\.({'|'.join(map(str, layers))})\.({'|'.join(dict.fromkeys(parts))})"
 
 
 def _wrap(lm: LM, cfg: TrainConfig) -> nn.Module:
@@ -190,13 +187,11 @@ def _fit(
 
 def _whole_checkpoint(work: Path, key: Key) -> str | None:
     """The newest checkpoint that is as it was saved under `key`; others are removed."""
-    newest = None
-    for folder in sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-        if state(folder, key) == "done":
-            newest = str(folder)
-        else:
-            shutil.rmtree(folder)
-    return newest
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [folder for folder in found if state(folder, key) == "done"]
+    for folder in set(found) - set(whole):
+        shutil.rmtree(folder)
+    return str(whole[-1]) if whole else None
 
 
 def _watch(label: str, key: Key, progress: bool):
@@ -217,7 +212,7 @@ def _watch(label: str, key: Key, progress: bool):
             self.bar.update(state.global_step - self.bar.n)
 
         def on_train_end(self, args, state, control, **_):
-            self.bar.update(state.global_step - self.bar.n)
+            self.on_log(args, state, control)
             self.bar.close()
 
     return Watch()
@@ -227,12 +222,10 @@ def _watch(label: str, key: Key, progress: bool):
 def _borrowed(model: nn.Module) -> Iterator[None]:
     """Whatever happens to the model inside, its weights, `requires_grad` and modes are as before afterwards.
 
-    Weights are put back only where peft replaced them (PiSSA stores a residual in the base): the old tensors are held,
-    not copied, since peft assigns new ones.
+    The old weights are held, not copied: peft assigns new ones where it replaces them (PiSSA's residual in the base).
     """
     parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    attributes = set(vars(model))
+    modes, attributes = [(m, m.training) for m in model.modules()], set(vars(model))
     use_cache = getattr(model.config, "use_cache", None)
     try:
         yield
@@ -240,8 +233,7 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
         for parameter, data, grad in parameters:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
-            parameter.requires_grad_(grad)
-            parameter.grad = None
+            parameter.requires_grad_(grad).grad = None
         for module, training in modes:
             module.training = training
         for name in set(vars(model)) - attributes:

@@ -9,6 +9,7 @@ Written in seeded batches, each saved whole, so a killed run goes on where it wa
 import json
 import zlib
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -72,14 +73,11 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     cache: a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when
     more topics or personas are asked for than there are, and when every pair was dropped (with the likely cause).
     """
-    topics, personas = _counts(behavior, cfg)
-    turns = [behavior.opinion_text(t) for t in behavior.train_topics[:topics]], behavior.persona_pairs[:personas]
-    params = {
-        "model": lm.fingerprint,
-        "template": lm.tokenizer.chat_template,
-        "turns": turns,
-        "config": asdict(replace(cfg, topics=topics, personas=personas)),
-    }
+    cfg = _counted(behavior, cfg)
+    users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
+    turns = users, behavior.persona_pairs[: cfg.personas]
+    template = lm.tokenizer.chat_template
+    params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": asdict(cfg)}
     key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
     folder = cache / "pairs" / f"{behavior.name}_{key.params[:8]}"
 
@@ -92,35 +90,50 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     return pairs
 
 
+def _counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
+    """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many."""
+    pos, neg = len(behavior.personas_pos), len(behavior.personas_neg)
+    if pos != neg:
+        raise ValueError(
+            f"{behavior.name}: personas are paired by index, but there are {pos} positive and {neg} negative ones"
+        )
+    for what, have in {"topics": len(behavior.train_topics), "personas": pos}.items():
+        asked = getattr(cfg, what)
+        if asked is not None and not 1 <= asked <= have:
+            raise ValueError(f"{behavior.name}: {asked} training {what} asked for, it has {have}")
+        cfg = replace(cfg, **{what: have if asked is None else asked})
+    if cfg.samples < 1 or cfg.batch < 1:
+        raise ValueError(f"samples ({cfg.samples}) and batch ({cfg.batch}) must be at least 1")
+    return cfg
+
+
 def _write_all(lm: LM, turns: Turns, cfg: PairConfig, key: Key, folder: Path, progress: bool) -> list[Pair]:
     """All pairs, in chunks of `cfg.batch` that are kept in `folder` until the file is whole."""
     users, personas = turns
-    grid = [(t, p, s) for t in range(len(users)) for p in range(len(personas)) for s in range(cfg.samples)]
+    grid = list(product(range(len(users)), range(len(personas)), range(cfg.samples)))
     answers: list[list[str]] = []
     for start in tqdm(range(0, len(grid), cfg.batch), desc="training pairs", disable=not progress):
 
         def write(path: Path, start: int = start) -> None:
-            written = _write_chunk(lm, turns, cfg, grid[start : start + cfg.batch], start)
-            write_text(path, json.dumps(written, ensure_ascii=False))
+            sides = []
+            for side, sign in enumerate(("pos", "neg")):
+                asked = ((users[t], personas[p][side]) for t, p, _ in grid[start : start + cfg.batch])
+                prompts = [chat_text(lm.tokenizer, user, system=persona) for user, persona in asked]
+                seed = zlib.crc32(f"{cfg.seed} {sign} {start}".encode())
+                sides.append(write_answers(lm, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed))
+            write_text(path, json.dumps(list(zip(*sides, strict=True)), ensure_ascii=False))
 
         chunk = stage_key({"pairs": key.params, "start": start}, sources=key.sources)
-        answers += kept(
-            folder / f"chunk_{start:06d}.json", chunk, write, lambda path: json.loads(path.read_text("utf-8"))
-        )
+        path = folder / f"chunk_{start:06d}.json"
+        answers += kept(path, chunk, write, lambda path: json.loads(path.read_text("utf-8")))
     return [Pair(t, p, s, users[t], a, b) for (t, p, s), (a, b) in zip(grid, answers, strict=True)]
 
 
 def drop_useless(rows: list[Pair]) -> Pairs:
     """Drop and count pairs with an empty side or two identical ones. ValueError (likely cause) if none is left."""
-    kept, empty, identical = [], 0, 0
-    for row in rows:
-        pos, neg = row.response_pos.strip(), row.response_neg.strip()
-        if not pos or not neg:
-            empty += 1
-        elif pos == neg:
-            identical += 1
-        else:
-            kept.append(row)
+    full = [row for row in rows if row.response_pos.strip() and row.response_neg.strip()]
+    kept = [row for row in full if row.response_pos.strip() != row.response_neg.strip()]
+    empty, identical = len(rows) - len(full), len(full) - len(kept)
     if not kept:
         cause = (
             "the model ends its turn at once: is it instruction-tuned, and does its chat template fit?"
@@ -143,44 +156,9 @@ def write_pairs(pairs: Pairs, path: Path) -> None:
 
 
 def read_pairs(path: Path) -> Pairs:
-    """Read what `write_pairs` wrote. ValueError naming the file and line where it cannot be read."""
-    head, rows = {}, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            content = json.loads(line)
-            if "written" in content:
-                head = content
-            else:
-                rows.append(Pair(**content))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is not a training pair: {error}") from error
-    return Pairs(tuple(rows), head.get("written", len(rows)), head.get("empty", 0), head.get("identical", 0))
-
-
-def _counts(behavior: Behavior, cfg: PairConfig) -> tuple[int, int]:
-    if len(behavior.personas_pos) != len(behavior.personas_neg):
-        raise ValueError(
-            f"{behavior.name}: personas are paired by index, but there are {len(behavior.personas_pos)} positive and"
-            f" {len(behavior.personas_neg)} negative ones"
-        )
-    counts = []
-    for what, asked, have in (
-        ("topics", cfg.topics, len(behavior.train_topics)),
-        ("personas", cfg.personas, len(behavior.personas_pos)),
-    ):
-        if asked is not None and not 1 <= asked <= have:
-            raise ValueError(f"{behavior.name}: {asked} training {what} asked for, it has {have}")
-        counts.append(have if asked is None else asked)
-    if cfg.samples < 1 or cfg.batch < 1:
-        raise ValueError(f"samples ({cfg.samples}) and batch ({cfg.batch}) must be at least 1")
-    return counts[0], counts[1]
-
-
-def _write_chunk(lm: LM, turns: Turns, cfg: PairConfig, rows: list[tuple], start: int) -> list[tuple[str, str]]:
-    users, personas = turns
-    sides = []
-    for side, sign in enumerate(("pos", "neg")):
-        prompts = [chat_text(lm.tokenizer, users[t], system=personas[p][side]) for t, p, _ in rows]
-        seed = zlib.crc32(f"{cfg.seed} {sign} {start}".encode())
-        sides.append(write_answers(lm, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed))
-    return list(zip(*sides, strict=True))
+    """Read what `write_pairs` wrote. ValueError naming the file where it cannot be read."""
+    try:
+        head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return Pairs(tuple(Pair(**row) for row in rows), **head)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of training pairs: {error}") from error
