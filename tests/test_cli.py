@@ -32,7 +32,7 @@ def asked(monkeypatch, tmp_path):
     calls = []
     answers = {"run": once.Run("probe", tmp_path, "new", True, 2.0)}
 
-    def run_notebook(name, params=None, out_dir=None, timeout=None, **options):
+    def run_notebook(name, params=None, timeout=None, **options):
         calls.append((name, params, timeout, options))
         return answers["run"]
 

@@ -52,12 +52,13 @@ def nb(
 
 def demo() -> int:
     """Everything on the shipped tiny model: three LoRA seeds, both protocols, delta SVD, theta fit, report."""
-    from ws.demo import demo_jobs, demo_report, demo_size
+    from ws.demo import demo_jobs, demo_report
     from ws.runs.engine import Settings, run_jobs
     from ws.runs.notebooks import Place
 
-    workers, threads = demo_size()
-    endings, summary = run_jobs(demo_jobs(), Place(), Settings(workers=workers, threads=threads))
+    # the model is so small that a second thread does not help it
+    size = Settings(workers=min(2, os.cpu_count() or 1), threads=1)
+    endings, summary = run_jobs(demo_jobs(), Place(), size)
     print(f"\n{summary}\n", flush=True)
     if not all(ending.ok for ending in endings.values()):
         return 1
@@ -192,7 +193,7 @@ def _tell(run) -> int:
         print(f"kept as {run.folder / run.notebook}.failed.ipynb", file=sys.stderr)
         return 1
     how = "already done" if run.seconds == 0 else f"ran in {run.seconds:.0f} s ({run.found})"
-    print(f"{run.notebook}: {how}, {run.html}", flush=True)
+    print(f"{run.notebook}: {how}, {run.folder / run.notebook}.html", flush=True)
     return 0
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+from ws.cache.places import PACKAGE
+
 REPRS = ("__repr__", "_repr_html_", "_repr_markdown_")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Imports = dict[str, tuple[str, str]]  # name -> (module, attribute or "")

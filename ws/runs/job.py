@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,21 +34,18 @@ class Ending:
 
 def report(what: dict) -> None:
     """One line to whoever started this process; nobody may be listening any more."""
-    try:
-        sys.stdout.write(f"{MARK}{json.dumps(what)}\n")
-        sys.stdout.flush()
-    except OSError:
-        pass
+    with suppress(OSError):
+        print(f"{MARK}{json.dumps(what)}", flush=True)
 
 
-def follow(parent: int, every_s: float = 0.5, grace_s: float = 15.0) -> None:
+def follow(parent: int) -> None:
     """End this process once `parent` is no longer its parent; the hard way when the orderly one takes too long."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(every_s)
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(grace_s)
+        time.sleep(15)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -62,28 +60,13 @@ def run(spec: dict) -> Ending:
     for notebook, folder in spec["needs"]:
         if lost := missing_output(notebook, Path(folder)):
             return Ending("failed", error=f"{lost}: is not what {notebook} made; run the same command again")
-    told: list[str] = []
-
-    def stage(heading: str) -> None:
-        if told[-1:] != [heading]:
-            told.append(heading)
-            report({"stage": heading})
-
     try:
-        done = run_notebook(
-            spec["notebook"],
-            spec["values"],
-            timeout=spec["timeout"],
-            force=spec["force"],
-            quiet=True,
-            on_stage=stage,
-            place=Place(Path(spec["nbs"]), Path(spec["out"])),
-        )
+        place = Place(*map(Path, spec["place"]))
+        done = run_notebook(**spec["run"], quiet=True, on_stage=lambda text: report({"stage": text}), place=place)
     except (ValueError, FileNotFoundError) as error:
         return Ending("failed", error=f"{type(error).__name__}: {error}")
-    if not done.ok:
-        return Ending("failed", done.found, done.seconds, done.error)
-    return Ending("done" if done.seconds == 0 else "ran", done.found, done.seconds)
+    state = "failed" if not done.ok else "done" if done.seconds == 0 else "ran"
+    return Ending(state, done.found, done.seconds, done.error)
 
 
 def main() -> None:
@@ -92,8 +75,7 @@ def main() -> None:
     spec = json.load(sys.stdin)
     follow(int(sys.argv[2]))
     report({"stage": "starting"})
-    ending = run(spec)
-    report(asdict(ending))
+    report(asdict(run(spec)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ class Place:
     nbs: Path = field(default_factory=notebooks_folder)
     out: Path = field(default_factory=out_folder)
 
+    def notebook(self, name: str) -> Path:
+        return self.nbs / f"{name}.ipynb"
+
     @property
     def logs(self) -> Path:
         return self.out.parent / "logs"
