@@ -26,12 +26,7 @@ def typed_in() -> Path:
 
 
 def nb(
-    name: Positional[str],
-    /,
-    params: Pairs = (),
-    files: Files = (),
-    force: bool = False,
-    timeout: int | None = None,
+    name: Positional[str], /, params: Pairs = (), files: Files = (), force: bool = False, timeout: int | None = None
 ) -> int:
     """Run one notebook headless with papermill, unless that very run is done.
 
