@@ -15,7 +15,7 @@ from ws.cache import files
 from ws.cache.places import root
 from ws.runs import engine, grid, progress, work
 from ws.runs.engine import Settings, Slurm, run_jobs
-from ws.runs.job import Ending
+from ws.runs.once import Ending
 
 TWO = Settings(workers=2, threads=1)
 

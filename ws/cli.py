@@ -42,7 +42,15 @@ def nb(
     here = typed_in()
     paths = [here / file for file in files]
     name = name.removesuffix(".ipynb").removesuffix(".py")
-    return _tell(run_notebook(name, dict(params), timeout=timeout, files=paths, force=force, cwd=here))
+    run = run_notebook(name, dict(params), timeout=timeout, files=paths, force=force, cwd=here)
+    if run.ok:
+        how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.found})"
+        print(f"{name}: {how}, {run.folder / name}.html", flush=True)
+        return 0
+    print(f"\n{name} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
+    print("\n".join(f"  {line}" for line in run.error.splitlines()[-12:]), file=sys.stderr)
+    print(f"kept as {run.folder / name}.failed.ipynb", file=sys.stderr)
+    return 1
 
 
 def demo() -> int:
@@ -176,19 +184,6 @@ def report() -> int:
     from ws.runs.html import report as write
 
     print(f"report: {write()}")
-    return 0
-
-
-def _tell(run) -> int:
-    """Say how a run ended; its exit code."""
-    if not run.ok:
-        lines = run.error.splitlines()
-        print(f"\n{run.notebook} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
-        print("\n".join(f"  {line}" for line in lines[-12:]), file=sys.stderr)
-        print(f"kept as {run.folder / run.notebook}.failed.ipynb", file=sys.stderr)
-        return 1
-    how = "already done" if run.seconds == 0 else f"ran in {run.seconds:.0f} s ({run.found})"
-    print(f"{run.notebook}: {how}, {run.folder / run.notebook}.html", flush=True)
     return 0
 
 

@@ -24,8 +24,8 @@ from ws.cache.places import logs_folder, root
 from ws.runs import need
 from ws.runs.execute import terminable
 from ws.runs.grid import Job, Step, plan
-from ws.runs.job import Ending
 from ws.runs.notebooks import Place
+from ws.runs.once import Ending
 from ws.runs.parameters import parse
 from ws.runs.progress import Board, summary_text
 from ws.runs.results import write_results

@@ -12,30 +12,20 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from ws.runs.identity import missing_output
+from ws.runs.notebooks import Place
+from ws.runs.once import Ending, run_notebook
+
 MARK = "ws.runs.job "  # begins the lines that are reports; kernels may print to the same stream
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended. state: "done" (nothing to do), "ran", "failed", "skipped", "stopped"; found: why it ran."""
-
-    state: str
-    found: str = ""
-    seconds: float = 0.0
-    error: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return self.state in ("done", "ran")
 
 
 def report(what: dict) -> None:
     """One line to whoever started this process; nobody may be listening any more."""
     with suppress(OSError):
-        print(f"{MARK}{json.dumps(what)}", flush=True)
+        print(f"{MARK}{json.dumps(what, default=str)}", flush=True)
 
 
 def follow(parent: int) -> None:
@@ -53,20 +43,14 @@ def follow(parent: int) -> None:
 
 def run(spec: dict) -> Ending:
     """Check what the run needs, then run its notebook. spec: see `ws.runs.engine.spec_of`."""
-    from ws.runs.identity import missing_output
-    from ws.runs.notebooks import Place
-    from ws.runs.once import run_notebook
-
     for notebook, folder in spec["needs"]:
         if lost := missing_output(notebook, Path(folder)):
             return Ending("failed", error=f"{lost}: is not what {notebook} made; run the same command again")
     try:
         place = Place(*map(Path, spec["place"]))
-        done = run_notebook(**spec["run"], quiet=True, on_stage=lambda text: report({"stage": text}), place=place)
+        return run_notebook(**spec["run"], quiet=True, on_stage=lambda text: report({"stage": text}), place=place)
     except (ValueError, FileNotFoundError) as error:
         return Ending("failed", error=f"{type(error).__name__}: {error}")
-    state = "failed" if not done.ok else "done" if done.seconds == 0 else "ran"
-    return Ending(state, done.found, done.seconds, done.error)
 
 
 def main() -> None:

@@ -30,15 +30,19 @@ VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy
 
 
 @dataclass(frozen=True)
-class Run:
-    """What came of asking for a run: where, what was found before ("done" or why it ran), and how it ended."""
+class Ending:
+    """How a run ended. state: "done" (nothing to do), "ran", "failed", "skipped"; found: what was found before, "done" or
+    why it ran."""
 
-    notebook: str
-    folder: Path
-    found: str
-    ok: bool
-    seconds: float
+    state: str
+    found: str = ""
+    seconds: float = 0.0
     error: str = ""
+    folder: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.state in ("done", "ran")
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,12 @@ def run_notebook(
     timeout: int | None = None,
     quiet: bool = False,
     on_stage: Callable[[str], None] | None = None,
-) -> Run:
+) -> Ending:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
 
     `files` are parameter files (explicit `params` win), `cwd` is where relative paths were typed, `timeout` the
-    seconds one cell may take; `on_stage` hears which part of the notebook runs. A notebook that raises gives `ok=False`
-    with its traceback in `error`; wrong parameters raise ValueError / FileNotFoundError. An interrupt ends the kernel
+    seconds one cell may take; `on_stage` hears which part of the notebook runs. A notebook that raises ends as
+    "failed", its traceback in `error`; wrong parameters raise ValueError / FileNotFoundError. An interrupt ends the kernel
     and leaves the run unfinished.
     """
     place = place or Place()
@@ -122,14 +126,14 @@ def run_notebook(
     if found == "done" and not force:
         if not page.is_file():
             html.render(target, page, title=name)
-        return Run(name, job.folder, found, True, 0.0)
+        return Ending("done", found, folder=job.folder)
     need("papermill", "notebooks")
     check_pair(place.notebook(name))
     with terminable(), lock(job.folder, name=f".lock.{name}"):
         key = job.key(place)
         found = run_state(name, job.folder, key)  # another process may have run it while this one waited
         if found == "done" and not force:
-            return Run(name, job.folder, found, True, 0.0)
+            return Ending("done", found, folder=job.folder)
         sweep(job.folder)
         sidecar(target).unlink(missing_ok=True)  # its outputs are about to change
         run = _execute(job, found, place, timeout, quiet, on_stage)
@@ -144,7 +148,7 @@ def run_notebook(
     return run
 
 
-def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage) -> Run:
+def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage) -> Ending:
     """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
     name, values, folder, target = job.notebook, job.values, job.folder, job.target
     notebook, page, failed = place.notebook(name), target.with_suffix(".html"), folder / f"{name}.failed.ipynb"
@@ -162,7 +166,7 @@ def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: boo
             publish(temporary, failed)
             for old in (target, page):
                 old.unlink(missing_ok=True)  # they tell of results that this run may have replaced
-            return Run(name, folder, found, False, seconds, error)
+            return Ending("failed", found, seconds, error, folder)
         cells = _settle(temporary, notebook, target)
         html.render(temporary, page, title=name)
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
@@ -171,7 +175,7 @@ def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: boo
         write_json(folder / "params.json", {**about, "timings": {**timing, "cells": cells}})
         failed.unlink(missing_ok=True)
         publish(temporary, target)
-    return Run(name, folder, found, True, seconds)
+    return Ending("ran", found, seconds, folder=folder)
 
 
 def _settle(temporary: Path, notebook: Path, target: Path) -> list[float]:

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ws.runs.grid import Step
-from ws.runs.job import Ending
+from ws.runs.once import Ending
 
 SHOWN = 14  # lines of a traceback in the summary
 

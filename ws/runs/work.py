@@ -7,7 +7,8 @@ import sys
 import tempfile
 
 from ws.cache.places import root
-from ws.runs.job import MARK, Ending
+from ws.runs.job import MARK
+from ws.runs.once import Ending
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
