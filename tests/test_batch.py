@@ -99,7 +99,7 @@ def test_an_input_counts_by_what_it_holds(place, tmp_path):
     assert json.loads((first.folder / "params.json").read_text())["parameters"]["W_PATH"] == str(data)
     assert ask(str(data), data.parent).found == "done"
     data.write_text("two")
-    assert run("probe", {"W_PATH": "w.pt"}, "res", cwd=data.parent, place=place).found == "changed inputs"
+    assert run("probe", {"W_PATH": "w.pt", "OUT_DIR": "res"}, cwd=data.parent, place=place).found == "changed inputs"
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         ask("missing.pt", data.parent)
 
@@ -130,7 +130,7 @@ def test_two_notebooks_may_share_a_folder(place, tmp_path):
     write_notebook(place.nbs, "first", "open(OUT_DIR + '/a', 'w').write('a')")
     write_notebook(place.nbs, "second", "open(OUT_DIR + '/b', 'w').write('b')")
     for _ in range(2):
-        found = [run(name, {}, tmp_path / "res", place=place).found for name in ("first", "second")]
+        found = [run(name, {"OUT_DIR": str(tmp_path / "res")}, place=place).found for name in ("first", "second")]
     assert found == ["done", "done"]
     assert list(identity.outputs("second", tmp_path / "res")) == ["b"]
 

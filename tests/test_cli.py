@@ -30,9 +30,9 @@ def call(*args: str) -> int:
 def asked(monkeypatch, tmp_path):
     """Records what would be run; the run answers as told."""
     calls = []
-    answers = {"run": once.Run("probe", tmp_path, "new", True, 2.0)}
+    answers = {"run": once.Ending("ran", "new", 2.0, folder=tmp_path)}
 
-    def run_notebook(name, params=None, out_dir=None, timeout=None, **options):
+    def run_notebook(name, params=None, timeout=None, **options):
         calls.append((name, params, timeout, options))
         return answers["run"]
 
@@ -53,7 +53,7 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
 
 def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path, capsys):
     _, answers = asked
-    answers["run"] = once.Run("probe", tmp_path, "new", False, 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN")
+    answers["run"] = once.Ending("failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path)
     assert call("nb", "probe") == 1
     told = capsys.readouterr().err
     assert "ValueError: layer 3 is NaN" in told and "probe.failed.ipynb" in told and told.count("long") == 11
@@ -95,7 +95,7 @@ def test_just_hands_arguments_over_unsplit_and_says_where_they_were_typed():
 
 
 def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, capsys):
-    from ws.runs.job import Ending
+    from ws.runs.once import Ending
 
     asked_for = []
 

@@ -30,7 +30,8 @@ def mine(m, l):
 
 
 def run(name: str, folder, files=(), **params):
-    done = run_notebook(name, params, folder, files=[notebooks_folder() / "params" / f for f in files], quiet=True)
+    sets = [notebooks_folder() / "params" / f for f in files]
+    done = run_notebook(name, {**params, "OUT_DIR": str(folder)}, files=sets, quiet=True)
     assert done.ok, done.error
     return done
 
@@ -193,6 +194,6 @@ def test_theta_fit(tmp_path):
 
 def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
-        run_notebook("v7_sweep", {"W_PATH": str(tmp_path / "absent.pt")}, tmp_path / "a", quiet=True)
-    done = run_notebook("v7_sweep", {"SEED": 987}, tmp_path / "b", quiet=True)
+        run_notebook("v7_sweep", {"W_PATH": str(tmp_path / "absent.pt"), "OUT_DIR": str(tmp_path / "a")}, quiet=True)
+    done = run_notebook("v7_sweep", {"SEED": 987, "OUT_DIR": str(tmp_path / "b")}, quiet=True)
     assert not done.ok and "w.safetensors" in done.error and (tmp_path / "b" / "v7_sweep.failed.ipynb").is_file()

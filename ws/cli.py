@@ -26,12 +26,7 @@ def typed_in() -> Path:
 
 
 def nb(
-    name: Positional[str],
-    /,
-    params: Pairs = (),
-    files: Files = (),
-    force: bool = False,
-    timeout: int | None = None,
+    name: Positional[str], /, params: Pairs = (), files: Files = (), force: bool = False, timeout: int | None = None
 ) -> int:
     """Run one notebook headless with papermill, unless that very run is done.
 
@@ -47,17 +42,26 @@ def nb(
     here = typed_in()
     paths = [here / file for file in files]
     name = name.removesuffix(".ipynb").removesuffix(".py")
-    return _tell(run_notebook(name, dict(params), timeout=timeout, files=paths, force=force, cwd=here))
+    run = run_notebook(name, dict(params), timeout=timeout, files=paths, force=force, cwd=here)
+    if run.ok:
+        how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.found})"
+        print(f"{name}: {how}, {run.folder / name}.html", flush=True)
+        return 0
+    print(f"\n{name} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
+    print("\n".join(f"  {line}" for line in run.error.splitlines()[-12:]), file=sys.stderr)
+    print(f"kept as {run.folder / name}.failed.ipynb", file=sys.stderr)
+    return 1
 
 
 def demo() -> int:
     """Everything on the shipped tiny model: three LoRA seeds, both protocols, delta SVD, theta fit, report."""
-    from ws.demo import demo_jobs, demo_report, demo_size
+    from ws.demo import demo_jobs, demo_report
     from ws.runs.engine import Settings, run_jobs
     from ws.runs.notebooks import Place
 
-    workers, threads = demo_size()
-    endings, summary = run_jobs(demo_jobs(), Place(), Settings(workers=workers, threads=threads))
+    # the model is so small that a second thread does not help it
+    size = Settings(workers=min(2, os.cpu_count() or 1), threads=1)
+    endings, summary = run_jobs(demo_jobs(), Place(), size)
     print(f"\n{summary}\n", flush=True)
     if not all(ending.ok for ending in endings.values()):
         return 1
@@ -180,19 +184,6 @@ def report() -> int:
     from ws.runs.html import report as write
 
     print(f"report: {write()}")
-    return 0
-
-
-def _tell(run) -> int:
-    """Say how a run ended; its exit code."""
-    if not run.ok:
-        lines = run.error.splitlines()
-        print(f"\n{run.notebook} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
-        print("\n".join(f"  {line}" for line in lines[-12:]), file=sys.stderr)
-        print(f"kept as {run.folder / run.notebook}.failed.ipynb", file=sys.stderr)
-        return 1
-    how = "already done" if run.seconds == 0 else f"ran in {run.seconds:.0f} s ({run.found})"
-    print(f"{run.notebook}: {how}, {run.html}", flush=True)
     return 0
 
 

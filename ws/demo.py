@@ -3,7 +3,7 @@
 Three LoRA seeds and a null diff, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
 """
 
-import os
+from dataclasses import replace
 
 from ws.cache.names import RunId
 from ws.cache.places import notebooks_folder
@@ -18,20 +18,11 @@ def demo_jobs() -> list[Job]:
     """The batch of the shipped model with the parameters of nbs/params/tiny.yaml, and the notebooks beside it."""
     given = {k: v for k, v in read_set(notebooks_folder() / "params" / "tiny.yaml").items() if k != "MODEL_ID"}
     batch = make_jobs(Grid(seeds=SEEDS, set=given))
-    trained = [job.name for job in batch if job.notebook == "weight_diff"][:2]  # the first seed and its null diff
-
-    def add(notebook: str, needs: tuple[str, ...] = (), **own: object) -> Job:
-        ask = prepare(notebook, {"MODEL_ID": "tiny", **own}, [])
-        return Job(f"tiny: {notebook}{' v7' if needs else ''}", notebook, ask.values, ask.folder, needs)
-
-    alone = [add("theta_fit"), add("delta_svd")]
+    alone = [replace(prepare(n, {"MODEL_ID": "tiny"}), name=f"tiny: {n}") for n in ("theta_fit", "delta_svd")]
+    v7 = prepare("v7_sweep", {"MODEL_ID": "tiny", "SEED": 0, "PROTOCOL": "v7"})
+    trained = tuple(job.name for job in batch if job.notebook == "weight_diff")[:2]  # the first seed, its null diff
     # the order is the priority: what others wait for, then what stands alone, then the rest
-    return [batch[0], *alone, *batch[1:-1], add("v7_sweep", tuple(trained), SEED=0, PROTOCOL="v7"), batch[-1]]
-
-
-def demo_size() -> tuple[int, int]:
-    """(runs at a time, threads of each): the model is so small that a second thread does not help it."""
-    return min(2, os.cpu_count() or 1), 1
+    return [batch[0], *alone, *batch[1:-1], replace(v7, name="tiny: v7_sweep v7", needs=trained), batch[-1]]
 
 
 def demo_run() -> RunId:
@@ -44,16 +35,8 @@ def demo_report() -> str:
     from ws.explanation.words import top_table
     from ws.show.tables import read_table
 
-    folder = demo_run().folder()
+    top = top_table(read_table(demo_run().folder() / "v7" / "v7_summary_pct.tsv"), 12, "simple")
     verdict = (demo_run().adapter_folder() / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
-    lines = verdict.partition("## Verdict")[2].partition("##")[0].strip().splitlines()
-    return "\n".join(
-        [
-            f"v7, seed {SEEDS[0]}, best joint scores:",
-            "",
-            top_table(read_table(folder / "v7" / "v7_summary_pct.tsv"), 12, "simple"),
-            "",
-            f"v7b over seeds {', '.join(map(str, SEEDS))}:",
-            *lines,
-        ]
-    )
+    lines = verdict.partition("## Verdict")[2].partition("##")[0].strip()
+    seeds = ", ".join(map(str, SEEDS))
+    return f"v7, seed {SEEDS[0]}, best joint scores:\n\n{top}\n\nv7b over seeds {seeds}:\n{lines}"

@@ -5,6 +5,7 @@ the old one or the new one and nothing between. A temporary name carries its own
 that what a killed process left is recognised and removed.
 """
 
+import glob
 import json
 import os
 import re
@@ -61,16 +62,9 @@ def _dead(left: Path) -> bool:
     return bool(match) and match[1] == _host() and not _alive(int(match[2]), int(match[3]))
 
 
-def _sweep(path: Path) -> None:
-    """Remove what dead processes left under temporary names of `path`."""
-    for left in path.parent.glob(".tmp-*"):
-        if left.name.endswith(f".{path.name}") and _dead(left):
-            _remove(left)
-
-
-def sweep(folder: Path | str) -> list[Path]:
+def sweep(folder: Path | str, pattern: str = "**/.tmp-*") -> list[Path]:
     """Remove every temporary file and folder below `folder` that a dead process of this host left; returns them."""
-    left = [path for path in Path(folder).rglob(".tmp-*") if _dead(path)]
+    left = [path for path in Path(folder).glob(pattern) if _dead(path)]
     for path in left:
         _remove(path)
     return left
@@ -105,7 +99,7 @@ def scratch(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; what is still there under it when the block ends is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    sweep(path.parent, f".tmp-*.{glob.escape(path.name)}")
     temporary = _temporary(path)
     try:
         yield temporary
@@ -136,25 +130,20 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder to fill; it replaces `path` when the block ends, and is removed if the block raises."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary, previous = _temporary(path), _temporary(path)
-    temporary.mkdir()
-    try:
+    with scratch(path) as temporary, scratch(path) as previous:
+        temporary.mkdir()
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                _flush(file)
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _flush(file)
         _flush(temporary)
-        if path.exists():
-            os.rename(path, previous)
-        os.rename(temporary, path)
-        _flush(path.parent)
-    finally:
-        _remove(temporary)
-        if not path.exists() and previous.exists():
-            os.rename(previous, path)
-        _remove(previous)
+        try:
+            if path.exists():
+                os.rename(path, previous)
+            os.rename(temporary, path)
+            _flush(path.parent)
+        finally:
+            if not path.exists() and previous.exists():
+                os.rename(previous, path)
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -167,6 +156,21 @@ def write_text(path: Path | str, text: str) -> Path:
 def write_json(path: Path | str, value: object) -> Path:
     """Write JSON whole, indented, keys in the order given; a value JSON does not know is an error."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """The mapping in a JSON file, {} where nothing readable is."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, not JSON, not UTF-8
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """`{relative name: file}` of a folder's files in order; hidden files and folders are left out."""
+    named = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {n: file for n, file in named.items() if not any(part.startswith(HIDDEN) for part in n.split("/"))}
 
 
 @contextmanager

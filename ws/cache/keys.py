@@ -1,7 +1,4 @@
-"""Keys: what a stage depends on, as hashes of its parameters, its inputs and the code that makes it.
-
-The three parts stay apart, so that a difference can be told: `Key.differs`.
-"""
+"""Keys: what a stage depends on, as hashes of its parameters, its inputs and the code that makes it."""
 
 import hashlib
 import json
@@ -11,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ws.cache.files import HIDDEN, write_json
+from ws.cache.files import files_in, read_json, write_json
 from ws.cache.places import out_folder
 from ws.cache.sources import code_key
 from ws.cache.syntax import digest
@@ -37,11 +34,8 @@ class Key:
 
     def differs(self, other: "Key") -> str:
         """'' when equal, else the first reason: 'changed parameters', 'changed inputs' or 'changed code'."""
-        if self.params != other.params:
-            return "changed parameters"
-        if self.inputs != other.inputs:
-            return "changed inputs"
-        return "changed code" if self.sources != other.sources else ""
+        told = {"params": "changed parameters", "inputs": "changed inputs", "sources": "changed code"}
+        return next((why for part, why in told.items() if getattr(self, part) != getattr(other, part)), "")
 
 
 def file_key(path: Path | str) -> str:
@@ -51,12 +45,7 @@ def file_key(path: Path | str) -> str:
     """
     path = Path(path)
     if path.is_dir():
-        parts = [
-            f"{file.relative_to(path).as_posix()} {file_key(file)}"
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not any(p.startswith(HIDDEN) for p in file.relative_to(path).parts)
-        ]
-        return digest("\n".join(parts).encode())
+        return digest("\n".join(f"{name} {file_key(file)}" for name, file in files_in(path).items()).encode())
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such input file or folder")
     path = path.resolve()
@@ -69,12 +58,9 @@ def _file_key(path: Path, identity: tuple[int, ...]) -> str:
     if identity[0] <= LARGE:
         return read_hash(path)
     note = out_folder() / ".hashes" / f"{digest(str(path).encode())}.json"
-    try:
-        known = json.loads(note.read_text(encoding="utf-8"))
-        if known["identity"] == list(identity):
-            return known["hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    known = read_json(note)
+    if known.get("identity") == list(identity) and "hash" in known:
+        return known["hash"]
     found = read_hash(path)
     if os.access(note.parent if note.parent.is_dir() else out_folder(), os.W_OK):
         write_json(note, {"file": str(path), "identity": list(identity), "hash": found})
@@ -88,10 +74,9 @@ def read_hash(path: Path) -> str:
 
 
 def stage_key(params: dict, inputs: Sequence[Path] = (), code: Sequence[object] = (), sources: str = "") -> Key:
-    """Key of a stage: its parameters (anything JSON writes, in any order), input files, and what makes it.
+    """Key of a stage: its parameters (anything JSON writes, in any order), what its input files hold, what makes it.
 
-    code: roots for `ws.cache.sources.code_key`, or `sources`, a hash of code taken already. Where the inputs lie does
-    not count, only what they hold.
+    code: roots for `ws.cache.sources.code_key`, or `sources`, a hash of code taken already.
     """
     return Key(
         params=digest(json.dumps(params, sort_keys=True, default=str).encode()),

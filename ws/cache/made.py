@@ -1,7 +1,6 @@
 """The one cache: what is kept is made once under a key, whole or not at all, and verified whenever it is asked for.
 
-A stage's key is `(hash(parameters), hash(inputs), hash(code))`: the three parts stay apart in the sidecar, so that a
-stage whose key differs can say why. A target and its sidecar agree only when the target was finished under that key:
+A stage's key is `(hash(parameters), hash(inputs), hash(code))`, kept apart in a sidecar, so that a difference can be told:
 
     done  <=>  sidecar.key == key  and  the target on disk has the content that the sidecar describes
 """
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from ws.cache.files import HIDDEN, atomic_dir, atomic_file, lock, write_json
+from ws.cache.files import atomic_dir, atomic_file, files_in, lock, read_json, write_json
 from ws.cache.keys import Key, file_key
 
 STATES = ("done", "new", "failed before", "damaged", "changed parameters", "changed inputs", "changed code")
@@ -33,8 +32,7 @@ def _failure(target: Path) -> Path:
 def describe(target: Path) -> dict:
     """What lets a later look tell that a target is the one that was finished: its content hash, file by file."""
     if target.is_dir():
-        files = sorted(f for f in target.rglob("*") if f.is_file() and not f.name.startswith(HIDDEN))
-        return {"files": {f.relative_to(target).as_posix(): file_key(f) for f in files}}
+        return {"files": {name: file_key(file) for name, file in files_in(target).items()}}
     return {"size": target.stat().st_size, "hash": file_key(target)}
 
 
@@ -48,22 +46,14 @@ def intact(target: Path, about: dict) -> bool:
         return False
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, not JSON, not UTF-8
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_sidecar(target: Path | str) -> dict:
     """What is recorded of a target; {} when nothing readable is."""
-    return _read_json(sidecar(target))
+    return read_json(sidecar(target))
 
 
 def read_failure(target: Path | str) -> dict:
     """What `mark_failed` recorded, {} when nothing."""
-    return _read_json(_failure(Path(target)))
+    return read_json(_failure(Path(target)))
 
 
 def state(target: Path | str, key: Key) -> str:

@@ -17,21 +17,12 @@ import sysconfig
 import textwrap
 import time
 import types
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ws.cache.syntax import (
-    FUNCTIONS,
-    PACKAGE,
-    Imports,
-    Scope,
-    digest,
-    imported,
-    module_file,
-    read_scope,
-    scope_of,
-    used,
-)
+from ws.cache.places import PACKAGE
+from ws.cache.syntax import FUNCTIONS, Imports, Scope, digest, imported, module_file, read_scope, scope_of, used
 
 STARTED = time.time()
 SILENT = ("figures", "words", "candidate")  # modules of any room that only show or describe
@@ -69,19 +60,17 @@ class Walk:
             if module_file(module):
                 if module.split(".")[-1] in SILENT or module.startswith(BESIDE):
                     return
-                names = parts[cut : cut + 1] or [n for n in self.scope(module).defs]
-                for name in names:
-                    self.name(self.scope(module), name)
+                for name in parts[cut : cut + 1] or list(self.scope(module).defs):
+                    self.name(self.scope(module), name, {})
                 return
 
-    def name(self, scope: Scope, dotted: str, local: Imports | None = None) -> None:
-        """Follow a name as the source of `scope` uses it."""
+    def name(self, scope: Scope, dotted: str, local: Imports) -> None:
+        """Follow a name as the source of `scope` uses it, where `local` imports hold."""
         first, *rest = dotted.split(".")
-        bound = {**scope.imports, **(local or {})}
         live = getattr(sys.modules.get(scope.module), "__dict__", {}).get(first)
-        if first in bound and first not in scope.defs or first in (local or {}):
-            base, attribute = bound[first]
-            if first not in (local or {}) and _replaced(live, base, attribute):
+        if first in local or (first in scope.imports and first not in scope.defs):
+            base, attribute = (scope.imports | local)[first]
+            if first not in local and _replaced(live, base, attribute):
                 self.value(f"{scope.module}.{first}", live)
             else:
                 self.path(".".join([p for p in (base, attribute) if p] + rest))
@@ -94,18 +83,15 @@ class Walk:
             nodes = scope.defs[first]
             if _replaced(live, scope.module, first) or _reset(live, nodes[-1]):
                 self.value(f"replaced {label}", live)
-                return
-            self.nodes(label, scope, nodes)
+            else:
+                self.nodes(label, scope, nodes)
 
     def nodes(self, label: str, scope: Scope, nodes: list[ast.stmt]) -> None:
-        hashes = []
-        for node in nodes:
-            part = used(node)
-            hashes.append(part.hash)
+        for part in map(used, nodes):
             self.strings |= part.strings
             for name in part.names:
                 self.name(scope, name, part.imports)
-        self.seen[label] = " ".join(hashes)
+        self.seen[label] = " ".join(used(node).hash for node in nodes)
 
     # --- the caller's objects, as they are ---------------------------------------------------------------------------
 
@@ -126,15 +112,15 @@ class Walk:
             try:
                 self.seen[label] = digest(pickle.dumps(value))
             except Exception as error:
-                kind = type(value).__name__
-                raise Unkeyed(f"{label} is a {kind}, whose content cannot be hashed ({error})") from error
+                why = f"{label} is a {type(value).__name__}, whose content cannot be hashed ({error})"
+                raise Unkeyed(why) from error
 
     def function(self, function: object) -> None:
         """A function or class: of this package by its source, of the caller by its source and what it refers to."""
         function = inspect.unwrap(getattr(function, "__func__", function))
         module, name = getattr(function, "__module__", "") or "", getattr(function, "__qualname__", "")
         if module_file(module) and not _replaced(function, module, name.split(".")[0]) and "<" not in name:
-            self.name(self.scope(module), name.split(".")[0])
+            self.name(self.scope(module), name.split(".")[0], {})
             return
         label = f"{module}.{name}@{id(function)}"
         if not _own(function) or label in self.seen:
@@ -152,14 +138,15 @@ class Walk:
             self.strings |= used(node).strings
         known = dict(getattr(function, "__globals__", None) or vars(sys.modules.get(module, builtins)))
         if isinstance(function, types.FunctionType):
-            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-            known |= {n: c.cell_contents for n, c in cells if _filled(c)}
+            for name_inside, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+                with suppress(ValueError):  # nothing is in the cell yet
+                    known[name_inside] = cell.cell_contents
             own += "".join(digest(repr(v).encode()) for v in (function.__defaults__ or ()) if _simple(v))
         for dotted in names:
             self.live(dotted, known)
         if node is not None:
-            for base, attribute in used(node).imports.values():
-                self.path(".".join(p for p in (base, attribute) if p))
+            for imports in used(node).imports.values():
+                self.path(".".join(filter(None, imports)))
         # the label holds an address, which must not enter the key
         del self.seen[label]
         self.seen[f"{name} {own}"] = own
@@ -185,14 +172,6 @@ class Walk:
             self.function(value)
 
 
-def _filled(cell) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
 def _simple(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_simple, value))
@@ -214,14 +193,10 @@ def _replaced(live: object, module: str, name: str) -> bool:
 
 def _reset(live: object, node: ast.stmt) -> bool:
     """Whether a loaded constant has another value than its source says."""
-    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):  # `a, b = 1, 2`
-        return False
-    if not _simple(live) or live is None:
-        return False
-    try:
-        return ast.literal_eval(node.value) != live
-    except ValueError:
-        return False
+    named = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)  # not `a, b = 1, 2`
+    with suppress(ValueError):
+        return named and live is not None and _simple(live) and ast.literal_eval(node.value) != live
+    return False
 
 
 def _own(thing: object) -> bool:

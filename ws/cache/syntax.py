@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+from ws.cache.places import PACKAGE
+
 REPRS = ("__repr__", "_repr_html_", "_repr_markdown_")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Imports = dict[str, tuple[str, str]]  # name -> (module, attribute or "")
@@ -114,11 +115,11 @@ def _counts(node: ast.AST, name: str, value: object) -> object:
             value = value[1:]
         return [n for n in value if getattr(n, "name", "") not in REPRS] if isinstance(node, ast.ClassDef) else value
     if isinstance(node, FUNCTIONS) and name == "decorator_list":
-        return [d for d in value if not _is_candidate(d)]
+        return [d for d in value if not is_candidate(d)]
     return value
 
 
-def _is_candidate(decorator: ast.expr) -> bool:
+def is_candidate(decorator: ast.expr) -> bool:
     called = decorator.func if isinstance(decorator, ast.Call) else decorator
     return getattr(called, "attr", getattr(called, "id", "")) == "candidate"
 

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 from ws.cache.files import lock, sweep
@@ -24,8 +24,8 @@ from ws.cache.places import logs_folder, root
 from ws.runs import need
 from ws.runs.execute import terminable
 from ws.runs.grid import Job, Step, plan
-from ws.runs.job import Ending
 from ws.runs.notebooks import Place
+from ws.runs.once import Ending
 from ws.runs.parameters import parse
 from ws.runs.progress import Board, summary_text
 from ws.runs.results import write_results
@@ -97,9 +97,7 @@ def slurm_cluster(slurm: Slurm):
     from dask_jobqueue import SLURMCluster
 
     # Compute nodes often have no network; the models come from the hub cache.
-    exports = [
-        f"export {name}={value}" for name, value in [("HF_HUB_OFFLINE", 1), *((t, slurm.cores) for t in THREADS)]
-    ]
+    exports = ["export HF_HUB_OFFLINE=1", *(f"export {name}={slurm.cores}" for name in THREADS)]
     return SLURMCluster(
         queue=slurm.partition or None,
         account=slurm.account or None,
@@ -125,21 +123,22 @@ def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
+    threads, gpus = settings.threads, []
     if settings.scheduler:
-        with Client(settings.scheduler, timeout=30, set_as_default=False) as client:
-            client.wait_for_workers(1, timeout=60)
-            yield client, {"threads": settings.threads, "gpus": []}
+        opened = nullcontext(settings.scheduler)
     elif settings.slurm:
-        with slurm_cluster(settings.slurm) as cluster, Client(cluster, set_as_default=False) as client:
-            cluster.scale(jobs=min(settings.workers or jobs, jobs))
-            yield client, {"threads": settings.threads, "gpus": []}
+        opened = slurm_cluster(settings.slurm)
     else:
         gpus = visible_gpus()
         workers, threads = local_size(settings, len(gpus), CPU_COUNT)
         plain = {"processes": True, "dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-        local = LocalCluster(n_workers=min(workers, jobs), threads_per_worker=1, **plain)
-        with local as cluster, Client(cluster, set_as_default=False) as client:
-            yield client, {"threads": threads, "gpus": gpus}
+        opened = LocalCluster(n_workers=min(workers, jobs), threads_per_worker=1, **plain)
+    with opened as cluster, Client(cluster, timeout=30, set_as_default=False) as client:
+        if settings.scheduler:
+            client.wait_for_workers(1, timeout=60)
+        elif settings.slurm:
+            cluster.scale(jobs=min(settings.workers or jobs, jobs))
+        yield client, {"threads": threads, "gpus": gpus}
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------
@@ -147,26 +146,19 @@ def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
 
 def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> dict:
     """What `ws.runs.job` has to know of a step."""
-    values = step.job.values | ({"RETRAIN": True} if step.retrain else {})
+    params = step.job.values | ({"RETRAIN": True} if step.retrain else {})
     return {
         "name": step.job.name,
-        "notebook": step.job.notebook,
-        "values": values,
-        "force": step.retrain,
+        "run": {"name": step.job.notebook, "params": params, "force": step.retrain, "timeout": settings.timeout},
         "needs": [(need.job.notebook, str(need.job.folder)) for need in needs],
-        "timeout": settings.timeout,
-        "nbs": str(place.nbs),
-        "out": str(place.out),
+        "place": [str(place.nbs), str(place.out)],
     }
 
 
-def run_steps(
-    steps: list[Step], place: Place, settings: Settings, tell: Callable[[str, str, str], None], tick: Callable[[], None]
-) -> dict[str, Ending]:
+def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board) -> dict[str, Ending]:
     """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out`.
 
-    `tell(name, what, text)` hears "stage" with its name and "ended" with the state; `tick()` is called every half
-    second. An interrupt ends all runs and their kernels before it passes on.
+    The board hears what runs and how it ends. An interrupt ends all runs and their kernels before it passes on.
     """
     by_name = {step.job.name: step for step in steps}
     endings = {step.job.name: Ending("done") for step in steps if not step.run}
@@ -174,38 +166,32 @@ def run_steps(
     if not todo:
         return endings
     batch = f"ws-batch-{uuid.uuid4().hex[:12]}"
-    heard: queue.Queue[tuple[str, str, object]] = queue.Queue()
+    heard: queue.Queue[tuple[str, object]] = queue.Queue()
     with connect(settings, len(todo)) as (client, environment):
         blind = [who for who, ok in client.run(os.path.exists, str(place.out / LOCK)).items() if not ok]
         if blind:
             raise ValueError(f"worker {blind[0]} does not see {place.out}: workers and driver need a shared folder")
-        client.subscribe_topic(batch, lambda event: heard.put((event[1]["name"], "stage", event[1]["stage"])))
+        client.subscribe_topic(batch, lambda event: heard.put(event[1]))
         futures = {}
         try:
             for i, step in enumerate(todo):
                 needs = [by_name[name] for name in step.job.needs]
-                future = client.submit(
-                    work,
-                    spec_of(step, needs, place, settings),
-                    batch,
-                    environment,
-                    *(futures[need.job.name] for need in needs if need.run),
-                    key=f"{step.job.notebook}-{batch}-{i}",
-                    pure=False,
-                    priority=-i,
-                )
-                futures[step.job.name] = future
-                future.add_done_callback(lambda done, name=step.job.name: heard.put((name, "ended", done)))
+                before = [futures[need.job.name] for need in needs if need.run]
+                options = {"key": f"{step.job.notebook}-{batch}-{i}", "pure": False, "priority": -i}
+                spec = spec_of(step, needs, place, settings)
+                futures[step.job.name] = client.submit(work, spec, batch, environment, *before, **options)
+                futures[step.job.name].add_done_callback(lambda done, name=step.job.name: heard.put((name, done)))
             while len(endings) < len(steps):
                 try:
-                    name, what, value = heard.get(timeout=0.5)
+                    name, told = heard.get(timeout=0.5)
                 except queue.Empty:
-                    tick()
+                    board.tick()
                     continue
-                if what == "ended":
-                    value = endings[name] = _ending(value)
-                    value = value.state
-                tell(name, what, value)
+                if isinstance(told, str):
+                    board.stage(name, told)
+                else:
+                    endings[name] = _ending(told)
+                    board.end(name, endings[name].state)
         except BaseException:
             _stop(client, batch, list(futures.values()))
             raise
@@ -215,7 +201,7 @@ def run_steps(
 def _ending(future) -> Ending:
     """What a finished future holds; one that Dask gave up on (its workers kept dying) has failed."""
     if future.status == "finished":
-        return future.result()["ending"]
+        return future.result()[1]
     error = future.exception() if future.status == "error" else future.status
     return Ending("failed", error=f"{type(error).__name__}: {error}")
 
@@ -248,7 +234,7 @@ def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = 
         started = time.monotonic()
         board = Board([step.job.name for step in steps if step.run], len(steps))
         try:
-            endings = run_steps(steps, place, settings, board.tell, board.tick)
+            endings = run_steps(steps, place, settings, board)
         finally:
             board.close()
             sweep(place.out)  # a worker that was killed cannot have tidied up

@@ -13,24 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
 from ws.cache.places import root
-from ws.runs import parameters
+from ws.runs.parameters import is_tagged, read_notebook, source_of
 
 
-class _Stream:
+def _stream(*tell: Callable[[str], object]) -> SimpleNamespace:
     """What papermill and its progress bar write to: every text is handed on."""
-
-    def __init__(self, *tell: Callable[[str], object]):
-        self.tell = tell
-
-    def write(self, text: str) -> None:
-        for tell in self.tell:
-            tell(text)
-
-    def flush(self) -> None:
-        pass
+    return SimpleNamespace(write=lambda text: [hear(text) for hear in tell], flush=lambda: None)
 
 
 @contextmanager
@@ -74,7 +66,6 @@ def _kernels(out: Path) -> Iterator[object]:
 
 def execute(
     path: Path,
-    content: dict,
     values: dict[str, object],
     target: Path,
     out: Path,
@@ -83,11 +74,11 @@ def execute(
     quiet: bool,
     on_stage: Callable[[str], None] | None,
 ) -> str:
-    """Run the notebook at `path` (its JSON: `content`) with `values`, write it to `target` after every cell. The kernel
-    takes `out` for the folder of all results.
+    """Run the notebook at `path` with `values`, write it to `target` after every cell. The kernel takes `out` for the
+    folder of all results. '' when it ended well, else the traceback. Interrupts pass through, the kernel ended.
 
-    '' when it ended well, else the traceback. Interrupts pass through, the kernel ended. `log` gets what the
-    notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of what runs.
+    `log` gets what the notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of
+    what runs.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -97,44 +88,40 @@ def execute(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other when cores are shared
     bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
     if on_stage:
-        headings = _headings(content)
+        headings = _headings(path)
 
         def heading(text: str) -> None:  # of the cell after those that are done
             if found := re.search(r"(\d+)/\d+", text):
                 on_stage(headings[min(int(found[1]), len(headings) - 1)])
 
-        bar = {"file": _Stream(heading), "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
+        bar = {"file": _stream(heading), "bar_format": "{n_fmt}/{total_fmt}", "mininterval": 0, "miniters": 1}
     try:
         with _kernels(out) as config:
             papermill.execute_notebook(
-                str(path),
-                str(target),
+                path,
+                target,
                 parameters=values,
                 progress_bar=bar,
-                stdout_file=_Stream(log.write),
-                stderr_file=_Stream(log.write) if quiet else _Stream(log.write, sys.stderr.write),
-                cwd=str(root()),
+                stdout_file=log,
+                stderr_file=log if quiet else _stream(log.write, sys.stderr.write),
+                cwd=root(),
                 execution_timeout=timeout,
                 config=config,
                 coalesce_streams=True,
             )
     except PapermillExecutionError as raised:
-        return _plain("\n".join(raised.traceback)) or f"{raised.ename}: {raised.evalue}"
+        text = "\n".join(raised.traceback)
+        return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip() or f"{raised.ename}: {raised.evalue}"
     except (RuntimeError, TimeoutError) as raised:  # a kernel that died, a cell over its time
         return f"{type(raised).__name__}: {raised}"
     return ""
 
 
-def _headings(content: dict) -> list[str]:
+def _headings(path: Path) -> list[str]:
     """Per cell of the executed notebook (papermill adds one after the parameters) the heading it stands under."""
     headings, last = [], "start"
-    for cell in content["cells"]:
-        if cell["cell_type"] == "markdown" and (found := re.search(r"^#+ +(.+)$", parameters.source_of(cell), re.M)):
+    for cell in read_notebook(path)["cells"]:
+        if cell["cell_type"] == "markdown" and (found := re.search(r"^#+ +(.+)$", source_of(cell), re.M)):
             last = found[1].strip()
-        headings += [last] * (2 if parameters.is_tagged(cell) else 1)
+        headings += [last] * (2 if is_tagged(cell) else 1)
     return headings
-
-
-def _plain(text: str) -> str:
-    """Text without terminal colours."""
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip()

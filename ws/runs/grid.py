@@ -15,9 +15,9 @@ from pathlib import Path
 from ws.cache.made import read_failure, read_sidecar
 from ws.cache.places import ASSETS
 from ws.runs import parameters
-from ws.runs.identity import run_key, run_state, stale_adapters
+from ws.runs.identity import run_state, stale_adapters
 from ws.runs.notebooks import TABLE, Notebook, Place, paths_in, run_id
-from ws.runs.once import prepare
+from ws.runs.once import Job, prepare
 from ws.runs.pairing import check_pair
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
@@ -38,23 +38,9 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run of one notebook: its complete parameters, its folder, the names of the jobs it needs."""
-
-    name: str
-    notebook: str
-    values: dict[str, object]
-    folder: Path
-    needs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Step:
-    """A job and what is known before anything runs. state: one of ws.cache.made.STATES; why: for a reader.
-
-    run: whether the job has to be looked at by a worker. stale: adapters kept although their training code changed.
-    retrain: they are trained anew.
-    """
+    """A job and what is known before anything runs. state: one of ws.cache.made.STATES; why: for a reader; run: whether
+    a worker has to look at it; stale: its adapters' training code has changed since; retrain: they are trained anew."""
 
     job: Job
     state: str
@@ -79,15 +65,15 @@ def read_grid(path: Path) -> Grid:
     """A grid from a YAML file with the fields of `Grid`, all optional. Paths in it are seen from the file."""
     given = parameters.read_set(path)
     known = [f.name for f in fields(Grid)]
-    for key, value in given.items():
+    for key in given:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key}; known: {', '.join(known)}")
-        if key == "set" and not isinstance(value, dict):
-            raise ValueError(f"{path}: set: expects a mapping of parameters, got {value!r}")
-    lists = {k: v if isinstance(v, list) else [v] for k, v in given.items() if k != "set"}
-    extra = {k: parameters.located(k, v, path.parent) for k, v in (given.get("set") or {}).items()}
-    grid = Grid(**{k: tuple(str(x) for x in v) for k, v in lists.items() if k != "seeds"}, set=extra)
-    return located(replace(grid, seeds=parse_seeds(lists["seeds"])) if "seeds" in lists else grid, path.parent)
+    extra = given.pop("set", {})
+    if not isinstance(extra, dict):
+        raise ValueError(f"{path}: set: expects a mapping of parameters, got {extra!r}")
+    axes = {k: tuple(map(str, v if isinstance(v, list) else [v])) for k, v in given.items()}
+    extra = {k: parameters.located(k, v, path.parent) for k, v in extra.items()}
+    return _over(Grid(), axes, extra, path.parent)
 
 
 def read_options(axes: dict[str, tuple[str, ...]], extra: dict[str, str], file: Path | None, folder: Path) -> Grid:
@@ -95,10 +81,11 @@ def read_options(axes: dict[str, tuple[str, ...]], extra: dict[str, str], file: 
 
     Relative paths in `axes` are seen from `folder`.
     """
-    grid = read_grid(file) if file else Grid()
-    given: dict = {name: words for name, words in axes.items() if words}
-    if "seeds" in given:
-        given["seeds"] = parse_seeds(given["seeds"])
+    return _over(read_grid(file) if file else Grid(), {k: words for k, words in axes.items() if words}, extra, folder)
+
+
+def _over(grid: Grid, axes: dict[str, tuple[str, ...]], extra: dict[str, object], folder: Path) -> Grid:
+    given: dict = axes | ({"seeds": parse_seeds(axes["seeds"])} if "seeds" in axes else {})
     return located(replace(grid, **given, set={**grid.set, **extra}), folder)
 
 
@@ -129,11 +116,9 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     """
     place = place or Place()
     entries = [entry for entry in TABLE.values() if entry.batch is not None]
-    known = {}
+    known = {e.name: parameters.defaults(parameters.read_notebook(place.notebook(e.name)), e.name) for e in entries}
     for entry in entries:
-        notebook = place.nbs / f"{entry.name}.ipynb"
-        known[entry.name] = parameters.defaults(parameters.read_notebook(notebook), entry.name)
-        check_pair(notebook, edited=True)
+        check_pair(place.notebook(entry.name), edited=True)
     everything = sorted({key for values in known.values() for key in values} - {*OWNED, *FOREIGN})
     for key in grid.set:
         if key in OWNED + FOREIGN:
@@ -141,29 +126,28 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         if key not in everything:
             raise ValueError(f"unknown parameter {key}{parameters.suggest(key, everything)}")
 
-    jobs: list[Job] = []
+    jobs: dict[str, Job] = {}
 
-    def add(entry: Notebook, own: dict, needs: list[Job]) -> Job:
+    def add(entry: Notebook, own: dict, needs: list[str]) -> str:
         extra = {k: v for k, v in grid.set.items() if k in known[entry.name]}
         # the parameter sets lie in nbs/params, whatever folder the notebooks lie in
         files = [place.nbs / "params" / f"{entry.batch}.yaml"] if entry.batch else []
-        ask = prepare(entry.name, {**extra, **own}, files, cwd, place)
-        run = run_id(ask.values)
+        job = prepare(entry.name, {**extra, **own}, files, cwd, place)
+        run = run_id(job.values)
         seed = f"seed {run.seed}" if entry.level == "seed" else "all seeds"
         null = " null" if own.get("NULL_DIFF") else ""
         name = f"{run.model} {run.behavior} {run.adapter} {seed}{null}: {entry.name}"
-        job = Job(name, entry.name, ask.values, ask.folder, tuple(need.name for need in needs))
-        if any(job.name == other.name for other in jobs):
-            raise ValueError(f"{job.name}: two models or behaviours of the grid have the same name")
-        jobs.append(job)
-        return job
+        if name in jobs:
+            raise ValueError(f"{name}: two models or behaviours of the grid have the same name")
+        jobs[name] = replace(job, name=name, needs=tuple(needs))
+        return name
 
     seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
     for model, behavior, adapter in product(grid.models, grid.behaviors, grid.adapters):
         own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
         null_w = str(run_id({**own, "SEED": seeds[0]}).folder(place.out, null=True) / "w.safetensors")
-        made: dict[str, list[Job]] = {}  # per notebook, by seed
-        null: list[Job] = []
+        made: dict[str, list[str]] = {}  # per notebook, by seed
+        null: list[str] = []
         for entry in entries:
             if entry.level != "seed":
                 add(entry, {**own, "SEEDS": seeds}, [job for need in entry.needs for job in made[need]])
@@ -175,18 +159,16 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                 made[entry.name].append(add(entry, {**own, "SEED": seed, **nulled}, needs))
                 if "NULL_DIFF" in known[entry.name] and not null:
                     null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
-    return jobs
+    return list(jobs.values())
 
 
 def job_state(job: Job, place: Place) -> str:
     """One of ws.cache.made.STATES for a job, as its inputs are now."""
-    if any(not path.is_file() for path in paths_in(job.values, "NULL_W_PATH")):  # a job before this one makes it
-        target = job.folder / f"{job.notebook}.ipynb"
-        if read_sidecar(target) and target.is_file():
-            return "changed inputs"
-        return "failed before" if read_failure(target) else "new"
-    content = parameters.read_notebook(place.nbs / f"{job.notebook}.ipynb")
-    return run_state(job.notebook, job.folder, run_key(job.notebook, content, job.values, place.out))
+    if all(path.is_file() for path in paths_in(job.values, "NULL_W_PATH")):
+        return run_state(job.notebook, job.folder, job.key(place))
+    if read_sidecar(job.target) and job.target.is_file():  # a job before this one makes the missing file
+        return "changed inputs"
+    return "failed before" if read_failure(job.target) else "new"
 
 
 def plan(jobs: list[Job], retrain: bool = False, place: Place | None = None) -> list[Step]:
@@ -197,16 +179,13 @@ def plan(jobs: list[Job], retrain: bool = False, place: Place | None = None) -> 
         state = job_state(job, place)
         stale = bool(stale_adapters(job.notebook, job.values, place.out))
         waits = [steps[need].job for need in job.needs if steps[need].run]
-        why = "" if state == "done" else state
-        if state == "done" and waits:
-            why = f"done; looked at again after {waits[0].notebook}"
+        why = [state] if state != "done" else [f"done; looked at again after {waits[0].notebook}"] if waits else []
         if stale and retrain:
-            why = "training code changed, --retrain"
+            why = ["training code changed, --retrain"]
         elif stale:
-            kept = "stale adapters" if state == "changed parameters" else "stale adapters kept"
-            why += f"{'; ' if why else ''}{kept}"
+            why.append("stale adapters" if state == "changed parameters" else "stale adapters kept")
         run = state != "done" or bool(waits) or (stale and retrain)
-        steps[job.name] = Step(job, state, why, run, stale, stale and retrain)
+        steps[job.name] = Step(job, state, "; ".join(why), run, stale, stale and retrain)
     return list(steps.values())
 
 
@@ -214,12 +193,10 @@ def plan_text(steps: list[Step]) -> str:
     """The plan as a table and a sentence."""
     from tabulate import tabulate
 
-    looked_at = {True: "run", False: "check"}
-    fates = [looked_at[s.state != "done" or s.retrain] if s.run else "done" for s in steps]
+    fates = ["done" if not s.run else "run" if s.state != "done" or s.retrain else "check" for s in steps]
     rows = [[fate, *step.job.name.split(": "), step.why] for fate, step in zip(fates, steps, strict=True)]
-    stale = sum(step.stale and not step.retrain for step in steps)
     told = f"{fates.count('run')} would run, {fates.count('check')} would be looked at again, {fates.count('done')} are done"
-    if stale:
+    if stale := sum(step.stale and not step.retrain for step in steps):
         told += (
             f"; {stale} have stale adapters: their training code changed. They are kept where the parameters of the"
             " training are the same (--retrain trains them anew)"

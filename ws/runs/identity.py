@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ws.cache import syntax
-from ws.cache.files import HIDDEN
+from ws.cache.files import files_in
 from ws.cache.keys import Key, file_key, stage_key
 from ws.cache.made import read_sidecar, state
 from ws.cache.sources import code_key, text_key
@@ -50,19 +50,13 @@ def outputs(notebook: str, folder: Path) -> dict[str, str]:
     Files that another notebook's run lists as its own do not count (two may share a folder), nor do the rendering and
     params.json, which may be written anew.
     """
-    others: set[str] = set()
+    others = {"params.json"}
     for record in folder.glob(".made.*.ipynb.json"):
         other = record.name.removeprefix(".made.").removesuffix(".json")
         if other != f"{notebook}.ipynb":
-            others |= {other, *read_sidecar(folder / other).get("about", {}).get("outputs", {})}
-    found = {}
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if not file.is_file() or any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts):
-            continue
-        if name not in others and not name.endswith((".html", ".ipynb")) and name != "params.json":
-            found[name] = file_key(file)
-    return found
+            others |= read_sidecar(folder / other).get("about", {}).get("outputs", {}).keys()
+    found = {name: file for name, file in files_in(folder).items() if not name.endswith((".html", ".ipynb"))}
+    return {name: file_key(file) for name, file in found.items() if name not in others}
 
 
 def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, str]:
@@ -89,9 +83,7 @@ def missing_output(notebook: str, folder: Path) -> str:
 def run_state(notebook: str, folder: Path, key: Key) -> str:
     """One of ws.cache.made.STATES for the run in `folder`."""
     found = state(folder / f"{notebook}.ipynb", key)
-    if found != "done":
-        return found
-    return "damaged" if missing_output(notebook, folder) else "done"
+    return "damaged" if found == "done" and missing_output(notebook, folder) else found
 
 
 def stale_adapters(notebook: str, params: dict, out: Path) -> list[Path]:

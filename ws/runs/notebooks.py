@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ws.cache.names import RunId, model_folder, model_slug, slug
+from ws.cache.names import RunId, model_slug, slug
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
-from ws.cache.syntax import read_scope
+from ws.cache.syntax import is_candidate, read_scope
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
 MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
@@ -26,6 +26,9 @@ class Place:
     nbs: Path = field(default_factory=notebooks_folder)
     out: Path = field(default_factory=out_folder)
 
+    def notebook(self, name: str) -> Path:
+        return self.nbs / f"{name}.ipynb"
+
     @property
     def logs(self) -> Path:
         return self.out.parent / "logs"
@@ -33,39 +36,27 @@ class Place:
 
 @dataclass(frozen=True)
 class Notebook:
-    """What is known of a notebook before it runs.
-
-    title: of its reports in the index. paths: parameters that hold files or folders it reads. level: what a run belongs
-    to, a `seed`, an `adapter` (all its seeds) or a `model`. folder: the run's folder below that, a template of its
-    parameters. inputs: further files it reads, whether they are there or not. products: what it makes outside its
-    folder. roots: code behind it that its cells do not name. batch: the parameter set it has in a batch, "" for none,
-    None where a batch leaves it out; needs: the notebooks that a batch runs before it. trains: the function that makes
-    its adapters. scores: its table in out/results.parquet.
-    """
+    """What is known of a notebook before it runs."""
 
     name: str
-    title: str = ""
-    paths: tuple[str, ...] = ()
-    level: str = "seed"
-    folder: str = ""
-    inputs: Callable[[Params, Path], list[Path]] = lambda params, out: []
-    products: Callable[[Params, Path], list[Path]] = lambda params, out: []
-    roots: Callable[[Params], list[str]] = lambda params: []
-    batch: str | None = None
-    needs: tuple[str, ...] = ()
-    trains: str = ""
-    scores: str = ""
+    title: str = ""  # of its reports in the index
+    paths: tuple[str, ...] = ()  # parameters that hold files or folders it reads
+    level: str = "seed"  # what a run belongs to: a seed, an adapter (all its seeds) or a model
+    folder: str = ""  # the run's folder below that, a template of its parameters
+    inputs: Callable[[Params, Path], list[Path]] = lambda params, out: []  # further files it reads, there or not
+    products: Callable[[Params, Path], list[Path]] = lambda params, out: []  # what it makes outside its folder
+    roots: Callable[[Params], list[str]] = lambda params: []  # code behind it that its cells do not name
+    batch: str | None = None  # its parameter set in a batch, "" for none; None where a batch leaves it out
+    needs: tuple[str, ...] = ()  # the notebooks that a batch runs before it
+    trains: str = ""  # the function that makes its adapters
+    scores: str = ""  # its table in out/results.parquet
 
     def run_folder(self, params: Params, out: Path) -> Path:
         """The folder of a run: OUT_DIR where it is given."""
         if params.get("OUT_DIR"):
             return Path(str(params["OUT_DIR"]))
         run = run_id(params)
-        home = {
-            "seed": seed_folder(params, out),
-            "adapter": run.adapter_folder(out),
-            "model": model_folder(run.model, out),
-        }
+        home = {"seed": seed_folder(params, out), "adapter": run.adapter_folder(out), "model": out / run.model}
         return home[self.level] / (self.folder or self.name).format(**{"PROTOCOL": "v7", **params})
 
     def run_inputs(self, params: Params, out: Path) -> list[Path]:
@@ -73,11 +64,11 @@ class Notebook:
         given = [path for key in path_names() if key not in PLACES for path in paths_in(params, key)]
         if missing := [path for path in given if not path.exists()]:
             raise FileNotFoundError(f"{self.name}: {missing[0]}: no such file or folder")
-        model, behavior = str(params.get("MODEL_ID") or ""), str(params.get("BEHAVIOR") or "")
-        named = [(model, ASSETS / "tiny" if model == "tiny" else Path(model))]
-        named += [(behavior, ASSETS / f"{behavior}.json"), (behavior, Path(behavior))]
-        given += [path for name, path in named if name]
-        return [path for path in [*given, protocol_file(params)] + self.inputs(params, out) if path.exists()]
+        if model := str(params.get("MODEL_ID") or ""):
+            given.append(ASSETS / "tiny" if model == "tiny" else Path(model))
+        if behavior := str(params.get("BEHAVIOR") or ""):
+            given += [ASSETS / f"{behavior}.json", Path(behavior)]
+        return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]
 
 
 # --- identities ------------------------------------------------------------------------------------------------------
@@ -150,11 +141,10 @@ def candidate_code(sources: list[str] | None) -> list[str]:
     found = []
     for module in (f"ws.subspaces.{name}" for name in CANDIDATE_MODULES):
         for name, nodes in read_scope(module).defs.items():
-            for call in (d for node in nodes for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)):
-                if getattr(call.func, "attr", getattr(call.func, "id", "")) == "candidate":
-                    own = [ast.literal_eval(k.value) for k in call.keywords if k.arg == "source"]
-                    if sources is None or not own or own[0] in sources:
-                        found.append(f"{module}.{name}")
+            for call in filter(is_candidate, (d for node in nodes for d in getattr(node, "decorator_list", []))):
+                own = [ast.literal_eval(k.value) for k in getattr(call, "keywords", []) if k.arg == "source"]
+                if sources is None or not own or own[0] in sources:
+                    found.append(f"{module}.{name}")
     return found
 
 
@@ -179,38 +169,19 @@ def _swept_seeds(params: Params, out: Path) -> list[Path]:
 
 _ENTRIES = (
     Notebook(
-        "weight_diff",
-        "The weight difference and how it steers",
-        paths=("W_PATH", "POS_ADAPTER", "NEG_ADAPTER", "PAIRS"),
-        products=_made_w,
-        batch="",
-        trains="ws.train.lora.train_adapter",
+        "weight_diff", "The weight difference and how it steers", ("W_PATH", "POS_ADAPTER", "NEG_ADAPTER", "PAIRS"),
+        products=_made_w, batch="", trains="ws.train.lora.train_adapter",
     ),
     Notebook(
-        "v7_sweep",
-        "Which subspace explains the difference",
-        paths=("W_PATH", "NULL_W_PATH", "CANDIDATES"),
-        folder="{PROTOCOL}",
-        inputs=_swept_w,
-        roots=lambda params: candidate_code(protocol_sources(params)),
-        batch="v7b",
-        needs=("weight_diff",),
-        scores="v7_summary.tsv",
+        "v7_sweep", "Which subspace explains the difference", ("W_PATH", "NULL_W_PATH", "CANDIDATES"),
+        folder="{PROTOCOL}", inputs=_swept_w, roots=lambda params: candidate_code(protocol_sources(params)),
+        batch="v7b", needs=("weight_diff",), scores="v7_summary.tsv",
     ),
     Notebook(
-        "v7b_stability",
-        "Which of it holds over seeds",
-        paths=("CANDIDATES",),
-        level="adapter",
-        folder="v7b",
-        inputs=_swept_seeds,
-        roots=lambda params: candidate_code(None),
-        batch="",
-        needs=("v7_sweep",),
+        "v7b_stability", "Which of it holds over seeds", ("CANDIDATES",), level="adapter", folder="v7b",
+        inputs=_swept_seeds, roots=lambda params: candidate_code(None), batch="", needs=("v7_sweep",),
     ),
-    Notebook(
-        "delta_svd", "What each block adds to the residual stream", paths=("CALIBRATION", "COMPARE"), level="model"
-    ),
-    Notebook("theta_fit", "What a small vector per user teaches", paths=("USERS",), level="model"),
-)
+    Notebook("delta_svd", "What each block adds to the residual stream", ("CALIBRATION", "COMPARE"), level="model"),
+    Notebook("theta_fit", "What a small vector per user teaches", ("USERS",), level="model"),
+)  # fmt: skip
 TABLE = {entry.name: entry for entry in _ENTRIES}

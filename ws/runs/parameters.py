@@ -9,10 +9,18 @@ import ast
 import difflib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ws.cache.places import ASSETS
 from ws.runs.notebooks import MAYBE_PATHS, path_names
+
+WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+READERS = {
+    bool: ("true or false", lambda text: WORDS[text.strip().lower()]),
+    int: ("int", int),
+    float: ("float", float),
+}
 
 
 def read_notebook(path: Path) -> dict:
@@ -35,11 +43,10 @@ def is_tagged(cell: dict) -> bool:
     return cell["cell_type"] == "code" and "parameters" in cell.get("metadata", {}).get("tags", [])
 
 
-def code_of(notebook: dict, with_parameters: bool = False) -> str:
-    """The code cells of a notebook as one source, without magics; by default without the parameters' own cell."""
-    cells = [c for c in notebook["cells"] if c["cell_type"] == "code" and (with_parameters or not is_tagged(c))]
-    lines = "\n\n".join(source_of(c) for c in cells).split("\n")
-    return "\n".join(line for line in lines if not re.match(r"\s*[%!]", line))
+def code_of(notebook: dict) -> str:
+    """The code cells of a notebook as one source, without magics and without the parameters' own cell."""
+    cells = [source_of(c) for c in notebook["cells"] if c["cell_type"] == "code" and not is_tagged(c)]
+    return "\n".join(line for line in "\n\n".join(cells).split("\n") if not re.match(r"\s*[%!]", line))
 
 
 def defaults(notebook: dict, name: str) -> dict[str, object]:
@@ -56,18 +63,18 @@ def defaults(notebook: dict, name: str) -> dict[str, object]:
         )
     values: dict[str, object] = {}
     for node in ast.parse(source_of(cells[0])).body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            key, value = node.targets[0].id, node.value
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            key, value = node.target.id, node.value
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        else:
+        assigned = isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        if not assigned or len(targets) != 1 or not isinstance(targets[0], ast.Name):
             raise ValueError(f"{name}: parameters cell, line {node.lineno}: only `NAME = literal` may stand here")
         try:
-            values[key] = ast.literal_eval(value)
+            values[targets[0].id] = ast.literal_eval(node.value)
         except ValueError:
-            raise ValueError(f"{name}: parameter {key} is not a literal; derive it in the next cell") from None
+            raise ValueError(
+                f"{name}: parameter {targets[0].id} is not a literal; derive it in the next cell"
+            ) from None
     return values
 
 
@@ -75,8 +82,8 @@ def suggest(word: str, known: list[str]) -> str:
     """'; did you mean X? Known: ...' for an error message."""
     close = difflib.get_close_matches(word.upper(), {k.upper(): k for k in known}, n=1)
     best = next((k for k in known if close and k.upper() == close[0]), None)
-    hint = f"; did you mean {best}?" if best else ""
-    return f"{hint} Known: {', '.join(known) or 'none'}" if hint else f"; known: {', '.join(known) or 'none'}"
+    names = ", ".join(known) or "none"
+    return f"; did you mean {best}? Known: {names}" if best else f"; known: {names}"
 
 
 def parse(key: str, text: str, default: object) -> object:
@@ -87,41 +94,26 @@ def parse(key: str, text: str, default: object) -> object:
     """
     if isinstance(default, str):
         return text
-    if isinstance(default, bool):
-        word = text.strip().lower()
-        if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-            raise ValueError(f"{key}: expects true or false, got {text!r}")
-        return word in ("true", "1", "yes", "on")
-    if isinstance(default, int | float):
-        kind = type(default)
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError(f"{key}: expects {kind.__name__}, got {text!r}") from None
-    if default is None:
-        if text.strip().lower() in ("none", "null"):
-            return None
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
     if isinstance(default, list | tuple):
         return _parse_list(key, text, default)
+    if default is None and text.strip().lower() == "none":
+        return None
+    expected, read = READERS.get(type(default), (f"JSON ({type(default).__name__})", json.loads))
     try:
-        return checked(key, json.loads(text), default)
-    except json.JSONDecodeError:
-        raise ValueError(f"{key}: expects JSON ({type(default).__name__}), got {text!r}") from None
+        value = read(text)
+    except (KeyError, ValueError):
+        if default is None:
+            return text
+        raise ValueError(f"{key}: expects {expected}, got {text!r}") from None
+    return checked(key, value, default)
 
 
 def _parse_list(key: str, text: str, default: list | tuple) -> object:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, list):
-        items = [item.strip() for item in text.strip().strip("[]()").split(",") if item.strip()]
-        value = [parse(key, item, default[0] if default else None) for item in items]
-    return checked(key, value, default)
+    with suppress(json.JSONDecodeError):
+        if isinstance(value := json.loads(text), list):
+            return checked(key, value, default)
+    items = [item.strip() for item in text.strip().strip("[]()").split(",") if item.strip()]
+    return checked(key, [parse(key, item, default[0] if default else None) for item in items], default)
 
 
 def checked(key: str, value: object, default: object) -> object:

@@ -7,7 +7,8 @@ import sys
 import tempfile
 
 from ws.cache.places import root
-from ws.runs.job import MARK, Ending
+from ws.runs.job import MARK
+from ws.runs.once import Ending
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -22,13 +23,13 @@ def run_environment(worker: object, threads: int, gpus: list[str]) -> dict[str, 
     return environment
 
 
-def work(spec: dict, batch: str, environment: dict, *needs: dict) -> dict:
+def work(spec: dict, batch: str, environment: dict, *needs: tuple[str, Ending]) -> tuple[str, Ending]:
     """The Dask task: one run, in a process of its own. Returns the run's name and how it ended."""
     from distributed import get_worker
 
-    lost = next((need for need in needs if not need["ending"].ok), None)
-    if lost:
-        return {"name": spec["name"], "ending": Ending("skipped", error=f"needs {lost['name']}")}
+    name, out = spec["name"], spec["place"][1]
+    if lost := [need for need, ending in needs if not ending.ok]:
+        return name, Ending("skipped", error=f"needs {lost[0]}")
     worker = get_worker()
     ended = None
     with tempfile.TemporaryFile("w+") as noise:
@@ -39,22 +40,18 @@ def work(spec: dict, batch: str, environment: dict, *needs: dict) -> dict:
             stderr=noise,
             text=True,
             cwd=root(),
-            env=run_environment(worker.name, environment["threads"], environment["gpus"]) | {"WS_OUT": spec["out"]},
+            env=run_environment(worker.name, **environment) | {"WS_OUT": out},
             start_new_session=True,  # a Ctrl-C in the driver's terminal is the driver's to handle
         )
         try:
             process.stdin.write(json.dumps(spec, default=str))
             process.stdin.close()
             for line in process.stdout:
-                if line.startswith("waiting for "):
-                    worker.log_event(batch, {"name": spec["name"], "stage": line.strip()})
-                if not line.startswith(MARK):
-                    continue
-                told = json.loads(line.removeprefix(MARK))
+                told = json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else {}
                 if "state" in told:
                     ended = Ending(**told)
-                else:
-                    worker.log_event(batch, {"name": spec["name"], "stage": told["stage"]})
+                elif "stage" in told or line.startswith("waiting for "):
+                    worker.log_event(batch, (name, told.get("stage") or line.strip()))
         except BrokenPipeError:
             pass  # it died before it read what to do
         finally:
@@ -63,19 +60,17 @@ def work(spec: dict, batch: str, environment: dict, *needs: dict) -> dict:
             code = process.wait()
         noise.seek(0)
         last = noise.read()[-4000:].strip()
-    if ended is None:
-        ended = Ending("failed", error=f"{last}\nthe run's process ended with code {code}".strip())
-    return {"name": spec["name"], "ending": ended}
+    return name, ended or Ending("failed", error=f"{last}\nthe run's process ended with code {code}".strip())
 
 
-def end_runs(batch: str, patience_s: float = 10.0) -> int:
+def end_runs(batch: str) -> int:
     """On a worker: end the runs of a batch, kernels first; returns how many there were."""
     import psutil
 
     found = [child for child in psutil.Process().children() if batch in command_of(child)]
     for process in found:
         process.terminate()
-    for process in psutil.wait_procs(found, timeout=patience_s)[1]:
+    for process in psutil.wait_procs(found, timeout=10)[1]:
         process.kill()  # its kernel sees that and ends itself
     return len(found)
 
