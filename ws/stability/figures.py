@@ -118,11 +118,8 @@ def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> 
     """
     ranked = per_seed.filter(pl.col("rank_in_seed").is_not_null())
     seeds = ranked["seed"].unique(maintain_order=True).to_list()
-    ranks: dict[str, list[float]] = {}
-    for name in summary["candidate"]:
-        places = ranked.filter(pl.col("candidate") == name)["rank_in_seed"].to_list()
-        if places and len(places) == len(seeds):
-            ranks[name] = places
+    of = {name: ranked.filter(pl.col("candidate") == name)["rank_in_seed"].to_list() for name in summary["candidate"]}
+    ranks = {name: places for name, places in of.items() if len(places) == len(seeds) > 0}
     count = max(len(ranks), 1)
     figure = Figure(figsize=(6.2 + 0.75 * len(seeds), 1.4 + 0.175 * count), layout="constrained")
     axes = figure.subplots()
