@@ -88,8 +88,7 @@ def explain(
     table = rows.per_layer(everyone, bases, targets)
     if null is not None:
         table = rows.with_null_diff(table, everyone, bases, _b_side(shelf, null, bases[CLEAN])[1])
-    split = probes(behavior, protocol)
-    d = lm.decoder
+    split, d = probes(behavior, protocol), lm.decoder
     return Explanation(
         per_layer=table,
         specific_per_layer=rows.specific_per_layer(everyone, bases, targets),

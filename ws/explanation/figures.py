@@ -102,8 +102,7 @@ def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) 
         for i, name in enumerate(names):
             part = table.filter(pl.col("subspace") == name).sort("layer")
             style = {"c": "black", "ls": ":"} if part["kind"][0] == "ceiling" else {"c": PALETTE[i % len(PALETTE)]}
-            values = part[column].to_numpy()
-            values = np.where(values > 0, values, np.nan)
+            values = np.where(part[column] > 0, part[column], np.nan)
             axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.3, label=name, **style)
         if layers:
             axis.axvspan(min(layers) - 0.5, max(layers) + 0.5, color="0.93", zorder=0)

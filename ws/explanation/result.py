@@ -1,7 +1,6 @@
-"""`Explanation`: what a sweep found, as tables, figures and words, and as the files of a run.
+"""`Explanation`: what a sweep found, as tables, figures and words, and as the files of a run. (docs/method.md section 6)
 
-`<folder>/v7_*.csv, .tsv, .md`, `scores.safetensors` (what statistics over seeds start from) and `explanation.json` (the
-setting, the candidates, the checks, the content hashes of the rest). (docs/method.md section 6)
+`v7_*.csv, .tsv, .md`, `scores.safetensors` (what statistics over seeds start from) and `explanation.json` (the rest).
 """
 
 import json
@@ -35,11 +34,10 @@ PLAN_MERGE = ASSETS / "v7_plan_merge.md"  # what v7 measures that its predecesso
 class Explanation:
     """Every candidate's scores on what one w does to activations and to weights.
 
-    per_layer: one row per layer and candidate (docs/method.md section 6, then the columns of section 7).
-    specific_per_layer: what each explains beyond the clean states. setting: model, behaviour, protocol, layers, counts.
-    candidates: what is known of each (name, family, sees, definition, ...). checks: the run's own assertions with their
-    values. tensors: `ws.explanation.rows.kept_tensors`. bases: content hash of each A-side candidate's bases.
-    sources: `{file name: text}` of the caller's own candidate files.
+    per_layer: one row per layer and candidate (docs/method.md sections 6 and 7). specific_per_layer: what each explains
+    beyond the clean states. candidates: what is known of each. checks: the run's own assertions with their values.
+    tensors: `ws.explanation.rows.kept_tensors`. bases: content hash of each A-side candidate's bases. sources:
+    `{file name: text}` of the caller's own candidate files.
 
     Example:
         >>> import tempfile, ws

@@ -50,10 +50,12 @@ def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict
 
 
 def _setting(f: dict) -> str:
+    layers = f["layers"]
+    run = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2
+    span = f"{layers[0]} to {layers[-1]}" if run else ", ".join(map(str, layers))
     return (
         f"Behaviour `{f['behavior']}`, protocol {f['protocol']['name']}, {f['n_fit']} FIT and {f['n_eval']} EVAL probes,"
-        f" d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {_span(f['layers'])}. A score of 1 is what a"
-        " random subspace gets."
+        f" d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is what a random subspace gets."
     )
 
 
@@ -71,11 +73,6 @@ def setting_table(f: dict) -> str:
         ("means over", f"layers {', '.join(map(str, f['layers']))}"),
     ]
     return "\n".join(["| | |", "|---|---|", *[f"| {k} | {v} |" for k, v in rows]])
-
-
-def _span(layers: list[int]) -> str:
-    run = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]} to {layers[-1]}" if run and len(layers) > 2 else ", ".join(map(str, layers))
 
 
 def _row(pct: pl.DataFrame, name: str) -> dict:

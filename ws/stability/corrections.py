@@ -56,12 +56,12 @@ def capture_corrections(
     spearman_joint: order of the A-hypotheses by mean log joint score against v7's. *_abs_log2_act, log2_change: change
     of R_act, the latter of the candidate moved_most.
     """
-    columns = {"mean_conc_act": "R_act", "mean_conc_w_combined": "R_w", "joint_score": "joint_score"}
+    scored = {"R_act": "mean_conc_act", "R_w": "mean_conc_w_combined", "joint_score": "joint_score"}
     tables = {}
     for name, protocol in tqdm(variants().items(), "corrections of capture"):
         found = {s: explain(lm, w, behavior, protocol=protocol, cache=cache, progress=False) for s, w in diffs.items()}
-        shown = ["subspace", "kind", *(pl.col(old).alias(new) for old, new in columns.items())]
-        tables[name] = pl.concat(f.plain_summary.select(pl.lit(s).alias("seed"), *shown) for s, f in found.items())
+        parts = {s: run.plain_summary.select("subspace", "kind", **scored) for s, run in found.items()}
+        tables[name] = pl.concat(part.select(pl.lit(s).alias("seed"), pl.all()) for s, part in parts.items())
     logs = {name: _mean_logs(table) for name, table in tables.items()}
     rows = []
     for name, mean in logs.items():

@@ -118,11 +118,8 @@ def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> 
     """
     ranked = per_seed.filter(pl.col("rank_in_seed").is_not_null())
     seeds = ranked["seed"].unique(maintain_order=True).to_list()
-    ranks: dict[str, list[float]] = {}
-    for name in summary["candidate"]:
-        places = ranked.filter(pl.col("candidate") == name)["rank_in_seed"].to_list()
-        if places and len(places) == len(seeds):
-            ranks[name] = places
+    of = {name: ranked.filter(pl.col("candidate") == name)["rank_in_seed"].to_list() for name in summary["candidate"]}
+    ranks = {name: places for name, places in of.items() if len(places) == len(seeds) > 0}
     count = max(len(ranks), 1)
     figure = Figure(figsize=(6.2 + 0.75 * len(seeds), 1.4 + 0.175 * count), layout="constrained")
     axes = figure.subplots()
@@ -137,8 +134,8 @@ def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> 
         heights = _spread([places[at] for places in ranks.values()], 0.95)
         for place, (name, y) in enumerate(zip(ranks, heights, strict=True)):
             colour = coloured[place] if place < len(coloured) else "#6d6d6d"
-            axes.annotate(name, (at, y), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=7,
-                          color=colour, annotation_clip=False)  # fmt: skip
+            style = {"color": colour, "fontsize": 7, "ha": side, "va": "center", "annotation_clip": False}
+            axes.annotate(name, (at, y), (shift, 0), textcoords="offset points", **style)
     axes.set_xticks(x, [f"seed {k}" for k in seeds], fontsize=9)
     axes.set_xlim(-0.15, last + 0.15)
     axes.set_ylim(count + 0.8, 0.2)

@@ -35,7 +35,7 @@ class GramFactor:
     rest: float
 
 
-Factors = Sequence[Sequence[GramFactor]]  # [seed][layer]
+Grams = Sequence[Sequence[GramFactor]]  # [seed][layer]
 
 
 def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: float = TAIL) -> GramFactor:
@@ -57,7 +57,7 @@ def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: f
 
 
 def random_log_concentration(
-    factors: Factors, ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
+    factors: Grams, ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
 ) -> Float[Tensor, "N L q"]:
     """Mean over seeds of log R_w of random bases: entry [i, l, j] is draw i of rank `ranks[j]` at layer l, float64.
 
@@ -106,9 +106,8 @@ def null_statistics(
 
 def monte_carlo_p(observed: float, null: Float[np.ndarray, " N"]) -> float:
     """`(1 + #{null >= observed}) / (1 + N)` against a sorted null; NaN for an undefined observation."""
-    if np.isnan(observed):
-        return float("nan")
-    return float((1 + len(null) - np.searchsorted(null, observed, side="left")) / (1 + len(null)))
+    above = len(null) - np.searchsorted(null, observed, side="left")
+    return float("nan") if np.isnan(observed) else float((1 + above) / (1 + len(null)))
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
@@ -121,18 +120,12 @@ def benjamini_hochberg(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
 
 
 def significance_table(
-    scores: SeedScores,
-    factors: Factors,
-    one_basis: Bool[np.ndarray, " C"],
-    seed: int,
-    n_draws: int,
-    device: str = "cpu",
+    scores: SeedScores, factors: Grams, one_basis: Bool[np.ndarray, " C"], seed: int, n_draws: int, device: str = "cpu"
 ) -> pl.DataFrame:
     """One row per candidate, in the order of `scores`; NaN for an undefined score and for ceilings, which saw w.
 
-    one_basis: which candidates have one basis for all layers.
-    T: mean log R_w over layers and seeds (natural log), of which null_mean, null_sd and null_q95 are. q_R_w:
-    Benjamini-Hochberg over the A-hypotheses.
+    one_basis: which candidates have one basis for all layers. T: mean log R_w over layers and seeds (natural log), of
+    which null_mean, null_sd and null_q95 are. q_R_w: Benjamini-Hochberg over the A-hypotheses.
     """
     if n_draws < 1:
         raise ValueError(f"N_NULL = {n_draws}: at least one random subspace is needed")

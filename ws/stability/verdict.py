@@ -49,7 +49,7 @@ class Verdict:
 def false_winner_bound(n_contenders: int) -> float:
     """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two.
 
-    Each ordered pair passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1 of C (C - 1) pairs.
+    Each of the C (C - 1) ordered pairs passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1.
     """
     return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * ALPHA / 2
 

@@ -12,31 +12,29 @@ from ws.stability.verdict import ALPHA, Verdict, false_winner_bound
 def _winner_lines(v: Verdict) -> list[str]:
     bound = f"a false winner has probability at most {false_winner_bound(v.n_contenders):.3f} by chance"
     if v.winner:
-        closest = v.rivals.row(0, named=True)
+        name, *logs, _ = v.rivals.row(0)
+        ratio, t_lo, t_hi, crossed_lo, crossed_hi = np.exp(logs)
         return [
-            f"**Winner: {v.winner}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). "
-            f"Closest rival: {closest['rival']}, joint score {np.exp(closest['log_ratio']):.2f} times lower (corrected "
-            f"t interval {np.exp(closest['t_lo']):.2f} to {np.exp(closest['t_hi']):.2f}; with the topics' spread "
-            f"{np.exp(closest['crossed_lo']):.2f} to {np.exp(closest['crossed_hi']):.2f}; chance level 1)."
+            f"**Winner: {v.winner}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). Closest rival: "
+            f"{name}, joint score {ratio:.2f} times lower (corrected t interval {t_lo:.2f} to {t_hi:.2f}; with the topics' "
+            f"spread {crossed_lo:.2f} to {crossed_hi:.2f}; chance level 1)."
         ]
     lines = [f"**No winner** ({bound}): " + "; ".join(v.reasons) + "."]
-    if v.leader:
-        lines.append(f"Highest mean among the stable contenders: {v.leader}.")
-    if len(v.tied) > 1:
-        lines.append(f"Cannot be told apart from it ({len(v.tied) - 1}): " + ", ".join(v.tied[1:]) + ".")
-    return lines
+    lines += [f"Highest mean among the stable contenders: {v.leader}."] if v.leader else []
+    rest = v.tied[1:]
+    return lines + ([f"Cannot be told apart from it ({len(rest)}): {', '.join(rest)}."] if rest else [])
 
 
 def _agreement_lines(summary: pl.DataFrame, ranks: pl.DataFrame, S: int) -> list[str]:
     lines = []
     joint = ranks.filter(pl.col("score") == "joint")
     if joint.height:
-        pairs = f"{joint.height} pair{'s' if joint.height > 1 else ''} of seeds"
+        pairs, mean = f"{joint.height} pair{'s' if joint.height > 1 else ''} of seeds", joint.mean().row(0, named=True)
         lines.append(
-            f"Order of the candidates, mean over {pairs}: Kendall tau {joint['kendall_tau'].mean():.2f} and Spearman "
-            f"{joint['spearman'].mean():.2f} (chance level 0, sd {joint['chance_tau_sd'].mean():.2f} and "
-            f"{joint['chance_spearman_sd'].mean():.2f} for one pair of unrelated orders); top 5 shared "
-            f"{joint['top5_shared'].mean():.1f} (chance {joint['chance_top5_shared'].mean():.1f})."
+            f"Order of the candidates, mean over {pairs}: Kendall tau {mean['kendall_tau']:.2f} and Spearman "
+            f"{mean['spearman']:.2f} (chance level 0, sd {mean['chance_tau_sd']:.2f} and {mean['chance_spearman_sd']:.2f} "
+            f"for one pair of unrelated orders); top 5 shared {mean['top5_shared']:.1f} (chance "
+            f"{mean['chance_top5_shared']:.1f})."
         )
     ranked = summary.filter(pl.col("kind") == "A-hypothesis")
     single = ranked["top5_chance"].fill_nan(None).max()  # seeds in the top 5 expected of any one candidate
