@@ -37,13 +37,13 @@ def token_numbers(delta: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> Float
 def layer_numbers(
     l: int,
     n_layers: int,
-    sums: Float[np.ndarray, "2 5"],
+    sums: np.ndarray,
     count: int,
     found: Spectrum,
     top_k: int,
     intervals: tuple[Interval, Interval],
 ) -> LayerDelta:
-    """A layer's fields from sums of `token_numbers` and of their squares over `count` tokens, and from its spectrum."""
+    """A layer's fields from sums of `token_numbers` and their squares `(2, 5)` over `count` tokens, and its spectrum."""
     mean = sums[0] / count
     spread = np.sqrt(np.maximum(sums[1] / count - mean**2, 0.0))
     shares = found.shares
@@ -91,9 +91,8 @@ def delta_svd(
     if mode not in MODES:
         raise ValueError(f"MODE {mode!r} is unknown; one of {', '.join(MODES)}")
     if top_k < 1 or max_length < 3 or batch_size < 1:
-        raise ValueError(
-            f"TOP_K {top_k} and BATCH_SIZE {batch_size} must be at least 1, MAX_LENGTH {max_length} at least 3"
-        )
+        sizes = f"TOP_K {top_k} and BATCH_SIZE {batch_size} must be at least 1, MAX_LENGTH {max_length} at least 3"
+        raise ValueError(sizes)
     sequences = (as_stream if mode == "stream" else as_documents)(lm.tokenizer, texts, max_length) if texts else []
     tokens = sum(len(s.ids) for s in sequences)
     if tokens < 3 or tokens - len(sequences) < 2:
