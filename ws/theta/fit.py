@@ -60,9 +60,8 @@ class Base:
 class Problem:
     """The fit of one head to the tokens of one or more users.
 
-    phi `(T, D)`; C `(V, D)`; Cy = C[y] and m0 = C^T p_base `(T, D)`; lse0 `(T,)` of the stored logp (about 0); owner
-    `(T,)` the user's index of each token; n `(users,)` tokens of each; ce0 `(T,)` the base's cross-entropy; alpha the
-    head's.
+    Cy = C[y]; m0 = C^T p_base; lse0 of the stored logp (about 0); ce0 the base's cross-entropy; owner the user's index
+    of each token; n the tokens of each user; alpha and name the head's.
     """
 
     base: Base
@@ -126,18 +125,16 @@ def record_base(
             logp = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(T, V)))
     h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
     for start in range(0, T, TOKENS):
-        part = slice(start, start + TOKENS)
+        part = slice(start, min(start + TOKENS, T))
         z = h[part] @ W.T if bias is None else torch.addmm(bias.to(W), h[part], W.T)
-        _finite(z, f"base logits of tokens {start}..{min(start + TOKENS, T) - 1}")
+        _finite(z, f"base logits of tokens {start}..{part.stop - 1}")
         logp[part] = torch.log_softmax(z, dim=-1).to(logp.device)
     return Base(logp, y, h)
 
 
 def target_logp(base: Base) -> Float[Tensor, " T"]:
     """The base's log-probability of each token's target."""
-    T = base.y.shape[0]
-    parts = [slice(t, t + TOKENS) for t in range(0, T, TOKENS)]
-    return torch.cat([base.logp[p].to(base.y.device).gather(1, base.y[p, None])[:, 0] for p in parts])
+    return base.logp.gather(1, base.y[:, None].to(base.logp.device))[:, 0].to(base.y.device)
 
 
 def make_problem(

@@ -89,13 +89,6 @@ def hessian(
     return curvature + 2 * cfg.lam * torch.eye(D, dtype=torch.float64, device=H.device)
 
 
-def hessians_at_zero(problem: Problem, cfg: FitConfig) -> Float[Tensor, "users D D"]:
-    """Every user's Hessian at theta = 0, float64: both optima of a user may start from it."""
-    problem = as_float64(problem)
-    zero = torch.zeros(problem.users, problem.D, dtype=torch.float64, device=problem.phi.device)
-    return torch.stack([hessian(problem, zero, cfg, user, torch.float32) for user in range(problem.users)])
-
-
 def _eigen(H: Tensor) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues kept off zero, eigenvectors, condition number."""
     values, vectors = torch.linalg.eigh(H)
@@ -132,12 +125,12 @@ def fit_optimum(
 ) -> list[Optimum]:
     """The optimum of every user of the problem, over all theta or over `|theta| <= max_norm`.
 
-    `first`: the Hessians at theta = 0 (`hessians_at_zero`) where they are known already.
+    `first`: the Hessians at theta = 0 where they are known already.
     Raises ValueError when a value is not finite, or when a user has not come within TOLERANCE after MAX_ITERATIONS.
     """
     problem = as_float64(problem)
     users, D = problem.users, problem.D
-    theta = torch.zeros(users, D, dtype=torch.float64, device=problem.phi.device)
+    theta = problem.phi.new_zeros(users, D)
     terms = evaluate(problem, theta, cfg)
     start = terms.grad.norm(dim=1).clamp(min=1e-300)
     eigen: list[list[Tensor] | None] = [None] * users
