@@ -71,7 +71,7 @@ from ws.theta import figures as draw
 from ws.theta.fit import FitConfig
 from ws.theta.fitted import SOLVERS, ThetaFits
 from ws.theta.heads import all_heads
-from ws.theta.states import joint_base, load_users, record_users
+from ws.theta.states import joint_base, load_users, record_users, split_texts
 from ws.theta.users import fit_users
 
 folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "theta_fit"
@@ -214,7 +214,8 @@ display(HTML(as_text(control, style="html")))
 
 # %%
 strengths = [cfg.gamma, 4 * cfg.gamma]
-samples = report.samples(lm, texts, float(HELDOUT), matched, chosen, strengths, SAMPLE_TOKENS)
+prompts = {user: split_texts(items, float(HELDOUT))[1][0].prompt for user, items in texts.items()}
+samples = report.samples(lm, prompts, matched, chosen, strengths, SAMPLE_TOKENS)
 write_table(samples, folder / "theta_samples.tsv")
 display(HTML(as_text(samples, style="html")))
 

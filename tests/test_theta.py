@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.conftest import DATA
 from ws.theta import fit as T
 from ws.theta import heads as H
+from ws.theta import optimum
 from ws.theta.optimum import as_float64, fit_optimum, hessian
 
 
@@ -110,7 +111,8 @@ def test_blocks_large_exponents_and_a_base_on_disk_give_the_same(monkeypatch, tm
     monkeypatch.setattr(T, "TOKENS", 7)
     monkeypatch.setattr(T, "WORDS", 13)
     monkeypatch.setattr(T, "SAFE_EXPONENT", 0.0)  # always the running maximum
-    base = T.record_base(h, y, W, b, max_mb=0)
+    monkeypatch.setattr(T, "BASE_MB", 0)
+    base = T.record_base(h, y, W, b)
     assert not list(tmp_path.iterdir())  # the file has no name: nothing is left behind
     got = T.evaluate(T.make_problem(base, head, W), theta, cfg)
     for name in ("loss", "ce", "kl", "grad"):
@@ -256,11 +258,12 @@ def test_the_clipped_optimum_is_the_best_inside_the_ball():
     assert wide.mu == 0 and torch.allclose(wide.theta, free.theta, atol=1e-6)
 
 
-def test_no_optimum_in_time_is_an_error():
+def test_no_optimum_in_time_is_an_error(monkeypatch):
+    monkeypatch.setattr(optimum, "MAX_ITERATIONS", 1)
     h, y, W, b, head = small(alpha=20.0)
     problem = T.make_problem(T.record_base(h, y, W, b), head, W)
     with pytest.raises(ValueError, match="no optimum after 1 Newton steps"):
-        fit_optimum(problem, T.FitConfig(), max_iterations=1)
+        fit_optimum(problem, T.FitConfig())
 
 
 # ---- planted -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ passage.
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,18 +24,14 @@ def load_calibration(path: str | Path = "") -> list[str]:
     """Passages of a calibration file, in its order; an empty path is the set this project ships.
 
     `.txt`: passages separated by blank lines. `.json`: a list of strings or of objects with `text`. `.jsonl`: one such
-    entry per line. Blank passages are left out. Raises FileNotFoundError, or ValueError naming the file and the entry:
-    another ending, broken JSON, an entry without text, no passage at all. (docs/method.md section 9)
+    entry per line. Blank passages are left out. Raises FileNotFoundError, or ValueError naming the file and the entry.
     """
     path = Path(path).expanduser() if str(path) else SHIPPED
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such calibration file")
     raw = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
-        blocks: list[list[str]] = [[]]
-        for line in raw.splitlines():
-            blocks[-1].append(line) if line.strip() else blocks.append([])
-        texts = ["\n".join(block) for block in blocks]
+        texts = re.split(r"\n\s*\n", "\n".join(["", "", *raw.splitlines(), "", ""]))
     elif path.suffix == ".json":
         entries = _parsed(raw, f"{path}") if raw.strip() else []
         if not isinstance(entries, list):

@@ -11,9 +11,9 @@ from ws.show.figures import PALETTE, plain_log_ticks
 BAND = {"A": "#56B4E9", "B": "#E69F00", "C": "#009E73", "D": "#CC79A7", "E": "#D55E00", "tail": "#7F7F7F"}
 
 
-def _axes(width: float = 9.0, height: float = 3.4) -> tuple[Figure, Axes]:
+def _axes(y: str, width: float = 9.0, height: float = 3.4) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(xlabel="layer", ylabel=y)
 
 
 def _finished(figure: Figure, ax: Axes, n_layers: int, title: str | None = None) -> Figure:
@@ -25,7 +25,6 @@ def _finished(figure: Figure, ax: Axes, n_layers: int, title: str | None = None)
         ax.text((first + last) / 2, 1.01, name, **named)
     ax.set_xlim(-0.5, n_layers - 0.5)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("layer")
     return figure
 
 
@@ -36,12 +35,11 @@ def _log_scale(ax: Axes) -> None:
 
 def rel_step(layers: pl.DataFrame) -> Figure:
     """Mean relative step per layer, with one standard deviation over tokens."""
-    figure, ax = _axes()
+    figure, ax = _axes("relative step |delta| / |h|")
     x, mean, std = (layers[c].to_numpy() for c in ("L", "rel_step_mean", "rel_step_std"))
     style = dict(color=PALETTE[0], alpha=0.2, linewidth=0, label="±1 sd over tokens")
     ax.fill_between(x, np.maximum(mean - std, 0), mean + std, **style)
     ax.plot(x, mean, "o-", color=PALETTE[0], markersize=4, label="mean")
-    ax.set_ylabel("relative step |delta| / |h|")
     if mean.max() > 10 * np.median(mean):  # a first block on small embeddings would flatten all the others
         _log_scale(ax)
         ax.set_ylim(bottom=mean[mean > 0].min() / 3)
@@ -52,10 +50,9 @@ def rel_step(layers: pl.DataFrame) -> Figure:
 
 def eff_rank(layers: pl.DataFrame) -> Figure:
     """Effective rank of each layer's update, with the 95 % interval over passages where there is one."""
-    figure, ax = _axes()
+    figure, ax = _axes("effective rank (directions)")
     _with_interval(ax, layers["L"].to_numpy(), layers, "eff_rank", PALETTE[1], "effective rank")
     _log_scale(ax)
-    ax.set_ylabel("effective rank (directions)")
     return _finished(figure, ax, len(layers))
 
 
@@ -69,32 +66,30 @@ def _with_interval(ax: Axes, x: np.ndarray, table: pl.DataFrame, column: str, co
 
 def top_spectrum(layers: pl.DataFrame) -> Figure:
     """Share of the update's energy in each of the top singular directions, per layer: `s_i^2 / |delta|_F^2`."""
-    figure, ax = _axes()
+    figure, ax = _axes("share of the energy")
     columns = [c for c in layers.columns if c[0] == "s" and c[1:].isdigit()]
     for i, column in enumerate(columns):
         share = (layers[column].cast(pl.Float64) ** 2 / layers["frob"].clip(lower_bound=1e-300) ** 2).to_numpy()
         shade = 0.1 + 0.65 * i / max(1, len(columns) - 1)
         ax.plot(layers["L"], share, "o-", color=str(shade), markersize=3, linewidth=1, label=f"s{i + 1}")
     _log_scale(ax)
-    ax.set_ylabel("share of the energy")
     return _finished(figure, ax, len(layers), "singular value")
 
 
 def parallel(layers: pl.DataFrame, d: int) -> Figure:
     """Part of the update along the stream itself: mean |cos(delta, h)| and mean cos, beside chance."""
-    figure, ax = _axes()
+    figure, ax = _axes("cosine of update and stream")
     ax.axhline(0, color="0.6", linewidth=0.8)
     chance = expected_cos(d)
     ax.axhline(chance, color="0.3", linestyle="--", linewidth=0.9, label=f"|cos| by chance ({chance:.3f})")
     ax.plot(layers["L"], layers["parallel_frac"], "o-", color=PALETTE[2], markersize=4, label="mean |cos(delta, h)|")
     ax.plot(layers["L"], layers["cos_delta_h_mean"], "s-", color=PALETTE[3], markersize=4, label="mean cos(delta, h)")
-    ax.set_ylabel("cosine of update and stream")
     return _finished(figure, ax, len(layers))
 
 
 def cos_heatmap(cos: np.ndarray, d: int) -> Figure:
     """|cos| between the layers' top-1 directions; lines part the phases."""
-    figure, ax = _axes(5.2, 4.4)
+    figure, ax = _axes("layer", 5.2, 4.4)
     n_layers = len(cos)
     image = ax.imshow(np.abs(cos), vmin=0, vmax=1, cmap="viridis", origin="lower")
     for name, first, last in bands(n_layers):
@@ -104,15 +99,13 @@ def cos_heatmap(cos: np.ndarray, d: int) -> Figure:
         ax.text((first + last) / 2, n_layers - 0.4, name, ha="center", va="bottom", fontsize=8)
     for axis in (ax.xaxis, ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("layer")
-    ax.set_ylabel("layer")
     figure.colorbar(image, ax=ax, label=f"|cos| of top-1 directions (chance {expected_cos(d):.3f})")
     return figure
 
 
 def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: int) -> Figure:
     """Share of each layer's top-1 direction in its phase's rank-8 space, itself in it and left out, and by chance."""
-    figure, ax = _axes()
+    figure, ax = _axes("share of top-1 direction in\nthe phase's rank-8 space")
     ax.axhline(min(RANK, d) / d, color=PALETTE[1], linestyle="--", linewidth=0.9, label="chance, left out (8/d)")
     label = "chance, itself included (simulated)"
     for row in phase_rows.iter_rows(named=True):
@@ -124,7 +117,6 @@ def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: 
     ax.plot(captures["layer"], captures["capture"], "o", color=PALETTE[0], markersize=5, label="itself included")
     ax.plot(captures["layer"], captures["left_out"], "s", color=PALETTE[1], markersize=5, label="left out")
     ax.set_ylim(0, 1.02)
-    ax.set_ylabel("share of top-1 direction in\nthe phase's rank-8 space")
     return _finished(figure, ax, n_layers)
 
 
@@ -137,12 +129,8 @@ def comparison(table: pl.DataFrame) -> Figure:
         depth = part["depth"].to_numpy()
         left.plot(depth, part["rel_step_mean"], "o-", color=color, markersize=3, label=model)
         _with_interval(right, depth, part, "eff_rank", color, model)
-    left.set_ylabel("relative step |delta| / |h|")
-    _log_scale(left)
-    right.set_ylabel("effective rank (directions)")
-    _log_scale(right)
-    for ax in (left, right):
-        ax.set_xlabel("relative depth (layer / layers)")
-        ax.set_xlim(0, 1)
+    for ax, label in (left, "relative step |delta| / |h|"), (right, "effective rank (directions)"):
+        _log_scale(ax)
+        ax.set(xlabel="relative depth (layer / layers)", xlim=(0, 1), ylabel=label)
         ax.legend(fontsize=7)
     return figure

@@ -27,23 +27,24 @@ MODES = ("stream", "documents")
 Batches = list[list[Sequence]]
 
 
-def token_numbers(delta: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> Float[Tensor, "5 N"]:
-    """Per token, float64: |delta|, |h|, rel_step, cos(delta, h), |cos|."""
+def token_sums(delta: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> Float[np.ndarray, "2 5"]:
+    """Sums over tokens, and sums of squares, of |delta|, |h|, rel_step, cos(delta, h), |cos|, in float64."""
     step, size = torch.linalg.vector_norm(delta, dim=1).double(), torch.linalg.vector_norm(h, dim=1).double()
     cos = (delta.double() * h.double()).sum(dim=1) / (step * size).clamp_min(1e-16)
-    return torch.stack([step, size, step / size.clamp_min(1e-8), cos, cos.abs()])
+    numbers = torch.stack([step, size, step / size.clamp_min(1e-8), cos, cos.abs()])
+    return torch.stack([numbers.sum(dim=1), numbers.square().sum(dim=1)]).cpu().numpy()
 
 
 def layer_numbers(
     l: int,
     n_layers: int,
-    sums: Float[np.ndarray, "2 5"],
+    sums: np.ndarray,
     count: int,
     found: Spectrum,
     top_k: int,
     intervals: tuple[Interval, Interval],
 ) -> LayerDelta:
-    """A layer's fields from sums of `token_numbers` and of their squares over `count` tokens, and from its spectrum."""
+    """A layer's fields from `token_sums` over `count` tokens, and its spectrum."""
     mean = sums[0] / count
     spread = np.sqrt(np.maximum(sums[1] / count - mean**2, 0.0))
     shares = found.shares
@@ -91,9 +92,8 @@ def delta_svd(
     if mode not in MODES:
         raise ValueError(f"MODE {mode!r} is unknown; one of {', '.join(MODES)}")
     if top_k < 1 or max_length < 3 or batch_size < 1:
-        raise ValueError(
-            f"TOP_K {top_k} and BATCH_SIZE {batch_size} must be at least 1, MAX_LENGTH {max_length} at least 3"
-        )
+        sizes = f"TOP_K {top_k} and BATCH_SIZE {batch_size} must be at least 1, MAX_LENGTH {max_length} at least 3"
+        raise ValueError(sizes)
     sequences = (as_stream if mode == "stream" else as_documents)(lm.tokenizer, texts, max_length) if texts else []
     tokens = sum(len(s.ids) for s in sequences)
     if tokens < 3 or tokens - len(sequences) < 2:
@@ -113,10 +113,6 @@ def delta_svd(
     )  # fmt: skip
 
 
-def _both(numbers: Float[Tensor, "5 N"]) -> Float[np.ndarray, "2 5"]:
-    return torch.stack([numbers.sum(dim=1), numbers.square().sum(dim=1)]).cpu().numpy()
-
-
 def _stream(
     lm: LM, batches: Batches, final_norm: bool, top_k: int, weights: Float[np.ndarray, "b P"], progress: bool
 ) -> list[LayerDelta]:
@@ -130,7 +126,7 @@ def _stream(
                 basis = sketch_basis(delta)
                 outside = basis.shape[1] < min(delta.shape)
                 intervals = bootstrap(found, group_parts(delta, basis, group, weights.shape[1], outside), weights)
-            sums = _both(token_numbers(delta, h))
+            sums = token_sums(delta, h)
             layers.append(layer_numbers(l, lm.decoder.n_layers, sums, len(delta), found, top_k, intervals))
             bar.update()
 
@@ -151,7 +147,7 @@ def _documents(
 
     def add(l: int, delta: Tensor, h: Tensor, _group: Tensor) -> None:
         if len(delta):
-            sums[l] += _both(token_numbers(delta, h))
+            sums[l] += token_sums(delta, h)
             counts[l] += len(delta)
             for sums_of, more in (grams, right_gram(delta)), (totals, delta.double().sum(dim=0)):
                 sums_of[l] = sums_of[l].add_(more) if l in sums_of else more

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ws.delta.calibration import Sequence, padded
@@ -27,7 +26,13 @@ def read_deltas(lm: LM, batch: list[Sequence], final_norm: bool, visit: Visit) -
                 raise ValueError(f"{decoder.prefix}.{l}: the block was not given its hidden states as first argument")
             if final_norm and l == decoder.n_layers - 1:
                 after = decoder.final_norm(after)
-            visit(l, *_rows(inputs[0], after, keep, f"{decoder.prefix}.{l}"), group[keep])
+            kept = keep.to(after.device)
+            h = inputs[0].to(after.device)[kept].float()
+            delta = after[kept].float() - h
+            if not torch.isfinite(delta).all():
+                dtype = str(after.dtype).removeprefix("torch.")
+                raise ValueError(f"{decoder.prefix}.{l}: hidden states are not finite in {dtype}; try DTYPE float32")
+            visit(l, delta, h, group[keep])
 
         return record
 
@@ -36,17 +41,3 @@ def read_deltas(lm: LM, batch: list[Sequence], final_norm: bool, visit: Visit) -
     at = {f"{decoder.prefix}.{l}": at_block(l) for l in range(decoder.n_layers)}
     with torch.no_grad(), recorded(lm.model, at):
         body(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
-
-
-def _rows(
-    before: Float[Tensor, "n T d"], after: Float[Tensor, "n T d"], keep: Bool[Tensor, "n T"], name: str
-) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
-    """`delta` and `h` of the kept tokens, float32, on the device of the block's output."""
-    keep = keep.to(after.device)
-    h = before.to(after.device)[keep].float()
-    delta = after[keep].float() - h
-    if not torch.isfinite(delta).all():
-        raise ValueError(
-            f"{name}: hidden states are not finite in {str(after.dtype).removeprefix('torch.')}; try DTYPE float32"
-        )
-    return delta, h

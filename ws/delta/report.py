@@ -177,13 +177,9 @@ def cos_table(cos: Float[Tensor, "L L"]) -> pl.DataFrame:
 
 def reading_notes(run: DeltaRun) -> list[str]:
     """What a reader must know about this very run, as sentences."""
-    plural = "s" if run.n_sequences > 1 else ""
-    read = f"{run.n_calib_tokens} tokens in {run.n_sequences} sequence{plural} (mode {run.mode})"
-    notes = [
-        f"{read}; the first token of each is left out.",
-        "The last layer's output is "
-        + ("taken after the final norm." if run.final_norm else "the block's own, before the final norm."),
-    ]
+    read = f"{run.n_calib_tokens} tokens in {run.n_sequences} sequence{'s' * (run.n_sequences > 1)} (mode {run.mode})"
+    last = "taken after the final norm" if run.final_norm else "the block's own, before the final norm"
+    notes = [f"{read}; the first token of each is left out.", f"The last layer's output is {last}."]
     if run.n_cut_tokens:
         of = f"{run.n_cut_sequences} sequence{'s' * (run.n_cut_sequences > 1)}"
         notes.append(f"{run.n_cut_tokens} tokens of {of} were cut off at max_length {run.max_length}.")
@@ -191,9 +187,8 @@ def reading_notes(run: DeltaRun) -> list[str]:
         notes.append(f"95 % intervals: {run.boot} bootstrap draws over {run.bootstrap_unit}, seed {run.seed}.")
     rows = run.n_calib_tokens - run.n_sequences
     if rows < run.hidden:
-        notes.append(
-            f"{rows} update rows in {run.hidden} dimensions: eff_rank is bounded by {rows} and grows with more text."
-        )
+        of = f"{rows} update rows in {run.hidden} dimensions"
+        notes.append(f"{of}: eff_rank is bounded by {rows} and grows with more text.")
     return notes
 
 
@@ -210,15 +205,13 @@ def read_folder(folder: str | Path) -> tuple[dict, pl.DataFrame]:
     """
     folder = Path(folder).expanduser()
     path, table = folder / "delta_svd.json", folder / "delta_svd_per_layer.tsv"
-    for file in (path, table):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not a delta SVD result folder, this file is missing")
+    if missing := [file for file in (path, table) if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: not a delta SVD result folder, this file is missing")
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    lacks = [key for key in ("model", "num_layers", "per_layer") if not isinstance(result, dict) or key not in result]
-    if lacks:
+    if lacks := [k for k in ("model", "num_layers", "per_layer") if not isinstance(result, dict) or k not in result]:
         raise ValueError(f"{path}: not a delta SVD result, it lacks {', '.join(lacks)}")
     return result, read_table(table)
 
@@ -226,15 +219,13 @@ def read_folder(folder: str | Path) -> tuple[dict, pl.DataFrame]:
 def compare(folders: list[str | Path]) -> pl.DataFrame:
     """rel_step and eff_rank of two or more result folders against relative depth `L / num_layers`.
 
-    A row per model and layer; models of one name get their folder's name added. Raises ValueError for fewer than two
-    folders or a folder given twice.
+    Models of one name get their folder's name added. ValueError for fewer than two folders, or a folder given twice.
     """
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     if len(paths) < 2:
         raise ValueError(f"a comparison needs at least two result folders, {len(paths)} given")
-    twice = next((p for p in paths if paths.count(p) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice}: given twice")
+    if twice := [p for p in paths if paths.count(p) > 1]:
+        raise ValueError(f"{twice[0]}: given twice")
     saved = [read_folder(path) for path in paths]
     names, parts = [result["model"] for result, _ in saved], []
     for path, name, (result, layers) in zip(paths, names, saved, strict=True):

@@ -18,22 +18,21 @@ def fit_traces(found: ThetaFits, heads: list[str]) -> Figure:
     """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    panels = (
-        ("loss", "training loss minus its start (nats per token)"),
-        ("kl", "KL to the base (nats per token)"),
-        ("theta_norm", "|theta| (no unit)"),
+    loss, kl, norm = (
+        "training loss minus its start (nats per token)",
+        "KL to the base (nats per token)",
+        "|theta| (no unit)",
     )
-    for axis, (quantity, label) in zip(axes, panels, strict=True):
+    for axis, quantity, label in zip(axes, ("loss", "kl", "theta_norm"), (loss, kl, norm), strict=True):
         for head in found.heads:
             i, fits = heads.index(head), [found.fits[user, head] for user in found.users]
             runs = torch.stack([fit.adam.trace[quantity] for fit in fits])
-            mean = (runs - runs[:, :1] if quantity == "loss" else runs).mean(0).numpy()
-            axis.plot(np.arange(len(mean)), mean, color=PALETTE[i], marker=MARKERS[i], markevery=5, ms=4, label=head)
+            mean = (runs - runs[:, :1] if quantity == "loss" else runs).mean(0)
+            axis.plot(mean, color=PALETTE[i], marker=MARKERS[i], markevery=5, ms=4, label=head)
             if quantity == "loss":
                 best = [fit.clipped.loss - float(fit.adam.trace["loss"][0]) for fit in fits]
                 axis.axhline(float(np.mean(best)), color=PALETTE[i], lw=0.8, ls=":")
-        axis.set_xlabel("Adam step")
-        axis.set_ylabel(label)
+        axis.set(xlabel="Adam step", ylabel=label)
     axes[0].set_title("dotted: the optimum within the norm clip", fontsize=9)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
@@ -86,22 +85,17 @@ def _matrices(matrices: dict, users: list[str], x: str, y: str, unit: str, colou
     columns = min(2, len(matrices))
     rows = -(-len(matrices) // columns)
     figure = Figure(figsize=(4.6 * columns + 0.8, 4.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(matrices) :]:
-        axis.remove()
-    axes = axes[: len(matrices)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(matrices))]
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix, cmap=colours, vmin=limits[0], vmax=limits[1])
         axis.set_xticks(range(len(users)), users, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(users)), users, fontsize=8)
         for i, j in np.ndindex(matrix.shape):
-            strong = abs(matrix[i, j]) > 0.6 * limits[1]
-            colour = "white" if strong else "black"
+            colour = "white" if abs(matrix[i, j]) > 0.6 * limits[1] else "black"
             axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-    figure.colorbar(image, ax=axes.tolist(), label=unit, shrink=0.8 / rows)
+        axis.set(xlabel=x, ylabel=y)
+    figure.colorbar(image, ax=axes, label=unit, shrink=0.8 / rows)
     return figure
 
 
@@ -120,10 +114,8 @@ def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float, heads: list[str]) -
             axis.plot(at, values, color=PALETTE[i], marker=MARKERS[i], ms=4, label=head)
         axis.axvline(fitted, color="black", lw=0.8, ls="--")
         axis.axhline(0, color="black", lw=0.5)
-        axis.set_xlabel(f"{x} (no unit)")
-        axis.set_ylabel(label)
-    if x == "beta":
-        for axis in axes:
+        axis.set(xlabel=f"{x} (no unit)", ylabel=label)
+        if x == "beta":
             axis.set_xscale("symlog", linthresh=0.01)
             axis.set_xlim(left=0)
     axes[0].legend(fontsize=7, frameon=False)

@@ -30,10 +30,7 @@ SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no run
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Parameters of one fit. Two separate clips: of the gradient before Adam's step, of theta after it.
-
-    ValueError where one is out of its range.
-    """
+    """Parameters of one fit; ValueError where one is out of range. The gradient is clipped before Adam's step, theta after."""
 
     gamma: float = 0.5
     beta: float = 0.05
@@ -44,12 +41,10 @@ class FitConfig:
     theta_clip: float = 5.0
 
     def __post_init__(self):
-        for name in ("steps", "lr", "grad_clip", "theta_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name.upper()} = {getattr(self, name)}: must be above 0")
-        for name in ("gamma", "beta", "lam"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name.upper()} = {getattr(self, name)}: must not be under 0")
+        for name, value in vars(self).items():
+            may_be_0 = name in ("gamma", "beta", "lam")
+            if not (value > 0 or may_be_0 and value == 0):
+                raise ValueError(f"{name.upper()} = {value}: must {'not be under' if may_be_0 else 'be above'} 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +60,8 @@ class Base:
 class Problem:
     """The fit of one head to the tokens of one or more users.
 
-    phi `(T, D)`; C `(V, D)`; Cy = C[y] and m0 = C^T p_base `(T, D)`; lse0 `(T,)` of the stored logp (about 0); owner
-    `(T,)` the user's index of each token; n `(users,)` tokens of each; ce0 `(T,)` the base's cross-entropy; alpha the
-    head's.
+    Cy = C[y]; m0 = C^T p_base; lse0 of the stored logp (about 0); ce0 the base's cross-entropy; owner the user's index
+    of each token; n the tokens of each user; alpha and name the head's.
     """
 
     base: Base
@@ -103,22 +97,18 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Result of one user's fit: theta `(D,)` and the per-step trace, every entry taken before that step's update."""
+    """One user's theta and the trace of loss, ce, kl and theta_norm, every entry taken before that step's update."""
 
     theta: Float[Tensor, " D"]
     trace: dict[str, Float[Tensor, " steps"]]
 
 
 def record_base(
-    h: Float[Tensor, "T d"],
-    y: Int[Tensor, " T"],
-    W: Float[Tensor, "V d"],
-    bias: Float[Tensor, " V"] | None = None,
-    max_mb: int = BASE_MB,
+    h: Float[Tensor, "T d"], y: Int[Tensor, " T"], W: Float[Tensor, "V d"], bias: Float[Tensor, " V"] | None = None
 ) -> Base:
     """Base log-probabilities of recorded hidden states, computed once in blocks of tokens.
 
-    Above `max_mb` the `(T, V)` array lies in an unnamed temporary file that vanishes with the process. Raises
+    Above BASE_MB the `(T, V)` array lies in an unnamed temporary file that vanishes with the process. Raises
     ValueError when a target is outside the vocabulary or something is not finite.
     """
     T, V = h.shape[0], W.shape[0]
@@ -128,38 +118,29 @@ def record_base(
         raise ValueError(f"{T} hidden states but {y.shape[0]} targets")
     if int(y.min()) < 0 or int(y.max()) >= V:
         raise ValueError(f"a target token ({int(y.min())}..{int(y.max())}) is outside the vocabulary of {V}")
-    if T * V * 4 <= max_mb * 2**20:
+    if T * V * 4 <= BASE_MB * 2**20:
         logp = torch.empty(T, V, dtype=torch.float32, device=W.device)
     else:
         with tempfile.TemporaryFile() as file:
             logp = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(T, V)))
     h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
     for start in range(0, T, TOKENS):
-        part = slice(start, start + TOKENS)
+        part = slice(start, min(start + TOKENS, T))
         z = h[part] @ W.T if bias is None else torch.addmm(bias.to(W), h[part], W.T)
-        _finite(z, f"base logits of tokens {start}..{min(start + TOKENS, T) - 1}")
+        _finite(z, f"base logits of tokens {start}..{part.stop - 1}")
         logp[part] = torch.log_softmax(z, dim=-1).to(logp.device)
     return Base(logp, y, h)
 
 
 def target_logp(base: Base) -> Float[Tensor, " T"]:
     """The base's log-probability of each token's target."""
-    T = base.y.shape[0]
-    parts = [slice(t, t + TOKENS) for t in range(0, T, TOKENS)]
-    return torch.cat([base.logp[p].to(base.y.device).gather(1, base.y[p, None])[:, 0] for p in parts])
+    return base.logp.gather(1, base.y[:, None].to(base.logp.device))[:, 0].to(base.y.device)
 
 
 def make_problem(
-    base: Base,
-    head: Head,
-    W: Float[Tensor, "V d"],
-    owner: Int[Tensor, " T"] | None = None,
-    dtype: torch.dtype = torch.float32,
+    base: Base, head: Head, W: Float[Tensor, "V d"], owner: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Problem:
-    """The fit of `head` on recorded tokens. `owner` gives each token's user (0.. users-1; default: one user).
-
-    dtype is that of all arithmetic: float32 for Adam, float64 for the optimum.
-    """
+    """The fit of `head` on recorded tokens, all arithmetic in `dtype`. owner `(T,)`: each token's user, 0.. users-1."""
     owner = torch.zeros_like(base.y) if owner is None else owner.to(base.y.device)
     n = torch.bincount(owner)
     if int(n.min()) == 0:
@@ -228,12 +209,10 @@ def evaluate(problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig) 
     rows = problem.phi * ((1 + cfg.beta) * mean - problem.Cy - cfg.beta * problem.m0)
     grad = c * per_user(problem, rows) / n[:, None] + 2 * cfg.lam * theta
     loss = ce + cfg.beta * kl + cfg.lam * theta.double().square().sum(1)
-    for what, value in (("loss", loss), ("gradient", grad)):
-        if not bool(torch.isfinite(value).all()):
-            user = int((~torch.isfinite(value.reshape(problem.users, -1))).any(1).nonzero()[0])
-            raise ValueError(
-                f"head {problem.name}, user {user}: {what} is not finite at |theta| = {float(theta[user].norm()):.3g}"
-            )
+    for what, value in (("loss", loss[:, None]), ("gradient", grad)):
+        for user in (~torch.isfinite(value)).any(1).nonzero()[:1, 0].tolist():
+            norm = float(theta[user].norm())
+            raise ValueError(f"head {problem.name}, user {user}: {what} is not finite at |theta| = {norm:.3g}")
     return Terms(loss, ce, kl, grad)
 
 

@@ -67,10 +67,8 @@ def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float 
         delta = placed.logit_delta(at_least_float32(args[0]), at, module.weight)
         return (at_least_float32(output) + delta).to(output.dtype)
 
-    if isinstance(head, LMHeadUpdate):
-        handle = module.register_forward_hook(edit_output)
-    else:
-        handle = module.register_forward_pre_hook(edit_input)
+    out = isinstance(head, LMHeadUpdate)
+    handle = module.register_forward_hook(edit_output) if out else module.register_forward_pre_hook(edit_input)
     try:
         yield model
     finally:

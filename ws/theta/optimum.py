@@ -21,6 +21,8 @@ from ws.theta.fit import FitConfig, Problem, evaluate, lse_and_mean
 
 HESSIAN_TOKENS = 512  # tokens x vocabulary entries per block of the Hessian
 HESSIAN_WORDS = 2048
+TOLERANCE = 1e-7  # gradient norm relative to that at theta = 0
+MAX_ITERATIONS = 60
 KEEP_HESSIAN = 0.1  # a stale Hessian stays while it shrinks the gradient at least this much per step
 
 
@@ -87,13 +89,6 @@ def hessian(
     return curvature + 2 * cfg.lam * torch.eye(D, dtype=torch.float64, device=H.device)
 
 
-def hessians_at_zero(problem: Problem, cfg: FitConfig) -> Float[Tensor, "users D D"]:
-    """Every user's Hessian at theta = 0, float64: both optima of a user may start from it."""
-    problem = as_float64(problem)
-    zero = torch.zeros(problem.users, problem.D, dtype=torch.float64, device=problem.phi.device)
-    return torch.stack([hessian(problem, zero, cfg, user, torch.float32) for user in range(problem.users)])
-
-
 def _eigen(H: Tensor) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues kept off zero, eigenvectors, condition number."""
     values, vectors = torch.linalg.eigh(H)
@@ -126,22 +121,16 @@ def _residual(g: Tensor, theta: Tensor, radius: float) -> tuple[Tensor, float]:
 
 
 def fit_optimum(
-    problem: Problem,
-    cfg: FitConfig,
-    max_norm: float = math.inf,
-    first: Float[Tensor, "users D D"] | None = None,
-    tolerance: float = 1e-7,
-    max_iterations: int = 60,
+    problem: Problem, cfg: FitConfig, max_norm: float = math.inf, first: Float[Tensor, "users D D"] | None = None
 ) -> list[Optimum]:
     """The optimum of every user of the problem, over all theta or over `|theta| <= max_norm`.
 
-    `first`: the Hessians at theta = 0 (`hessians_at_zero`) where they are known already.
-    Raises ValueError when a value is not finite, or when a user has not come within `tolerance` (gradient norm relative
-    to that at theta = 0) after `max_iterations`.
+    `first`: the Hessians at theta = 0 where they are known already.
+    Raises ValueError when a value is not finite, or when a user has not come within TOLERANCE after MAX_ITERATIONS.
     """
     problem = as_float64(problem)
     users, D = problem.users, problem.D
-    theta = torch.zeros(users, D, dtype=torch.float64, device=problem.phi.device)
+    theta = problem.phi.new_zeros(users, D)
     terms = evaluate(problem, theta, cfg)
     start = terms.grad.norm(dim=1).clamp(min=1e-300)
     eigen: list[list[Tensor] | None] = [None] * users
@@ -151,12 +140,12 @@ def fit_optimum(
         return [float(_residual(grad[u], theta[u], max_norm)[0].norm() / start[u]) for u in range(users)]
 
     ratio = ratios(theta, terms.grad)
-    while active := [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]:
-        if max(steps) == max_iterations:
+    while active := [u for u in range(users) if ratio[u] > TOLERANCE and float(terms.grad[u].norm()) > 0]:
+        if max(steps) == MAX_ITERATIONS:
             u = active[0]
             raise ValueError(
-                f"head {problem.name}, user {u}: no optimum after {max_iterations} Newton steps, gradient norm"
-                f" {ratio[u]:.1e} of that at theta = 0 (wanted {tolerance:.0e}), condition number {condition[u]:.1e}"
+                f"head {problem.name}, user {u}: no optimum after {MAX_ITERATIONS} Newton steps, gradient norm"
+                f" {ratio[u]:.1e} of that at theta = 0 (wanted {TOLERANCE:.0e}), condition number {condition[u]:.1e}"
             )
         goal = theta.clone()
         for u in active:

@@ -18,7 +18,7 @@ from ws.theta.fit import FitConfig, fit_adam, make_problem
 from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
 from ws.theta.live import wear
-from ws.theta.states import States, UserText, joint_base, prompt_text, split_texts
+from ws.theta.states import States, UserText, joint_base, prompt_text
 
 
 def gains(table: pl.DataFrame) -> pl.DataFrame:
@@ -114,23 +114,15 @@ def scale_table(heads: dict[str, Head], matched: dict[str, Head], kappa: dict[st
 
 
 def samples(
-    lm: LM,
-    texts: dict[str, list[UserText]],
-    heldout: float,
-    found: ThetaFits,
-    shown: list[str],
-    gammas: list[float],
-    max_new_tokens: int,
+    lm: LM, prompts: dict[str, str], found: ThetaFits, shown: list[str], gammas: list[float], max_new_tokens: int
 ) -> pl.DataFrame:
-    """Greedy answers to the first held-out prompt of each user: of the base, then wearing the user's theta."""
+    """Greedy answers to a prompt of each user: of the base, then wearing the user's theta."""
     rows = []
-    for user, items in texts.items():
-        prompt = split_texts(items, heldout)[1][0].prompt
+    for user, prompt in prompts.items():
         asked = [prompt_text(lm, prompt)]
         row = {"user": user, "prompt": prompt, "base": complete(lm, asked, max_new_tokens)[0]}
-        for name in shown:
-            for gamma in gammas:
-                with wear(lm.model, found.heads[name], found.theta(user, name), gamma):
-                    row[f"{name}, gamma {gamma:g}"] = complete(lm, asked, max_new_tokens)[0]
+        for name, gamma in product(shown, gammas):
+            with wear(lm.model, found.heads[name], found.theta(user, name), gamma):
+                row[f"{name}, gamma {gamma:g}"] = complete(lm, asked, max_new_tokens)[0]
         rows.append(row)
     return pl.DataFrame(rows)

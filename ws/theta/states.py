@@ -198,11 +198,9 @@ def _state_blocks(lm: LM, rows: list[tuple[list[int], int]], batch: int, progres
 
 def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:
     off = float((ours.float() - model_s.float()).abs().max() / model_s.float().abs().max().clamp(min=1e-6))
-    tolerance = 0.05 if model_s.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not off <= tolerance:
-        raise ValueError(
-            f"{type(lm.model).__name__}: its logits are not the unembedding of its last hidden state (off by {off:.2g})"
-        )
+    if not off <= (0.05 if model_s.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+        wrong = f"its logits are not the unembedding of its last hidden state (off by {off:.2g})"
+        raise ValueError(f"{type(lm.model).__name__}: {wrong}")
 
 
 def _write_states(path: Path, blocks: Iterable[Tensor], shape: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from ws.cache.made import made, state
 from ws.cache.sources import code_key
 from ws.theta.fit import BASE_MB, Base, Fit, FitConfig, fit_adam, make_problem
 from ws.theta.heads import Head
-from ws.theta.optimum import Optimum, as_float64, fit_optimum, hessians_at_zero
+from ws.theta.optimum import Optimum, as_float64, fit_optimum, hessian
 from ws.theta.states import States, joint_base
 
 
@@ -141,7 +141,8 @@ def fit_group(
     """Adam, the free and the clipped optimum of one head for users whose tokens stand in one base."""
     problem = make_problem(base, head, W, owner)
     adam, exact = fit_adam(problem, cfg), as_float64(problem)
-    start = hessians_at_zero(exact, cfg)
+    zero = exact.phi.new_zeros(exact.users, exact.D)
+    start = torch.stack([hessian(exact, zero, cfg, u, torch.float32) for u in range(exact.users)])
     free, clipped = fit_optimum(exact, cfg, first=start), fit_optimum(exact, cfg, cfg.theta_clip, start)
     return [UserFit(u, name, head.alpha, *fits) for u, *fits in zip(users, adam, free, clipped, strict=True)]
 

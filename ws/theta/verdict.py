@@ -24,11 +24,9 @@ def controls(
     train: dict[str, States], found: ThetaFits, heads: list[str], draws: int, seed: int
 ) -> dict[str, Float[Tensor, "rows texts"]]:
     """Per head: `control_gains` of the fitted thetas and of `draws` permuted ones, both by Adam."""
-    held, cfg, out = found.heldout, found.config, {}
-    for name in heads:
-        permuted = permuted_thetas(train, found.heads[name], held, cfg, draws, seed)
-        out[name] = control_gains(held, found.heads[name], cfg, found.stacked(name), permuted)
-    return out
+    held, cfg, of = found.heldout, found.config, {name: found.heads[name] for name in heads}
+    permuted = {name: permuted_thetas(train, head, held, cfg, draws, seed) for name, head in of.items()}
+    return {name: control_gains(held, head, cfg, found.stacked(name), permuted[name]) for name, head in of.items()}
 
 
 def control_gains(
@@ -65,13 +63,13 @@ def compare_gains(
 
 def verdict(
     heldout: Heldout,
-    gain: dict[str, dict[str, Float[Tensor, " texts"]]],
+    gain: dict[str, dict[str, Tensor]],
     control: pl.DataFrame,
-    diagonals: pl.DataFrame,
+    own: pl.DataFrame,
     draws: int,
     seed: int,
 ) -> str:
-    """The verdict in Markdown. `gain[solver][head]`: held-out gain of each text at the matched scale."""
+    """The verdict in Markdown. `gain[solver][head]`: held-out gain `(texts,)` at the matched scale; own: `diagonal`."""
     of = gain["adam"]
     mean = {name: float(by_user(heldout, g.double()).mean()) for name, g in of.items()}
     best = max(mean, key=mean.get)
@@ -105,7 +103,7 @@ def verdict(
                 f"**Gating against bias, {label}.** `{row['head']}` {said} `{row['against']}`:"
                 f" {row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] nats per token."
             )
-    for (scale,), part in diagonals.group_by("scale", maintain_order=True):
+    for (scale,), part in own.group_by("scale", maintain_order=True):
         counts = "; ".join(
             f"`{r['head']}` {r['own_theta_wins']} of {r['users']}" + (f" (not {r['not_for']})" if r["not_for"] else "")
             for r in part.iter_rows(named=True)

@@ -106,9 +106,7 @@ def train_adapter(
     if not rows:
         raise ValueError("no training pairs")
     folder = Path(folder)
-    if cfg.shuffle_labels:
-        rows = shuffle_labels(rows, seed)
-    end = turn_end(lm.tokenizer)
+    rows, end = shuffle_labels(rows, seed) if cfg.shuffle_labels else rows, turn_end(lm.tokenizer)
     examples = [make_example(lm, row, sign, end, cfg.max_length) for row in rows]
     order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(examples))
     n_held = min(round(cfg.heldout * len(examples)), len(examples) - 1)
