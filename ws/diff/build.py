@@ -90,9 +90,9 @@ def read_adapter(folder: Path | str) -> Adapter:
         tensors = torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu")
     else:
         raise FileNotFoundError(f"{folder}: adapter_model.safetensors is missing")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder}: {name} contains NaN or inf")
+    broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if broken:
+        raise ValueError(f"{folder}: {broken} contains NaN or inf")
     return Adapter(folder, config, tensors)
 
 
@@ -158,10 +158,9 @@ def _check_pair(pos: Adapter, neg: Adapter, where: str) -> None:
 def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dict | None = None) -> WeightDiff:
     """`theta_pos - theta_neg` of two PEFT folders on one base.
 
-    base: the base as a module (not changed) or a path. With it, names and shapes are checked, and names of tied
-    weights resolve to the model's own (a LoRA on a tied unembedding is a change of the embedding too). Adapters other
-    than LoRA need it: by default the base that the folders name. Raises ValueError naming what does not fit: another
-    base, other targets, factors, shapes, NaN.
+    base: the base as a module (not changed) or a path. With a module, names and shapes are checked, and names of tied
+    weights resolve to the model's own (a LoRA on a tied unembedding changes the embedding too). Adapters other than
+    LoRA need one: by default what the folders name. ValueError naming what does not fit: base, targets, factors, NaN.
     """
     a, b = read_adapter(pos), read_adapter(neg)
     where = f"{a.folder} and {b.folder}"
@@ -248,16 +247,15 @@ def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
     model = _base_copy(base, adapter)
     own = {id(p): n for n, p in model.named_parameters()}
     wrapped = PeftModel.from_pretrained(model, str(adapter.folder))
-    layers = [(n, m) for n, m in wrapped.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
-    layers = [(n, m) for n, m in layers if isinstance(m, ModulesToSaveWrapper) or hasattr(m, "merge")]
-    if not layers:
+    tuned = {n: m for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")}
+    saved = {n: m for n, m in wrapped.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    if not tuned and not saved:
         raise ValueError(f"{adapter.folder}: {adapter.kind} changes no weights, there is no weight difference")
-    for _, module in layers:
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+    for module in tuned.values():
+        module.merge(safe_merge=True)
     touched: dict[str, Tensor] = {}  # read after all merges: two adapters may share one tied parameter
-    for name, module in layers:
-        whole = isinstance(module, ModulesToSaveWrapper)
+    for name, module in {**tuned, **saved}.items():
+        whole = name in saved
         held = module.modules_to_save["default"] if whole else module.get_base_layer()
         for leaf, parameter in held.named_parameters(recurse=whole):
             touched[own.get(id(parameter), f"{_strip(name)}.{leaf}")] = parameter.detach()

@@ -144,17 +144,13 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
             tensors |= {f"{key}_A.weight": A, f"{key}_B.weight": B}
     top = max(ranks.values())
     pattern = {module: r for module, r in sorted(ranks.items()) if r != top}
+    # a regular expression, because peft writes a set of names in an order that differs between runs
+    targets = "|".join(module.replace(".", r"\.") for module in sorted(ranks))
     config = LoraConfig(
-        r=top,
-        lora_alpha=top,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        # a regular expression, because peft writes a set of names in an order that differs between runs
-        target_modules="|".join(module.replace(".", r"\.") for module in sorted(ranks)),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(w.meta.get("base_model") or ""),
-        inference_mode=True,
+        r=top, lora_alpha=top, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=targets
     )
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.base_model_name_or_path = str(w.meta.get("base_model") or "")
     with atomic_dir(Path(folder)) as temporary:
         config.save_pretrained(str(temporary))
         whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
