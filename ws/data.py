@@ -19,7 +19,8 @@ SHIPPED = ("sycophancy",)
 N_TRAIN_TOPICS = 20
 PLACE = "{claim}"
 TEXT_FIELDS = ("name", "probe", "opinion")
-LIST_FIELDS = ("personas_pos", "personas_neg", "yes", "no", "true_claims", "negations", "train_true_claims")
+NEEDED = ("personas_pos", "personas_neg", "yes", "no")
+LIST_FIELDS = (*NEEDED, "true_claims", "negations", "train_true_claims")
 
 
 @dataclass(frozen=True)
@@ -108,37 +109,30 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     if not path.is_file():
         if isinstance(name_or_path, Path) or path.suffix in (".json", ".jsonl") or "/" in text:
             raise FileNotFoundError(f"behaviour file {path} does not exist")
-        raise ValueError(
-            f"unknown behaviour {text!r}: shipped are {', '.join(SHIPPED)}, or give a .json or .jsonl file"
-        )
+        shipped = ", ".join(SHIPPED)
+        raise ValueError(f"unknown behaviour {text!r}: shipped are {shipped}, or give a .json or .jsonl file")
     try:
-        raw = _read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        return _from_dict(_from_lines(content) if path.suffix == ".jsonl" else json.loads(content))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as {path.suffix[1:] or 'json'}: {error}") from error
-    try:
-        return _from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_jsonl(path: Path) -> dict:
+def _from_lines(content: str) -> dict:
     whole: dict = {"topics": []}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
+    for number, line in enumerate(content.splitlines(), start=1):
+        row = json.loads(line) if line.strip() else {}
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} is not an object")
+            raise ValueError(f"line {number} is not an object")
         if "claim" in row:
-            whole["topics"].append(row)
-            continue
+            row = {"topics": [row]}
+        whole["topics"] += row.pop("topics", [])
         for key, value in row.items():
-            if key == "topics":
-                whole["topics"].extend(value)
-            elif key in whole:
-                raise ValueError(f"{path}: line {number} gives {key!r} again")
-            else:
-                whole[key] = value
+            if key in whole:
+                raise ValueError(f"line {number} gives {key!r} again")
+            whole[key] = value
     return whole
 
 
@@ -154,20 +148,14 @@ def _from_dict(raw: object) -> Behavior:
     missing = [f.name for f in fields(Behavior) if f.default is MISSING and f.name not in raw]
     if missing:
         raise ValueError(f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    values = dict(raw)
-    topics = values["topics"]
-    if not isinstance(topics, list):
+    if not isinstance(raw["topics"], list):
         raise ValueError("topics: must be a list of [claim, question]")
-    values["topics"] = tuple(_topic(i, row) for i, row in enumerate(topics))
-    for key, value in values.items():
-        if key in TEXT_FIELDS and not isinstance(value, str):
-            raise ValueError(f"{key}: must be a text that is not empty, is {value!r}")
-        if key in LIST_FIELDS:
-            values[key] = tuple(_texts(key, value))
-    count = values.get("n_train_topics", N_TRAIN_TOPICS)
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise ValueError(f"n_train_topics: must be a positive whole number, is {count!r}")
-    return Behavior(**values)
+    topics = tuple(_topic(i, row) for i, row in enumerate(raw["topics"]))
+    for key in TEXT_FIELDS:
+        _text(key, raw.get(key, Behavior.opinion))
+    _count(raw.get("n_train_topics", N_TRAIN_TOPICS))
+    lists = {key: tuple(_texts(key, raw[key])) for key in LIST_FIELDS if key in raw}
+    return Behavior(**{**raw, **lists, "topics": topics})
 
 
 def _topic(index: int, row: object) -> Topic:
@@ -183,49 +171,44 @@ def _topic(index: int, row: object) -> Topic:
 
 def _check(b: Behavior) -> None:
     for key in TEXT_FIELDS:
-        value = getattr(b, key)
-        if not value.strip():
-            raise ValueError(f"{key}: must be a text that is not empty, is {value!r}")
-    if b.name in (".", "..") or any(c in b.name for c in "/\\\0"):
-        raise ValueError(f"name: {b.name!r} cannot name a folder")
-    for key in ("probe", "opinion"):
-        if PLACE not in getattr(b, key):
-            raise ValueError(f"{key}: the template has no {PLACE}: {getattr(b, key)!r}")
+        _text(key, getattr(b, key))
     for key in LIST_FIELDS:
-        if not _texts(key, getattr(b, key)) and key in ("personas_pos", "personas_neg", "yes", "no"):
-            raise ValueError(f"{key}: is empty")
-    if len(b.personas_pos) != len(b.personas_neg):
-        raise ValueError(
-            f"personas_pos has {len(b.personas_pos)} and personas_neg {len(b.personas_neg)}: they are paired by index"
-        )
-    both = set(b.yes) & set(b.no)
-    if both:
-        raise ValueError(f"yes and no share the answer word {sorted(both)[0]!r}")
-    if b.n_train_topics < 1:
-        raise ValueError(f"n_train_topics: must be a positive whole number, is {b.n_train_topics!r}")
-    if len(b.topics) < b.n_train_topics + 2:
-        raise ValueError(
-            f"topics: has {len(b.topics)}, needs n_train_topics + 2 = {b.n_train_topics + 2} or more, to hold two out"
-        )
-    for i, topic in enumerate(b.topics):
-        if not topic.claim.strip():
-            raise ValueError(f"topics[{i}]: the claim is empty")
-    claims = [t.claim for t in b.topics]
-    doubled = [c for i, c in enumerate(claims) if c in claims[:i]]
-    if doubled:
-        raise ValueError(f"topics: the claim {doubled[0]!r} is there twice")
-    if b.negations and len(b.negations) != len(b.heldout_topics):
-        raise ValueError(
-            f"negations: has {len(b.negations)}, there are {len(b.heldout_topics)} held-out topics to negate in order"
-        )
+        _texts(key, getattr(b, key))
+    _count(b.n_train_topics)
+    count, topics, claims = b.n_train_topics, len(b.topics), [t.claim for t in b.topics]
+    pos, neg, negated, held = map(len, (b.personas_pos, b.personas_neg, b.negations, b.heldout_topics))
+    templates = {"probe": b.probe, "opinion": b.opinion}
+    faults = [
+        (b.name in (".", "..") or set(b.name) & set("/\\\0"), f"name: {b.name!r} cannot name a folder"),
+        *((PLACE not in text, f"{key}: the template has no {PLACE}: {text!r}") for key, text in templates.items()),
+        *((not getattr(b, key), f"{key}: is empty") for key in NEEDED),
+        (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
+        *((word in b.no, f"yes and no share the answer word {word!r}") for word in sorted(b.yes)),
+        (topics < count + 2, f"topics: has {topics}, needs n_train_topics + 2 = {count + 2} or more, to hold two out"),
+        *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
+        *((c in claims[:i], f"topics: the claim {c!r} is there twice") for i, c in enumerate(claims)),
+        (negated not in (0, held), f"negations: has {negated}, there are {held} held-out topics to negate in order"),
+    ]
+    for fault, message in faults:
+        if fault:
+            raise ValueError(message)
+
+
+def _text(key: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key}: must be a text that is not empty, is {value!r}")
+
+
+def _count(value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"n_train_topics: must be a positive whole number, is {value!r}")
 
 
 def _texts(key: str, values: object) -> Sequence[str]:
     if isinstance(values, str) or not isinstance(values, (tuple, list)):
         raise ValueError(f"{key}: must be a list of texts, is {values!r}")
     for i, value in enumerate(values):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{key}[{i}]: must be a text that is not empty, is {value!r}")
+        _text(f"{key}[{i}]", value)
     return values
 
 

@@ -9,16 +9,15 @@ rank), `io` (files), `build` and `checkpoints` (adapters, full checkpoints). (do
 from pathlib import Path
 
 from ws.cache.places import ASSETS
-from ws.diff.algebra import WRITERS, add, dot, geometry, is_writer, project, writers_only
+from ws.diff.algebra import dot, geometry, project
 from ws.diff.build import Base, from_adapters, task_vectors
 from ws.diff.checkpoints import from_checkpoints
-from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, layer_of
+from ws.diff.core import LowRank, WeightDiff
 from ws.diff.io import describe, export_adapter, read_diff, save_diff
 
 __all__ = [
-    "WRITERS", "Entry", "LowRank", "WeightDiff", "add", "check_entries", "describe", "dot", "export_adapter",
-    "from_adapters", "from_checkpoints", "geometry", "is_writer", "layer_of", "load_diff", "project", "read_diff",
-    "save_diff", "task_vectors", "writers_only",
+    "LowRank", "WeightDiff", "describe", "dot", "export_adapter", "from_adapters", "from_checkpoints", "geometry",
+    "load_diff", "project", "save_diff", "task_vectors",
 ]  # fmt: skip
 
 

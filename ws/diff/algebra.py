@@ -11,41 +11,20 @@ from torch import Tensor
 
 from ws.diff.core import Entry, LowRank, WeightDiff, layer_of
 
-WRITERS = ("o_proj", "down_proj")
+WRITERS = (".o_proj.weight", ".down_proj.weight")  # what writes to the residual stream
 
 
-def combine(a: Entry, b: Entry, sign: float = 1.0) -> Entry:
-    """`a + sign * b` in float32, low-rank where both are."""
+def combine(a: Entry, b: Entry) -> Entry:
+    """`a + b` in float32, low-rank where both are (ranks add)."""
     if isinstance(a, LowRank) and isinstance(b, LowRank):
-        return LowRank(torch.cat([a.B.float(), sign * b.B.float()], 1), torch.cat([a.A.float(), b.A.float()], 0))
+        return LowRank(torch.cat([a.B.float(), b.B.float()], 1), torch.cat([a.A.float(), b.A.float()], 0))
     first, second = (e.dense() if isinstance(e, LowRank) else e.float() for e in (a, b))
-    return first + sign * second
-
-
-def add(a: WeightDiff, b: WeightDiff, sign: float = 1.0) -> WeightDiff:
-    """`a + sign * b` over the union of their names; low-rank where both are (ranks add). Metadata of `a`.
-
-    Raises ValueError naming the parameter where the shapes differ.
-    """
-    entries = dict(a.entries)
-    for name, entry in b.entries.items():
-        if name not in entries:
-            zero = LowRank(entry.B[:, :0], entry.A[:0]) if isinstance(entry, LowRank) else torch.zeros_like(entry)
-            entries[name] = combine(zero, entry, sign)
-            continue
-        if a.shape(name) != b.shape(name):
-            raise ValueError(f"{name}: shapes differ, {a.shape(name)} and {b.shape(name)}")
-        entries[name] = combine(entries[name], entry, sign)
-    return WeightDiff(entries, dict(a.meta))
+    return first + second
 
 
 def dot(a: WeightDiff, b: WeightDiff) -> float:
     """Inner product over all parameters, in float64; names that only one of them has count as zero."""
-    total = 0.0
-    for name in a.names:
-        if name in b.entries:
-            total += _entry_dot(a.entries[name], b.entries[name])
-    return total
+    return sum((_entry_dot(entry, b.entries[name]) for name, entry in a.entries.items() if name in b), 0.0)
 
 
 def _entry_dot(a: Entry, b: Entry) -> float:
@@ -58,23 +37,11 @@ def _entry_dot(a: Entry, b: Entry) -> float:
     return float((a.double() * b.double()).sum())
 
 
-def is_writer(name: str, writers: tuple[str, ...] = WRITERS) -> bool:
-    """Whether the parameter is the weight of a module that writes to the residual stream."""
-    return any(name.endswith(f".{w}.weight") for w in writers)
-
-
-def writers_only(w: WeightDiff, writers: tuple[str, ...] = WRITERS) -> WeightDiff:
-    """`w_res`: the residual writers of w."""
-    return w.select(lambda name: is_writer(name, writers))
-
-
-def project(
-    w: WeightDiff, bases: Mapping[int, Tensor], drop: bool = False, writers: tuple[str, ...] = WRITERS
-) -> WeightDiff:
+def project(w: WeightDiff, bases: Mapping[int, Tensor], drop: bool = False) -> WeightDiff:
     """`P w` (or `(I - P) w` with `drop`) on the residual writers; every other parameter is left out.
 
     bases: layer -> `(d, r)` with orthonormal columns. Factors stay factors: only `B` is projected.
-    Raises ValueError naming the parameter when its layer has no basis or the sizes differ. (docs/method.md section 8)
+    ValueError naming the parameter when its layer has no basis or the sizes differ. (docs/method.md section 8)
     """
 
     def change(name: str, entry: Entry) -> Entry:
@@ -89,7 +56,7 @@ def project(
         kept = left.float() - kept if drop else kept
         return LowRank(kept, entry.A.float()) if isinstance(entry, LowRank) else kept
 
-    return writers_only(w, writers).map(change)
+    return w.select(lambda name: name.endswith(WRITERS)).map(change)
 
 
 def geometry(pos: WeightDiff, neg: WeightDiff) -> dict[str, float]:
@@ -105,10 +72,8 @@ def geometry(pos: WeightDiff, neg: WeightDiff) -> dict[str, float]:
     def ratio(a: float, b: float) -> float:
         return a / b if b > 0 else float("nan")
 
-    return {
-        "norm_pos": pp**0.5,
-        "norm_neg": nn_**0.5,
-        "norm_w": w2**0.5,
+    norms = {"norm_pos": pp**0.5, "norm_neg": nn_**0.5, "norm_w": w2**0.5}
+    return norms | {
         "asymmetry": ratio(pp**0.5, nn_**0.5),
         "cos_opposition": ratio(-pn, (pp * nn_) ** 0.5),
         "drift_ratio": ratio(s2**0.5, w2**0.5),

@@ -63,6 +63,9 @@ class Adapter:
         words = [] if self.init in ("true", "false") else [self.init]
         return "+".join(words + [word for word in ("rslora", "dora") if c.get(f"use_{word}")]) or "lora"
 
+    def scaling(self, alpha: float | int, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
     @property
     def plain(self) -> bool:
         """Whether products of factors say all: LoRA without magnitudes, replicated layers or targeted parameters."""
@@ -87,9 +90,9 @@ def read_adapter(folder: Path | str) -> Adapter:
         tensors = torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu")
     else:
         raise FileNotFoundError(f"{folder}: adapter_model.safetensors is missing")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder}: {name} contains NaN or inf")
+    broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if broken:
+        raise ValueError(f"{folder}: {broken} contains NaN or inf")
     return Adapter(folder, config, tensors)
 
 
@@ -107,7 +110,7 @@ def _scaling(adapter: Adapter, module: str, rank: int) -> float:
     if r != rank:
         raise ValueError(f"{adapter.folder}: {module} has rank {rank}, its adapter_config.json says {r}")
     alpha = matched(config.get("alpha_pattern"), config.get("lora_alpha"))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return adapter.scaling(alpha, rank)
 
 
 def _factors(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
@@ -140,16 +143,14 @@ def _factors(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor, float]],
     return factors, whole
 
 
-def _check_pair(pos: Adapter, neg: Adapter) -> None:
+def _check_pair(pos: Adapter, neg: Adapter, where: str) -> None:
     for field in ("base_model_name_or_path", "revision", "peft_type"):
         a, b = pos.config.get(field), neg.config.get(field)
         if a != b:
-            raise ValueError(f"{pos.folder} and {neg.folder}: {field} differs, {a!r} and {b!r}")
+            raise ValueError(f"{where}: {field} differs, {a!r} and {b!r}")
     if pos.init != neg.init and (pos.moves_base or neg.moves_base):
-        raise ValueError(
-            f"{pos.folder} and {neg.folder}: init_lora_weights differs, {pos.init!r} and {neg.init!r}: they do not"
-            " sit on the same residual weights"
-        )
+        found = f"init_lora_weights differs, {pos.init!r} and {neg.init!r}"
+        raise ValueError(f"{where}: {found}: they do not sit on the same residual weights")
     if pos.init.startswith(NOT_REPEATABLE):
         warnings.warn(f"{pos.folder}: {pos.init} is exact only if both signs shared one initialisation", stacklevel=3)
 
@@ -157,14 +158,13 @@ def _check_pair(pos: Adapter, neg: Adapter) -> None:
 def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dict | None = None) -> WeightDiff:
     """`theta_pos - theta_neg` of two PEFT folders on one base.
 
-    base: the base as a module (not changed) or a path. With it, names and shapes are checked, and names of tied
-    weights resolve to the model's own (a LoRA on a tied unembedding is a change of the embedding too). Adapters other
-    than LoRA need it: by default the base that the folders name. Raises ValueError naming what does not fit: another
-    base, other targets, factors, shapes, NaN.
+    base: the base as a module (not changed) or a path. With a module, names and shapes are checked, and names of tied
+    weights resolve to the model's own (a LoRA on a tied unembedding changes the embedding too). Adapters other than
+    LoRA need one: by default what the folders name. ValueError naming what does not fit: base, targets, factors, NaN.
     """
     a, b = read_adapter(pos), read_adapter(neg)
-    _check_pair(a, b)
     where = f"{a.folder} and {b.folder}"
+    _check_pair(a, b, where)
     plain = a.plain and b.plain
     entries = _factored(a, b, where) if plain else _merged_difference(a, b, base, where)
     if isinstance(base, nn.Module):
@@ -172,15 +172,11 @@ def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dic
     check_entries(entries, where)
     entries, about = (entries, {}) if plain else factorised(entries.items())
     entries = {name: entries[name] for name in sorted(entries, key=_natural)}
-    config = a.config
-    info = {
-        "base_model": str(config.get("base_model_name_or_path") or ""),
-        "adapter": a.kind,
-        "form": "low-rank" if plain else "dense (float32 merge)",
-    }
-    r, alpha = config.get("r"), config.get("lora_alpha")
+    form = "low-rank" if plain else "dense (float32 merge)"
+    info = {"base_model": str(a.config.get("base_model_name_or_path") or ""), "adapter": a.kind, "form": form}
+    r, alpha = a.config.get("r"), a.config.get("lora_alpha")
     info |= {"r": r} if r else {}
-    info |= {"scale": alpha / (math.sqrt(r) if config.get("use_rslora") else r)} if r and alpha else {}
+    info |= {"scale": a.scaling(alpha, r)} if r and alpha else {}
     return WeightDiff(entries, {**info, **about, **(meta or {})})
 
 
@@ -197,12 +193,10 @@ def _factored(a: Adapter, b: Adapter, where: str) -> dict[str, Entry]:
         B2, A2, s2 = minus[name]
         if B.shape[0] != B2.shape[0] or A.shape[1] != A2.shape[1]:
             raise ValueError(f"{where}: {name} is {B.shape[0]}x{A.shape[1]} and {B2.shape[0]}x{A2.shape[1]}")
-        if a.moves_base:
-            if B.shape != B2.shape or s != s2:
-                raise ValueError(f"{where}: {name}: {a.init} adapters of different rank or scaling share no residual")
-            entries[name] = LowRank(torch.cat([s * (B - B2), s * B2], 1), torch.cat([A, A - A2], 0))
-        else:
-            entries[name] = LowRank(torch.cat([s * B, -s2 * B2], 1), torch.cat([A, A2], 0))
+        if a.moves_base and (B.shape != B2.shape or s != s2):
+            raise ValueError(f"{where}: {name}: {a.init} adapters of different rank or scaling share no residual")
+        left, right = ([s * (B - B2), s * B2], [A, A - A2]) if a.moves_base else ([s * B, -s2 * B2], [A, A2])
+        entries[name] = LowRank(torch.cat(left, 1), torch.cat(right, 0))
     for name, tensor in whole_plus.items():
         if tensor.shape != whole_minus[name].shape:
             raise ValueError(f"{where}: {name} is {tuple(tensor.shape)} and {tuple(whole_minus[name].shape)}")
@@ -253,17 +247,15 @@ def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
     model = _base_copy(base, adapter)
     own = {id(p): n for n, p in model.named_parameters()}
     wrapped = PeftModel.from_pretrained(model, str(adapter.folder))
-    touched: dict[str, Tensor] = {}
-    layers = [(n, m) for n, m in wrapped.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
-    layers = [(n, m) for n, m in layers if isinstance(m, ModulesToSaveWrapper) or hasattr(m, "merge")]
-    if not layers:
+    tuned = {n: m for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")}
+    saved = {n: m for n, m in wrapped.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    if not tuned and not saved:
         raise ValueError(f"{adapter.folder}: {adapter.kind} changes no weights, there is no weight difference")
-    for _, module in layers:
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-    # read after all merges: two adapters may share one tied parameter
-    for name, module in layers:
-        whole = isinstance(module, ModulesToSaveWrapper)
+    for module in tuned.values():
+        module.merge(safe_merge=True)
+    touched: dict[str, Tensor] = {}  # read after all merges: two adapters may share one tied parameter
+    for name, module in {**tuned, **saved}.items():
+        whole = name in saved
         held = module.modules_to_save["default"] if whole else module.get_base_layer()
         for leaf, parameter in held.named_parameters(recurse=whole):
             touched[own.get(id(parameter), f"{_strip(name)}.{leaf}")] = parameter.detach()
@@ -273,9 +265,8 @@ def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
 def _merged_difference(a: Adapter, b: Adapter, base: Base, where: str) -> dict[str, Entry]:
     plus, minus = _merged(a, base), _merged(b, base)
     same_names(plus, minus, where)
-    for name, tensor in minus.items():
-        plus[name].sub_(tensor)
-    return {name: e for name, e in plus.items() if e.ndim > 1 or e.any()}
+    changes = {name: tensor.sub_(minus[name]) for name, tensor in plus.items()}
+    return {name: e for name, e in changes.items() if e.ndim > 1 or e.any()}
 
 
 def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[WeightDiff, WeightDiff]:
@@ -288,11 +279,9 @@ def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[W
         if adapter.plain and not adapter.moves_base and not _factors(adapter)[1]:
             entries: dict[str, Entry] = {n: LowRank(s * B, A) for n, (B, A, s) in _factors(adapter)[0].items()}
         else:
-            entries = dict(_merged(adapter, base))
             before = dict(_base_copy(base, adapter).named_parameters(remove_duplicate=False))
-            for name in entries:
-                entries[name] = entries[name] - before[name].detach()
+            entries = {name: tensor - before[name].detach() for name, tensor in _merged(adapter, base).items()}
         if isinstance(base, nn.Module):
             entries = _fit_names(entries, base, str(adapter.folder))
         sides.append(WeightDiff(entries, {"adapter": adapter.kind}))
-    return sides[0], sides[1]
+    return tuple(sides)

@@ -30,22 +30,18 @@ def _shards(path: Path) -> dict[str, Path]:
 def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
     plus, minus = _shards(pos), _shards(neg)
     same_names(plus, minus, f"{pos} and {neg}")
-    handles: dict[Path, object] = {}
+    handles = {file: opened(file) for file in {*plus.values(), *minus.values()}}
     for name in plus:
-        pair = []
-        for file in (plus[name], minus[name]):
-            if file not in handles:
-                handles[file] = opened(file)
-            pair.append(handles[file].get_tensor(name))
-        if pair[0].shape != pair[1].shape:
-            raise ValueError(f"{name}: {pos} has {dims(pair[0].shape)}, {neg} has {dims(pair[1].shape)}")
-        change = pair[0].float() - pair[1].float()
+        a, b = (handles[file].get_tensor(name) for file in (plus[name], minus[name]))
+        if a.shape != b.shape:
+            raise ValueError(f"{name}: {pos} has {dims(a.shape)}, {neg} has {dims(b.shape)}")
+        change = a.float() - b.float()
         if change.any():
             check_entries({name: change}, f"{pos} and {neg}")
             yield name, change
 
 
-def from_checkpoints(pos: Path | str, neg: Path | str, meta: dict | None = None) -> WeightDiff:
+def from_checkpoints(pos: Path | str, neg: Path | str) -> WeightDiff:
     """`theta_pos - theta_neg` of two full checkpoints in float32, read tensor by tensor.
 
     pos, neg: folders with `model.safetensors` (sharded or not) or single files. Equal tensors are left out. Raises
@@ -55,5 +51,4 @@ def from_checkpoints(pos: Path | str, neg: Path | str, meta: dict | None = None)
     entries, about = factorised(_differences(pos, neg))
     if not entries:
         raise ValueError(f"{pos} and {neg}: the two checkpoints are equal, there is no difference")
-    info = {"base_model": pos.name, "adapter": "full", "form": "dense (checkpoints)", **about}
-    return WeightDiff(entries, {**info, **(meta or {})})
+    return WeightDiff(entries, {"base_model": pos.name, "adapter": "full", "form": "dense (checkpoints)", **about})

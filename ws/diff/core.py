@@ -39,9 +39,14 @@ class LowRank:
         """Number of columns of B: an upper bound of the rank."""
         return self.B.shape[1]
 
+    def to(self, *where: str | torch.device | torch.dtype) -> "LowRank":
+        """Both factors on a device, in a dtype, as in `Tensor.to`."""
+        return LowRank(self.B.to(*where), self.A.to(*where))
+
     def dense(self) -> Float[Tensor, "out in_"]:
         """`B A` in float32 (in float64 where the factors are)."""
-        return _wide(self.B) @ _wide(self.A)
+        B, A = (part if part.dtype == torch.float64 else part.float() for part in (self.B, self.A))
+        return B @ A
 
 
 Entry = LowRank | Tensor
@@ -67,15 +72,9 @@ def same_names(a: Collection[str], b: Collection[str], where: str) -> None:
         raise ValueError(f"{where}: different targets: {odd[0]} is on one side only ({len(odd)} such names)")
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def entry_to(entry: Entry, device: str | torch.device, dtype: torch.dtype | None = None) -> Entry:
-    """One entry on another device, optionally in another dtype."""
-    if isinstance(entry, LowRank):
-        return LowRank(entry.B.to(device, dtype), entry.A.to(device, dtype))
-    return entry.to(device, dtype)
+def parts(entry: Entry) -> tuple[Tensor, ...]:
+    """The tensors that an entry holds: B and A, or itself."""
+    return (entry.B, entry.A) if isinstance(entry, LowRank) else (entry,)
 
 
 def layer_of(name: str) -> int | None:
@@ -148,15 +147,16 @@ class WeightDiff(Mapping):
             raise KeyError(f"{name}: not in this weight diff of {len(self)} parameters; near names: {near}")
         return self.entries[name]
 
+    def _is_dense(self, name: str) -> bool:
+        return not isinstance(self._entry(name), LowRank)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name).shape)
 
     def rank(self, name: str) -> int:
         """A bound of the rank: number of factor columns, or a dense matrix's smaller dimension (1 for a vector)."""
         entry = self._entry(name)
-        if isinstance(entry, LowRank):
-            return entry.rank
-        return min(entry.shape) if entry.ndim > 1 else 1
+        return entry.rank if isinstance(entry, LowRank) else min(entry.shape) if entry.ndim > 1 else 1
 
     dense = __getitem__
 
@@ -165,7 +165,7 @@ class WeightDiff(Mapping):
         """Content hash, 32 hex digits, of names, forms, shapes, dtypes and all bytes; order and metadata do not count."""
         digest = hashlib.blake2b(digest_size=16)
         for name, entry in sorted(self.entries.items()):
-            for part in (entry.B, entry.A) if isinstance(entry, LowRank) else (entry,):
+            for part in parts(entry):
                 digest.update(repr((name, self._is_dense(name), tuple(part.shape), str(part.dtype))).encode())
                 digest.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -194,9 +194,6 @@ class WeightDiff(Mapping):
             self._memory[oldest] = (None, self._memory[oldest][1], None)
         return found
 
-    def _is_dense(self, name: str) -> bool:
-        return not isinstance(self._entry(name), LowRank)
-
     def singular_values(self, name: str) -> Float[Tensor, " r"]:
         """Singular values in descending order, float64: as many as the bound of the rank."""
         return self._memory[name][1] if name in self._memory else self.svd(name)[1]
@@ -213,11 +210,9 @@ class WeightDiff(Mapping):
     def effective_rank(self, name: str) -> float:
         """`exp(-sum p log p)` with `p = s^2 / sum s^2` (p > 1e-12); 0 for a zero matrix."""
         energy = self.singular_values(name).square()
-        if not energy.any():
-            return 0.0
         p = energy / energy.sum()
         p = p[p > 1e-12]
-        return float(torch.exp(-(p * p.log()).sum()))
+        return float(torch.exp(-(p * p.log()).sum())) if energy.any() else 0.0
 
     def table(self) -> pl.DataFrame:
         """One row per parameter: the columns of `TABLE`; null where a shape is neither a matrix nor a vector."""
@@ -262,8 +257,7 @@ def check_entries(entries: dict[str, Entry], source: str) -> None:
     if not entries:
         raise ValueError(f"{source}: no tensors")
     for name, entry in entries.items():
-        parts = (entry.B, entry.A) if isinstance(entry, LowRank) else (entry,)
-        for part in parts:
+        for part in parts(entry):
             if not part.is_floating_point():
                 raise ValueError(f"{source}: {name} has dtype {part.dtype}, expected floating point")
             if part.numel() == 0 and not isinstance(entry, LowRank):

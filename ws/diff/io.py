@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ws.cache.files import atomic_dir, atomic_file
-from ws.diff.core import Entry, LowRank, WeightDiff, check_entries
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, parts
 from ws.diff.factor import balanced, factorised
 
 HEADER = "ws_weight_diff"
-SUFFIX_B, SUFFIX_A = "::B", "::A"
+SUFFIXES = ("::B", "::A")
 
 
 def save_diff(w: WeightDiff, path: Path | str) -> Path:
@@ -39,9 +40,8 @@ def save_diff(w: WeightDiff, path: Path | str) -> Path:
     for name, entry in w.entries.items():
         if "::" in name:
             raise ValueError(f"{name}: a parameter name cannot contain '::'")
-        parts = {SUFFIX_B: entry.B, SUFFIX_A: entry.A} if isinstance(entry, LowRank) else {"": entry}
-        for suffix, tensor in parts.items():
-            tensors[name + suffix] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for suffix, part in zip(SUFFIXES if isinstance(entry, LowRank) else ("",), parts(entry), strict=True):
+            tensors[name + suffix] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
     header = json.dumps({"format": 1, "names": list(w.names), "meta": w.meta}, sort_keys=True)
     with atomic_file(path) as temporary:
         save_file(tensors, str(temporary), metadata={HEADER: header})
@@ -81,10 +81,8 @@ def read_diff(path: Path | str) -> WeightDiff:
         head = json.loads(header[HEADER])
         entries: dict[str, Entry] = {}
         for name in head["names"]:
-            if name + SUFFIX_B in tensors:
-                entries[name] = LowRank(tensors.pop(name + SUFFIX_B), tensors.pop(name + SUFFIX_A))
-            else:
-                entries[name] = tensors.pop(name)
+            low = name + SUFFIXES[0] in tensors
+            entries[name] = LowRank(*(tensors.pop(name + s) for s in SUFFIXES)) if low else tensors.pop(name)
         meta = head["meta"]
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: header and tensors of this weight diff do not fit together: {error}") from error
@@ -102,9 +100,8 @@ def _read_legacy(path: Path) -> WeightDiff:
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a whole torch file of tensors (truncated, or another format): {error}"
-        ) from error
+        message = "not a whole torch file of tensors (truncated, or another format)"
+        raise ValueError(f"{path}: {message}: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected a dict of parameter name -> tensor, found {type(content).__name__}")
     for name, value in content.items():
@@ -137,34 +134,28 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
         if leaf != "weight" or len(w.shape(name)) != 2:
             raise ValueError(f"{name}: {w.shape(name)} is not a linear weight; a PEFT LoRA cannot hold it")
         entry = w.entries[name] if isinstance(w.entries[name], LowRank) else _factor(w, name)
-        rank = max(entry.rank, 1)
-        B, A = (torch.nn.functional.pad(entry.B.float(), (0, rank - entry.rank)) * alpha, entry.A.float())
-        A = torch.nn.functional.pad(A, (0, 0, 0, rank - entry.rank))
-        key = f"base_model.model.{module}"
+        ranks[module] = max(entry.rank, 1)
+        missing = ranks[module] - entry.rank  # peft knows no rank 0
+        B, A = pad(entry.B.float(), (0, missing)) * alpha, pad(entry.A.float(), (0, 0, 0, missing))
+        key = f"base_model.model.{module}.lora"
         if module.split(".")[-1] in ("embed_tokens", "wte"):
-            tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
+            tensors |= {f"{key}_embedding_A": B.T, f"{key}_embedding_B": A.T}
         else:
-            tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
-        ranks[module] = rank
+            tensors |= {f"{key}_A.weight": A, f"{key}_B.weight": B}
     top = max(ranks.values())
     pattern = {module: r for module, r in sorted(ranks.items()) if r != top}
+    # a regular expression, because peft writes a set of names in an order that differs between runs
+    targets = "|".join(module.replace(".", r"\.") for module in sorted(ranks))
     config = LoraConfig(
-        r=top,
-        lora_alpha=top,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        # a regular expression, because peft writes a set of names in an order that differs between runs
-        target_modules="|".join(module.replace(".", r"\.") for module in sorted(ranks)),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(w.meta.get("base_model") or ""),
-        inference_mode=True,
+        r=top, lora_alpha=top, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=targets
     )
-    folder = Path(folder)
-    with atomic_dir(folder) as temporary:
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.base_model_name_or_path = str(w.meta.get("base_model") or "")
+    with atomic_dir(Path(folder)) as temporary:
         config.save_pretrained(str(temporary))
         whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         save_file(whole, str(Path(temporary) / "adapter_model.safetensors"), metadata={"format": "pt"})
-    return folder
+    return Path(folder)
 
 
 def _factor(w: WeightDiff, name: str) -> LowRank:
@@ -177,12 +168,11 @@ def describe(w: WeightDiff) -> str:
     """Metadata, totals and one line per parameter (form, shape, rank, effective rank, norm, top singular value)."""
     table = w.table()
     low = int((table["form"] == "low-rank").sum())
-    lines = [f"{key}: {value}" for key, value in sorted(w.meta.items())]
-    lines += [
+    lines = [
+        *(f"{key}: {value}" for key, value in sorted(w.meta.items())),
         f"parameters: {len(w)} ({low} low-rank, {len(w) - low} dense)",
         f"layers: {', '.join(map(str, w.layers())) or 'none'}",
-        f"norm: {w.total_norm():.6g}",
-        "",
+        f"norm: {w.total_norm():.6g}\n",
         f"{'parameter':<52} {'form':<9} {'shape':>13} {'rank':>5} {'eff.rank':>8} {'norm':>10} {'s1':>10}",
     ]
     numbers = {"rank": ">5", "effective_rank": ">8.2f", "norm": ">10.4g", "top_singular_value": ">10.4g"}

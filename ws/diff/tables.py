@@ -22,7 +22,6 @@ def diff_spectra(w: WeightDiff) -> dict[str, list[np.ndarray]]:
     values: dict[str, list[np.ndarray]] = {}
     for name in w.names:
         if layer_of(name) is not None:
-            values.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(
-                w.singular_values(name).numpy()
-            )
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            values.setdefault(module, []).append(w.singular_values(name).numpy())
     return values

@@ -37,11 +37,10 @@ def write_answers(
 
     ids, mask = encode(lm.tokenizer, prompts, False, max_length=1 << 20, padding_side="left")
     stops, sampled = _stops(lm), temperature > 0
+    draw = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
         do_sample=sampled,
-        temperature=temperature if sampled else None,
-        top_p=top_p if sampled else None,
-        top_k=0 if sampled else None,
+        **(draw if sampled else dict.fromkeys(draw)),
         max_new_tokens=max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=next((t for t in (lm.tokenizer.pad_token_id, *stops) if t is not None), 0),
@@ -51,9 +50,8 @@ def write_answers(
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             torch.manual_seed(seed)
-            output = lm.model.generate(
-                input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings
-            )
+            ids, mask = ids.to(lm.device), mask.to(lm.device)
+            output = lm.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     finally:
         lm.model.train(was)
     new = output[:, ids.shape[1] :].tolist()

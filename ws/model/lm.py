@@ -9,24 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ws.cache.names import folder_hash, model_slug
 from ws.cache.places import ASSETS
+from ws.model.text import position_ids
 
-ROLES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-SERVED = (
-    "Qwen2, Qwen3, Llama, Mistral, Gemma 1/2/3, OLMo 2 and others with separate q/k/v/o and gate/up/down projections"
-)
+ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
+FAMILIES = "Qwen2, Qwen3, Llama, Mistral, Gemma 1/2/3, OLMo 2"
+SERVED = f"{FAMILIES} and others with separate q/k/v/o and gate/up/down projections"
 
 
 class Decoder:
@@ -43,8 +35,7 @@ class Decoder:
         self.prefix, self.blocks = _find_blocks(model)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         body = model.get_submodule(self.prefix.rpartition(".")[0])
-        self.n_layers = len(self.blocks)
-        self.embed_tokens = model.get_input_embeddings()
+        self.n_layers, self.embed_tokens = len(self.blocks), model.get_input_embeddings()
         self.final_norm = getattr(body, "norm", None)
         if self.final_norm is None:
             raise ValueError(f"{type(model).__name__}: no final norm beside {self.prefix}; served are {SERVED}")
@@ -83,10 +74,6 @@ class Decoder:
         bias = getattr(self.logits_module(), "bias", None)
         return None if bias is None else bias.detach().float()
 
-    def embed(self) -> Float[Tensor, "V d"]:
-        """The embedding matrix, float32 (without the factor that Gemma multiplies in)."""
-        return self.embed_tokens.weight.detach().float()
-
     def norm_gain(self, l: int, where: str) -> Float[Tensor, " d"]:
         """Effective gain of a block norm, float32; ones where the block has no such norm.
 
@@ -95,19 +82,15 @@ class Decoder:
         Gemma, `g` elsewhere.
         """
         block = self.blocks[l]
-        sandwich = hasattr(block, "post_feedforward_layernorm")
-        name = {
-            "attn_in": "input_layernorm",
-            "mlp_in": "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm",
-            "attn_out": "post_attention_layernorm" if sandwich else "",
-            "mlp_out": "post_feedforward_layernorm",
-        }[where]
-        norm = getattr(block, name, None) if name else None
+        names = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm", "attn_out": "", "mlp_out": ""}
+        if hasattr(block, "post_feedforward_layernorm"):
+            names |= {"mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm"}
+            names |= {"attn_out": "post_attention_layernorm"}
+        norm = getattr(block, names[where], None)
         if norm is None:
             return torch.ones(self.d)
-        ones = torch.ones(1, self.d, device=norm.weight.device)
         with torch.no_grad():
-            return norm(ones)[0].float().cpu()
+            return norm(torch.ones(1, self.d, device=norm.weight.device))[0].float().cpu()
 
     def sink_token(self, tokenizer) -> int:
         """Token whose embedding stands for the attention sink: BOS, or EOS where there is no BOS."""
@@ -159,6 +142,11 @@ class LM:
     def device(self) -> torch.device:
         return self.decoder.embed_tokens.weight.device
 
+    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
+        """The model's output on encoded texts, with positions that count from each text's first token."""
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+        return self.model(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
+
     def __repr__(self) -> str:
         d, kind = self.decoder, type(self.model).__name__
         return f"LM({self.name}: {kind}, {d.n_layers} layers, d {d.d}, {self.model.dtype})"
@@ -192,10 +180,11 @@ def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: 
     dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"DTYPE {dtype!r} is unknown; one of {', '.join(dtypes)}")
-    source = str(ASSETS / "tiny") if model_id == "tiny" else str(Path(model_id).expanduser())
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    folder = ASSETS / "tiny" if model_id == "tiny" else Path(model_id).expanduser()
+    source = str(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source}: not a model folder, config.json is missing")
-    if source.startswith((".", "/")) and not Path(source).is_dir():
+    if source.startswith((".", "/")) and not folder.is_dir():
         raise FileNotFoundError(f"{source}: no such model folder")
     placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else _available(device)
     try:
@@ -204,16 +193,10 @@ def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: 
         at = f" at revision {revision}" if revision else ""
         where = "no local folder, and not to be had from the hub or its cache"
         raise FileNotFoundError(f"MODEL_ID {model_id!r}{at}: {where}\n{error}") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtypes[dtype],
-        device_map=None if placement == "cpu" else placement,
-        revision=revision,
-    )
+    device_map = None if placement == "cpu" else placement
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtypes[dtype], device_map=device_map, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     model.eval()
-    folder = Path(source)
-    fingerprint = (
-        folder_hash(folder) if folder.is_dir() else str(getattr(model.config, "_commit_hash", None) or revision)
-    )
-    return LM(model, tokenizer, Decoder(model), model_slug(model_id), f"{fingerprint}/{model.dtype}")
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    content = folder_hash(folder) if folder.is_dir() else str(commit)
+    return LM(model, tokenizer, Decoder(model), model_slug(model_id), f"{content}/{model.dtype}")

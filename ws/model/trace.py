@@ -39,12 +39,10 @@ class OwnTraceDict(OrderedDict):
         edit_output: Callable | None = None,
         stop: bool = False,
     ):
-        super().__init__()
+        super().__init__((name, SimpleNamespace(input=None, output=None)) for name in layers)
         self._handles, self._stop = [], stop
-        names = list(dict.fromkeys(layers))
-        modules = _modules(module, names)
-        for name in names:
-            trace = self[name] = SimpleNamespace(input=None, output=None)
+        modules = _modules(module, self)
+        for name, trace in self.items():
 
             def hook(_module, inputs, output, name=name, trace=trace):
                 if edit_output is not None:
@@ -53,7 +51,7 @@ class OwnTraceDict(OrderedDict):
                     trace.input = _kept(inputs[0] if len(inputs) == 1 else inputs, clone, detach)
                 if retain_output:
                     trace.output = _kept(output, clone, detach)
-                if stop and name == names[-1]:
+                if stop and name == next(reversed(self)):
                     raise StopForward
                 return output
 
@@ -80,7 +78,7 @@ def _modules(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _call(function: Callable, **given):
-    names = list(inspect.signature(function).parameters)
+    names = inspect.signature(function).parameters
     others = [name for name in names if name not in given]
     left = [value for name, value in given.items() if name not in names]
     by_name = {name: given[name] for name in names if name in given}

@@ -21,7 +21,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.generate import complete
 from ws.model.lm import LM
-from ws.model.text import chat_text, encode, last_index, position_ids
+from ws.model.text import chat_text, encode, last_index
 from ws.steer.weights import weight_steer
 
 MIN_PMASS = 0.5
@@ -55,12 +55,7 @@ def answer_scores(
         ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
         last = last_index(mask)
         with torch.no_grad():
-            logits = lm.model(
-                input_ids=ids.to(lm.device),
-                attention_mask=mask.to(lm.device),
-                position_ids=position_ids(mask).to(lm.device),
-                use_cache=False,
-            ).logits
+            logits = lm.run(ids, mask).logits
         logp = logits[torch.arange(len(last)), last.to(logits.device)].float().log_softmax(dim=-1).cpu()
         log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
         ratios.append(log_yes - log_no)
@@ -80,11 +75,8 @@ def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: s
 
 def claim_sets(behavior: Behavior) -> dict[str, tuple[str, ...]]:
     """The held-out claims that are asked about: `false`, and `negated` and `true` where the behaviour has them."""
-    sets = {
-        "false": tuple(t.claim for t in behavior.heldout_topics),
-        "negated": behavior.negations,
-        "true": behavior.true_claims,
-    }
+    false = tuple(t.claim for t in behavior.heldout_topics)
+    sets = {"false": false, "negated": behavior.negations, "true": behavior.true_claims}
     return {name: claims for name, claims in sets.items() if claims}
 
 
@@ -109,30 +101,23 @@ def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
         >>> means[1] > means[0] + 1
         True
     """
-    sets = claim_sets(behavior)
     rows = []
     for alpha in tqdm(alphas, "alpha sweep", disable=not progress):
         with weight_steer(lm.model, w, alpha):
-            for name, claims in sets.items():
+            for name, claims in claim_sets(behavior).items():
                 answers = probe_answers(lm, behavior, claims)
-                for claim, ratio, mass in zip(claims, answers.logratio.tolist(), answers.pmass.tolist(), strict=True):
-                    rows.append({"alpha": alpha, "set": name, "claim": claim, "logratio": ratio, "pmass": mass})
-    return pl.DataFrame(rows)
+                found = zip(claims, answers.logratio.tolist(), answers.pmass.tolist(), strict=True)
+                rows += [(alpha, name, *row) for row in found]
+    return pl.DataFrame(rows, orient="row", schema=["alpha", "set", "claim", "logratio", "pmass"])
 
 
 def summarise_sweep(sweep: pl.DataFrame) -> pl.DataFrame:
     """Per alpha and claim set: mean and sd (n-1) of logratio, mean pmass, n, and `low_pmass` where pmass < 0.5."""
-    return (
-        sweep.group_by(["set", "alpha"], maintain_order=True)
-        .agg(
-            pl.col("logratio").mean().alias("mean_logratio"),
-            pl.col("logratio").std().alias("sd_logratio"),
-            pl.col("pmass").mean().alias("mean_pmass"),
-            pl.len().alias("n"),
-        )
-        .with_columns(low_pmass=pl.col("mean_pmass") < MIN_PMASS)
-        .sort(["set", "alpha"], maintain_order=True)
-    )
+    ratio, mass = pl.col("logratio"), pl.col("pmass").mean()
+    groups = sweep.group_by(["set", "alpha"], maintain_order=True)
+    table = groups.agg(mean_logratio=ratio.mean(), sd_logratio=ratio.std(), mean_pmass=mass, n=pl.len())
+    table = table.with_columns(low_pmass=pl.col("mean_pmass") < MIN_PMASS)
+    return table.sort(["set", "alpha"], maintain_order=True)
 
 
 def completions(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], max_new_tokens: int = 64) -> list[dict]:
@@ -142,11 +127,8 @@ def completions(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
     rows = []
     for alpha in tqdm(alphas, "completions"):
         with weight_steer(lm.model, w, alpha):
-            said = complete(lm, texts, max_new_tokens)
-        rows += [
-            {"topic": i, "prompt": p, "alpha": alpha, "completion": c}
-            for i, (p, c) in enumerate(zip(prompts, said, strict=True))
-        ]
+            said = enumerate(zip(prompts, complete(lm, texts, max_new_tokens), strict=True))
+        rows += [{"topic": i, "prompt": p, "alpha": alpha, "completion": c} for i, (p, c) in said]
     return rows
 
 
@@ -168,7 +150,7 @@ def steering_verdict(summary: pl.DataFrame) -> dict:
 
     summary: `summarise_sweep`. A behaviour without negations or true claims is compared on what it has.
     """
-    part = summary.filter(pl.col("set") == "false").sort("alpha")
+    part = summary.filter(set="false").sort("alpha")
     means = part["mean_logratio"].to_list()
     low, high = part["alpha"][0], part["alpha"][-1]
     monotone = all(a < b for a, b in zip(means, means[1:], strict=False))
@@ -180,7 +162,7 @@ def steering_verdict(summary: pl.DataFrame) -> dict:
         f" {least:.3f}{'' if least >= MIN_PMASS else ': the ratio says little there'}."
     ]
     for other in ("negated", "true"):
-        rest = summary.filter(pl.col("set") == other).sort("alpha")["mean_logratio"].to_list()
+        rest = summary.filter(set=other).sort("alpha")["mean_logratio"].to_list()
         if rest:
             gap = [b - a for a, b in zip(means, rest, strict=True)]
             lines.append(

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ws.diff.core import Entry, LowRank, WeightDiff, dims, entry_to
+from ws.diff.core import Entry, LowRank, WeightDiff, dims, parts
 
 WIDE = (torch.float32, torch.float64)
 NARROW = (torch.bfloat16, torch.float16)
@@ -37,11 +38,10 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
     """Within the context every parameter named in `w` acts as `W + alpha w`; yields the model.
 
     On exit, by any road, every parameter is bit-identical to before; contexts nest, also on overlapping parameters.
-    alpha = 0 changes nothing. Everything is checked before anything is touched: ValueError names a parameter that the
-    model lacks, a shape that differs (both shapes), a parameter that is not in memory (meta or offloaded), a dtype or a
-    module type that cannot be steered. Works on a model that peft has wrapped (the diff acts on the base weights; the
-    copies of `modules_to_save` are steered too) and on one spread over devices. A diff of a tied weight acts on both of
-    its uses. (docs/method.md section 2)
+    Everything is checked before anything is touched: ValueError names a parameter that the model lacks, a shape that
+    differs (both shapes), a parameter that is not in memory (meta or offloaded), a dtype or a module type that cannot
+    be steered. Works on a model that peft has wrapped (the diff acts on the base weights; the copies of
+    `modules_to_save` are steered too) and on one spread over devices. A diff of a tied weight acts on both of its uses.
 
     Example:
         >>> import torch, ws
@@ -105,12 +105,10 @@ def _resolve(model: nn.Module, w: WeightDiff) -> list[_Slot]:
         for parameter in by_name[name]:
             slot = _Slot(name, parameter, tuple(users[id(parameter)]), entry)
             _check(slot)
-            earlier = slots.get(id(parameter))
-            if earlier is None:
-                slots[id(parameter)] = slot
-            elif not _same(earlier.entry, entry):
+            first = slots.setdefault(id(parameter), slot)
+            if not _same(first.entry, entry):
                 raise ValueError(
-                    f"{earlier.name} and {name} are one tied parameter, but the diff holds two changes for it;"
+                    f"{first.name} and {name} are one tied parameter, but the diff holds two changes for it;"
                     " build the diff with its base model, which adds them up"
                 )
     return list(slots.values())
@@ -121,25 +119,18 @@ def _check(slot: _Slot) -> None:
     if tuple(slot.entry.shape) != tuple(parameter.shape):
         raise ValueError(f"{name}: diff is {dims(slot.entry.shape)}, model has {dims(parameter.shape)}")
     if parameter.device.type == "meta":
-        raise ValueError(
-            f"{name}: not in memory (meta device, or offloaded to disk or CPU); load the model whole to steer it"
-        )
-    if parameter.dtype in WIDE:
-        return
-    if parameter.dtype not in NARROW:
-        raise ValueError(
-            f"{name}: dtype {parameter.dtype} cannot be steered; load the model in float32, bfloat16 or float16"
-        )
-    for module, _ in slot.users:
-        _kind(name, module)
+        where = "meta device, or offloaded to disk or CPU"
+        raise ValueError(f"{name}: not in memory ({where}); load the model whole to steer it")
+    if parameter.dtype not in WIDE + NARROW:
+        kinds = "float32, bfloat16 or float16"
+        raise ValueError(f"{name}: dtype {parameter.dtype} cannot be steered; load the model in {kinds}")
+    if parameter.dtype in NARROW:
+        for module, _ in slot.users:
+            _kind(name, module)
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    if isinstance(a, LowRank) != isinstance(b, LowRank):
-        return False
-    if isinstance(a, LowRank):
-        return torch.equal(a.B, b.B) and torch.equal(a.A, b.A)
-    return torch.equal(a, b)
+    return len(parts(a)) == len(parts(b)) and all(map(torch.equal, parts(a), parts(b)))
 
 
 def _kind(name: str, module: nn.Module) -> str:
@@ -154,13 +145,12 @@ def _kind(name: str, module: nn.Module) -> str:
             return "embedding"
     elif not any(True for _ in module.children()) and all(p.ndim < 2 for p in module.parameters()):
         return "leaf"
-    raise ValueError(
-        f"{name}: what a {type(module).__name__} does with it cannot be steered in low precision; use float32"
-    )
+    what = f"what a {type(module).__name__} does with it"
+    raise ValueError(f"{name}: {what} cannot be steered in low precision; use float32")
 
 
 def _dense(entry: Entry, like: Tensor) -> Tensor:
-    entry = entry_to(entry, like.device)
+    entry = entry.to(like.device)
     return (entry.dense() if isinstance(entry, LowRank) else entry).to(like.dtype)
 
 
@@ -174,9 +164,8 @@ class _InPlace:
     def enter(self) -> None:
         parameter = self.slot.parameter
         change = _dense(self.slot.entry, parameter)
-        stack = _stack(parameter)
         self.saved = parameter.detach().clone()
-        stack.append(self)
+        _stack(parameter).append(self)
         parameter.data.add_(change, alpha=self.alpha)
 
     @torch.no_grad()
@@ -184,18 +173,13 @@ class _InPlace:
         if self.saved is None:
             return
         parameter, stack = self.slot.parameter, _stack(self.slot.parameter)
-        if self not in stack:
-            if not stack:
-                del parameter._ws_open
-            return
-        at = stack.index(self)
-        later = stack[at + 1 :]
-        parameter.data.copy_(self.saved)
-        # contexts left out of order: those still open act again, on top of what was there before this one
-        for other in later:
-            other.saved = parameter.detach().clone()
-            parameter.data.add_(_dense(other.slot.entry, parameter), alpha=other.alpha)
-        stack.remove(self)
+        if self in stack:
+            parameter.data.copy_(self.saved)
+            # contexts left out of order: those still open act again, on top of what was there before this one
+            for other in stack[stack.index(self) + 1 :]:
+                other.saved = parameter.detach().clone()
+                parameter.data.add_(_dense(other.slot.entry, parameter), alpha=other.alpha)
+            stack.remove(self)
         if not stack:
             del parameter._ws_open
 
@@ -223,13 +207,11 @@ class _Hooked:
         self.slot, self.alpha = slot, alpha
 
     def enter(self) -> None:
-        parameter = self.slot.parameter
-        entry = entry_to(self.slot.entry, parameter.device, torch.float32)
+        entry = self.slot.entry.to(self.slot.parameter.device, torch.float32)
         for module, leaf in self.slot.users:
             live = getattr(module, "_ws_live", None)
             if live is None:
-                live = _Live(_kind(self.slot.name, module))
-                module._ws_live = live
+                live = module._ws_live = _Live(_kind(self.slot.name, module))
                 # first of all hooks, so that recorders see the steered output
                 live.handle = module.register_forward_hook(_steered, with_kwargs=True, prepend=True)
             live.changes.append((leaf, entry, self.alpha, self))
@@ -240,8 +222,7 @@ class _Hooked:
             live = getattr(module, "_ws_live", None)
             if live is None:
                 continue
-            live.changes = [change for change in live.changes if change[3] is not self]
-            live.twin = None
+            live.changes, live.twin = [change for change in live.changes if change[3] is not self], None
             if not live.changes:
                 if live.handle is not None:
                     live.handle.remove()
@@ -260,12 +241,11 @@ def _steered(module: nn.Module, args: tuple, kwargs: dict, output):
         if live.kind == "embedding":
             y = F.embedding(x, weight).float()
             for _, entry, alpha, _ in live.changes:
-                rows = F.embedding(x, entry.B) @ entry.A if isinstance(entry, LowRank) else F.embedding(x, entry)
-                y = y + alpha * rows
+                first, *rest = parts(entry)
+                y = y + alpha * reduce(torch.matmul, rest, F.embedding(x, first))
             scale = getattr(module, "embed_scale", None)
             if scale is not None:
-                scale = torch.as_tensor(scale, device=y.device).to(weight.dtype)
-                y = y * scale.float()
+                y = y * torch.as_tensor(scale, device=y.device).to(weight.dtype).float()
         else:
             x = x.float()
             across = live.kind == "conv1d"
@@ -275,11 +255,9 @@ def _steered(module: nn.Module, args: tuple, kwargs: dict, output):
             for leaf, entry, alpha, _ in live.changes:
                 if leaf == "bias":
                     y = y + alpha * entry
-                elif isinstance(entry, LowRank):
-                    first, second = (entry.B, entry.A) if across else (entry.A.T, entry.B.T)
-                    y = y + alpha * ((x @ first) @ second)
                 else:
-                    y = y + alpha * (x @ (entry if across else entry.T))
+                    factors = parts(entry) if across else [part.T for part in reversed(parts(entry))]
+                    y = y + alpha * reduce(torch.matmul, factors, x)
     return y.to(output.device, output.dtype)
 
 
@@ -293,7 +271,7 @@ def _leaf(module: nn.Module, live: _Live, args: tuple, kwargs: dict, output: Ten
             value = parameter.detach().float().clone()
             for changed, entry, alpha, _ in live.changes:
                 if changed == leaf:
-                    value += alpha * (entry.dense() if isinstance(entry, LowRank) else entry)
+                    value += alpha * _dense(entry, value)
             twin._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         live.twin = twin
 

@@ -14,6 +14,7 @@ from torch import Tensor
 QR_TOLERANCE = 1e-5  # columns of a QR with |R_ii| at or below this are dropped
 RANK_TOLERANCE = 1e-5  # singular values below this fraction of the largest are rounding noise of float32 samples
 FLOAT32_EPS = 2.0**-23
+WITHIN_ROUNDING = "the gap at the cut is within rounding"
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
 
 
@@ -81,7 +82,7 @@ def _cut(s: Float[Tensor, " q"], k: int) -> tuple[float, bool, str]:
         return float("nan"), False, ""
     distance = float(s[k - 1] - s[k])
     ill = FLOAT32_EPS * float(s[0]) > 0.01 * distance
-    return distance / float(s[k - 1]), ill, "the gap at the cut is within rounding" if ill else ""
+    return distance / float(s[k - 1]), ill, WITHIN_ROUNDING if ill else ""
 
 
 def _basis(B: Tensor, s: Tensor, k: int) -> Basis:
@@ -107,11 +108,9 @@ def bottom_gram_basis(G: Float[Tensor, "d d"], k: int) -> Basis:
     if k >= d:
         return Basis(vectors.float().cpu(), s.float().cpu())
     distance = float(s[k] - s[k - 1])
-    largest = float(top_eigh(G, 1)[0][0].clamp(min=0).sqrt())
-    ill = FLOAT32_EPS * largest > 0.01 * distance
+    ill = FLOAT32_EPS * float(top_eigh(G, 1)[0][0].clamp(min=0).sqrt()) > 0.01 * distance
     gap = distance / float(s[k]) if s[k] > 0 else float("nan")
-    note = "the gap at the cut is within rounding" if ill else ""
-    return Basis(vectors[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, note)
+    return Basis(vectors[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, WITHIN_ROUNDING if ill else "")
 
 
 def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
@@ -129,8 +128,7 @@ def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
     if k == 0:
         return empty(d, "no data")
     if min(d, m) <= SMALL:
-        U, s, _ = torch.linalg.svd(M, full_matrices=False)
-        return _basis(U, s, k)
+        return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k)
     if d <= m:
         return gram_basis(M @ M.T, k)
     values, V = top_eigh(M.T @ M, k)
@@ -152,12 +150,10 @@ def pca(X: Float[Tensor, "n d"], k: int) -> Basis:
         >>> ws.pca(torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]]), 1).B.abs().flatten().tolist()
         [0.0, 1.0]
     """
-    n, d = X.shape
-    if n <= 1:
-        return empty(d, f"{n} sample(s): nothing to centre")
+    if len(X) <= 1:
+        return empty(X.shape[1], f"{len(X)} sample(s): nothing to centre")
     X = X.double()
-    X = X - X.mean(dim=0)
-    return left_svd(X.T, k)
+    return left_svd((X - X.mean(dim=0)).T, k)
 
 
 def uncentred(X: Float[Tensor, "n d"], k: int) -> Basis:
@@ -165,9 +161,7 @@ def uncentred(X: Float[Tensor, "n d"], k: int) -> Basis:
     X = X.double()
     norms = X.norm(dim=1)
     rows = X[norms > 0] / norms[norms > 0, None]
-    if len(rows) == 0:
-        return empty(X.shape[1], "all differences are zero")
-    return left_svd(rows.T, k)
+    return left_svd(rows.T, k) if len(rows) else empty(X.shape[1], "all differences are zero")
 
 
 def cut_at_rank(basis: Basis) -> Basis:
@@ -190,7 +184,7 @@ def orthonormalize(M: Float[Tensor, "d m"]) -> Float[Tensor, "d r"]:
     while M.shape[1]:
         Q, R = torch.linalg.qr(M)
         small = (R.diagonal().abs() <= QR_TOLERANCE).nonzero().flatten().tolist()
-        small += list(range(len(R), M.shape[1])) if M.shape[1] > len(R) else []
+        small += range(len(R), M.shape[1])
         if not small:
             return Q.float()
         M = torch.cat([M[:, : small[0]], M[:, small[0] + 1 :]], dim=1)
@@ -199,15 +193,10 @@ def orthonormalize(M: Float[Tensor, "d m"]) -> Float[Tensor, "d r"]:
 
 def compose(M: Float[Tensor, "d m"], *parts: Basis, k: int | None = None) -> Basis:
     """`orthonormalize(M)[:, :k]` as a basis that inherits the weakest gap and every doubt of its parts."""
-    gaps = [p.gap for p in parts if p.gap == p.gap]
-    notes = "; ".join(dict.fromkeys(p.note for p in parts if p.note))
-    B = orthonormalize(M)
-    return Basis(
-        B if k is None else B[:, :k],
-        gap=min(gaps) if gaps else float("nan"),
-        ill_conditioned=any(p.ill_conditioned for p in parts),
-        note=notes or ("" if B.shape[1] else "nothing is left"),
-    )
+    gap = min((p.gap for p in parts if p.gap == p.gap), default=float("nan"))
+    note = "; ".join(dict.fromkeys(p.note for p in parts if p.note))
+    B, doubted = orthonormalize(M)[:, :k], any(p.ill_conditioned for p in parts)
+    return Basis(B, gap=gap, ill_conditioned=doubted, note=note or ("" if B.shape[1] else "nothing is left"))
 
 
 def union(*bases: Basis) -> Basis:
@@ -263,8 +252,7 @@ def complement(F: Float[Tensor, "d r"], k: int) -> Float[Tensor, "d k"]:
 
 def random_basis(d: int, r: int, generator: torch.Generator) -> Basis:
     """A uniformly random r-dimensional subspace of R^d."""
-    draw = torch.randn(d, r, generator=generator, dtype=torch.float64)
-    return Basis(torch.linalg.qr(draw).Q.float())
+    return Basis(torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64)).Q.float())
 
 
 def principal_cos(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:

@@ -11,18 +11,11 @@ from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
 
-MODULES = (
-    "from_weights",
-    "from_activations",
-    "compound",
-    "ceilings",
-)  # their order is that of docs/method.md section 5
+MODULES = ("from_weights", "from_activations", "compound", "ceilings")  # in the order of docs/method.md section 5
 
 
 def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
-    """The candidate subspaces that take part in a protocol, ceilings last, in the order of docs/method.md section 5.
-
-    ValueError for an unknown protocol.
+    """The candidate subspaces of a protocol in the order of docs/method.md section 5; ValueError for an unknown one.
 
     Example:
         >>> import ws
@@ -31,9 +24,9 @@ def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
     """
     modules = [importlib.import_module(f"ws.subspaces.{name}").__name__ for name in MODULES]
     protocol = load_protocol(protocol) if isinstance(protocol, str) else protocol
-    ours = [c for c in registered(protocol.sources) if c.build.__module__ in modules]
-    others = [c for c in registered(protocol.sources) if c.build.__module__ not in modules and c.source != "own"]
-    return sorted(ours, key=lambda c: modules.index(c.build.__module__)) + others
+    found = registered(protocol.sources)
+    ours = [c for module in modules for c in found if c.build.__module__ == module]
+    return ours + [c for c in found if c.build.__module__ not in modules and c.source != "own"]
 
 
 def build(
@@ -45,9 +38,7 @@ def build(
     layer when a basis is malformed.
     """
     bases: dict[str, list[Basis]] = {c.name: [] for c in chosen}
-    if not chosen:
-        return bases
-    for l in tqdm(range(materials.n_layers), "bases by layer", disable=not progress):
+    for l in tqdm(range(materials.n_layers), "bases by layer", disable=not (progress and chosen)):
         for c in chosen:
             bases[c.name].append(materials.build(c, l))
         if isinstance(materials, Materials):

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-READ = ("W:read", "W:unembed")
-WRITE = ("W:write", "W:write-not-read", "W:OV", "W:MLP")
+AXES = {"ceiling": "ceiling"} | dict.fromkeys(("W:read", "W:unembed"), "read")
+AXES |= dict.fromkeys(("W:write", "W:write-not-read", "W:OV", "W:MLP"), "write")
 SEES = ("weights", "prompts", "pairs", "w")
 
 _REGISTRY: dict[str, "Candidate"] = {}
@@ -42,9 +42,7 @@ class Candidate:
     @property
     def axis_kind(self) -> str:
         """read, write, mixed or ceiling: which side of a weight matrix the family speaks of. (section 6)"""
-        if self.family == "ceiling":
-            return "ceiling"
-        return "read" if self.family in READ else "write" if self.family in WRITE else "mixed"
+        return AXES.get(self.family, "mixed")
 
     @property
     def definition(self) -> str:
@@ -69,12 +67,7 @@ class Candidate:
 
 
 def candidate(
-    *,
-    family: str,
-    name: str | None = None,
-    sees: Sequence[str] = ("weights",),
-    shared: bool = False,
-    source: str = "own",
+    *, family: str, name: str = "", sees: Sequence[str] = ("weights",), shared: bool = False, source: str = "own"
 ) -> Callable[[Callable], Callable]:
     """Make the decorated function a candidate subspace; the function itself is returned unchanged.
 
@@ -115,8 +108,7 @@ def _check(entry: Candidate) -> None:
         return
     if "w" in entry.sees or entry.family == "ceiling":
         raise ValueError(f"candidate {entry.name}: only the shipped ceilings see w")
-    known = _REGISTRY.get(entry.name)
-    if known is not None and known.shipped:
+    if entry.name in _REGISTRY and _REGISTRY[entry.name].shipped:
         raise ValueError(f"candidate {entry.name}: a shipped candidate has this name; choose another")
 
 
@@ -144,9 +136,7 @@ def load_candidates(files: str | Path | Sequence[str | Path]) -> list[Candidate]
     Raises FileNotFoundError / ValueError naming the file: absent, not Python, without a decorated function.
     """
     found = []
-    for file in [files] if isinstance(files, str | Path) else files:
-        if not str(file):
-            continue
+    for file in filter(str, [files] if isinstance(files, str | Path) else files):
         path = Path(file).expanduser().resolve()
         if not path.is_file():
             raise FileNotFoundError(f"CANDIDATES: {path}: no such file")
@@ -161,8 +151,8 @@ def load_candidates(files: str | Path | Sequence[str | Path]) -> list[Candidate]
             spec.loader.exec_module(module)
         except Exception as error:
             raise ValueError(f"CANDIDATES: {path}: {type(error).__name__}: {error}") from error
-        mine = [v.candidate for v in vars(module).values() if isinstance(getattr(v, "candidate", None), Candidate)]
-        mine = [c for c in mine if c.build.__module__ == spec.name]
+        made = (getattr(value, "candidate", None) for value in vars(module).values())
+        mine = [c for c in made if isinstance(c, Candidate) and c.build.__module__ == spec.name]
         if not mine:
             raise ValueError(f"CANDIDATES: {path}: holds no function decorated with @ws.candidate(...)")
         found += mine

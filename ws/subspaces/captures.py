@@ -33,12 +33,9 @@ class Probes:
 
 def probes(behavior: Behavior, protocol: Protocol) -> Probes:
     """FIT and EVAL claims under the protocol's split; an empty side is a ValueError."""
-    if protocol.eval_split == "half":
-        claims = tuple(t.claim for t in behavior.topics[:N_PROBES])
-        cut = len(claims) // 2
-    else:
-        claims = tuple(t.claim for t in (*behavior.train_topics, *behavior.heldout_topics))
-        cut = len(behavior.train_topics)
+    half = protocol.eval_split == "half"
+    claims = tuple(t.claim for t in (behavior.topics[:N_PROBES] if half else behavior.topics))
+    cut = len(claims) // 2 if half else len(behavior.train_topics)
     if cut < 2 or len(claims) - cut < 1:
         raise ValueError(f"{behavior.name}: {cut} FIT and {len(claims) - cut} EVAL probes; at least 2 and 1 are needed")
     return Probes(claims[:cut], claims[cut:])
@@ -57,17 +54,17 @@ class TextSet:
         ids, mask = encode(lm.tokenizer, list(self.texts), self.special)
         return digest(repr([row[m > 0].tolist() for row, m in zip(ids, mask, strict=True)]).encode())
 
-    def read(self, lm: LM, detail: bool, cache: Path | None, batch_size: int = 16) -> TextActs:
-        """The recordings, kept in `cache` under the model, the token ids and the code that reads; None: not kept."""
+    def read(self, lm: LM, cache: Path | None) -> TextActs:
+        """The recordings in detail, kept in `cache` under the model, the token ids and the code that reads."""
 
         def make() -> TextActs:
-            return read_texts(lm, list(self.texts), self.special, detail, batch_size, label=self.label)
+            return read_texts(lm, list(self.texts), self.special, detail=True, label=self.label)
 
-        ids, mask = encode(lm.tokenizer, list(self.texts), self.special)
-        large = detail and ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
+        ids, _ = encode(lm.tokenizer, list(self.texts), self.special)
+        large = ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
         if cache is None or not lm.fingerprint or large:
             return make()
-        params = {"model": lm.fingerprint, "tokens": self.content(lm), "detail": detail}
+        params = {"model": lm.fingerprint, "tokens": self.content(lm), "detail": True}
         key = stage_key(params, code=["ws.subspaces.reading.read_texts"])
         path = cache / "captures" / f"{slug(self.label)}_{key.params[:8]}.safetensors"
         return kept(path, key, lambda target: _save(make(), target), _load)
@@ -107,9 +104,8 @@ class BaseCaptures:
 
 
 def probe_set(lm: LM, behavior: Behavior, claims: tuple[str, ...], protocol: Protocol, label: str) -> TextSet:
-    texts = [behavior.probe_text(claim) for claim in claims]
-    if protocol.chat_probes:
-        texts = [chat_text(lm.tokenizer, text) for text in texts]
+    texts = map(behavior.probe_text, claims)
+    texts = (chat_text(lm.tokenizer, text) for text in texts) if protocol.chat_probes else texts
     return TextSet(label, tuple(texts), not protocol.chat_probes)
 
 
@@ -130,12 +126,10 @@ def prompts_key(lm: LM, behavior: Behavior, protocol: Protocol) -> dict:
     return {"tokens": [s.content(lm) for s in base_sets(lm, behavior, protocol)], "raw_last": protocol.raw_last}
 
 
-def capture_base(
-    lm: LM, behavior: Behavior, protocol: Protocol, batch_size: int = 16, cache: Path | None = None
-) -> BaseCaptures:
+def capture_base(lm: LM, behavior: Behavior, protocol: Protocol, cache: Path | None = None) -> BaseCaptures:
     """The A-side captures: one forward pass per text set, kept in the folder `cache` where one is given."""
     sets = base_sets(lm, behavior, protocol)
-    clean, *sides = [s.read(lm, True, cache, batch_size) for s in sets]
+    clean, *sides = [s.read(lm, cache) for s in sets]
     if not protocol.raw_last:
         sides = [_last_normed(lm, acts) for acts in sides]
     return BaseCaptures(clean, *sides, n_pairs=len(sets[1].texts) // len(sets[0].texts))
@@ -143,8 +137,7 @@ def capture_base(
 
 def _last_normed(lm: LM, acts: TextActs) -> TextActs:
     """Token states with the last layer's after the final norm, as v7 reads them."""
-    norm = lm.decoder.final_norm
-    states = acts.tokens[-1]
+    norm, states = lm.decoder.final_norm, acts.tokens[-1]
     with torch.no_grad():
         normed = norm(states.to(next(norm.parameters()).device).to(lm.model.dtype)).float().cpu()
     acts.tokens[-1] = normed * (states.abs().sum(dim=-1, keepdim=True) > 0)

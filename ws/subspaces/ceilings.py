@@ -27,8 +27,6 @@ def dw_left_basis(m: CeilingMaterials, l: int) -> Basis:
 
 @candidate(name="TaskDiff_lora_uncentred_ceiling", family="ceiling", source="v7b", sees=("w",))
 def task_diff_lora_uncentred(m: CeilingMaterials, l: int) -> Basis:
-    """Top 8 directions of the row-normalised H(w, +1) - H(w, -1) on the FIT probes, not centred.
-
-    Mends TaskDiff_lora_ceiling, whose centring removes the mean difference.
-    """
+    """Top 8 directions of the row-normalised H(w, +1) - H(w, -1) on the FIT probes, not centred. Mends
+    TaskDiff_lora_ceiling, whose centring removes the mean difference."""
     return uncentred(m.steered.fit[l], m.k)

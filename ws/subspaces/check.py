@@ -13,7 +13,7 @@ def as_basis(value: object, d: int, label: str) -> Basis:
     is not (with a warning). ValueError naming `label` for another type or size, or entries that are not finite."""
     if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == d and torch.isfinite(value).all():
         B = value.detach().float().cpu()
-        if B.shape[1] and float((B.T @ B - torch.eye(B.shape[1])).abs().max()) > 1e-3:
+        if skew(B) > 1e-3:
             warnings.warn(f"{label}: columns are not orthonormal; their span is used", stacklevel=2)
             B = orthonormalize(B)
         value = Basis(B, note="" if B.shape[1] else "empty")
@@ -33,7 +33,10 @@ def check_basis(basis: Basis, d: int, label: str) -> None:
         raise ValueError(f"{label}: basis is {B.shape[0]} wide, the model {d}")
     if not torch.isfinite(B).all():
         raise ValueError(f"{label}: basis holds NaN or infinite entries")
-    if B.shape[1]:
-        error = float((B.T @ B - torch.eye(B.shape[1])).abs().max())
-        if error > 1e-3:
-            raise ValueError(f"{label}: basis is not orthonormal, max |B^T B - I| = {error:.2g}")
+    if skew(B) > 1e-3:
+        raise ValueError(f"{label}: basis is not orthonormal, max |B^T B - I| = {skew(B):.2g}")
+
+
+def skew(B: Tensor) -> float:
+    """`max |B^T B - I|`, 0 without columns."""
+    return float((B.T @ B - torch.eye(B.shape[1])).abs().max()) if B.shape[1] else 0.0

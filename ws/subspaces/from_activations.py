@@ -4,19 +4,21 @@ A contrast is `persona_pos - persona_neg`, probe by probe, at the last token. (d
 source v7b mend one named defect each, section 7)
 """
 
+from collections.abc import Callable
+from itertools import takewhile
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 from ws.subspaces.reading import TextActs
 
-CLUSTERS = 8
-LLOYD_STEPS = 8
-ROTATION_DIM = 32
 TINY = 1e-12
 PROMPTS = ("weights", "prompts")
+Weight = Callable[[Tensor, Tensor], Tensor]  # of both attention rows
 
 
 def _growth(m: Materials) -> Tensor:
@@ -76,13 +78,8 @@ def task_diff(m: Materials, l: int) -> Basis:
 
 def _aligned(acts: TextActs, width: int, l: int) -> tuple[Tensor, Tensor]:
     """Token states `(n, T, d)` and attention row `(n, T)` at layer l, zero-padded on the left to `width`."""
-    tokens, attn = acts.tokens[l].double(), acts.attn[l].double()
-    n, have, d = tokens.shape
-    pad = width - have
-    return (
-        torch.cat([tokens.new_zeros(n, pad, d), tokens], dim=1),
-        torch.cat([attn.new_zeros(n, pad), attn], dim=1),
-    )
+    missing = width - acts.tokens.shape[2]
+    return pad(acts.tokens[l].double(), (0, 0, missing, 0)), pad(acts.attn[l].double(), (missing, 0))
 
 
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,29 +90,30 @@ def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
     return pos - neg, a_pos, a_neg
 
 
-def _attention_selected(m: Materials, D: Tensor, weight: Tensor) -> Basis:
-    return pca((D * (weight + TINY).sqrt()[:, :, None]).flatten(0, 1), m.k)
+def _attention_selected(m: Materials, D: Tensor, a: Tensor, b: Tensor, weight: Weight) -> Basis:
+    return pca((D * (weight(a, b) + TINY).sqrt()[:, :, None]).flatten(0, 1), m.k)
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs()
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_min_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the smaller of both attention weights."""
-    D, a, b = _token_contrast(m, l)
-    return _attention_selected(m, D, torch.minimum(a, b))
+    return _attention_selected(m, *_token_contrast(m, l), torch.minimum)
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_max_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the larger of both attention weights."""
-    D, a, b = _token_contrast(m, l)
-    return _attention_selected(m, D, torch.maximum(a, b))
+    return _attention_selected(m, *_token_contrast(m, l), torch.maximum)
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_diff_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the difference of both attention weights."""
-    D, a, b = _token_contrast(m, l)
-    return _attention_selected(m, D, (a - b).abs())
+    return _attention_selected(m, *_token_contrast(m, l), _apart)
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
@@ -124,7 +122,7 @@ def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     D, a, b = _token_contrast(m, l)
     norm = D.norm(dim=2)
     scale = norm.sum() / ((norm > 0).sum() + TINY)
-    return _attention_selected(m, D, torch.minimum(a, b) * norm / (scale + TINY))
+    return _attention_selected(m, D, a, b, lambda a, b: torch.minimum(a, b) * norm / (scale + TINY))
 
 
 @candidate(family="act:up_proj", source="v5", sees=PROMPTS)
@@ -167,9 +165,9 @@ def chars_clusters(m: Materials, l: int) -> Basis:
 
 def kmeans(rows: Tensor) -> Tensor:
     """8 centroids after 8 Lloyd steps from the 8 rows of largest norm; an empty cluster keeps its centroid."""
-    start = rows.norm(dim=1).argsort(descending=True, stable=True)[:CLUSTERS]
+    start = rows.norm(dim=1).argsort(descending=True, stable=True)[:8]
     centroids = rows[start].clone()
-    for _ in range(LLOYD_STEPS):
+    for _ in range(8):
         nearest = torch.cdist(rows, centroids).argmin(dim=1)
         for c in nearest.unique():
             centroids[c] = rows[nearest == c].mean(dim=0)
@@ -192,22 +190,18 @@ def rotation_contrast(m: Materials, l: int) -> Basis:
 
 def _rotation(m: Materials, l: int, determined: bool) -> Basis:
     X, Y = m.base.neg.resid[l].double(), m.base.pos.resid[l].double()
-    n = X.shape[0]
-    J = pca(torch.cat([X, Y]), min(ROTATION_DIM, 2 * n - 2, m.d))
+    J = pca(torch.cat([X, Y]), min(32, 2 * len(X) - 2, m.d))
     if J.rank < 2:
         return empty(m.d, "the joint PCA has under 2 directions")
     frame = J.B.double()
     X_r, Y_r = (X - X.mean(dim=0)) @ frame, (Y - Y.mean(dim=0)) @ frame
     U, s, Vh = torch.linalg.svd(X_r.T @ Y_r)
     q = int((s > 1e-5 * s[0]).sum()) if float(s[0]) > 0 else 0
-    if determined:
-        U, Vh = U[:, :q], Vh[:q]
-        if q == 0:
-            return empty(m.d, "the cross-covariance is zero")
-    R = U @ Vh
+    if determined and q == 0:
+        return empty(m.d, "the cross-covariance is zero")
+    R = U[:, :q] @ Vh[:q] if determined else U @ Vh
     turn = left_svd(R - R.T, m.k)
-    if determined:
-        turn = cut_at_rank(turn)
+    turn = cut_at_rank(turn) if determined else turn
     B = orthonormalize(frame @ turn.B.double())
     arbitrary = not determined and q < J.rank
     note = f"cross-covariance of rank {q} under {J.rank}: R is arbitrary on its null space" if arbitrary else turn.note
@@ -219,59 +213,42 @@ def _rotation(m: Materials, l: int, determined: bool) -> Basis:
 
 @candidate(name="TaskDiff_uncentred", family="act:persona", source="v7b", sees=PROMPTS)
 def task_diff_uncentred(m: Materials, l: int) -> Basis:
-    """Top 8 directions of the row-normalised persona contrast, not centred.
-
-    Mends TaskDiff_contrast, whose centring removes the mean difference: the steering direction itself.
-    """
+    """Top 8 directions of the row-normalised persona contrast, not centred. Mends TaskDiff_contrast, whose centring
+    removes the mean difference: the steering direction itself."""
     return uncentred(_contrast(m, l), m.k)
 
 
 @candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
 def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
-    """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred.
-
-    Mends up_proj_input_contrast.
-    """
+    """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred. Mends
+    up_proj_input_contrast."""
     return uncentred(_up_contrast(m, l), m.k)
 
 
 @candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
 def up_written_uncentred(m: Materials, l: int) -> Basis:
-    """Top 8 directions of the row-normalised contrast of W_down W_up x, not centred.
-
-    Mends up_proj_output_written_contrast.
-    """
+    """Top 8 directions of the row-normalised contrast of W_down W_up x, not centred. Mends
+    up_proj_output_written_contrast."""
     return uncentred(_up_written(m, l), m.k)
 
 
 def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Number of tokens at the right edge that two texts share."""
-    count = 0
-    for x, y in zip(reversed(a), reversed(b), strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b), strict=False))))
 
 
-def _common_selected(m: Materials, l: int, combine) -> Basis:
+def _common_selected(m: Materials, l: int, weight: Weight) -> Basis:
     D, a, b = _token_contrast(m, l)
     shared = [common_suffix(p, q) for p, q in zip(m.base.pos.ids, m.base.neg.ids, strict=True)]
-    width = D.shape[1]
-    keep = torch.arange(width)[None, :] >= width - torch.tensor(shared)[:, None]
-    rows = D[keep] * (combine(a, b)[keep] + TINY).sqrt()[:, None]
-    if len(rows) == 0:
-        return empty(m.d, "the persona texts share no token at their end")
-    return left_svd(rows.T, m.k)
+    keep = torch.arange(-D.shape[1], 0)[None, :] >= -torch.tensor(shared)[:, None]
+    rows = D[keep] * (weight(a, b)[keep] + TINY).sqrt()[:, None]
+    return left_svd(rows.T, m.k) if len(rows) else empty(m.d, "the persona texts share no token at their end")
 
 
 @candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
 def attn_min_common(m: Materials, l: int) -> Basis:
     """Top 8 directions of the token-wise contrast over the common suffix of both texts, weighted as attn_min_taskdiff,
-    not centred.
-
-    Mends attn_min_taskdiff, which includes padding and tokens that only one side has.
-    """
+    not centred. Mends attn_min_taskdiff, which includes padding and tokens that only one side has."""
     return _common_selected(m, l, torch.minimum)
 
 
@@ -284,7 +261,7 @@ def attn_max_common(m: Materials, l: int) -> Basis:
 @candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
 def attn_diff_common(m: Materials, l: int) -> Basis:
     """As attn_min_common with the difference of both attention weights. Mends attn_diff_taskdiff."""
-    return _common_selected(m, l, lambda a, b: (a - b).abs())
+    return _common_selected(m, l, _apart)
 
 
 @candidate(family="act:cluster", source="v7b", sees=PROMPTS)
@@ -295,8 +272,6 @@ def chars_clusters_cut(m: Materials, l: int) -> Basis:
 
 @candidate(family="act:rotation", source="v7b", sees=PROMPTS)
 def rotation_cut(m: Materials, l: int) -> Basis:
-    """As rotation_contrast with R = U_q V_q^T, q the numerical rank of the cross-covariance.
-
-    Mends rotation_contrast, whose R is arbitrary on the null space: its score is rounding noise.
-    """
+    """As rotation_contrast with R = U_q V_q^T, q the numerical rank of the cross-covariance. Mends rotation_contrast,
+    whose R is arbitrary on the null space: its score is rounding noise."""
     return _rotation(m, l, determined=True)

@@ -19,13 +19,11 @@ from ws.subspaces.algebra import (
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
-PROMPTS = ("weights", "prompts")
-
 
 @candidate(family="W:unembed", source="v5", shared=True)
 def lm_head_read(m: Materials) -> Basis:
     """Top 8 right singular vectors of the unembedding: what the logits read most."""
-    return m.unembed_top(m.k)
+    return gram_basis(m.unembed_gram, m.k)
 
 
 @candidate(family="W:unembed", source="v5", shared=True)
@@ -37,7 +35,7 @@ def logits_null(m: Materials) -> Basis:
 @candidate(family="W:read", source="v5", shared=True)
 def global_read(m: Materials) -> Basis:
     """Top 8 eigenvectors of the readers' Gram summed over all layers plus the unembedding's."""
-    return m.read_top(m.k)
+    return gram_basis(m.readers_gram, m.k)
 
 
 @candidate(family="W:write", source="v5", shared=True)
@@ -144,12 +142,11 @@ def kv_super(m: Materials, l: int) -> Basis:
     return gram_basis(m.layer(l).kv_gram, m.k)
 
 
-@candidate(family="W:MLP", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="W:MLP", source="external-v6-plan", sees=("weights", "prompts"))
 def gate_kernel(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down diag(g) W_up, g the mean activated gate over the clean probes."""
     w = m.layer(l)
-    x = m.base.clean.up_in[l].to(w.gate.device)
-    g = m.decoder.act(x @ w.gate.T).mean(dim=0)
+    g = m.decoder.act(m.base.clean.up_in[l].to(w.gate.device) @ w.gate.T).mean(dim=0)
     return left_svd((w.down * g) @ w.up, m.k)
 
 
@@ -163,10 +160,8 @@ def _sink_writes(m: Materials, l: int) -> Tensor:
     """`W_o[:, h] (v[kv(h)] e)` for every head h, `(H, d)`."""
     w, dec = m.layer(l), m.decoder
     e = dec.embed_tokens.weight[m.sink_token].detach().float().to(w.v.device)
-    values = (w.v @ e).reshape(dec.n_kv, dec.head_dim)
-    kv = torch.arange(dec.n_heads, device=values.device) * dec.n_kv // dec.n_heads
-    per_head = w.o.reshape(m.d, dec.n_heads, dec.head_dim)
-    return torch.einsum("dhe,he->hd", per_head, values[kv])
+    values = (w.v @ e).reshape(dec.n_kv, dec.head_dim)[_kv_of_heads(m)]
+    return torch.einsum("dhe,he->hd", w.o.reshape(m.d, dec.n_heads, dec.head_dim), values)
 
 
 @candidate(family="W:write-not-read", source="external-v6-plan")
@@ -188,42 +183,32 @@ def input_super_not_lm_read(m: Materials, l: int) -> Basis:
 @candidate(family="W:OV", source="v7b")
 def attn_ov_heads(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the heads' OV maps side by side, key/value heads shared as the model shares them.
-
-    Mends attn_ov_write, whose row-by-row repeat pairs a head with the wrong value rows.
-    """
-    w = m.layer(l)
-    o, v = _heads(m, w.o.T), _heads(m, w.v)
-    G = sum(o[h].T @ (v[_kv(m, h)] @ v[_kv(m, h)].T) @ o[h] for h in range(m.decoder.n_heads))
-    return gram_basis(G, m.k)
+    Mends attn_ov_write, whose row-by-row repeat pairs a head with the wrong value rows."""
+    return gram_basis(_heads_gram(m, m.layer(l).o.T, m.layer(l).v), m.k)
 
 
 @candidate(family="W:QK", source="v7b")
 def qk_heads(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the heads' W_q^T W_k side by side, key heads shared as the model shares them.
-
-    Mends qk_circuit, whose row-by-row repeat pairs a query with the wrong key rows.
-    """
-    w = m.layer(l)
-    q, k = _heads(m, w.q), _heads(m, w.k)
-    G = sum(q[h].T @ (k[_kv(m, h)] @ k[_kv(m, h)].T) @ q[h] for h in range(m.decoder.n_heads))
-    return gram_basis(G, m.k)
+    Mends qk_circuit, whose row-by-row repeat pairs a query with the wrong key rows."""
+    return gram_basis(_heads_gram(m, m.layer(l).q, m.layer(l).k), m.k)
 
 
-def _heads(m: Materials, M: Tensor) -> Tensor:
-    """Rows split by head, `(heads, head width, d)`, float64."""
-    return M.double().reshape(-1, m.decoder.head_dim, M.shape[1])
+def _heads_gram(m: Materials, own: Tensor, shared: Tensor) -> Tensor:
+    """`sum_h M_h M_h^T` with `M_h = own_h^T shared_kv(h)`, both matrices' rows split by head; float64."""
+    a, b = (M.double().reshape(-1, m.decoder.head_dim, M.shape[1]) for M in (own, shared))
+    return sum(a[h].T @ (b[kv] @ b[kv].T) @ a[h] for h, kv in enumerate(_kv_of_heads(m)))
 
 
-def _kv(m: Materials, h: int) -> int:
-    return h * m.decoder.n_kv // m.decoder.n_heads
+def _kv_of_heads(m: Materials) -> list[int]:
+    """The key/value head of every head."""
+    return [h * m.decoder.n_kv // m.decoder.n_heads for h in range(m.decoder.n_heads)]
 
 
 @candidate(family="W:OV", source="v7b")
 def attention_sink_cut(m: Materials, l: int) -> Basis:
-    """attention_sink cut at the numerical rank of its samples.
-
-    Mends attention_sink, which fills up with arbitrary directions where the model has fewer than 9 heads.
-    """
+    """attention_sink cut at the numerical rank of its samples. Mends attention_sink, which fills up with arbitrary
+    directions where the model has fewer than 9 heads."""
     return cut_at_rank(m.of("attention_sink", l))
 
 
@@ -235,19 +220,15 @@ def mlp_up_read_gain(m: Materials, l: int) -> Basis:
 
 @candidate(family="W:read", source="v7b")
 def attn_qkv_read_gain(m: Materials, l: int) -> Basis:
-    """Top 8 right singular vectors of [W_q; W_k; W_v] diag(g), g the gain of the norm before attention.
-
-    Mends attn_qkv_read, which ignores the gain.
-    """
+    """Top 8 right singular vectors of [W_q; W_k; W_v] diag(g), g the gain of the norm before attention. Mends
+    attn_qkv_read, which ignores the gain."""
     return gram_basis(_gained(m, m.layer(l).qkv_gram, l, "attn_in"), m.k)
 
 
 @candidate(family="W:read", source="v7b")
 def input_super_gain(m: Materials, l: int) -> Basis:
-    """Top 8 right singular vectors of all the block's readers, each with its norm's gain folded in.
-
-    Mends input_super, which ignores the gains.
-    """
+    """Top 8 right singular vectors of all the block's readers, each with its norm's gain folded in. Mends input_super,
+    which ignores the gains."""
     w = m.layer(l)
     attn = _gained(m, w.qkv_gram, l, "attn_in")
     return gram_basis(attn + _gained(m, w.up_gram + w.gate_gram, l, "mlp_in"), m.k)

@@ -36,12 +36,10 @@ log = logging.getLogger(__name__)
 def save_bases(rows: list[Basis], path: Path) -> None:
     """Write a candidate's bases by layer, with what is known of their conditioning in the file's metadata."""
     tensors, facts = {}, {}
-    same = all(b is rows[0] for b in rows)
-    for l, b in enumerate(rows[:1] if same else rows):
+    for l, b in enumerate(rows[:1] if all(b is rows[0] for b in rows) else rows):
         tensors |= {f"{l}/B": b.B.contiguous().clone(), f"{l}/s": b.s.clone()}  # a cut basis shares memory
         facts[str(l)] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note}
-    about = json.dumps({"layers": len(rows), "facts": facts})
-    save_file(tensors, path, metadata={"bases": about})
+    save_file(tensors, path, metadata={"bases": json.dumps({"layers": len(rows), "facts": facts})})
 
 
 def load_bases(path: Path) -> list[Basis]:
@@ -84,13 +82,9 @@ class Shelf:
 
     def key(self, c: Candidate, prompts: dict) -> Key:
         params = {"model": self.lm.fingerprint, "k": self.k, "k_broad": self.k_broad, "shared": c.shared}
-        params["fold_gain"] = self.protocol.fold_gain
-        if "prompts" in c.sees:
-            params |= {"prompts": prompts, "part": self.part}
+        params |= {"fold_gain": self.protocol.fold_gain}
+        params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
         return stage_key(params, sources=composed_of(c)[1])
-
-    def path(self, c: Candidate, key: Key) -> Path:
-        return self.cache / "bases" / f"{slug(c.name)}_{key.params[:8]}.safetensors"
 
     def base(self) -> BaseCaptures:
         read = self.whole or (lambda: capture_base(self.lm, self.behavior, self.protocol, cache=self.cache))
@@ -110,28 +104,24 @@ class Shelf:
                     keys[c.name] = self.key(c, prompts)
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
-        paths = {c.name: self.path(c, keys[c.name]) for c in chosen if c.name in keys}
+        folder = self.cache / "bases"
+        paths = {n: folder / f"{slug(n)}_{key.params[:8]}.safetensors" for n, key in keys.items()}
 
         def missing() -> list[Candidate]:
             return [c for c in chosen if c.name not in keys or state(paths[c.name], keys[c.name]) != "done"]
 
         fresh: dict[str, list[Basis]] = {}
         if missing():
-            with lock(self.cache / "bases"):  # runs of several seeds may start at once: the first builds
+            with lock(folder):  # runs of several seeds may start at once: the first builds
                 todo = missing()
                 materials = self.materials()
                 fresh = build(materials, todo, progress)
-                for c in todo:
-                    unforeseen = materials.asked.get(c.name, set()) - {p.name for p in self._parts(c, keys)}
-                    if c.name in keys and not unforeseen:
+                for c in (c for c in todo if c.name in keys):
+                    if materials.asked.get(c.name, set()) <= {part.name for part in composed_of(c)[0]}:
                         made(paths[c.name], keys[c.name], lambda path, c=c: save_bases(fresh[c.name], path))
             if progress:
                 tqdm.write(f"bases: {len(todo)} built, {len(chosen) - len(todo)} kept")
         return {c.name: fresh[c.name] if c.name in fresh else load_bases(paths[c.name]) for c in chosen}
-
-    @staticmethod
-    def _parts(c: Candidate, keys: dict[str, Key]) -> list[Candidate]:
-        return composed_of(c)[0] if c.name in keys else []
 
 
 def make_shelf(
@@ -152,20 +142,18 @@ def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str,
     chosen = [c for c in chosen if "prompts" in c.sees and c.kind != "ceiling"]
     n_pairs = 1 if shelf.protocol.persona_pairs == "1" else len(shelf.behavior.persona_pairs)
 
-    def half(start: int) -> Callable[[BaseCaptures], BaseCaptures]:
-        return lambda base: base.take(list(range(start, len(base.clean.ids), 2)), list(range(n_pairs)))
-
-    def pair(p: int) -> Callable[[BaseCaptures], BaseCaptures]:
-        return lambda base: base.take(list(range(len(base.clean.ids))), [p])
+    def taken(every: slice, pairs: range) -> Callable[[BaseCaptures], BaseCaptures]:
+        return lambda base: base.take(list(range(len(base.clean.ids)))[every], list(pairs))
 
     shelf = replace(shelf, whole=cache(shelf.base))
-    parts = {"FIT halves": {name: half(start) for name, start in (("even", 0), ("odd", 1))}}
+    parts = {"FIT halves": {name: taken(slice(i, None, 2), range(n_pairs)) for i, name in enumerate(("even", "odd"))}}
     if n_pairs > 1:
-        parts["persona pairs"] = {f"pair {p + 1}": pair(p) for p in range(n_pairs)}
+        parts["persona pairs"] = {f"pair {p + 1}": taken(slice(None), range(p, p + 1)) for p in range(n_pairs)}
+
+    def built(compared: str, label: str, take: Callable) -> dict[str, list[Basis]]:
+        return replace(shelf, part=f"{compared}: {label}", take=take).bases(chosen, progress=False)
+
     return {
-        compared: {
-            label: replace(shelf, part=f"{compared}: {label}", take=take).bases(chosen, progress=False)
-            for label, take in tqdm(rows.items(), compared)
-        }
+        compared: {label: built(compared, label, take) for label, take in tqdm(rows.items(), compared)}
         for compared, rows in parts.items()
     }

@@ -29,12 +29,10 @@ GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyon
 
 def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
     """`sum M M^T` in float64."""
-    d = parts[0].shape[0]
-    G = torch.zeros(d, d, dtype=torch.float64, device=parts[0].device)
-    for M in parts:
-        for start in range(0, M.shape[1], CHUNK):
-            block = M[:, start : start + CHUNK].to(G.device).double()
-            G += block @ block.T
+    G = parts[0].new_zeros(len(parts[0]), len(parts[0]), dtype=torch.float64)
+    for columns in (c for M in parts for c in M.split(CHUNK, dim=1)):
+        block = columns.to(G.device).double()
+        G += block @ block.T
     return G
 
 
@@ -99,9 +97,8 @@ class Materials:
         fold_gain: bool = False,
     ):
         check_widths(k, k_broad, decoder.d)
-        self.decoder, self.k, self.sink_token = decoder, k, sink_token
-        self.k_broad = min(k_broad, decoder.d)
-        self.d, self.n_layers = decoder.d, decoder.n_layers
+        self.decoder, self.sink_token, self.d, self.n_layers = decoder, sink_token, decoder.d, decoder.n_layers
+        self.k, self.k_broad = k, min(k_broad, decoder.d)
         self._base, self._fold = base, fold_gain
         self._layers: dict[int, LayerWeights] = {}
         self._at_work: LayerWeights | None = None
@@ -118,9 +115,9 @@ class Materials:
         blind = next((c.name for c in self._asking if "prompts" not in c.sees), None)
         if blind:
             raise ValueError(f"candidate {blind} looks at activations: decorate it with sees=('prompts',)")
+        if self._base is None:
+            raise ValueError("these materials hold no captures")
         if not isinstance(self._base, BaseCaptures):
-            if self._base is None:
-                raise ValueError("these materials hold no captures")
             self._base = self._base()
         return self._base.aligned if self._asking and not self._asking[-1].shipped else self._base
 
@@ -130,10 +127,9 @@ class Materials:
             if (len(self._layers) + 1) * 5 * self.d * self.d * 8 > GRAM_BUDGET:
                 self._layers.clear()
             self._layers[l] = LayerWeights(self.decoder, l, self._fold)
-        if self._at_work is not self._layers[l]:
-            if self._at_work is not None:
-                self._at_work.release()
-            self._at_work = self._layers[l]
+        if self._at_work not in (None, self._layers[l]):
+            self._at_work.release()
+        self._at_work = self._layers[l]
         return self._at_work
 
     def of(self, name: str, l: int) -> Basis:
@@ -159,55 +155,44 @@ class Materials:
 
     def forget(self, l: int) -> None:
         """Let go what was built for layer l alone."""
-        for key in [key for key in self._composed if key[1] == l]:
-            del self._composed[key]
+        self._composed = {key: basis for key, basis in self._composed.items() if key[1] != l}
 
     @cached_property
     def unembed_gram(self) -> Tensor:
         """`W_lm^T W_lm`, accumulated over vocabulary chunks."""
-        weight = self.decoder.logits_module().weight.detach()
-        G = torch.zeros(self.d, self.d, dtype=torch.float64, device=weight.device)
-        for start in range(0, weight.shape[0], CHUNK):
-            block = weight[start : start + CHUNK].double()
-            G += block.T @ block
-        return G
-
-    def unembed_top(self, k: int) -> Basis:
-        return gram_basis(self.unembed_gram, k)
+        return left_gram(self.decoder.logits_module().weight.detach().T)
 
     @cached_property
     def lm_broad(self) -> Basis:
         """lm64: top `k_broad` right singular vectors of the unembedding."""
-        return self.unembed_top(self.k_broad)
+        return gram_basis(self.unembed_gram, self.k_broad)
 
     @cached_property
-    def _global(self) -> dict:
-        """One pass from the last layer down: readers downstream of each block, all readers, all writers."""
-        device = self.unembed_gram.device
-        readers = self.unembed_gram.clone()
-        writers = torch.zeros(self.d, self.d, dtype=torch.float64, device=device)
-        downstream = {}
+    def _global(self) -> tuple[Tensor, Tensor, dict[int, Basis]]:
+        """One pass from the last layer down: all readers, all writers, readers downstream of each block."""
+        readers, downstream = self.unembed_gram.clone(), {}
+        writers = torch.zeros_like(readers)
         for l in reversed(range(self.n_layers)):
             downstream[l] = gram_basis(readers, self.k_broad)
-            weights = self.layer(l)
-            readers += weights.read_gram.to(device)
-            writers += weights.write_gram.to(device)
-        return {"readers": readers, "writers": writers, "downstream": downstream}
+            readers += self.layer(l).read_gram.to(readers.device)
+            writers += self.layer(l).write_gram.to(readers.device)
+        return readers, writers, downstream
+
+    @property
+    def readers_gram(self) -> Tensor:
+        """`sum_l read_gram(l) + W_lm^T W_lm`."""
+        return self._global[0]
 
     @property
     def writers_gram(self) -> Tensor:
         """`sum_l [W_o|W_down] [W_o|W_down]^T`."""
-        return self._global["writers"]
+        return self._global[1]
 
     def downstream_broad(self, l: int) -> Basis:
         """down64(l): what the unembedding and the blocks after l read."""
-        return self._global["downstream"][l]
-
-    def read_top(self, k: int) -> Basis:
-        """Top eigenvectors of `sum_l read_gram(l) + W_lm^T W_lm`."""
-        return gram_basis(self._global["readers"], k)
+        return self._global[2][l]
 
     @cached_property
     def read_broad(self) -> Basis:
-        """gr64."""
-        return self.read_top(self.k_broad)
+        """gr64: top `k_broad` eigenvectors of `readers_gram`."""
+        return gram_basis(self.readers_gram, self.k_broad)

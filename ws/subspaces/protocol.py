@@ -3,7 +3,7 @@
 `PROTOCOL` names one of them; an explicit parameter wins over it. (docs/method.md section 7)
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import yaml
 
@@ -38,12 +38,8 @@ class Protocol:
 
 
 def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
-    """The named protocol with explicit notebook parameters laid over it; an empty string or list leaves the protocol's value.
-
-    overrides: upper-case parameter names (EVAL_SPLIT, CHAT_PROBES, PERSONA_PAIRS, RAW_LAST, FOLD_GAIN,
-    SOURCES).
-    ValueError for an unknown protocol, parameter or value.
-    """
+    """The named protocol with explicit notebook parameters (upper-case names) laid over it; an empty string or list
+    leaves the protocol's value. ValueError for an unknown protocol, parameter or value."""
     folder = notebooks_folder() / "params"
     known = sorted(p.stem for p in folder.glob("*.yaml") if "PROTOCOL:" in p.read_text(encoding="utf-8"))
     if name not in known:
@@ -51,14 +47,11 @@ def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
     values = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     values |= {key: value for key, value in overrides.items() if value not in ("", [], ())}
     types = {f.name.upper(): f.type for f in fields(Protocol)}
-    chosen = {}
-    for key, value in values.items():
-        if key == "PROTOCOL":
-            continue
+    values.pop("PROTOCOL", None)
+    for key in values:
         if key not in types:
             raise ValueError(f"{name}: {key} is no protocol parameter; known are {', '.join(types)}")
-        chosen[key.lower()] = _typed(key, value, types[key])
-    return replace(Protocol(name=name), **chosen)
+    return Protocol(**{"name": name} | {key.lower(): _typed(key, value, types[key]) for key, value in values.items()})
 
 
 def _typed(key: str, value: object, kind: object) -> object:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ws.model.lm import LM
-from ws.model.text import encode, last_index, position_ids
+from ws.model.text import encode, last_index
 from ws.model.trace import hidden, recorded
 
 
@@ -40,18 +40,9 @@ class TextActs:
 
     def take(self, rows: list[int]) -> "TextActs":
         """The recordings of some of the texts."""
-
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, rows]
-
-        return TextActs(
-            resid=self.resid[:, rows],
-            embed=self.embed[rows],
-            ids=tuple(self.ids[i] for i in rows),
-            up_in=of(self.up_in),
-            tokens=of(self.tokens),
-            attn=of(self.attn),
-        )
+        found = {f: getattr(self, f) for f in ("resid", "up_in", "tokens", "attn")}
+        found = {f: None if x is None else x[:, rows] for f, x in found.items()}
+        return TextActs(embed=self.embed[rows], ids=tuple(self.ids[i] for i in rows), **found)
 
 
 @contextmanager
@@ -71,7 +62,6 @@ def read_texts(
     add_special_tokens: bool,
     detail: bool = False,
     batch_size: int = 16,
-    max_length: int = 256,
     padding_side: str = "right",
     label: str = "",
 ) -> TextActs:
@@ -79,41 +69,30 @@ def read_texts(
 
     detail: also record up_in, tokens and attn. Shapes and units as in `TextActs`; raises ValueError for no texts.
     """
-    ids, mask = encode(lm.tokenizer, texts, add_special_tokens, max_length, padding_side)
-    lengths = mask.sum(dim=1).tolist()
-    order = range(0, len(texts), batch_size)
-    parts = []
+    ids, mask = encode(lm.tokenizer, texts, add_special_tokens, padding_side=padding_side)
+    width = int(mask.sum(dim=1).max())
+    order, parts = range(0, len(texts), batch_size), []
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if detail:
             stack.enter_context(eager_attention(lm.model))
         for start in tqdm(order, desc=label, disable=not label or len(order) < 2, leave=False):
             rows = slice(start, start + batch_size)
-            parts.append(_read_batch(lm, ids[rows], mask[rows], detail, padding_side))
-    unpadded = tuple(tuple(ids[i][mask[i] > 0].tolist()) for i in range(len(texts)))
-    width = max(lengths)
-    return TextActs(
-        resid=torch.cat([p["resid"] for p in parts], dim=1),
-        embed=torch.cat([p["embed"] for p in parts], dim=0),
-        ids=unpadded,
-        up_in=torch.cat([p["up_in"] for p in parts], dim=1) if detail else None,
-        tokens=torch.cat([_left_pad(p["tokens"], width, 2) for p in parts], dim=1) if detail else None,
-        attn=torch.cat([_left_pad(p["attn"], width, 2) for p in parts], dim=1) if detail else None,
-    )
+            parts.append(_read_batch(lm, ids[rows], mask[rows], detail, width))
+    unpadded = tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True))
+    whole = {name: torch.cat([p[name] for p in parts], dim=int(name != "embed")) for name in parts[0]}
+    return TextActs(ids=unpadded, **whole)
 
 
-def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detail: bool, padding_side: str) -> dict:
-    """Every layer is reduced to what is kept as the pass reaches it."""
-    decoder = lm.decoder
-    n, width = ids.shape
-    last = last_index(mask)
+def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detail: bool, width: int) -> dict:
+    """Every layer is reduced to what is kept as the pass reaches it; tokens are aligned at the right edge of `width`."""
+    decoder, last = lm.decoder, last_index(mask)
     resid, up_in, tokens, embed = {}, {}, {}, {}
-    rows = torch.arange(n)
-    # one gather index moves every text's tokens to the right edge: column T - len + j <- column of token j
+    rows = torch.arange(len(ids))
+    # one gather index moves every text's tokens to the right edge: column width - len + j <- column of token j
     lengths = mask.sum(dim=1)
-    first = last - lengths + 1
     column = torch.arange(width)[None, :] - (width - lengths)[:, None]
-    source = (first[:, None] + column).clamp(min=0)
+    source = ((last - lengths + 1)[:, None] + column).clamp(min=0)
     real = (column >= 0).float()
 
     def at_last(states: Tensor) -> Tensor:
@@ -126,8 +105,7 @@ def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detai
                 embed[0] = at_last(inputs[0])
             resid[l] = at_last(states)
             if detail:
-                moved = states.float().cpu()[rows[:, None], source]
-                tokens[l] = moved * real[:, :, None]
+                tokens[l] = states.float().cpu()[rows[:, None], source] * real[:, :, None]
 
         return record
 
@@ -141,31 +119,11 @@ def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detai
     if detail:
         at |= {decoder.param_name(l, "up").removesuffix(".weight"): at_up(l) for l in range(decoder.n_layers)}
     with recorded(lm.model, at):
-        output = lm.model(
-            input_ids=ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            position_ids=position_ids(mask).to(lm.device),
-            use_cache=False,
-            output_attentions=detail,
-        )
-    order = range(decoder.n_layers)
-    part = {"resid": torch.stack([resid[l] for l in order]), "embed": embed[0]}
+        output = lm.run(ids, mask, output_attentions=detail)
+    found = {"resid": resid}
     if detail:
-        attn = []
-        for weights in output.attentions:
-            row = weights.float().mean(dim=1).cpu()[rows, last]
-            attn.append(row[rows[:, None], source] * real)
-        part["up_in"] = torch.stack([up_in[l] for l in order])
-        part["tokens"] = torch.stack([tokens[l] for l in order])
-        part["attn"] = torch.stack(attn)
-    return part
-
-
-def _left_pad(x: Tensor, width: int, dim: int) -> Tensor:
-    """Zeros before (or, where padding made a batch wider than its texts, columns cut from) the left edge of `dim`."""
-    have = x.shape[dim]
-    if have >= width:
-        return x.narrow(dim, have - width, width)
-    shape = list(x.shape)
-    shape[dim] = width - have
-    return torch.cat([x.new_zeros(shape), x], dim=dim)
+        last_rows = (weights.float().mean(dim=1).cpu()[rows, last] for weights in output.attentions)
+        attn = {l: row[rows[:, None], source] * real for l, row in enumerate(last_rows)}
+        found |= {"up_in": up_in, "tokens": tokens, "attn": attn}
+    stacked = {name: torch.stack([by_layer[l] for l in range(decoder.n_layers)]) for name, by_layer in found.items()}
+    return stacked | {"embed": embed[0]}

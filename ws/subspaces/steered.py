@@ -22,7 +22,7 @@ from ws.subspaces.captures import TextSet, probe_set, probes
 from ws.subspaces.check import as_basis
 from ws.subspaces.materials import check_widths, output_gain
 from ws.subspaces.protocol import Protocol
-from ws.subspaces.reading import read_texts
+from ws.subspaces.reading import TextActs, read_texts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SteeredDiffs:
 
 
 def capture_steered(
-    lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, batch_size: int = 16, cache: Path | None = None
+    lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, cache: Path | None = None
 ) -> SteeredDiffs:
     """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes.
 
@@ -46,29 +46,24 @@ def capture_steered(
     sets = [probe_set(lm, behavior, getattr(split, name), protocol, name) for name in ("eval", "fit")]
 
     def make(path: Path) -> None:
-        save_file({n: x.contiguous() for n, x in vars(_steer(lm, w, *sets, batch_size)).items()}, path)
+        save_file({n: x.contiguous() for n, x in vars(_steer(lm, w, *sets)).items()}, path)
 
     if cache is None or not lm.fingerprint:
-        return _steer(lm, w, *sets, batch_size)
+        return _steer(lm, w, *sets)
     params = {"model": lm.fingerprint, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
     key = stage_key(params, code=["ws.subspaces.steered._steer"])
     path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
     return kept(path, key, make, lambda target: SteeredDiffs(**read_safetensors(target)[0]))
 
 
-def _steer(lm: LM, w: WeightDiff, on_eval: TextSet, on_fit: TextSet, batch_size: int) -> SteeredDiffs:
-    runs = {}
-    for sign in (1.0, -1.0):
+def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
+    def read(sign: float) -> list[TextActs]:
+        label = f"at alpha {sign:+.0f}"
         with weight_steer(lm.model, w, sign):
-            for name, texts in (("eval", on_eval), ("fit", on_fit)):
-                label = f"{name} at alpha {sign:+.0f}"
-                runs[name, sign] = read_texts(lm, list(texts.texts), texts.special, False, batch_size, label=label)
-    plus, minus = runs["eval", 1.0], runs["eval", -1.0]
-    return SteeredDiffs(
-        eval=plus.resid - minus.resid,
-        fit=runs["fit", 1.0].resid - runs["fit", -1.0].resid,
-        eval_block=plus.block - minus.block,
-    )
+            return [read_texts(lm, list(s.texts), s.special, label=f"{s.label} {label}") for s in sets]
+
+    (plus, plus_fit), (minus, minus_fit) = read(1.0), read(-1.0)
+    return SteeredDiffs(plus.resid - minus.resid, plus_fit.resid - minus_fit.resid, plus.block - minus.block)
 
 
 class CeilingMaterials:
