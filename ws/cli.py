@@ -160,9 +160,9 @@ def results(
     if table.is_empty():
         print("no sweep is finished yet")
         return 0
-    axes = {"model": model, "behavior": behavior, "adapter": adapter, "seed": seed, "protocol": protocol}
-    chosen = select(table, {**axes, "subspace": candidate}, sort, top)
-    print(results_text(chosen, list(columns) or None))
+    runs = {"model": model, "behavior": behavior, "adapter": adapter, "seed": seed}
+    chosen = select(table, {**runs, "protocol": protocol, "subspace": candidate}, sort, top)
+    print(results_text(chosen, list(columns)))
     print(f"\n{len(chosen)} of {len(table)} rows of {path}")
     return 0
 

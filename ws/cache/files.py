@@ -1,8 +1,8 @@
 """Files that appear whole, and locks that end with their owner.
 
-A file or folder is written under a temporary name beside its own, flushed to disk and renamed, so that a reader sees
-the old one or the new one and nothing between. A temporary name carries its owner's host, process and start time, so
-that what a killed process left is recognised and removed.
+A file or folder is written under a temporary name beside its own, flushed to disk and renamed: a reader sees the old one
+or the new one. A temporary name carries its owner's host, process and start time, so that what a killed process left is
+recognised and removed.
 """
 
 import glob
@@ -13,12 +13,14 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
+import psutil
+
 HIDDEN = (".tmp-", ".made", ".lock")  # names of temporary files, sidecars and locks: never part of a content key
 _COUNTER = count()
+os.umask(UMASK := os.umask(0o077))  # the process's file mode mask: the system tells it only by setting it
 
 
 class Locked(RuntimeError):
@@ -40,14 +42,8 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 def _alive(pid: int, start: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
     state, started = _stat(pid)
-    return state not in ("Z", "X") and start in (0, started)
+    return psutil.pid_exists(pid) and state not in ("Z", "X") and start in (0, started)
 
 
 def _temporary(path: Path) -> Path:
@@ -77,14 +73,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=1)
-def _umask() -> int:
-    """The process's file mode mask; the system tells it only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 def _flush(path: Path) -> None:
     """Force a file's or folder's content to disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -112,7 +100,7 @@ def publish(temporary: Path, path: Path | str) -> Path:
     if not temporary.is_file():
         raise FileNotFoundError(f"{path}: nothing was written to its temporary file")
     _flush(temporary)
-    temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+    temporary.chmod(0o666 & ~UMASK)  # some writers make files that only their owner can read
     os.replace(temporary, path)
     _flush(Path(path).parent)
     return Path(path)

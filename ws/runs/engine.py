@@ -1,8 +1,7 @@
 """Many runs on Dask distributed, one code path: a local cluster, a running one, or Slurm.
 
-A Dask task (`work`) is one job of `grid` in a process of its own (`job`). A task whose worker dies is given to another
-worker by the scheduler. What is finished is known from the files alone, so that a batch can be killed anywhere and the
-same command goes on from there.
+A Dask task (`work`) is one job of `grid` in a process of its own (`job`); when its worker dies, another gets it. What is
+finished is known from the files alone, so that a batch can be killed anywhere and the same command goes on from there.
 
     threads of a run = cores of the machine // workers on it       (results repeat byte for byte under the same number)
 """
@@ -18,6 +17,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+
+import psutil
 
 from ws.cache.files import lock, sweep
 from ws.cache.places import logs_folder, root
@@ -49,9 +50,8 @@ class Slurm:
 def make_slurm(given: dict[str, str]) -> Slurm:
     """A Slurm job's request from texts. Raises ValueError for an unknown key or a number that is none."""
     known = asdict(Slurm())
-    for key in given:
-        if key not in known:
-            raise ValueError(f"--slurm-set {key}: known are {', '.join(known)}")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"--slurm-set {unknown[0]}: known are {', '.join(known)}")
     return Slurm(**{key: parse(key, text, known[key]) for key, text in given.items()})
 
 
@@ -66,9 +66,6 @@ class Settings:
     slurm: Slurm | None = None
     wait: bool = False
     timeout: int | None = None
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def visible_gpus() -> list[str]:
@@ -141,9 +138,6 @@ def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
         yield client, {"threads": threads, "gpus": gpus}
 
 
-# --- the driver ------------------------------------------------------------------------------------------------------
-
-
 def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> dict:
     """What `ws.runs.job` has to know of a step."""
     params = step.job.values | ({"RETRAIN": True} if step.retrain else {})
@@ -208,8 +202,6 @@ def _ending(future) -> Ending:
 
 def _stop(client, batch: str, futures: list) -> None:
     """Start nothing more and end what runs, on every worker, kernels included."""
-    import psutil
-
     here = [p for p in psutil.Process().children(recursive=True) if batch in command_of(p)]
     client.cancel(futures, force=True)
     until = time.monotonic() + 30

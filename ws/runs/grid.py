@@ -96,16 +96,14 @@ def located(grid: Grid, folder: Path) -> Grid:
     """
     models = [parameters.located("MODEL_ID", model, folder) for model in grid.models]
     behaviors = [parameters.located("BEHAVIOR", name, folder) for name in grid.behaviors]
-    for name in behaviors:
-        if not (ASSETS / f"{name}.json").is_file() and not Path(name).is_file():
-            raise ValueError(f"behaviors: {name} is neither a shipped behaviour nor a file")
-    for adapter in grid.adapters:
-        if adapter not in ADAPTERS:
-            raise ValueError(f"adapters: unknown adapter {adapter}; known: {', '.join(ADAPTERS)}")
     axes = {"models": models, "behaviors": behaviors, "adapters": grid.adapters, "seeds": sorted(grid.seeds)}
-    for name, values in axes.items():
-        if not values:
-            raise ValueError(f"{name}: the grid has none")
+    unknown = [name for name in behaviors if not any(f.is_file() for f in (ASSETS / f"{name}.json", Path(name)))]
+    faults = [f"behaviors: {name} is neither a shipped behaviour nor a file" for name in unknown]
+    unknown = [name for name in grid.adapters if name not in ADAPTERS]
+    faults += [f"adapters: unknown adapter {name}; known: {', '.join(ADAPTERS)}" for name in unknown]
+    faults += [f"{name}: the grid has none" for name, values in axes.items() if not values]
+    if faults:
+        raise ValueError(faults[0])
     return replace(grid, **{name: tuple(dict.fromkeys(values)) for name, values in axes.items()})
 
 

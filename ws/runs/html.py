@@ -25,9 +25,6 @@ def _page(title: str, body: str, nav: str = "", style: str = "") -> str:
     return page.format(title=title, style=css + style, nav=nav, body=body)
 
 
-# --- one notebook ----------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1)
 def _markdown():
     """A reader of Markdown with tables, HTML and formulas."""
@@ -116,9 +113,6 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     name = re.sub(r"<[^>]+>", "", heading[1]).strip() if heading else html.escape(title or target.stem)
     style = HtmlFormatter(style="default").get_style_defs(".highlight")
     return write_text(target, _page(name, body, nav, style))
-
-
-# --- all runs --------------------------------------------------------------------------------------------------------
 
 
 COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds")

@@ -7,6 +7,7 @@ NAME.failed.ipynb.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -66,11 +67,10 @@ class Job:
 def revision() -> str:
     """The source revision (git), '+' appended when tracked files differ from it; 'unknown' where this is no clone."""
     words = "git describe --always --exclude=* --abbrev=40 --dirty=+".split()
-    try:
-        done = subprocess.run(words, cwd=CLONE, capture_output=True, text=True, check=False) if CLONE else None
-    except FileNotFoundError:
-        done = None
-    return done.stdout.strip() if done and done.returncode == 0 else "unknown"
+    if not CLONE or not shutil.which("git"):
+        return "unknown"
+    done = subprocess.run(words, cwd=CLONE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def versions() -> dict[str, str]:
@@ -180,7 +180,7 @@ def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: boo
 
 def _settle(temporary: Path, notebook: Path, target: Path) -> list[float]:
     """Make the finished notebook name itself instead of papermill's temporary file; the seconds of its code cells."""
-    content = json.loads(temporary.read_text(encoding="utf-8"))
+    content = read_notebook(temporary)
     content["metadata"]["papermill"].update(input_path=notebook.name, output_path=target.name)
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     timed = [c["metadata"].get("papermill", {}).get("duration") for c in content["cells"] if c["cell_type"] == "code"]
