@@ -41,11 +41,6 @@ def _stat(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
-def _alive(pid: int, start: int) -> bool:
-    state, started = _stat(pid)
-    return psutil.pid_exists(pid) and state not in ("Z", "X") and start in (0, started)
-
-
 def _temporary(path: Path) -> Path:
     """A fresh temporary name beside `path` with the same suffix (some writers read the format from it)."""
     pid = os.getpid()
@@ -55,7 +50,10 @@ def _temporary(path: Path) -> Path:
 def _dead(left: Path) -> bool:
     """Whether the temporary `left` belongs to a process of this host that has ended."""
     match = re.fullmatch(r"\.tmp-(\w+)-(\d+)-(\d+)-\d+\..*", left.name, flags=re.DOTALL)
-    return bool(match) and match[1] == _host() and not _alive(int(match[2]), int(match[3]))
+    if not match or match[1] != _host():
+        return False
+    state, started = _stat(int(match[2]))
+    return not psutil.pid_exists(int(match[2])) or state in ("Z", "X") or int(match[3]) not in (0, started)
 
 
 def sweep(folder: Path | str, pattern: str = "**/.tmp-*") -> list[Path]:

@@ -80,10 +80,8 @@ def visible_gpus() -> list[str]:
 
 
 def local_size(settings: Settings, gpus: int, cores: int) -> tuple[int, int]:
-    """(workers, threads of each) on this machine: a worker per GPU, or per two cores.
-
-    Never fewer because few runs are left: the thread count must be that of the undisturbed batch.
-    """
+    """(workers, threads of each) on this machine: a worker per GPU, or per two cores. Never fewer because few runs are
+    left: the thread count must be that of the undisturbed batch."""
     workers = settings.workers or gpus or max(1, cores // 2)
     return workers, settings.threads or max(1, cores // workers)
 
@@ -150,10 +148,8 @@ def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> 
 
 
 def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board) -> dict[str, Ending]:
-    """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out`.
-
-    The board hears what runs and how it ends. An interrupt ends all runs and their kernels before it passes on.
-    """
+    """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out`. The board hears what
+    runs and how it ends. An interrupt ends all runs and their kernels before it passes on."""
     by_name = {step.job.name: step for step in steps}
     endings = {step.job.name: Ending("done") for step in steps if not step.run}
     todo = [step for step in steps if step.run]
@@ -204,8 +200,7 @@ def _stop(client, batch: str, futures: list) -> None:
     """Start nothing more and end what runs, on every worker, kernels included."""
     here = [p for p in psutil.Process().children(recursive=True) if batch in command_of(p)]
     client.cancel(futures, force=True)
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
+    for _ in range(100):  # half a minute
         try:
             if not any(client.run(end_runs, batch, on_error="ignore").values()):
                 break
@@ -216,10 +211,8 @@ def _stop(client, batch: str, futures: list) -> None:
 
 
 def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = False) -> tuple[dict[str, Ending], str]:
-    """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary.
-
-    Raises ws.cache.files.Locked when another batch works on the same folder.
-    """
+    """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary. Raises
+    ws.cache.files.Locked when another batch works on the same folder."""
     with terminable(), lock(place.out, None if settings.wait else 0, LOCK):
         sweep(place.out)
         steps = plan(jobs, retrain, place)

@@ -70,14 +70,9 @@ def _inline_images(body: str, folder: Path) -> str:
 
 def _without_remote(body: str) -> str:
     """Without scripts, and without tags that would fetch something from the network."""
-    body = re.sub(r"<script\b.*?</script\s*>", "", body, flags=re.DOTALL | re.IGNORECASE)
-    body = re.sub(r"@import[^;]*;", "", body)
-    return re.sub(
-        r"""<(link|img|iframe|embed|source|video|audio)\b[^>]*\b(src|href)\s*=\s*["']?(https?:)?//[^>]*>""",
-        "<em>(not shown: it lies on the network)</em>",
-        body,
-        flags=re.IGNORECASE,
-    )
+    body = re.sub(r"(?is)<script\b.*?</script\s*>|@import[^;]*;", "", body)
+    remote = r"""(?i)<(link|img|iframe|embed|source|video|audio)\b[^>]*\b(src|href)\s*=\s*["']?(https?:)?//[^>]*>"""
+    return re.sub(remote, "<em>(not shown: it lies on the network)</em>", body)
 
 
 def _with_anchors(body: str) -> tuple[str, str]:
@@ -151,21 +146,17 @@ def runs(out: Path) -> list[dict]:
     return found
 
 
-def index(out: Path) -> Path:
-    """Write `out/index.html`: every run found below `out`, with links to its report, notebook and files."""
+def report(out: Path | None = None) -> Path:
+    """Write `out/index.html` over all runs below `out`, with links to each one's report, notebook and files. Leftovers
+    are removed first, and renderings made that are missing."""
     from jinja2 import Environment, FileSystemLoader
 
-    look = Environment(loader=FileSystemLoader(PARTS), autoescape=True, trim_blocks=True)
-    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
-    return write_text(out / "index.html", _page("Runs", body))
-
-
-def report(out: Path | None = None) -> Path:
-    """Render every finished notebook below `out` whose rendering is missing, remove leftovers, write the index."""
     out = out or out_folder()
     sweep(out)
     for row in runs(out):
         page = row["file"].with_suffix(".html")
         if row["state"] == "done" and not page.is_file():
             render(row["file"], page, title=row["notebook"])
-    return index(out)
+    look = Environment(loader=FileSystemLoader(PARTS), autoescape=True, trim_blocks=True)
+    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
+    return write_text(out / "index.html", _page("Runs", body))

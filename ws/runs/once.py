@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from ws.cache.keys import Key
 from ws.cache.made import mark_failed, mark_made, sidecar
 from ws.cache.places import CLONE
 from ws.runs import html, need
-from ws.runs.execute import execute, terminable
+from ws.runs.execute import Hear, execute, terminable
 from ws.runs.identity import outputs, products, run_key, run_state
 from ws.runs.notebooks import Params, Place, notebook_of, run_id
 from ws.runs.pairing import check_pair
@@ -109,7 +109,7 @@ def run_notebook(
     force: bool = False,
     timeout: int | None = None,
     quiet: bool = False,
-    on_stage: Callable[[str], None] | None = None,
+    on_stage: Hear = None,
 ) -> Ending:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
 
@@ -148,7 +148,7 @@ def run_notebook(
     return run
 
 
-def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage) -> Ending:
+def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage: Hear) -> Ending:
     """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
     name, values, folder, target = job.notebook, job.values, job.folder, job.target
     notebook, page, failed = place.notebook(name), target.with_suffix(".html"), folder / f"{name}.failed.ipynb"
@@ -157,7 +157,7 @@ def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: boo
     log_path = place.logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
     with log_path.open("w", buffering=1, encoding="utf-8") as log, scratch(target) as temporary:
         log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
-        error = execute(notebook, values, temporary, place.out, timeout, log, quiet, on_stage)
+        error = execute(notebook, values, temporary, place.out, log, timeout, quiet, on_stage)
         seconds = round(time.time() - started, 1)
         log.write(f"\n{error or 'ended well'} after {seconds} s\n")
         if error:

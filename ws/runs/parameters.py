@@ -9,11 +9,12 @@ import ast
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ws.cache.places import ASSETS
-from ws.runs.notebooks import MAYBE_PATHS, path_names
+from ws.runs.notebooks import MAYBE_PATHS, Params, path_names
 
 WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 READERS = {
@@ -162,12 +163,8 @@ def located(key: str, value: object, folder: Path) -> object:
 
 
 def resolve(
-    name: str,
-    notebook: dict,
-    explicit: dict[str, object],
-    files: list[Path] | tuple[Path, ...] = (),
-    folder: Path | None = None,
-) -> dict[str, object]:
+    name: str, notebook: dict, explicit: Params, files: Sequence[Path] = (), folder: Path | None = None
+) -> Params:
     """All parameters of a run. Texts in `explicit` are parsed, paths in it are seen from `folder` (default: here).
 
     Paths in a parameter file are seen from that file. Raises ValueError for a parameter that the notebook does not
