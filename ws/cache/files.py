@@ -161,11 +161,9 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def lock(folder: Path | str, wait_s: float | int | None = None, name: str = ".lock") -> Iterator[Path]:
-    """Hold `folder/name` alone. Waits for ever by default, at most `wait_s` seconds otherwise (0: refuse at once).
-
-    The system itself drops the lock when its owner ends, however it ends, so a dead owner never blocks; the file only
-    says who owns it. Raises Locked with the owner's host and pid. Not re-entrant.
-    """
+    """Hold `folder/name` alone. Waits for ever by default, at most `wait_s` seconds otherwise (0: refuse at once). The
+    system itself drops the lock when its owner ends, however it ends, so a dead owner never blocks; the file only says
+    who owns it. Raises Locked with the owner's host and pid. Not re-entrant."""
     from filelock import FileLock, Timeout
 
     folder = Path(folder)

@@ -91,7 +91,8 @@ def made(
 
     `make(path)` writes a file at `path`, or fills the folder `path` (`folder=True`). Returns what was found before:
     "done" (nothing was run), another of STATES (it was made now), or "stale": the target is whole, only code changed
-    and `keep_stale` forbids to remake it. `remake` makes it in any case. An exception of `make` is recorded ("failed before") and raised; the target stays as it was.
+    and `keep_stale` forbids to remake it. `remake` makes it in any case. An exception of `make` is recorded ("failed
+    before") and raised; the target stays as it was.
     """
     target = Path(target)
     found = state(target, key)

@@ -50,10 +50,8 @@ def terminable() -> Iterator[None]:
 @contextmanager
 def _kernels(out: Path) -> Iterator[object]:
     """The configuration of kernels that take `out` for the folder of all results, over IPC sockets in a folder of their
-    own: parallel kernels cannot race for ports.
-
-    A socket's path is limited to about 100 characters; where the temporary folder is too deep, TCP serves.
-    """
+    own: parallel kernels cannot race for ports. A socket's path is limited to about 100 characters; where the temporary
+    folder is too deep, TCP serves."""
     from traitlets.config import Config
 
     before = os.environ.get("WS_OUT", "")  # empty says the same as absent

@@ -115,10 +115,8 @@ COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state
 
 def runs(out: Path) -> list[dict]:
     """One row per notebook run below `out`: COLUMNS (variant: protocol of a sweep, null diff), the notebook's file, and
-    links, `(path below out, text)` each.
-
-    The state is what the run's own folder says: done, failed, or unfinished (a notebook without its record).
-    """
+    links, `(path below out, text)` each. The state is what the run's own folder says: done, failed, or unfinished (a
+    notebook without its record)."""
     found = []
     for file in sorted(out.rglob("*.ipynb")):
         if file.name.startswith(".") or ".ipynb_checkpoints" in file.parts:

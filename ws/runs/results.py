@@ -47,11 +47,8 @@ def write_results(out: Path | None = None) -> Path:
 
 
 def select(table: pl.DataFrame, filters: dict[str, tuple[str, ...]], sort: str, top: int) -> pl.DataFrame:
-    """Rows whose columns have one of the given values (`*` stands for anything), sorted.
-
-    A text column sorts from A to Z, a number from the highest, NaN last; ties keep their order. top: at most so many
-    rows, 0 for all. Raises ValueError for an unknown column or a value that occurs nowhere.
-    """
+    """Rows whose columns have one of the given values (`*` stands for anything), sorted: texts from A to Z, numbers from
+    the highest, NaN last, ties in order. At most `top`, 0 for all. ValueError for an unknown column or value."""
     for column, values in filters.items():
         known = table[column].cast(pl.String).unique().drop_nulls().sort().to_list()
         chosen: set[str] = set()
