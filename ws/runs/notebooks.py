@@ -73,16 +73,14 @@ class Notebook:
 
 def behavior_slug(behavior: str) -> str:
     """Folder-safe name of a behaviour: a shipped one's name, or the `name` in a user's file, else the file's name."""
-    path, name = Path(behavior), behavior
-    if path.is_file():
-        name = path.stem
-        if path.suffix == ".json":
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not JSON: {error}") from None
-            name = content.get("name") or name if isinstance(content, dict) else name
-    return slug(name)
+    path = Path(behavior)
+    if path.suffix != ".json" or not path.is_file():
+        return slug(path.stem if path.is_file() else behavior)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return slug((content.get("name") if isinstance(content, dict) else "") or path.stem)
 
 
 def run_id(params: Params) -> RunId:
