@@ -40,9 +40,8 @@ def nb(
     from ws.runs.once import run_notebook
 
     here = typed_in()
-    paths = [here / file for file in files]
     name = name.removesuffix(".ipynb").removesuffix(".py")
-    run = run_notebook(name, dict(params), timeout=timeout, files=paths, force=force, cwd=here)
+    run = run_notebook(name, dict(params), files=[here / f for f in files], cwd=here, force=force, timeout=timeout)
     if run.ok:
         how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.found})"
         print(f"{name}: {how}, {run.folder / name}.html", flush=True)

@@ -60,8 +60,10 @@ class Job:
     def target(self) -> Path:
         return self.folder / f"{self.notebook}.ipynb"
 
-    def key(self, place: Place) -> Key:
-        return run_key(self.notebook, read_notebook(place.notebook(self.notebook)), self.values, place.out)
+    def key(self, place: Place, content: dict | None = None) -> Key:
+        """Its key now; `content` is the notebook's where it was read before: it may be edited while it runs."""
+        content = content or read_notebook(place.notebook(self.notebook))
+        return run_key(self.notebook, content, self.values, place.out)
 
 
 def revision() -> str:
@@ -113,11 +115,9 @@ def run_notebook(
 ) -> Ending:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
 
-    `files` are parameter files (explicit `params` win), `cwd` is where relative paths were typed, `timeout` the
-    seconds one cell may take; `on_stage` hears which part of the notebook runs. A notebook that raises ends as
-    "failed", its traceback in `error`; wrong parameters raise ValueError / FileNotFoundError. An interrupt ends the kernel
-    and leaves the run unfinished.
-    """
+    files: of parameters, `params` win. cwd: where relative paths were typed. timeout: seconds that one cell may take.
+    on_stage: hears which part of the notebook runs. A notebook that raises ends as "failed", its traceback in `error`;
+    wrong parameters raise ValueError / FileNotFoundError; an interrupt ends the kernel, the run stays unfinished."""
     place = place or Place()
     job = prepare(name, params or {}, files, cwd, place)
     target, page = job.target, job.target.with_suffix(".html")
@@ -130,7 +130,8 @@ def run_notebook(
     need("papermill", "notebooks")
     check_pair(place.notebook(name))
     with terminable(), lock(job.folder, name=f".lock.{name}"):
-        key = job.key(place)
+        content = read_notebook(place.notebook(name))
+        key = job.key(place, content)
         found = run_state(name, job.folder, key)  # another process may have run it while this one waited
         if found == "done" and not force:
             return Ending("done", found, folder=job.folder)
@@ -141,7 +142,7 @@ def run_notebook(
             mark_failed(target, key, run.error)
             return run
         # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
-        key = replace(key, params=job.key(place).params)
+        key = replace(key, params=job.key(place, content).params)
         about = {"notebook": name, "run": asdict(run_id(job.values)), "seconds": run.seconds}
         made = {"outputs": outputs(name, job.folder), "products": products(name, job.folder, job.values, place.out)}
         mark_made(target, key, {**about, **made})
