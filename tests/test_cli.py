@@ -133,7 +133,7 @@ def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     (folder / "v7b").mkdir()
     names = ["mean_conc_act", "mean_conc_w_combined", "joint_score", "pct_act_ceiling", "pct_w_oracle_combined",
              "mean_z_act", "mean_z_w_combined"]  # fmt: skip
-    table = pl.DataFrame({"subspace": ["write"], "family": ["W:write"], **{n: [1.5] for n in names}})
+    table = pl.DataFrame({"subspace": ["write"], "family": ["W:write"], "source": ["v5"], **{n: [1.5] for n in names}})
     write_table(table, folder / "seed_0" / "v7" / "v7_summary_pct.tsv")
     (folder / "v7b" / "v7b_conclusion.md").write_text("# x\n\n## Verdict\n\n- **No winner** here.\n\n## Next\n\nmore\n")
     text = demo.demo_report()

@@ -45,7 +45,7 @@ def test_pairs_are_checked(tmp_path, capsys):
     assert pairing.strip(content) and not pairing.strip(content)
 
 
-def test_forms_that_the_quick_reader_does_not_know_are_left_to_jupytext(tmp_path):
+def test_a_magic_says_the_same_commented_out_and_not(tmp_path):
     write_notebook(tmp_path, "probe", "%matplotlib inline\nprint(1)", parameters_cell="SEED = 0")
     script = tmp_path / "probe.py"
     text = '# %% [markdown]\n# # Report of probe\n\n# %% tags=["parameters"]\nSEED = 0\n\n# %%\n{}\nprint(1)\n'

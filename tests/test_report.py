@@ -139,7 +139,7 @@ def test_index_lists_every_run_with_its_state(tmp_path):
 
 
 def test_index_of_nothing_says_so(tmp_path):
-    assert "No run yet" in report.index(tmp_path / "out").read_text(encoding="utf-8")
+    assert "No run yet" in report.report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_rendering_is_quick(tmp_path):

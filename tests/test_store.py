@@ -211,8 +211,8 @@ def test_made_folder_and_failure(tmp_path):
     def good(path: Path) -> None:
         (path / "w").write_text("whole")
 
-    assert store.made(target, key, good, folder=True, about={"seed": 3}) == "failed before"
-    assert store.state(target, key) == "done" and store.read_sidecar(target)["about"] == {"seed": 3}
+    assert store.made(target, key, good, folder=True) == "failed before"
+    assert store.state(target, key) == "done" and store.read_sidecar(target)["key"]["params"] == key.params
     assert store.read_failure(target) == {}
     (target / "w").write_text("who")
     assert store.state(target, key) == "damaged"

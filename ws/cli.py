@@ -40,9 +40,8 @@ def nb(
     from ws.runs.once import run_notebook
 
     here = typed_in()
-    paths = [here / file for file in files]
     name = name.removesuffix(".ipynb").removesuffix(".py")
-    run = run_notebook(name, dict(params), timeout=timeout, files=paths, force=force, cwd=here)
+    run = run_notebook(name, dict(params), files=[here / f for f in files], cwd=here, force=force, timeout=timeout)
     if run.ok:
         how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.found})"
         print(f"{name}: {how}, {run.folder / name}.html", flush=True)
@@ -160,9 +159,9 @@ def results(
     if table.is_empty():
         print("no sweep is finished yet")
         return 0
-    axes = {"model": model, "behavior": behavior, "adapter": adapter, "seed": seed, "protocol": protocol}
-    chosen = select(table, {**axes, "subspace": candidate}, sort, top)
-    print(results_text(chosen, list(columns) or None))
+    runs = {"model": model, "behavior": behavior, "adapter": adapter, "seed": seed}
+    chosen = select(table, {**runs, "protocol": protocol, "subspace": candidate}, sort, top)
+    print(results_text(chosen, list(columns)))
     print(f"\n{len(chosen)} of {len(table)} rows of {path}")
     return 0
 

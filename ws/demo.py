@@ -31,7 +31,7 @@ def demo_run() -> RunId:
 
 
 def demo_report() -> str:
-    """The top of the v7 table, the verdict over seeds, and where the reports are."""
+    """The top of the v7 table and the verdict over seeds."""
     from ws.explanation.words import top_table
     from ws.show.tables import read_table
 

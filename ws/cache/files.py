@@ -1,8 +1,8 @@
 """Files that appear whole, and locks that end with their owner.
 
-A file or folder is written under a temporary name beside its own, flushed to disk and renamed, so that a reader sees
-the old one or the new one and nothing between. A temporary name carries its owner's host, process and start time, so
-that what a killed process left is recognised and removed.
+A file or folder is written under a temporary name beside its own, flushed to disk and renamed: a reader sees the old one
+or the new one. A temporary name carries its owner's host, process and start time, so that what a killed process left is
+recognised and removed.
 """
 
 import glob
@@ -13,12 +13,14 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
+import psutil
+
 HIDDEN = (".tmp-", ".made", ".lock")  # names of temporary files, sidecars and locks: never part of a content key
 _COUNTER = count()
+os.umask(UMASK := os.umask(0o077))  # the process's file mode mask: the system tells it only by setting it
 
 
 class Locked(RuntimeError):
@@ -39,17 +41,6 @@ def _stat(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
-def _alive(pid: int, start: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    state, started = _stat(pid)
-    return state not in ("Z", "X") and start in (0, started)
-
-
 def _temporary(path: Path) -> Path:
     """A fresh temporary name beside `path` with the same suffix (some writers read the format from it)."""
     pid = os.getpid()
@@ -59,7 +50,10 @@ def _temporary(path: Path) -> Path:
 def _dead(left: Path) -> bool:
     """Whether the temporary `left` belongs to a process of this host that has ended."""
     match = re.fullmatch(r"\.tmp-(\w+)-(\d+)-(\d+)-\d+\..*", left.name, flags=re.DOTALL)
-    return bool(match) and match[1] == _host() and not _alive(int(match[2]), int(match[3]))
+    if not match or match[1] != _host():
+        return False
+    state, started = _stat(int(match[2]))
+    return not psutil.pid_exists(int(match[2])) or state in ("Z", "X") or int(match[3]) not in (0, started)
 
 
 def sweep(folder: Path | str, pattern: str = "**/.tmp-*") -> list[Path]:
@@ -75,14 +69,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-@lru_cache(maxsize=1)
-def _umask() -> int:
-    """The process's file mode mask; the system tells it only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: Path) -> None:
@@ -112,7 +98,7 @@ def publish(temporary: Path, path: Path | str) -> Path:
     if not temporary.is_file():
         raise FileNotFoundError(f"{path}: nothing was written to its temporary file")
     _flush(temporary)
-    temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+    temporary.chmod(0o666 & ~UMASK)  # some writers make files that only their owner can read
     os.replace(temporary, path)
     _flush(Path(path).parent)
     return Path(path)
@@ -175,11 +161,9 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def lock(folder: Path | str, wait_s: float | int | None = None, name: str = ".lock") -> Iterator[Path]:
-    """Hold `folder/name` alone. Waits for ever by default, at most `wait_s` seconds otherwise (0: refuse at once).
-
-    The system itself drops the lock when its owner ends, however it ends, so a dead owner never blocks; the file only
-    says who owns it. Raises Locked with the owner's host and pid. Not re-entrant.
-    """
+    """Hold `folder/name` alone. Waits for ever by default, at most `wait_s` seconds otherwise (0: refuse at once). The
+    system itself drops the lock when its owner ends, however it ends, so a dead owner never blocks; the file only says
+    who owns it. Raises Locked with the owner's host and pid. Not re-entrant."""
     from filelock import FileLock, Timeout
 
     folder = Path(folder)

@@ -39,10 +39,8 @@ class Key:
 
 
 def file_key(path: Path | str) -> str:
-    """Hash of all bytes of a file, or of a folder's files with their relative names (hidden files left out).
-
-    Read once per identity of a file (place, size, times, inode). Raises FileNotFoundError when there is nothing at `path`.
-    """
+    """Hash of all bytes of a file, or of a folder's files with their relative names (hidden files left out). Read once
+    per identity of a file (place, size, times, inode). Raises FileNotFoundError when there is nothing at `path`."""
     path = Path(path)
     if path.is_dir():
         return digest("\n".join(f"{name} {file_key(file)}" for name, file in files_in(path).items()).encode())
@@ -75,9 +73,7 @@ def read_hash(path: Path) -> str:
 
 def stage_key(params: dict, inputs: Sequence[Path] = (), code: Sequence[object] = (), sources: str = "") -> Key:
     """Key of a stage: its parameters (anything JSON writes, in any order), what its input files hold, what makes it.
-
-    code: roots for `ws.cache.sources.code_key`, or `sources`, a hash of code taken already.
-    """
+    code: roots for `ws.cache.sources.code_key`, or `sources`, a hash of code taken already."""
     return Key(
         params=digest(json.dumps(params, sort_keys=True, default=str).encode()),
         inputs=digest("\n".join(file_key(path) for path in inputs).encode()),

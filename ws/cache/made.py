@@ -17,6 +17,7 @@ from ws.cache.keys import Key, file_key
 
 STATES = ("done", "new", "failed before", "damaged", "changed parameters", "changed inputs", "changed code")
 T = TypeVar("T")
+Make = Callable[[Path], object]
 
 
 def sidecar(target: Path | str) -> Path:
@@ -84,21 +85,14 @@ def mark_failed(target: Path | str, key: Key, error: str) -> None:
 
 
 def made(
-    target: Path | str,
-    key: Key,
-    make: Callable[[Path], object],
-    *,
-    folder: bool = False,
-    keep_stale: bool = False,
-    remake: bool = False,
-    about: dict | None = None,
+    target: Path | str, key: Key, make: Make, *, folder: bool = False, keep_stale: bool = False, remake: bool = False
 ) -> str:
     """Have `target` made under `key`, whole or not at all, once even when several processes ask.
 
     `make(path)` writes a file at `path`, or fills the folder `path` (`folder=True`). Returns what was found before:
     "done" (nothing was run), another of STATES (it was made now), or "stale": the target is whole, only code changed
-    and `keep_stale` forbids to remake it. `remake` makes it in any case. `about` is kept in the sidecar.
-    An exception of `make` is recorded ("failed before") and raised; the target stays as it was.
+    and `keep_stale` forbids to remake it. `remake` makes it in any case. An exception of `make` is recorded ("failed
+    before") and raised; the target stays as it was.
     """
     target = Path(target)
     found = state(target, key)
@@ -115,16 +109,14 @@ def made(
             with opened as temporary:
                 make(temporary)
                 # The sidecar goes first: until the rename it describes something else than what is there.
-                mark_made(target, key, about or {}, temporary)
+                mark_made(target, key, {}, temporary)
         except Exception as error:
             mark_failed(target, key, f"{type(error).__name__}: {error}")
             raise
     return found
 
 
-def kept(
-    target: Path | str, key: Key, make: Callable[[Path], object], read: Callable[[Path], T], *, folder: bool = False
-) -> T:
+def kept(target: Path | str, key: Key, make: Make, read: Callable[[Path], T], *, folder: bool = False) -> T:
     """`read(target)` of what is made under `key`, made first where it is absent, damaged or another's."""
     made(target, key, make, folder=folder)
     return read(Path(target))

@@ -11,10 +11,8 @@ from ws.cache.syntax import digest
 
 def model_slug(model_id: str) -> str:
     """Folder-safe name of a model: `tiny`, a hub id with `/` as `__`, or a local folder's name plus 8 digits of its
-    content, so that two folders of the same name do not share results.
-
-    FileNotFoundError when a local folder has no config.json.
-    """
+    content, so that two folders of the same name do not share results. FileNotFoundError when a local folder has no
+    config.json."""
     folder = Path(model_id).expanduser()
     if model_id == "tiny":
         return "tiny"

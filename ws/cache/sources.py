@@ -233,9 +233,7 @@ def hashed(found: Walk) -> str:
 
 def code_key(*roots: object, strict: bool = True) -> str:
     """Hash of the code behind `roots`. strict: ValueError where a source was edited after this process loaded it.
-
-    Raises Unkeyed for a caller's function that refers to a value without a content hash.
-    """
+    Raises Unkeyed for a caller's function that refers to a value without a content hash."""
     return hashed(walk(*roots, strict=strict))
 
 

@@ -42,7 +42,7 @@ def digest(data: bytes) -> str:
 
 def module_file(name: str) -> Path | None:
     """Source of a module of this package, None when there is no such module."""
-    if not name or name.split(".")[0] != PACKAGE.name:
+    if name.split(".")[0] != PACKAGE.name:
         return None
     stem = PACKAGE.parent.joinpath(*name.split("."))
     return next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
@@ -110,9 +110,7 @@ def _counts(node: ast.AST, name: str, value: object) -> object:
     if name in ("ctx", "type_comment", "kind") or isinstance(node, ast.Raise):  # what an error says decides nothing
         return None
     if isinstance(node, FUNCTIONS) and name == "body":
-        first = value[0] if value else None
-        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-            value = value[1:]
+        value = value[1:] if ast.get_docstring(node) is not None else value
         return [n for n in value if getattr(n, "name", "") not in REPRS] if isinstance(node, ast.ClassDef) else value
     if isinstance(node, FUNCTIONS) and name == "decorator_list":
         return [d for d in value if not is_candidate(d)]
@@ -120,7 +118,7 @@ def _counts(node: ast.AST, name: str, value: object) -> object:
 
 
 def is_candidate(decorator: ast.expr) -> bool:
-    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    called = getattr(decorator, "func", decorator)
     return getattr(called, "attr", getattr(called, "id", "")) == "candidate"
 
 
@@ -131,9 +129,7 @@ def _local(node: ast.AST) -> set[str]:
     """Names that a function, lambda or comprehension binds itself: arguments and what it assigns, not deeper scopes."""
     found: set[str] = set()
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        args = node.args
-        every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
-        found |= {a.arg for a in every if a is not None}
+        found |= {a.arg for a in ast.iter_child_nodes(node.args) if isinstance(a, ast.arg)}
     todo = list(ast.iter_child_nodes(node))
     while todo:
         inner = todo.pop()

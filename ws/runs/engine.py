@@ -1,8 +1,7 @@
 """Many runs on Dask distributed, one code path: a local cluster, a running one, or Slurm.
 
-A Dask task (`work`) is one job of `grid` in a process of its own (`job`). A task whose worker dies is given to another
-worker by the scheduler. What is finished is known from the files alone, so that a batch can be killed anywhere and the
-same command goes on from there.
+A Dask task (`work`) is one job of `grid` in a process of its own (`job`); when its worker dies, another gets it. What is
+finished is known from the files alone, so that a batch can be killed anywhere and the same command goes on from there.
 
     threads of a run = cores of the machine // workers on it       (results repeat byte for byte under the same number)
 """
@@ -18,6 +17,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+
+import psutil
 
 from ws.cache.files import lock, sweep
 from ws.cache.places import logs_folder, root
@@ -49,9 +50,8 @@ class Slurm:
 def make_slurm(given: dict[str, str]) -> Slurm:
     """A Slurm job's request from texts. Raises ValueError for an unknown key or a number that is none."""
     known = asdict(Slurm())
-    for key in given:
-        if key not in known:
-            raise ValueError(f"--slurm-set {key}: known are {', '.join(known)}")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"--slurm-set {unknown[0]}: known are {', '.join(known)}")
     return Slurm(**{key: parse(key, text, known[key]) for key, text in given.items()})
 
 
@@ -68,9 +68,6 @@ class Settings:
     timeout: int | None = None
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
 def visible_gpus() -> list[str]:
     """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them; what is hidden there stays hidden."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -83,10 +80,8 @@ def visible_gpus() -> list[str]:
 
 
 def local_size(settings: Settings, gpus: int, cores: int) -> tuple[int, int]:
-    """(workers, threads of each) on this machine: a worker per GPU, or per two cores.
-
-    Never fewer because few runs are left: the thread count must be that of the undisturbed batch.
-    """
+    """(workers, threads of each) on this machine: a worker per GPU, or per two cores. Never fewer because few runs are
+    left: the thread count must be that of the undisturbed batch."""
     workers = settings.workers or gpus or max(1, cores // 2)
     return workers, settings.threads or max(1, cores // workers)
 
@@ -141,9 +136,6 @@ def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
         yield client, {"threads": threads, "gpus": gpus}
 
 
-# --- the driver ------------------------------------------------------------------------------------------------------
-
-
 def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> dict:
     """What `ws.runs.job` has to know of a step."""
     params = step.job.values | ({"RETRAIN": True} if step.retrain else {})
@@ -156,10 +148,8 @@ def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> 
 
 
 def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board) -> dict[str, Ending]:
-    """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out`.
-
-    The board hears what runs and how it ends. An interrupt ends all runs and their kernels before it passes on.
-    """
+    """Run what has to run; how each job ended, by name. The caller holds the lock of `place.out`. The board hears what
+    runs and how it ends. An interrupt ends all runs and their kernels before it passes on."""
     by_name = {step.job.name: step for step in steps}
     endings = {step.job.name: Ending("done") for step in steps if not step.run}
     todo = [step for step in steps if step.run]
@@ -208,12 +198,9 @@ def _ending(future) -> Ending:
 
 def _stop(client, batch: str, futures: list) -> None:
     """Start nothing more and end what runs, on every worker, kernels included."""
-    import psutil
-
     here = [p for p in psutil.Process().children(recursive=True) if batch in command_of(p)]
     client.cancel(futures, force=True)
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
+    for _ in range(100):  # half a minute
         try:
             if not any(client.run(end_runs, batch, on_error="ignore").values()):
                 break
@@ -224,10 +211,8 @@ def _stop(client, batch: str, futures: list) -> None:
 
 
 def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = False) -> tuple[dict[str, Ending], str]:
-    """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary.
-
-    Raises ws.cache.files.Locked when another batch works on the same folder.
-    """
+    """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary. Raises
+    ws.cache.files.Locked when another batch works on the same folder."""
     with terminable(), lock(place.out, None if settings.wait else 0, LOCK):
         sweep(place.out)
         steps = plan(jobs, retrain, place)

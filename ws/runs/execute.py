@@ -17,7 +17,10 @@ from types import SimpleNamespace
 from typing import TextIO
 
 from ws.cache.places import root
+from ws.runs.notebooks import Params
 from ws.runs.parameters import is_tagged, read_notebook, source_of
+
+Hear = Callable[[str], None] | None
 
 
 def _stream(*tell: Callable[[str], object]) -> SimpleNamespace:
@@ -47,10 +50,8 @@ def terminable() -> Iterator[None]:
 @contextmanager
 def _kernels(out: Path) -> Iterator[object]:
     """The configuration of kernels that take `out` for the folder of all results, over IPC sockets in a folder of their
-    own: parallel kernels cannot race for ports.
-
-    A socket's path is limited to about 100 characters; where the temporary folder is too deep, TCP serves.
-    """
+    own: parallel kernels cannot race for ports. A socket's path is limited to about 100 characters; where the temporary
+    folder is too deep, TCP serves."""
     from traitlets.config import Config
 
     before = os.environ.get("WS_OUT", "")  # empty says the same as absent
@@ -65,14 +66,7 @@ def _kernels(out: Path) -> Iterator[object]:
 
 
 def execute(
-    path: Path,
-    values: dict[str, object],
-    target: Path,
-    out: Path,
-    timeout: int | None,
-    log: TextIO,
-    quiet: bool,
-    on_stage: Callable[[str], None] | None,
+    path: Path, values: Params, target: Path, out: Path, log: TextIO, timeout: int | None, quiet: bool, on_stage: Hear
 ) -> str:
     """Run the notebook at `path` with `values`, write it to `target` after every cell. The kernel takes `out` for the
     folder of all results. '' when it ended well, else the traceback. Interrupts pass through, the kernel ended.

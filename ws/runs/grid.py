@@ -77,10 +77,8 @@ def read_grid(path: Path) -> Grid:
 
 
 def read_options(axes: dict[str, tuple[str, ...]], extra: dict[str, str], file: Path | None, folder: Path) -> Grid:
-    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes` and `extra`.
-
-    Relative paths in `axes` are seen from `folder`.
-    """
+    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes` and `extra`. Relative
+    paths in `axes` are seen from `folder`."""
     return _over(read_grid(file) if file else Grid(), {k: words for k, words in axes.items() if words}, extra, folder)
 
 
@@ -90,30 +88,24 @@ def _over(grid: Grid, axes: dict[str, tuple[str, ...]], extra: dict[str, object]
 
 
 def located(grid: Grid, folder: Path) -> Grid:
-    """The grid with paths of models and behaviours absolute, seen from `folder`, and no combination twice.
-
-    Raises ValueError for an empty axis, an unknown adapter, a behaviour that is neither shipped nor a file.
-    """
+    """The grid with paths of models and behaviours absolute, seen from `folder`, and no combination twice. Raises
+    ValueError for an empty axis, an unknown adapter, a behaviour that is neither shipped nor a file."""
     models = [parameters.located("MODEL_ID", model, folder) for model in grid.models]
     behaviors = [parameters.located("BEHAVIOR", name, folder) for name in grid.behaviors]
-    for name in behaviors:
-        if not (ASSETS / f"{name}.json").is_file() and not Path(name).is_file():
-            raise ValueError(f"behaviors: {name} is neither a shipped behaviour nor a file")
-    for adapter in grid.adapters:
-        if adapter not in ADAPTERS:
-            raise ValueError(f"adapters: unknown adapter {adapter}; known: {', '.join(ADAPTERS)}")
     axes = {"models": models, "behaviors": behaviors, "adapters": grid.adapters, "seeds": sorted(grid.seeds)}
-    for name, values in axes.items():
-        if not values:
-            raise ValueError(f"{name}: the grid has none")
+    unknown = [name for name in behaviors if not any(f.is_file() for f in (ASSETS / f"{name}.json", Path(name)))]
+    faults = [f"behaviors: {name} is neither a shipped behaviour nor a file" for name in unknown]
+    unknown = [name for name in grid.adapters if name not in ADAPTERS]
+    faults += [f"adapters: unknown adapter {name}; known: {', '.join(ADAPTERS)}" for name in unknown]
+    faults += [f"{name}: the grid has none" for name, values in axes.items() if not values]
+    if faults:
+        raise ValueError(faults[0])
     return replace(grid, **{name: tuple(dict.fromkeys(values)) for name, values in axes.items()})
 
 
 def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -> list[Job]:
-    """All jobs of a grid, each after those it needs. `cwd`: where relative paths in `grid.set` were typed.
-
-    Raises ValueError / FileNotFoundError for a parameter no notebook defines or the grid itself decides.
-    """
+    """All jobs of a grid, each after those it needs. `cwd`: where relative paths in `grid.set` were typed. Raises
+    ValueError / FileNotFoundError for a parameter no notebook defines or the grid itself decides."""
     place = place or Place()
     entries = [entry for entry in TABLE.values() if entry.batch is not None]
     known = {e.name: parameters.defaults(parameters.read_notebook(place.notebook(e.name)), e.name) for e in entries}

@@ -25,9 +25,6 @@ def _page(title: str, body: str, nav: str = "", style: str = "") -> str:
     return page.format(title=title, style=css + style, nav=nav, body=body)
 
 
-# --- one notebook ----------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1)
 def _markdown():
     """A reader of Markdown with tables, HTML and formulas."""
@@ -73,14 +70,9 @@ def _inline_images(body: str, folder: Path) -> str:
 
 def _without_remote(body: str) -> str:
     """Without scripts, and without tags that would fetch something from the network."""
-    body = re.sub(r"<script\b.*?</script\s*>", "", body, flags=re.DOTALL | re.IGNORECASE)
-    body = re.sub(r"@import[^;]*;", "", body)
-    return re.sub(
-        r"""<(link|img|iframe|embed|source|video|audio)\b[^>]*\b(src|href)\s*=\s*["']?(https?:)?//[^>]*>""",
-        "<em>(not shown: it lies on the network)</em>",
-        body,
-        flags=re.IGNORECASE,
-    )
+    body = re.sub(r"(?is)<script\b.*?</script\s*>|@import[^;]*;", "", body)
+    remote = r"""(?i)<(link|img|iframe|embed|source|video|audio)\b[^>]*\b(src|href)\s*=\s*["']?(https?:)?//[^>]*>"""
+    return re.sub(remote, "<em>(not shown: it lies on the network)</em>", body)
 
 
 def _with_anchors(body: str) -> tuple[str, str]:
@@ -118,18 +110,13 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     return write_text(target, _page(name, body, nav, style))
 
 
-# --- all runs --------------------------------------------------------------------------------------------------------
-
-
 COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds")
 
 
 def runs(out: Path) -> list[dict]:
     """One row per notebook run below `out`: COLUMNS (variant: protocol of a sweep, null diff), the notebook's file, and
-    links, `(path below out, text)` each.
-
-    The state is what the run's own folder says: done, failed, or unfinished (a notebook without its record).
-    """
+    links, `(path below out, text)` each. The state is what the run's own folder says: done, failed, or unfinished (a
+    notebook without its record)."""
     found = []
     for file in sorted(out.rglob("*.ipynb")):
         if file.name.startswith(".") or ".ipynb_checkpoints" in file.parts:
@@ -157,21 +144,17 @@ def runs(out: Path) -> list[dict]:
     return found
 
 
-def index(out: Path) -> Path:
-    """Write `out/index.html`: every run found below `out`, with links to its report, notebook and files."""
+def report(out: Path | None = None) -> Path:
+    """Write `out/index.html` over all runs below `out`, with links to each one's report, notebook and files. Leftovers
+    are removed first, and renderings made that are missing."""
     from jinja2 import Environment, FileSystemLoader
 
-    look = Environment(loader=FileSystemLoader(PARTS), autoescape=True, trim_blocks=True)
-    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
-    return write_text(out / "index.html", _page("Runs", body))
-
-
-def report(out: Path | None = None) -> Path:
-    """Render every finished notebook below `out` whose rendering is missing, remove leftovers, write the index."""
     out = out or out_folder()
     sweep(out)
     for row in runs(out):
         page = row["file"].with_suffix(".html")
         if row["state"] == "done" and not page.is_file():
             render(row["file"], page, title=row["notebook"])
-    return index(out)
+    look = Environment(loader=FileSystemLoader(PARTS), autoescape=True, trim_blocks=True)
+    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
+    return write_text(out / "index.html", _page("Runs", body))

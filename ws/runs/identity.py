@@ -45,11 +45,8 @@ def _sources(cells: str, roots: tuple[str, ...], package: tuple) -> str:
 
 
 def outputs(notebook: str, folder: Path) -> dict[str, str]:
-    """`{relative name: hash}` of the files a finished run left in its folder.
-
-    Files that another notebook's run lists as its own do not count (two may share a folder), nor do the rendering and
-    params.json, which may be written anew.
-    """
+    """`{relative name: hash}` of the files a finished run left in its folder, but for what may be written anew (rendering,
+    params.json) and what another notebook's run lists as its own: two may share a folder."""
     others = {"params.json"}
     for record in folder.glob(".made.*.ipynb.json"):
         other = record.name.removeprefix(".made.").removesuffix(".json")
@@ -66,10 +63,8 @@ def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, 
 
 
 def missing_output(notebook: str, folder: Path) -> str:
-    """The first file of a finished run that is gone or is not what it was when the run ended, '' when all are whole.
-
-    A run without a record has none of its files: its notebook is named.
-    """
+    """The first file of a finished run that is gone or is not what it was when the run ended, '' when all are whole. A run
+    without a record has none of its files: its notebook is named."""
     target = folder / f"{notebook}.ipynb"
     about = read_sidecar(target).get("about")
     if about is None or not target.is_file():
@@ -87,10 +82,7 @@ def run_state(notebook: str, folder: Path, key: Key) -> str:
 
 
 def stale_adapters(notebook: str, params: dict, out: Path) -> list[Path]:
-    """Adapter folders of a run whose training code changed since they were trained.
-
-    Such a run keeps them and uses them as they are, unless it is told to train them anew.
-    """
+    """Adapter folders of a run whose training code changed since. It uses them as they are unless told to train anew."""
     trains = notebook_of(notebook).trains
     if not trains or params.get("W_PATH") or params.get("POS_ADAPTER"):
         return []

@@ -25,7 +25,7 @@ MARK = "ws.runs.job "  # begins the lines that are reports; kernels may print to
 def report(what: dict) -> None:
     """One line to whoever started this process; nobody may be listening any more."""
     with suppress(OSError):
-        print(f"{MARK}{json.dumps(what, default=str)}", flush=True)
+        print(f"{MARK}{json.dumps(what)}", flush=True)
 
 
 def follow(parent: int) -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     spec = json.load(sys.stdin)
     follow(int(sys.argv[2]))
     report({"stage": "starting"})
-    report(asdict(run(spec)))
+    report(asdict(run(spec)) | {"folder": None})  # whoever asked knows it
 
 
 if __name__ == "__main__":

@@ -71,21 +71,16 @@ class Notebook:
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]
 
 
-# --- identities ------------------------------------------------------------------------------------------------------
-
-
 def behavior_slug(behavior: str) -> str:
     """Folder-safe name of a behaviour: a shipped one's name, or the `name` in a user's file, else the file's name."""
-    path, name = Path(behavior), behavior
-    if path.is_file():
-        name = path.stem
-        if path.suffix == ".json":
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not JSON: {error}") from None
-            name = content.get("name") or name if isinstance(content, dict) else name
-    return slug(name)
+    path = Path(behavior)
+    if path.suffix != ".json" or not path.is_file():
+        return slug(path.stem if path.is_file() else behavior)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return slug((content.get("name") if isinstance(content, dict) else "") or path.stem)
 
 
 def run_id(params: Params) -> RunId:
@@ -120,9 +115,6 @@ def notebook_of(name: str) -> Notebook:
     return TABLE.get(name) or Notebook(name)
 
 
-# --- the code of candidates, which a sweep reaches through their registry ---------------------------------------------
-
-
 def protocol_file(params: Params) -> Path:
     return notebooks_folder() / "params" / f"{params.get('PROTOCOL')}.yaml"
 
@@ -146,9 +138,6 @@ def candidate_code(sources: list[str] | None) -> list[str]:
                 if sources is None or not own or own[0] in sources:
                     found.append(f"{module}.{name}")
     return found
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def _made_w(params: Params, out: Path) -> list[Path]:

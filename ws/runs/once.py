@@ -7,9 +7,10 @@ NAME.failed.ipynb.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from ws.cache.keys import Key
 from ws.cache.made import mark_failed, mark_made, sidecar
 from ws.cache.places import CLONE
 from ws.runs import html, need
-from ws.runs.execute import execute, terminable
+from ws.runs.execute import Hear, execute, terminable
 from ws.runs.identity import outputs, products, run_key, run_state
 from ws.runs.notebooks import Params, Place, notebook_of, run_id
 from ws.runs.pairing import check_pair
@@ -59,18 +60,19 @@ class Job:
     def target(self) -> Path:
         return self.folder / f"{self.notebook}.ipynb"
 
-    def key(self, place: Place) -> Key:
-        return run_key(self.notebook, read_notebook(place.notebook(self.notebook)), self.values, place.out)
+    def key(self, place: Place, content: dict | None = None) -> Key:
+        """Its key now; `content` is the notebook's where it was read before: it may be edited while it runs."""
+        content = content or read_notebook(place.notebook(self.notebook))
+        return run_key(self.notebook, content, self.values, place.out)
 
 
 def revision() -> str:
     """The source revision (git), '+' appended when tracked files differ from it; 'unknown' where this is no clone."""
     words = "git describe --always --exclude=* --abbrev=40 --dirty=+".split()
-    try:
-        done = subprocess.run(words, cwd=CLONE, capture_output=True, text=True, check=False) if CLONE else None
-    except FileNotFoundError:
-        done = None
-    return done.stdout.strip() if done and done.returncode == 0 else "unknown"
+    if not CLONE or not shutil.which("git"):
+        return "unknown"
+    done = subprocess.run(words, cwd=CLONE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def versions() -> dict[str, str]:
@@ -109,15 +111,13 @@ def run_notebook(
     force: bool = False,
     timeout: int | None = None,
     quiet: bool = False,
-    on_stage: Callable[[str], None] | None = None,
+    on_stage: Hear = None,
 ) -> Ending:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
 
-    `files` are parameter files (explicit `params` win), `cwd` is where relative paths were typed, `timeout` the
-    seconds one cell may take; `on_stage` hears which part of the notebook runs. A notebook that raises ends as
-    "failed", its traceback in `error`; wrong parameters raise ValueError / FileNotFoundError. An interrupt ends the kernel
-    and leaves the run unfinished.
-    """
+    files: of parameters, `params` win. cwd: where relative paths were typed. timeout: seconds that one cell may take.
+    on_stage: hears which part of the notebook runs. A notebook that raises ends as "failed", its traceback in `error`;
+    wrong parameters raise ValueError / FileNotFoundError; an interrupt ends the kernel, the run stays unfinished."""
     place = place or Place()
     job = prepare(name, params or {}, files, cwd, place)
     target, page = job.target, job.target.with_suffix(".html")
@@ -130,7 +130,8 @@ def run_notebook(
     need("papermill", "notebooks")
     check_pair(place.notebook(name))
     with terminable(), lock(job.folder, name=f".lock.{name}"):
-        key = job.key(place)
+        content = read_notebook(place.notebook(name))
+        key = job.key(place, content)
         found = run_state(name, job.folder, key)  # another process may have run it while this one waited
         if found == "done" and not force:
             return Ending("done", found, folder=job.folder)
@@ -141,14 +142,14 @@ def run_notebook(
             mark_failed(target, key, run.error)
             return run
         # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
-        key = replace(key, params=job.key(place).params)
+        key = replace(key, params=job.key(place, content).params)
         about = {"notebook": name, "run": asdict(run_id(job.values)), "seconds": run.seconds}
         made = {"outputs": outputs(name, job.folder), "products": products(name, job.folder, job.values, place.out)}
         mark_made(target, key, {**about, **made})
     return run
 
 
-def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage) -> Ending:
+def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage: Hear) -> Ending:
     """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
     name, values, folder, target = job.notebook, job.values, job.folder, job.target
     notebook, page, failed = place.notebook(name), target.with_suffix(".html"), folder / f"{name}.failed.ipynb"
@@ -157,7 +158,7 @@ def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: boo
     log_path = place.logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
     with log_path.open("w", buffering=1, encoding="utf-8") as log, scratch(target) as temporary:
         log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
-        error = execute(notebook, values, temporary, place.out, timeout, log, quiet, on_stage)
+        error = execute(notebook, values, temporary, place.out, log, timeout, quiet, on_stage)
         seconds = round(time.time() - started, 1)
         log.write(f"\n{error or 'ended well'} after {seconds} s\n")
         if error:
@@ -180,7 +181,7 @@ def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: boo
 
 def _settle(temporary: Path, notebook: Path, target: Path) -> list[float]:
     """Make the finished notebook name itself instead of papermill's temporary file; the seconds of its code cells."""
-    content = json.loads(temporary.read_text(encoding="utf-8"))
+    content = read_notebook(temporary)
     content["metadata"]["papermill"].update(input_path=notebook.name, output_path=target.name)
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     timed = [c["metadata"].get("papermill", {}).get("duration") for c in content["cells"] if c["cell_type"] == "code"]

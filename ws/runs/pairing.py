@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -13,16 +12,10 @@ from ws.cache.places import notebooks_folder
 from ws.runs import need, parameters
 
 
-def percent_cells(text: str) -> list[tuple[str, str, bool]]:
-    """Cells of a percent script: kind, source, whether it carries the parameters tag. Knows plain cells only."""
-    cells = []
-    for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
-        options, _, body = part.partition("\n")
-        kind = "markdown" if "[markdown]" in options else "code"
-        if kind == "markdown":
-            body = "\n".join(re.sub("^# ?", "", line) for line in body.split("\n"))
-        cells.append((kind, body.strip(), '"parameters"' in options))
-    return [cell for cell in cells if cell[1]]
+def cells_of(path: Path) -> list[tuple[str, str, bool]]:
+    """Cells of either half of a pair: kind, source, whether it carries the parameters tag."""
+    cells = [c for c in need("jupytext", "notebooks").read(path)["cells"] if c["source"]]
+    return [(c["cell_type"], c["source"].strip(), parameters.is_tagged(c)) for c in cells]
 
 
 def check_pair(notebook: Path, edited: bool = False) -> None:
@@ -31,17 +24,7 @@ def check_pair(notebook: Path, edited: bool = False) -> None:
     script = notebook.with_suffix(".py")
     if not script.is_file() or (edited and script.stat().st_mtime <= notebook.stat().st_mtime):
         return
-    cells = parameters.read_notebook(notebook)["cells"]
-    told = [(c["cell_type"], parameters.source_of(c).strip(), parameters.is_tagged(c)) for c in cells]
-    if [cell for cell in told if cell[1]] == percent_cells(script.read_text(encoding="utf-8")):
-        return
-    jupytext = need("jupytext", "notebooks")  # knows every form a cell can take, but takes a second to import
-
-    def known(path: Path) -> list[tuple[str, str, bool]]:
-        found = [c for c in jupytext.read(path)["cells"] if c["source"]]
-        return [(c["cell_type"], c["source"].strip(), parameters.is_tagged(c)) for c in found]
-
-    if known(script) != known(notebook):
+    if cells_of(script) != cells_of(notebook):
         raise ValueError(f"{script.name} and {notebook.name} differ: run `just sync`, or undo one of them")
 
 
@@ -50,8 +33,7 @@ def faults(folder: Path) -> list[str]:
     found = []
     for name in sorted({p.stem for p in (*folder.glob("*.py"), *folder.glob("*.ipynb"))}):
         script, notebook = folder / f"{name}.py", folder / f"{name}.ipynb"
-        missing = [p.name for p in (script, notebook) if not p.is_file()]
-        if missing:
+        if missing := [p.name for p in (script, notebook) if not p.is_file()]:
             found.append(f"{missing[0]} is missing: run `just sync`")
             continue
         try:
@@ -70,10 +52,10 @@ def faults(folder: Path) -> list[str]:
 
 def strip(notebook: dict) -> bool:
     """Take outputs and execution counts out of a notebook's JSON; whether there were any."""
-    had = False
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"] is not None):
-            cell["outputs"], cell["execution_count"], had = [], None, True
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    had = any(cell["outputs"] or cell["execution_count"] is not None for cell in code)
+    for cell in code:
+        cell |= {"outputs": [], "execution_count": None}
     return had
 
 

@@ -9,11 +9,12 @@ import ast
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ws.cache.places import ASSETS
-from ws.runs.notebooks import MAYBE_PATHS, path_names
+from ws.runs.notebooks import MAYBE_PATHS, Params, path_names
 
 WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 READERS = {
@@ -50,11 +51,8 @@ def code_of(notebook: dict) -> str:
 
 
 def defaults(notebook: dict, name: str) -> dict[str, object]:
-    """`{parameter: default}` of the cell tagged `parameters`.
-
-    Raises ValueError where the notebook has no such cell, or more than one, or a value that is not a literal: without
-    the tag papermill would run the notebook with its defaults, whatever was asked.
-    """
+    """`{parameter: default}` of the cell tagged `parameters`. ValueError where not exactly one is (without the tag papermill
+    would run the defaults, whatever was asked) or a value is not a literal."""
     cells = [cell for cell in notebook["cells"] if is_tagged(cell)]
     if len(cells) != 1:
         found = "no cell is" if not cells else f"{len(cells)} cells are"
@@ -87,11 +85,8 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 def parse(key: str, text: str, default: object) -> object:
-    """The text of one parameter as the type of its default.
-
-    Lists: JSON, or elements separated by commas. A default of None takes JSON where the text is JSON, else the text.
-    Raises ValueError that names the parameter and what it expects.
-    """
+    """The text of one parameter as the type of its default (None: JSON where it is JSON, else the text). Lists: JSON, or
+    elements separated by commas. ValueError names the parameter and what it expects."""
     if isinstance(default, str):
         return text
     if isinstance(default, list | tuple):
@@ -117,12 +112,8 @@ def _parse_list(key: str, text: str, default: list | tuple) -> object:
 
 
 def checked(key: str, value: object, default: object) -> object:
-    """A typed value (from a parameter file) against the default's type; an int is accepted for a float.
-
-    An empty text means "not given", so that such a parameter takes any single value; one text stands for a list of it.
-
-    Raises ValueError that names the parameter.
-    """
+    """A typed value (of a file) against the default's type; ValueError names the parameter. An int passes for a float, one
+    text for a list of it, and any single value where the default is an empty text, which means "not given"."""
     if default is None or value is None or (default == "" and isinstance(value, str | int | float)):
         return value
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
@@ -162,17 +153,11 @@ def located(key: str, value: object, folder: Path) -> object:
 
 
 def resolve(
-    name: str,
-    notebook: dict,
-    explicit: dict[str, object],
-    files: list[Path] | tuple[Path, ...] = (),
-    folder: Path | None = None,
-) -> dict[str, object]:
+    name: str, notebook: dict, explicit: Params, files: Sequence[Path] = (), folder: Path | None = None
+) -> Params:
     """All parameters of a run. Texts in `explicit` are parsed, paths in it are seen from `folder` (default: here).
-
     Paths in a parameter file are seen from that file. Raises ValueError for a parameter that the notebook does not
-    define or a value of the wrong type.
-    """
+    define or a value of the wrong type."""
     known = defaults(notebook, name)
     given = [(file.parent, f", {file.name}", read_set(file)) for file in files]
     given.append((folder or Path.cwd(), "", explicit))

@@ -19,12 +19,6 @@ from ws.runs.once import Ending
 SHOWN = 14  # lines of a traceback in the summary
 
 
-def clock(seconds: float | int) -> str:
-    """`m:ss`, or `h:mm:ss`."""
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
-
-
 class Board:
     """The progress of a batch on a terminal or in a log. `restarts`: how often each run was begun anew."""
 
@@ -53,7 +47,7 @@ class Board:
             self.lines[name] = self.line(desc=name, bar_format="running {elapsed:>7}  {desc}", leave=False)
         self.lines[name].set_description_str(f"{name}: {text}")
         if not self.live:
-            self._print(f"running {clock(time.monotonic() - begun):>7}  {name}: {text}")
+            self._print(f"running {tqdm.format_interval(time.monotonic() - begun):>7}  {name}: {text}")
 
     def end(self, name: str, state: str) -> None:
         """A run ended in a state."""
@@ -61,7 +55,7 @@ class Board:
         if name in self.lines:
             self.lines.pop(name).close()
         self.bar.update(1)
-        took = clock(time.monotonic() - self.begun.pop(name, time.monotonic()))
+        took = tqdm.format_interval(time.monotonic() - self.begun.pop(name, time.monotonic()))
         self._print(f"[{self.ended}/{self.total}] {state:7} {took:>7}  {name}")
 
     def tick(self) -> None:
@@ -88,7 +82,7 @@ def summary_text(steps: list[Step], endings: dict[str, Ending], restarts: dict[s
             "stale adapters kept" if step.stale else "",
             ending.error if ending.state == "skipped" else "",
         ]
-        took = clock(ending.seconds) if ending.seconds else ""
+        took = tqdm.format_interval(ending.seconds) if ending.seconds else ""
         rows.append([ending.state, *job.name.split(": "), took, "; ".join(filter(None, notes))])
         if ending.state == "failed":
             kept = job.target.with_suffix(".failed.ipynb")
@@ -97,7 +91,7 @@ def summary_text(steps: list[Step], endings: dict[str, Ending], restarts: dict[s
     table = tabulate(rows, headers=["", "run", "notebook", "time", "why"], tablefmt="simple", disable_numparse=True)
     states = Counter(ending.state for ending in endings.values())
     counts = ", ".join(f"{states[s]} {s}" for s in ("ran", "done", "failed", "skipped") if s in states)
-    parts = [table, *failures, f"{counts} in {clock(seconds)}"]
+    parts = [table, *failures, f"{counts} in {tqdm.format_interval(seconds)}"]
     if any(step.stale for step in steps):
         parts.append("stale adapters: their training code changed since; --retrain trains them anew")
     if any(not ending.ok for ending in endings.values()):

@@ -23,17 +23,14 @@ SHOWN = [*KEYS, "subspace", "kind", "mean_conc_act", "mean_conc_w_combined", "jo
 def collect(out: Path) -> pl.DataFrame:
     """The summary rows of every finished sweep below `out`, in the order of KEYS; empty when there is none."""
     parts = []
-    scored = [
-        (path, e.scores) for e in TABLE.values() if e.scores for path in out.glob(f"*/*/*/seed_*/*/{e.name}.ipynb")
-    ]
-    for notebook, scores in sorted(scored):
-        folder = notebook.parent
-        if not read_sidecar(notebook) or not (folder / scores).is_file():
+    scored = [(e, path) for e in TABLE.values() if e.scores for path in out.glob(f"*/*/*/seed_*/*/{e.scores}")]
+    for entry, scores in sorted(scored, key=lambda found: found[1]):
+        if not read_sidecar(scores.with_name(f"{entry.name}.ipynb")):
             continue  # it is being run again
-        model, behavior, adapter, seed, protocol = folder.relative_to(out).parts
-        values = (model, behavior, adapter, int(seed.removeprefix("seed_")), protocol)
+        values: list = list(scores.parent.relative_to(out).parts)
+        values[KEYS.index("seed")] = int(values[KEYS.index("seed")].removeprefix("seed_"))
         keys = [pl.lit(value).alias(key) for key, value in zip(KEYS, values, strict=True)]
-        table = read_table(folder / scores)
+        table = read_table(scores)
         parts.append(table.with_columns(keys).select([*KEYS, *table.columns]))
     if not parts:
         return pl.DataFrame(schema={key: pl.Int32 if key == "seed" else pl.String for key in KEYS})
@@ -50,34 +47,29 @@ def write_results(out: Path | None = None) -> Path:
 
 
 def select(table: pl.DataFrame, filters: dict[str, tuple[str, ...]], sort: str, top: int) -> pl.DataFrame:
-    """Rows whose columns have one of the given values (`*` stands for anything), sorted.
-
-    A text column sorts from A to Z, a number from the highest, NaN last; ties keep their order. top: at most so many
-    rows, 0 for all. Raises ValueError for an unknown column or a value that occurs nowhere.
-    """
+    """Rows whose columns have one of the given values (`*` stands for anything), sorted: texts from A to Z, numbers from
+    the highest, NaN last, ties in order. At most `top`, 0 for all. ValueError for an unknown column or value."""
     for column, values in filters.items():
-        if not values:
-            continue
-        texts = pl.col(column).cast(pl.String)
-        known = table[column].cast(pl.String).unique().sort().to_list()
-        matched = pl.lit(False)
+        known = table[column].cast(pl.String).unique().drop_nulls().sort().to_list()
+        chosen: set[str] = set()
         for value in values:
-            pattern = "^" + ".*".join(re.escape(part) for part in value.split("*")) + "$"
-            if not any(pl.Series(known, dtype=pl.String).str.contains(pattern)):
+            pattern = ".*".join(map(re.escape, value.split("*")))
+            if not (matched := [text for text in known if re.fullmatch(pattern, text)]):
                 raise ValueError(f"{column} {value}: no such run{suggest(value, known)}")
-            matched = matched | texts.str.contains(pattern)
-        table = table.filter(matched)
+            chosen.update(matched)
+        if values:
+            table = table.filter(pl.col(column).cast(pl.String).is_in(list(chosen)))
     if sort:
         if sort not in table.columns:
             raise ValueError(f"cannot sort by {sort}{suggest(sort, table.columns)}")
-        number = table.schema[sort].is_float()
-        table = sort_nan_last(table, sort) if number else table.sort(sort, maintain_order=True)
+        floats = table.schema[sort].is_float()
+        table = sort_nan_last(table, sort) if floats else table.sort(sort, maintain_order=True)
     return table.head(top) if top else table
 
 
-def results_text(table: pl.DataFrame, columns: list[str] | None = None) -> str:
-    """The table as text: the columns of SHOWN that it has, or those asked for."""
-    for column in columns or []:
+def results_text(table: pl.DataFrame, columns: list[str]) -> str:
+    """The table as text: the columns asked for, else those of SHOWN that it has."""
+    for column in columns:
         if column not in table.columns:
             raise ValueError(f"no column {column}{suggest(column, table.columns)}")
     return as_text(table, columns or [c for c in SHOWN if c in table.columns], style="simple")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 
+import psutil
+
 from ws.cache.places import root
 from ws.runs.job import MARK
 from ws.runs.once import Ending
@@ -65,8 +67,6 @@ def work(spec: dict, batch: str, environment: dict, *needs: tuple[str, Ending]) 
 
 def end_runs(batch: str) -> int:
     """On a worker: end the runs of a batch, kernels first; returns how many there were."""
-    import psutil
-
     found = [child for child in psutil.Process().children() if batch in command_of(child)]
     for process in found:
         process.terminate()
@@ -77,8 +77,6 @@ def end_runs(batch: str) -> int:
 
 def command_of(process) -> list[str]:
     """A process's command line, [] when it is gone."""
-    import psutil
-
     try:
         return process.cmdline()
     except psutil.Error:
