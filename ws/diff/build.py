@@ -270,10 +270,8 @@ def _merged_difference(a: Adapter, b: Adapter, base: Base, where: str) -> dict[s
 
 
 def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[WeightDiff, WeightDiff]:
-    """`t+ = theta_pos - theta_base` and `t-`, for `ws.diff.geometry`.
-
-    Factors for LoRA and rsLoRA; dense float32 where a base is needed (DoRA, PiSSA, others).
-    """
+    """`t+ = theta_pos - theta_base` and `t-`, for `ws.diff.geometry`. Factors for LoRA and rsLoRA; dense float32 where
+    a base is needed (DoRA, PiSSA, others)."""
     sides = []
     for adapter in (read_adapter(pos), read_adapter(neg)):
         if adapter.plain and not adapter.moves_base and not _factors(adapter)[1]:

@@ -176,11 +176,9 @@ class WeightDiff(Mapping):
         return {}
 
     def svd(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """`U (out, r)`, `s (r,)` in descending order, `Vh (r, in)` in float64, from the factors where there are any.
-
-        r is the bound of the rank; a vector is one column. Decomposed once per object: U and Vh of dense matrices are
-        remembered up to `DENSE_BUDGET` bytes, the oldest dropped, all else for good. ValueError for other shapes.
-        """
+        """`U (out, r)`, `s (r,)` in descending order, `Vh (r, in)` in float64, from the factors where there are any. r
+        is the bound of the rank; a vector is one column. Decomposed once per object: U and Vh of dense matrices are
+        remembered up to `DENSE_BUDGET` bytes, the oldest dropped, all else for good. ValueError for other shapes."""
         known = self._memory.get(name)
         if known is not None and known[0] is not None:
             return known

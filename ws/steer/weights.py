@@ -54,7 +54,7 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, expected a finite number")
-    slots = _resolve(model, w)
+    slots = check_fits(model, w)
     if alpha == 0:
         yield model
         return
@@ -71,11 +71,6 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
             step.exit()
 
 
-def check_fits(model: nn.Module, w: WeightDiff) -> None:
-    """ValueError naming the first parameter of w that the model lacks, has in another shape or cannot be steered at."""
-    _resolve(model, w)
-
-
 def _plain_name(name: str) -> str:
     """A parameter's name in the base model, whatever peft or torch.compile put around it."""
     parts = name.replace("_orig_mod.", "").removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
@@ -86,8 +81,9 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _resolve(model: nn.Module, w: WeightDiff) -> list[_Slot]:
-    """Match names to parameters and check every one, without touching anything."""
+def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
+    """Where w acts; ValueError naming its first parameter that the model lacks, has in another shape or cannot be
+    steered at."""
     by_name: dict[str, list[nn.Parameter]] = {}
     users: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -50,10 +50,8 @@ def load_bases(path: Path) -> list[Basis]:
 
 
 def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
-    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code.
-
-    Unkeyed where the code refers to a value that has no content hash.
-    """
+    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code. Unkeyed where
+    the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
     found, parts, todo = walk(*CODE), {}, [c]
     while todo:
