@@ -109,8 +109,7 @@ def _scaling(adapter: Adapter, module: str, rank: int) -> float:
     r = matched(config.get("rank_pattern"), config.get("r"))
     if r != rank:
         raise ValueError(f"{adapter.folder}: {module} has rank {rank}, its adapter_config.json says {r}")
-    alpha = matched(config.get("alpha_pattern"), config.get("lora_alpha"))
-    return adapter.scaling(alpha, rank)
+    return adapter.scaling(matched(config.get("alpha_pattern"), config.get("lora_alpha")), rank)
 
 
 def _factors(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:

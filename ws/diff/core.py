@@ -220,9 +220,8 @@ class WeightDiff(Mapping):
             row["form"] = "dense" if self._is_dense(name) else "low-rank"
             row |= {"shape": dims(entry.shape), "norm": self.norm(name)}
             if len(entry.shape) in (1, 2):
-                s = self.singular_values(name)
                 row |= {"rank": self.rank(name), "effective_rank": self.effective_rank(name)}
-                row["top_singular_value"] = float(s[0]) if len(s) else 0.0
+                row["top_singular_value"] = max(self.singular_values(name).tolist(), default=0.0)
             rows.append(row)
         return pl.DataFrame(rows, schema=TABLE)
 

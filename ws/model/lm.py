@@ -154,8 +154,7 @@ def _available(device: str) -> str:
     try:
         torch.zeros(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        gpus = torch.cuda.device_count()
-        here = f"auto, cpu{''.join(f', cuda:{i}' for i in range(gpus))}"
+        here = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise ValueError(f"DEVICE {device!r} is not available here; choose among {here}") from error
     return device
 

@@ -82,24 +82,19 @@ def _plain_name(name: str) -> str:
 
 
 def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
-    """Where w acts; ValueError naming its first parameter that the model lacks, has in another shape or cannot be
-    steered at."""
-    by_name: dict[str, list[nn.Parameter]] = {}
-    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    """Where w acts; ValueError naming its first parameter that the model lacks, has in another shape or cannot steer."""
+    by_name: dict[str, dict[int, nn.Parameter]] = {}
+    users: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            found = by_name.setdefault(_plain_name(f"{path}.{leaf}" if path else leaf), [])
-            if all(parameter is not p for p in found):
-                found.append(parameter)
-            seen = users.setdefault(id(parameter), [])
-            if all(module is not m or leaf != n for m, n in seen):
-                seen.append((module, leaf))
+            by_name.setdefault(_plain_name(f"{path}.{leaf}" if path else leaf), {})[id(parameter)] = parameter
+            users.setdefault(id(parameter), {})[id(module), leaf] = (module, leaf)
     slots: dict[int, _Slot] = {}
     for name, entry in w.entries.items():
         if name not in by_name:
             raise ValueError(f"{name}: no such parameter in {type(model).__name__}")
-        for parameter in by_name[name]:
-            slot = _Slot(name, parameter, tuple(users[id(parameter)]), entry)
+        for parameter in by_name[name].values():
+            slot = _Slot(name, parameter, tuple(users[id(parameter)].values()), entry)
             _check(slot)
             first = slots.setdefault(id(parameter), slot)
             if not _same(first.entry, entry):

@@ -213,17 +213,12 @@ def project_away(B: Basis, F: Basis) -> Basis:
     return compose(X - Q @ (Q.T @ X), B)
 
 
-def deflate(G: Float[Tensor, "d d"], F: Float[Tensor, "d r"]) -> Float[Tensor, "d d"]:
-    """`(I - P) G (I - P)` with `P = F F^T`, float64."""
-    G, F = G.double(), F.to(G.device).double()
-    GF = G @ F
-    out = G - GF @ F.T - F @ GF.T + F @ (F.T @ GF) @ F.T
-    return (out + out.T) / 2
-
-
 def write_away(G: Float[Tensor, "d d"], F: Basis, k: int) -> Basis:
-    """Top-k left singular vectors of `(I - F F^T) M`, from the Gram `G = M M^T`."""
-    return gram_basis(deflate(G, F.B), k)
+    """Top-k left singular vectors of `(I - P) M`, `P = F F^T`, from the Gram `G = M M^T`: those of `(I - P) G (I - P)`."""
+    G, Q = G.double(), F.B.to(G.device).double()
+    GQ = G @ Q
+    left = G - GQ @ Q.T - Q @ GQ.T + Q @ (Q.T @ GQ) @ Q.T
+    return gram_basis((left + left.T) / 2, k)
 
 
 def complement(F: Float[Tensor, "d r"], k: int) -> Float[Tensor, "d k"]:

@@ -86,10 +86,6 @@ class Shelf:
         base = capture_base(self.lm, self.behavior, self.protocol, cache=self.cache)
         return self.take(base) if self.take else base
 
-    def materials(self) -> Materials:
-        sink = self.lm.decoder.sink_token(self.lm.tokenizer)
-        return Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
-
     def bases(self, chosen: Sequence[Candidate], progress: bool = True) -> dict[str, list[Basis]]:
         """Bases of the candidates, read where they are kept under their key and whole, built otherwise."""
         prompts = prompts_key(self.lm, self.behavior, self.protocol)
@@ -110,7 +106,8 @@ class Shelf:
         if missing():
             with lock(folder):  # runs of several seeds may start at once: the first builds
                 todo = missing()
-                materials = self.materials()
+                sink = self.lm.decoder.sink_token(self.lm.tokenizer)
+                materials = Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
                 fresh = build(materials, todo, progress)
                 for c in (c for c in todo if c.name in keys):
                     if materials.asked.get(c.name, set()) <= {part.name for part in composed_of(c)[0]}:
