@@ -80,12 +80,12 @@ def test_pca_sizes():
     assert S.uncentred(torch.zeros(4, 20), 8).rank == 0
 
 
-def test_bottom_gram_basis_finds_the_least_amplified_directions():
+def test_the_bottom_of_a_gram_finds_the_least_amplified_directions():
     values = [float(v) for v in range(10, 0, -1)]
     M, U, _ = planted(10, 64, values)
-    assert same_span(S.bottom_gram_basis(M @ M.T, 3).B, U[:, 7:]) < 1e-5
+    assert same_span(S.gram_basis(M @ M.T, 3, bottom=True).B, U[:, 7:]) < 1e-5
     big, U, _ = planted(120, 200, [float(v) for v in range(120, 0, -1)])
-    basis = S.bottom_gram_basis(big @ big.T, 8)
+    basis = S.gram_basis(big @ big.T, 8, bottom=True)
     assert same_span(basis.B, U[:, 112:]) < 1e-4
     assert basis.s.tolist() == pytest.approx([1, 2, 3, 4, 5, 6, 7, 8], rel=1e-3)
     assert basis.gap == pytest.approx(1 / 9, rel=1e-2)

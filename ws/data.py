@@ -37,9 +37,7 @@ class Behavior:
 
     The first `n_train_topics` topics train the adapters, the others are held out. `true_claims`, `negations` (of the
     held-out topics, in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes.
-
-    Raises:
-        ValueError: names the field that is empty, doubled, of a wrong type or without its {claim}.
+    ValueError naming the field that is empty, doubled, of a wrong type or without its {claim}.
 
     Example:
         >>> import ws
@@ -93,11 +91,8 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
 
     A `.json` file is one object with the fields of `Behavior`; a topic is `[claim, question]` or
     `{"claim": ..., "question": ...}`. In a `.jsonl` file a line with "claim" is a topic, and the fields of the other
-    lines together make the rest of the object.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: an unknown name, an unreadable file, a missing, unknown or empty field.
+    lines together make the rest of the object. FileNotFoundError for a path that does not exist; ValueError for an
+    unknown name, an unreadable file, a missing, unknown or empty field.
 
     Example:
         >>> import ws

@@ -38,11 +38,9 @@ def _entry_dot(a: Entry, b: Entry) -> float:
 
 
 def project(w: WeightDiff, bases: Mapping[int, Tensor], drop: bool = False) -> WeightDiff:
-    """`P w` (or `(I - P) w` with `drop`) on the residual writers; every other parameter is left out.
-
-    bases: layer -> `(d, r)` with orthonormal columns. Factors stay factors: only `B` is projected.
-    ValueError naming the parameter when its layer has no basis or the sizes differ. (docs/method.md section 8)
-    """
+    """`P w` (or `(I - P) w` with `drop`) on the residual writers; every other parameter is left out. bases: layer ->
+    `(d, r)` with orthonormal columns. Factors stay factors: only `B` is projected. ValueError naming the parameter when
+    its layer has no basis or the sizes differ. (docs/method.md section 8)"""
 
     def change(name: str, entry: Entry) -> Entry:
         basis = bases.get(layer_of(name))

@@ -109,8 +109,7 @@ def _scaling(adapter: Adapter, module: str, rank: int) -> float:
     r = matched(config.get("rank_pattern"), config.get("r"))
     if r != rank:
         raise ValueError(f"{adapter.folder}: {module} has rank {rank}, its adapter_config.json says {r}")
-    alpha = matched(config.get("alpha_pattern"), config.get("lora_alpha"))
-    return adapter.scaling(alpha, rank)
+    return adapter.scaling(matched(config.get("alpha_pattern"), config.get("lora_alpha")), rank)
 
 
 def _factors(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
@@ -270,10 +269,8 @@ def _merged_difference(a: Adapter, b: Adapter, base: Base, where: str) -> dict[s
 
 
 def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[WeightDiff, WeightDiff]:
-    """`t+ = theta_pos - theta_base` and `t-`, for `ws.diff.geometry`.
-
-    Factors for LoRA and rsLoRA; dense float32 where a base is needed (DoRA, PiSSA, others).
-    """
+    """`t+ = theta_pos - theta_base` and `t-`, for `ws.diff.geometry`. Factors for LoRA and rsLoRA; dense float32 where
+    a base is needed (DoRA, PiSSA, others)."""
     sides = []
     for adapter in (read_adapter(pos), read_adapter(neg)):
         if adapter.plain and not adapter.moves_base and not _factors(adapter)[1]:

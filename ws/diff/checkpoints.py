@@ -42,11 +42,9 @@ def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def from_checkpoints(pos: Path | str, neg: Path | str) -> WeightDiff:
-    """`theta_pos - theta_neg` of two full checkpoints in float32, read tensor by tensor.
-
-    pos, neg: folders with `model.safetensors` (sharded or not) or single files. Equal tensors are left out. Raises
-    ValueError naming the tensor that is missing, differs in shape or holds NaN; also when nothing differs.
-    """
+    """`theta_pos - theta_neg` of two full checkpoints in float32, read tensor by tensor. pos, neg: folders with
+    `model.safetensors` (sharded or not) or single files. Equal tensors are left out. Raises ValueError naming the
+    tensor that is missing, differs in shape or holds NaN; also when nothing differs."""
     pos, neg = Path(pos), Path(neg)
     entries, about = factorised(_differences(pos, neg))
     if not entries:

@@ -176,11 +176,9 @@ class WeightDiff(Mapping):
         return {}
 
     def svd(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """`U (out, r)`, `s (r,)` in descending order, `Vh (r, in)` in float64, from the factors where there are any.
-
-        r is the bound of the rank; a vector is one column. Decomposed once per object: U and Vh of dense matrices are
-        remembered up to `DENSE_BUDGET` bytes, the oldest dropped, all else for good. ValueError for other shapes.
-        """
+        """`U (out, r)`, `s (r,)` in descending order, `Vh (r, in)` in float64, from the factors where there are any. r
+        is the bound of the rank; a vector is one column. Decomposed once per object: U and Vh of dense matrices are
+        remembered up to `DENSE_BUDGET` bytes, the oldest dropped, all else for good. ValueError for other shapes."""
         known = self._memory.get(name)
         if known is not None and known[0] is not None:
             return known
@@ -222,9 +220,8 @@ class WeightDiff(Mapping):
             row["form"] = "dense" if self._is_dense(name) else "low-rank"
             row |= {"shape": dims(entry.shape), "norm": self.norm(name)}
             if len(entry.shape) in (1, 2):
-                s = self.singular_values(name)
                 row |= {"rank": self.rank(name), "effective_rank": self.effective_rank(name)}
-                row["top_singular_value"] = float(s[0]) if len(s) else 0.0
+                row["top_singular_value"] = max(self.singular_values(name).tolist(), default=0.0)
             rows.append(row)
         return pl.DataFrame(rows, schema=TABLE)
 

@@ -21,11 +21,9 @@ ROWS = 256  # that are held in float64 at a time
 
 
 def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], dict]:
-    """The entries with every matrix of low numerical rank as `LowRank`, and what goes into the metadata for it.
-
-    The latter is `{"factorised": {matrices, of, largest_residual, tolerance}}`: how many of how many dense matrices, and
-    the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is.
-    """
+    """The entries with every matrix of low numerical rank as `LowRank`, and what goes into the metadata for it. The
+    latter is `{"factorised": {matrices, of, largest_residual, tolerance}}`: how many of how many dense matrices, and
+    the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is."""
     out: dict[str, Entry] = {}
     matrices, residuals = 0, []
     for name, entry in entries:
@@ -41,11 +39,9 @@ def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], 
 
 @torch.no_grad()
 def factors(M: Float[Tensor, "out in_"]) -> tuple[LowRank, float] | None:
-    """float32 factors of M at its numerical rank and their relative residual; None where M has no such factors.
-
-    The sketch stays under half the smaller dimension n. It ends where four more random directions take too little off
-    `|R|^2` for it to reach 0 within n / 3 columns at that pace: a noise floor costs a few passes over the matrix.
-    """
+    """float32 factors of M at its numerical rank and their relative residual; None where M has no such factors. The
+    sketch stays under half the smaller dimension n. It ends where four more random directions take too little off
+    `|R|^2` for it to reach 0 within n / 3 columns at that pace: a noise floor costs a few passes over the matrix."""
     if not M.any():
         return LowRank(torch.zeros(len(M), 0), torch.zeros(0, M.shape[1])), 0.0
     R, norm, n = M.to(torch.float32, copy=True), _norm(M), min(M.shape)

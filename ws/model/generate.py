@@ -29,10 +29,8 @@ def _stops(lm: LM) -> list[int]:
 def write_answers(
     lm: LM, prompts: list[str], max_new_tokens: int, temperature: float | int = 0, top_p: float | int = 1, seed: int = 0
 ) -> list[str]:
-    """Answers to rendered prompts, one batch padded on the left, seeded; special tokens and blanks stripped.
-
-    The model is in eval mode meanwhile; the caller's random state stays.
-    """
+    """Answers to rendered prompts, one batch padded on the left, seeded; special tokens and blanks stripped. The model
+    is in eval mode meanwhile; the caller's random state stays."""
     from transformers import GenerationConfig
 
     ids, mask = encode(lm.tokenizer, prompts, False, max_length=1 << 20, padding_side="left")

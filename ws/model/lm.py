@@ -75,12 +75,9 @@ class Decoder:
         return None if bias is None else bias.detach().float()
 
     def norm_gain(self, l: int, where: str) -> Float[Tensor, " d"]:
-        """Effective gain of a block norm, float32; ones where the block has no such norm.
-
-        `where`: `attn_in`, `mlp_in` (norm before the part), `attn_out`, `mlp_out` (norm of the part's output, Gemma 2/3
-        and OLMo 2). Read off the module itself: an RMS norm maps the all-ones vector to its gain, which is `1 + g` in
-        Gemma, `g` elsewhere.
-        """
+        """Effective gain of a block norm, float32; ones where the block has no such norm. `where`: `attn_in`, `mlp_in`
+        (norm before the part), `attn_out`, `mlp_out` (norm of the part's output, Gemma 2/3 and OLMo 2). Read off the
+        module itself: an RMS norm maps the all-ones vector to its gain, which is `1 + g` in Gemma, `g` elsewhere."""
         block = self.blocks[l]
         names = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm", "attn_out": "", "mlp_out": ""}
         if hasattr(block, "post_feedforward_layernorm"):
@@ -157,8 +154,7 @@ def _available(device: str) -> str:
     try:
         torch.zeros(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        gpus = torch.cuda.device_count()
-        here = f"auto, cpu{''.join(f', cuda:{i}' for i in range(gpus))}"
+        here = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise ValueError(f"DEVICE {device!r} is not available here; choose among {here}") from error
     return device
 

@@ -3,6 +3,8 @@
 (docs/method.md sections 1 and 3)
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,18 +18,13 @@ def chat_text(tokenizer, user: str, system: str | None = None, assistant: str | 
     system text put before the user's. A tokenizer without a template is a ValueError. (docs/method.md section 1)
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')}: no chat template; use an instruction-tuned model,"
-            " or set tokenizer.chat_template"
-        )
+        name = getattr(tokenizer, "name_or_path", "the tokenizer")
+        raise ValueError(f"{name}: no chat template; use an instruction-tuned model, or set tokenizer.chat_template")
     reply = [] if assistant is None else [{"role": "assistant", "content": assistant}]
     turns = [{"role": "user", "content": user}, *reply]
 
-    def render(messages):
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=assistant is None, enable_thinking=False
-        )
-
+    options = {"tokenize": False, "add_generation_prompt": assistant is None, "enable_thinking": False}
+    render = partial(tokenizer.apply_chat_template, **options)
     if not system:
         return render(turns)
     try:
@@ -62,8 +59,7 @@ def encode(
 
 def last_index(mask: Int[Tensor, "n T"]) -> Int[Tensor, " n"]:
     """Index of each row's last non-zero mask entry; the same token for left and right padding."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (mask * positions).argmax(dim=1)
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
 
 
 def position_ids(mask: Int[Tensor, "n T"]) -> Int[Tensor, "n T"]:

@@ -5,7 +5,6 @@ what every capture runs through.
 """
 
 import importlib.util
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,45 +13,25 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 
 
-class StopForward(Exception):
-    """Ends a pass after the last traced module; the `with` block of a trace with `stop=True` takes it up."""
-
-
 class OwnTraceDict(OrderedDict):
     """Hooks on named submodules for the span of a `with` block; `traces[name].output` afterwards.
 
-    module: the root. layers: dotted names of submodules. retain_input / retain_output: what to keep. clone, detach:
-    keep copies, keep tensors off the graph. edit_output: its value replaces the module's output; it is given those of
-    `output`, `layer` (the name) and `inputs` (positional arguments) that it names, its other arguments get what is left
-    in that order. stop: end the pass after the last name. Raises LookupError for a name that the root does not have.
+    Of baukit's class what captures use. module: the root. layers: dotted names of submodules. retain_output: whether
+    outputs are kept. edit_output: its value replaces the module's output; it is given `output`, `layer` (the name) and
+    `inputs` (positional arguments). Raises LookupError for a name that the root does not have.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        layers: Iterable[str] = (),
-        *,
-        retain_output: bool = True,
-        retain_input: bool = False,
-        clone: bool = False,
-        detach: bool = False,
-        edit_output: Callable | None = None,
-        stop: bool = False,
+        self, module: nn.Module, layers: Iterable[str], retain_output: bool = True, edit_output: Callable | None = None
     ):
-        super().__init__((name, SimpleNamespace(input=None, output=None)) for name in layers)
-        self._handles, self._stop = [], stop
-        modules = _modules(module, self)
+        super().__init__((name, SimpleNamespace(output=None)) for name in layers)
+        modules, self._handles = _modules(module, self), []
         for name, trace in self.items():
 
             def hook(_module, inputs, output, name=name, trace=trace):
                 if edit_output is not None:
-                    output = _call(edit_output, output=output, layer=name, inputs=inputs)
-                if retain_input:
-                    trace.input = _kept(inputs[0] if len(inputs) == 1 else inputs, clone, detach)
-                if retain_output:
-                    trace.output = _kept(output, clone, detach)
-                if stop and name == next(reversed(self)):
-                    raise StopForward
+                    output = edit_output(output=output, layer=name, inputs=inputs)
+                trace.output = output if retain_output else None
                 return output
 
             self._handles.append(modules[name].register_forward_hook(hook))
@@ -60,11 +39,7 @@ class OwnTraceDict(OrderedDict):
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
-        self.close()
-        return self._stop and isinstance(error, StopForward)
-
-    def close(self):
+    def __exit__(self, *_):
         while self._handles:
             self._handles.pop().remove()
 
@@ -77,29 +52,10 @@ def _modules(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return modules
 
 
-def _call(function: Callable, **given):
-    names = inspect.signature(function).parameters
-    others = [name for name in names if name not in given]
-    left = [value for name, value in given.items() if name not in names]
-    by_name = {name: given[name] for name in names if name in given}
-    return function(**by_name, **dict(zip(others, left, strict=False)))
-
-
-def _kept(value, clone: bool, detach: bool):
-    if isinstance(value, Tensor):
-        value = value.detach() if detach else value
-        return value.clone() if clone else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_kept(v, clone, detach) for v in value)
-    return value
-
-
 def find_trace_dict() -> tuple[type, str]:
-    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why.
-
-    Only the package's `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it
-    was built for.
-    """
+    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why. Only the
+    package's `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it was
+    built for."""
     try:
         package = importlib.util.find_spec("baukit")
         if package is None:

@@ -54,7 +54,7 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, expected a finite number")
-    slots = _resolve(model, w)
+    slots = check_fits(model, w)
     if alpha == 0:
         yield model
         return
@@ -71,11 +71,6 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
             step.exit()
 
 
-def check_fits(model: nn.Module, w: WeightDiff) -> None:
-    """ValueError naming the first parameter of w that the model lacks, has in another shape or cannot be steered at."""
-    _resolve(model, w)
-
-
 def _plain_name(name: str) -> str:
     """A parameter's name in the base model, whatever peft or torch.compile put around it."""
     parts = name.replace("_orig_mod.", "").removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
@@ -86,24 +81,20 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _resolve(model: nn.Module, w: WeightDiff) -> list[_Slot]:
-    """Match names to parameters and check every one, without touching anything."""
-    by_name: dict[str, list[nn.Parameter]] = {}
-    users: dict[int, list[tuple[nn.Module, str]]] = {}
+def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
+    """Where w acts; ValueError naming its first parameter that the model lacks, has in another shape or cannot steer."""
+    by_name: dict[str, dict[int, nn.Parameter]] = {}
+    users: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            found = by_name.setdefault(_plain_name(f"{path}.{leaf}" if path else leaf), [])
-            if all(parameter is not p for p in found):
-                found.append(parameter)
-            seen = users.setdefault(id(parameter), [])
-            if all(module is not m or leaf != n for m, n in seen):
-                seen.append((module, leaf))
+            by_name.setdefault(_plain_name(f"{path}.{leaf}" if path else leaf), {})[id(parameter)] = parameter
+            users.setdefault(id(parameter), {})[id(module), leaf] = (module, leaf)
     slots: dict[int, _Slot] = {}
     for name, entry in w.entries.items():
         if name not in by_name:
             raise ValueError(f"{name}: no such parameter in {type(model).__name__}")
-        for parameter in by_name[name]:
-            slot = _Slot(name, parameter, tuple(users[id(parameter)]), entry)
+        for parameter in by_name[name].values():
+            slot = _Slot(name, parameter, tuple(users[id(parameter)].values()), entry)
             _check(slot)
             first = slots.setdefault(id(parameter), slot)
             if not _same(first.entry, entry):

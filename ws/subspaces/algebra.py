@@ -91,18 +91,13 @@ def _basis(B: Tensor, s: Tensor, k: int) -> Basis:
     return Basis(B[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, note)
 
 
-def gram_basis(G: Float[Tensor, "d d"], k: int) -> Basis:
-    """Top-k eigenvectors of a positive semidefinite matrix; `s` are the square roots of its eigenvalues."""
-    values, vectors = top_eigh(G, k)
-    return _basis(vectors, values.clamp(min=0).sqrt(), min(k, G.shape[0]))
-
-
-def bottom_gram_basis(G: Float[Tensor, "d d"], k: int) -> Basis:
-    """Bottom-k eigenvectors of a positive semidefinite matrix (the right singular vectors that M amplifies least).
-
-    `s` are the square roots of the eigenvalues, smallest first; the gap is `(s_{k+1} - s_k) / s_{k+1}`.
-    """
+def gram_basis(G: Float[Tensor, "d d"], k: int, bottom: bool = False) -> Basis:
+    """Top-k eigenvectors of a positive semidefinite matrix; `s` are the square roots of its eigenvalues. bottom: the k
+    of least eigenvalues instead, smallest first; the gap is `(s_{k+1} - s_k) / s_{k+1}`."""
     d = G.shape[0]
+    if not bottom:
+        values, vectors = top_eigh(G, k)
+        return _basis(vectors, values.clamp(min=0).sqrt(), min(k, d))
     values, vectors = _eigh(G.double(), 0, min(k, d - 1))
     s = values.clamp(min=0).sqrt()
     if k >= d:
@@ -175,11 +170,9 @@ def cut_at_rank(basis: Basis) -> Basis:
 
 
 def orthonormalize(M: Float[Tensor, "d m"]) -> Float[Tensor, "d r"]:
-    """Q of the unpivoted QR without the columns whose |R_ii| <= 1e-5, float32.
-
-    A dropped column is taken out before the next is looked at: Householder's Q has an arbitrary column in its place,
-    which would otherwise take away from independent columns to its right.
-    """
+    """Q of the unpivoted QR without the columns whose |R_ii| <= 1e-5, float32. A dropped column is taken out before the
+    next is looked at: Householder's Q has an arbitrary column in its place, which would otherwise take away from
+    independent columns to its right."""
     M = M.double()
     while M.shape[1]:
         Q, R = torch.linalg.qr(M)
@@ -205,11 +198,8 @@ def union(*bases: Basis) -> Basis:
 
 
 def bisector(A: Basis, B: Basis, k: int) -> Basis:
-    """`orthonormalize(A U_k + B V_k)[:, :k]` with `A^T B = U S V^T`.
-
-    The mid-direction of each pair of principal vectors. Not a strict intersection: two subspaces that share nothing
-    still have bisectors.
-    """
+    """`orthonormalize(A U_k + B V_k)[:, :k]` with `A^T B = U S V^T`. The mid-direction of each pair of principal
+    vectors. Not a strict intersection: two subspaces that share nothing still have bisectors."""
     if A.rank == 0 or B.rank == 0:
         return empty(A.d, "one side is empty")
     U, _, Vh = torch.linalg.svd(A.B.double().T @ B.B.double(), full_matrices=False)
@@ -223,17 +213,12 @@ def project_away(B: Basis, F: Basis) -> Basis:
     return compose(X - Q @ (Q.T @ X), B)
 
 
-def deflate(G: Float[Tensor, "d d"], F: Float[Tensor, "d r"]) -> Float[Tensor, "d d"]:
-    """`(I - P) G (I - P)` with `P = F F^T`, float64."""
-    G, F = G.double(), F.to(G.device).double()
-    GF = G @ F
-    out = G - GF @ F.T - F @ GF.T + F @ (F.T @ GF) @ F.T
-    return (out + out.T) / 2
-
-
 def write_away(G: Float[Tensor, "d d"], F: Basis, k: int) -> Basis:
-    """Top-k left singular vectors of `(I - F F^T) M`, from the Gram `G = M M^T`."""
-    return gram_basis(deflate(G, F.B), k)
+    """Top-k left singular vectors of `(I - P) M`, `P = F F^T`, from the Gram `G = M M^T`: those of `(I - P) G (I - P)`."""
+    G, Q = G.double(), F.B.to(G.device).double()
+    GQ = G @ Q
+    left = G - GQ @ Q.T - Q @ GQ.T + Q @ (Q.T @ GQ) @ Q.T
+    return gram_basis((left + left.T) / 2, k)
 
 
 def complement(F: Float[Tensor, "d r"], k: int) -> Float[Tensor, "d k"]:
@@ -256,10 +241,8 @@ def random_basis(d: int, r: int, generator: torch.Generator) -> Basis:
 
 
 def principal_cos(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
-    """Mean cosine of the principal angles, in [0, 1]; NaN when either is empty.
-
-    For two random subspaces of rank 8 in d = 1024 the mean is 0.073.
-    """
+    """Mean cosine of the principal angles, in [0, 1]; NaN when either is empty. For two random subspaces of rank 8 in d
+    = 1024 the mean is 0.073."""
     if A.shape[1] == 0 or B.shape[1] == 0:
         return float("nan")
     s = torch.linalg.svdvals(A.double().T @ B.double())

@@ -11,15 +11,15 @@ from ws.subspaces.algebra import Basis, orthonormalize
 def as_basis(value: object, d: int, label: str) -> Basis:
     """A checked basis from what a candidate returned: a `Basis`, or a `(d, r)` tensor, which is made orthonormal if it
     is not (with a warning). ValueError naming `label` for another type or size, or entries that are not finite."""
-    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == d and torch.isfinite(value).all():
+    if isinstance(value, Tensor):
+        finite = "" if torch.isfinite(value).all() else ", with entries that are not finite"
+        if value.ndim != 2 or len(value) != d or finite:
+            raise ValueError(f"{label}: a (d, r) tensor with d = {d} is needed, this is {tuple(value.shape)}{finite}")
         B = value.detach().float().cpu()
         if skew(B) > 1e-3:
             warnings.warn(f"{label}: columns are not orthonormal; their span is used", stacklevel=2)
             B = orthonormalize(B)
         value = Basis(B, note="" if B.shape[1] else "empty")
-    if isinstance(value, Tensor):
-        finite = "" if torch.isfinite(value).all() else ", with entries that are not finite"
-        raise ValueError(f"{label}: a (d, r) tensor with d = {d} is needed, this is {tuple(value.shape)}{finite}")
     if not isinstance(value, Basis):
         raise ValueError(f"{label}: a Basis or a (d, r) tensor is needed, this is a {type(value).__name__}")
     check_basis(value, d, label)

@@ -85,8 +85,7 @@ def _aligned(acts: TextActs, width: int, l: int) -> tuple[Tensor, Tensor]:
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
     """`D = pos - neg` per token `(n, T, d)` and both attention rows `(n, T)`, aligned at the right edge."""
     width = max(m.base.pos.tokens.shape[2], m.base.neg.tokens.shape[2])
-    pos, a_pos = _aligned(m.base.pos, width, l)
-    neg, a_neg = _aligned(m.base.neg, width, l)
+    (pos, a_pos), (neg, a_neg) = (_aligned(acts, width, l) for acts in (m.base.pos, m.base.neg))
     return pos - neg, a_pos, a_neg
 
 

@@ -5,17 +5,7 @@ unembedding read from it. (docs/method.md section 5; those of source v7b mend on
 import torch
 from torch import Tensor
 
-from ws.subspaces.algebra import (
-    Basis,
-    bottom_gram_basis,
-    cut_at_rank,
-    gram_basis,
-    left_svd,
-    pca,
-    project_away,
-    union,
-    write_away,
-)
+from ws.subspaces.algebra import Basis, cut_at_rank, gram_basis, left_svd, pca, project_away, union, write_away
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
@@ -29,7 +19,7 @@ def lm_head_read(m: Materials) -> Basis:
 @candidate(family="W:unembed", source="v5", shared=True)
 def logits_null(m: Materials) -> Basis:
     """Bottom 8 right singular vectors of the unembedding: what the logits hardly read."""
-    return bottom_gram_basis(m.unembed_gram, m.k)
+    return gram_basis(m.unembed_gram, m.k, bottom=True)
 
 
 @candidate(family="W:read", source="v5", shared=True)

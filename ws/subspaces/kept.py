@@ -51,10 +51,8 @@ def load_bases(path: Path) -> list[Basis]:
 
 
 def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
-    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code.
-
-    Unkeyed where the code refers to a value that has no content hash.
-    """
+    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code. Unkeyed where
+    the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
     found, parts, todo = walk(*CODE), {}, [c]
     while todo:
@@ -90,10 +88,6 @@ class Shelf:
         read = self.whole or (lambda: capture_base(self.lm, self.behavior, self.protocol, cache=self.cache))
         return self.take(read()) if self.take else read()
 
-    def materials(self) -> Materials:
-        sink = self.lm.decoder.sink_token(self.lm.tokenizer)
-        return Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
-
     def bases(self, chosen: Sequence[Candidate], progress: bool = True) -> dict[str, list[Basis]]:
         """Bases of the candidates, read where they are kept under their key and whole, built otherwise."""
         prompts = prompts_key(self.lm, self.behavior, self.protocol)
@@ -114,7 +108,8 @@ class Shelf:
         if missing():
             with lock(folder):  # runs of several seeds may start at once: the first builds
                 todo = missing()
-                materials = self.materials()
+                sink = self.lm.decoder.sink_token(self.lm.tokenizer)
+                materials = Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
                 fresh = build(materials, todo, progress)
                 for c in (c for c in todo if c.name in keys):
                     if materials.asked.get(c.name, set()) <= {part.name for part in composed_of(c)[0]}:

@@ -23,6 +23,7 @@ SUMS = {
     "qkv_gram": ("kv_gram", "q_gram"),
     "read_gram": ("qkv_gram", "up_gram", "gate_gram"),
 }
+Captures = BaseCaptures | Callable[[], BaseCaptures] | None
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
 
@@ -88,13 +89,7 @@ class Materials:
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        base: BaseCaptures | Callable[[], BaseCaptures] | None,
-        sink_token: int,
-        k: int = 8,
-        k_broad: int = 64,
-        fold_gain: bool = False,
+        self, decoder: Decoder, base: Captures, sink_token: int, k: int = 8, k_broad: int = 64, fold_gain: bool = False
     ):
         check_widths(k, k_broad, decoder.d)
         self.decoder, self.sink_token, self.d, self.n_layers = decoder, sink_token, decoder.d, decoder.n_layers
@@ -108,10 +103,8 @@ class Materials:
 
     @property
     def base(self) -> BaseCaptures:
-        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas.
-
-        A candidate of one's own gets all three with the same probe in row i (a clean row once per persona pair).
-        """
+        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas. A candidate
+        of one's own gets all three with the same probe in row i (a clean row once per persona pair)."""
         blind = next((c.name for c in self._asking if "prompts" not in c.sees), None)
         if blind:
             raise ValueError(f"candidate {blind} looks at activations: decorate it with sees=('prompts',)")

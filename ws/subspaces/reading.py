@@ -65,10 +65,8 @@ def read_texts(
     padding_side: str = "right",
     label: str = "",
 ) -> TextActs:
-    """Run the texts through the model once and record them.
-
-    detail: also record up_in, tokens and attn. Shapes and units as in `TextActs`; raises ValueError for no texts.
-    """
+    """Run the texts through the model once and record them. detail: also record up_in, tokens and attn. Shapes and
+    units as in `TextActs`; raises ValueError for no texts."""
     ids, mask = encode(lm.tokenizer, texts, add_special_tokens, padding_side=padding_side)
     width = int(mask.sum(dim=1).max())
     order, parts = range(0, len(texts), batch_size), []

@@ -37,11 +37,8 @@ class SteeredDiffs:
 def capture_steered(
     lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, cache: Path | None = None
 ) -> SteeredDiffs:
-    """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes.
-
-    Kept in the folder `cache` under the model, w's content and the token ids: protocols that split and render the
-    probes alike share them.
-    """
+    """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes. Kept in the folder `cache` under the
+    model, w's content and the token ids: protocols that split and render the probes alike share them."""
     split = probes(behavior, protocol)
     sets = [probe_set(lm, behavior, getattr(split, name), protocol, name) for name in ("eval", "fit")]
 
