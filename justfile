@@ -47,12 +47,12 @@ test-slow *ARGS: setup
 check: setup
     {{python}} -m ruff check .
     {{python}} -m ruff format --check .
-    {{python}} -m ws.runs.pairing
+    {{python}} .ci/pairs.py
 
 # bring nbs/NAME.py and nbs/NAME.ipynb into step (the newer one wins) and take outputs out
 sync: setup
     {{python}} -m jupytext --sync nbs/*.py
-    {{python}} -m ws.runs.pairing --strip
+    {{python}} .ci/pairs.py --strip
 
 # JupyterLab on the notebooks
 lab *ARGS: setup

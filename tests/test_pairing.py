@@ -1,12 +1,18 @@
-"""ws.runs.pairing: notebook pairs say the same, keep their tag, hold no outputs."""
+"""ws.runs.pairing and .ci/pairs.py: notebook pairs say the same, keep their tag, hold no outputs."""
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 from test_batch import PARAMETERS, write_notebook
 
 from ws.runs import once, pairing
 from ws.runs.notebooks import Place
+
+SPEC = spec_from_file_location("pairs", Path(__file__).parents[1] / ".ci" / "pairs.py")
+pairs = module_from_spec(SPEC)
+SPEC.loader.exec_module(pairs)
 
 
 @pytest.fixture
@@ -30,19 +36,19 @@ def test_pairs_are_checked(tmp_path, capsys):
     notebook = write_notebook(tmp_path, "probe", "print(1)", parameters_cell="SEED = 0")
     script = tmp_path / "probe.py"
     good = '# %% [markdown]\n# # Report of probe\n\n# %% tags=["parameters"]\nSEED = 0\n\n# %%\nprint(1)\n'
-    assert pairing.faults(tmp_path) == ["probe.py is missing: run `just sync`"]
+    assert pairs.faults(tmp_path) == ["probe.py is missing: run `just sync`"]
     script.write_text(good)
-    assert pairing.faults(tmp_path) == []
+    assert pairs.faults(tmp_path) == []
     script.write_text(good.replace(' tags=["parameters"]', ""))  # the tag alone is a difference
-    assert "differ" in pairing.faults(tmp_path)[0]
+    assert "differ" in pairs.faults(tmp_path)[0]
     script.write_text(good)
     content = json.loads(notebook.read_text())
     content["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1"}]
     content["metadata"].pop("kernelspec")
     notebook.write_text(json.dumps(content))
-    found = pairing.faults(tmp_path)
+    found = pairs.faults(tmp_path)
     assert len(found) == 2 and "no kernelspec" in found[0] and "has outputs" in found[1]
-    assert pairing.strip(content) and not pairing.strip(content)
+    assert pairs.strip(content) and not pairs.strip(content)
 
 
 def test_a_magic_says_the_same_commented_out_and_not(tmp_path):
@@ -50,9 +56,9 @@ def test_a_magic_says_the_same_commented_out_and_not(tmp_path):
     script = tmp_path / "probe.py"
     text = '# %% [markdown]\n# # Report of probe\n\n# %% tags=["parameters"]\nSEED = 0\n\n# %%\n{}\nprint(1)\n'
     script.write_text(text.format("# %matplotlib inline"))
-    assert pairing.faults(tmp_path) == []
+    assert pairs.faults(tmp_path) == []
     script.write_text(text.format("# %matplotlib agg"))
-    assert "differ" in pairing.faults(tmp_path)[0]
+    assert "differ" in pairs.faults(tmp_path)[0]
 
 
 def test_strip_and_exit_codes(tmp_path, monkeypatch, capsys):
@@ -60,7 +66,7 @@ def test_strip_and_exit_codes(tmp_path, monkeypatch, capsys):
     content = json.loads(notebook.read_text())
     content["cells"][2]["execution_count"] = 4
     notebook.write_text(json.dumps(content))
-    assert pairing.main(["--strip"], tmp_path) == 0 and "outputs taken out" in capsys.readouterr().out
+    assert pairs.main(["--strip"], tmp_path) == 0 and "outputs taken out" in capsys.readouterr().out
     assert json.loads(notebook.read_text())["cells"][2]["execution_count"] is None
-    monkeypatch.setattr(pairing, "faults", lambda folder: ["probe.py is missing"])
-    assert pairing.main([]) == 1 and "probe.py is missing" in capsys.readouterr().err
+    monkeypatch.setattr(pairs, "faults", lambda folder: ["probe.py is missing"])
+    assert pairs.main([]) == 1 and "probe.py is missing" in capsys.readouterr().err

@@ -87,13 +87,11 @@ def mark_failed(target: Path | str, key: Key, error: str) -> None:
 def made(
     target: Path | str, key: Key, make: Make, *, folder: bool = False, keep_stale: bool = False, remake: bool = False
 ) -> str:
-    """Have `target` made under `key`, whole or not at all, once even when several processes ask.
-
-    `make(path)` writes a file at `path`, or fills the folder `path` (`folder=True`). Returns what was found before:
-    "done" (nothing was run), another of STATES (it was made now), or "stale": the target is whole, only code changed
-    and `keep_stale` forbids to remake it. `remake` makes it in any case. An exception of `make` is recorded ("failed
-    before") and raised; the target stays as it was.
-    """
+    """Have `target` made under `key`, whole or not at all, once even when several processes ask. `make(path)` writes a
+    file at `path`, or fills the folder `path` (`folder=True`). Returns what was found before: "done" (nothing was run),
+    another of STATES (it was made now), or "stale": the target is whole, only code changed and `keep_stale` forbids to
+    remake it. `remake` makes it in any case. An exception of `make` is recorded ("failed before") and raised; the
+    target stays as it was."""
     target = Path(target)
     found = state(target, key)
     if found == "done" and not remake:

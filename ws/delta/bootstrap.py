@@ -32,10 +32,8 @@ UNKNOWN = Interval(float("nan"), float("nan"))
 
 class Parts(NamedTuple):
     """What the bootstrap needs of P groups of passages, float64 on the CPU; sums over batches are sums of the fields.
-
     grams `(P, m, m)`: `(delta_p Q)^T (delta_p Q)`. energy `(P,)`: `|delta_p|_F^2`. images `(P, d, s)`: `A_p z` for s
-    random sign vectors z, `A_p` the group's Gram outside Q; s = 0 where nothing lies outside.
-    """
+    random sign vectors z, `A_p` the group's Gram outside Q; s = 0 where nothing lies outside."""
 
     grams: Float[Tensor, "P m m"]
     energy: Float[Tensor, " P"]
@@ -47,9 +45,7 @@ class Parts(NamedTuple):
 
 def sketch_basis(delta: Float[Tensor, "N d"], size: int = SKETCH) -> Float[Tensor, "d m"]:
     """Orthonormal basis of nearly the top `size` right singular directions of `delta`, or of all where there are fewer.
-
-    Seeded random start and two rounds of `delta^T delta`, in float32 products alone.
-    """
+    Seeded random start and two rounds of `delta^T delta`, in float32 products alone."""
     n, d = delta.shape
     size = min(size, n, d)
     start = torch.randn(d, size, generator=torch.Generator().manual_seed(0)).to(delta)
@@ -88,11 +84,9 @@ def bootstrap_weights(count: int, draws: int, seed: int) -> Float[np.ndarray, "b
 
 
 def bootstrap(full: Spectrum, parts: Parts, weights: Float[np.ndarray, "b P"]) -> tuple[Interval, Interval]:
-    """95 % intervals of eff_rank and of top1_frac over passages; unknown for fewer than two groups or draws.
-
-    A passage drawn twice narrows a spectrum, so the draws are centred on the estimate (eff_rank in logs): the interval
-    is of the value at this much text, not of the limit of endless text.
-    """
+    """95 % intervals of eff_rank and of top1_frac over passages; unknown for fewer than two groups or draws. A passage
+    drawn twice narrows a spectrum, so the draws are centred on the estimate (eff_rank in logs): the interval is of the
+    value at this much text, not of the limit of endless text."""
     groups = len(parts.energy)
     if groups < 2 or len(weights) < 2 or full.energy.sum() <= 0:
         return UNKNOWN, UNKNOWN

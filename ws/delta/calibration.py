@@ -21,11 +21,9 @@ SEPARATOR = "\n\n"
 
 
 def load_calibration(path: str | Path = "") -> list[str]:
-    """Passages of a calibration file, in its order; an empty path is the set this project ships.
-
-    `.txt`: passages separated by blank lines. `.json`: a list of strings or of objects with `text`. `.jsonl`: one such
-    entry per line. Blank passages are left out. Raises FileNotFoundError, or ValueError naming the file and the entry.
-    """
+    """Passages of a calibration file, in its order; an empty path is the set this project ships. `.txt`: passages
+    separated by blank lines. `.json`: a list of strings or of objects with `text`. `.jsonl`: one such entry per line.
+    Blank passages are left out. Raises FileNotFoundError, or ValueError naming the file and the entry."""
     path = Path(path).expanduser() if str(path) else SHIPPED
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such calibration file")
@@ -72,11 +70,9 @@ class Sequence:
 
 
 def as_stream(tokenizer, texts: list[str], max_length: int) -> list[Sequence]:
-    """All texts joined by blank lines as one sequence of at most `max_length` tokens, special tokens by default.
-
-    A blank line belongs to the text before it. Without character offsets, passage borders come from the token counts of
-    the texts' prefixes. (docs/method.md section 9)
-    """
+    """All texts joined by blank lines as one sequence of at most `max_length` tokens, special tokens by default. A
+    blank line belongs to the text before it. Without character offsets, passage borders come from the token counts of
+    the texts' prefixes. (docs/method.md section 9)"""
     joined = SEPARATOR.join(texts)
     if tokenizer.is_fast:
         ends = np.cumsum([len(text) + len(SEPARATOR) for text in texts])
@@ -111,11 +107,9 @@ def padded(batch: list[Sequence]) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n T"
 def bootstrap_groups(
     sequences: list[Sequence], most: int = 32, fewest: int = 8, blocks: int = 16
 ) -> tuple[list[Sequence], str]:
-    """The same sequences with passages renumbered into the units of the bootstrap, and what a unit is, in words.
-
-    More than `most` passages are dealt into `most` groups (bounded memory); fewer than `fewest` say too little about
-    spread, so the tokens are cut into `blocks` contiguous runs instead.
-    """
+    """The same sequences with passages renumbered into the units of the bootstrap, and what a unit is, in words. More
+    than `most` passages are dealt into `most` groups (bounded memory); fewer than `fewest` say too little about spread,
+    so the tokens are cut into `blocks` contiguous runs instead."""
     present = torch.unique(torch.cat([s.passage for s in sequences]))
     total = sum(len(s.ids) for s in sequences)
     if len(present) < fewest:

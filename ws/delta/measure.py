@@ -77,9 +77,8 @@ def delta_svd(
     sequence, one pass, each layer finished when the pass reaches it. mode `documents`: a sequence per text,
     `batch_size` at a time; per-layer d x d Grams are accumulated, so that more text costs no more memory, and with
     `boot > 0` the texts are read a second time for the intervals. Longer texts are cut at `max_length` tokens and
-    counted. boot: draws of the bootstrap over passages (0: none). seed: of the bootstrap.
-    Raises ValueError for an unknown mode, fewer than 3 tokens, hidden states that are not finite (naming the block).
-    (docs/method.md section 9)
+    counted. boot: draws of the bootstrap over passages (0: none). seed: of the bootstrap. Raises ValueError for an
+    unknown mode, fewer than 3 tokens, hidden states that are not finite (naming the block). (docs/method.md section 9)
 
     Example:
         >>> import ws

@@ -40,10 +40,8 @@ def expected_cos(d: int) -> float:
 
 
 def capture_of(vectors: Float[Tensor, "j d"], directions: Float[Tensor, "n k d"]) -> Float[Tensor, " j"]:
-    """`|B^T v|^2` per row v, `B` = top 8 left singular vectors of the layers' first 8 directions side by side.
-
-    Through the Gram of the directions: `B = D U S^-1`. Where they span fewer than 8 dimensions, `B` is that span.
-    """
+    """`|B^T v|^2` per row v, `B` = top 8 left singular vectors of the layers' first 8 directions side by side. Through
+    the Gram of the directions: `B = D U S^-1`. Where they span fewer than 8 dimensions, `B` is that span."""
     rows = directions[:, :RANK].reshape(-1, directions.shape[2]).double()
     values, inner = torch.linalg.eigh(rows @ rows.T)
     values, inner = values.flip(0)[:RANK], inner.flip(1)[:, :RANK]
@@ -62,11 +60,9 @@ class Capture(NamedTuple):
 
 class Phase(NamedTuple):
     """One phase: its layers, mean |cos| inside (1 for a single layer) and to the outside (NaN without one), captures.
-
     `outside`: mean capture of the other phases' top-1 directions by this phase's `B`. `chance` / `chance_high`: mean
     and 95 % quantile of the phase's mean capture for random directions, `left_out_high` the same quantile for the
-    leave-one-out value, whose mean is 8/d.
-    """
+    leave-one-out value, whose mean is 8/d."""
 
     name: str
     layers: tuple[int, ...] = ()
@@ -142,12 +138,10 @@ def phases(directions: Float[Tensor, "L k d"], seed: int = 0) -> list[Phase]:
 
 def verdict(found: list[Phase], eff_ranks: list[float], d: int) -> dict[str, str]:
     """Both hypotheses judged by the numbers: `shared_C` and `specialised_E`, each a sentence with its chance levels.
-
     Phase C shares one broad subspace: *supported* if the mean leave-one-out capture is at least 1/2 and above the 95 %
     quantile of chance and the phase's space holds less of the layers outside; *in part* if only above chance; else *not
     supported*. Phase E is specialised: *supported* if its leave-one-out capture is within chance, *in part* if above
-    chance but under phase C's, else *not supported*. A phase of fewer than two layers cannot be tested.
-    """
+    chance but under phase C's, else *not supported*. A phase of fewer than two layers cannot be tested."""
     by_name = {name: Phase(name) for name in PHASES} | {p.name: p for p in found}
     c, e = by_name["C"], by_name["E"]
     return {"shared_C": _shared(c, eff_ranks, d), "specialised_E": _specialised(e, c, eff_ranks, d)}

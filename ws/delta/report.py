@@ -199,10 +199,8 @@ def setting(run: DeltaRun, n_texts: int) -> str:
 
 
 def read_folder(folder: str | Path) -> tuple[dict, pl.DataFrame]:
-    """The JSON and the per-layer table of a result folder.
-
-    Raises FileNotFoundError / ValueError naming the file that is missing or foreign.
-    """
+    """The JSON and the per-layer table of a result folder. Raises FileNotFoundError / ValueError naming the file that
+    is missing or foreign."""
     folder = Path(folder).expanduser()
     path, table = folder / "delta_svd.json", folder / "delta_svd_per_layer.tsv"
     if missing := [file for file in (path, table) if not file.is_file()]:
@@ -217,10 +215,8 @@ def read_folder(folder: str | Path) -> tuple[dict, pl.DataFrame]:
 
 
 def compare(folders: list[str | Path]) -> pl.DataFrame:
-    """rel_step and eff_rank of two or more result folders against relative depth `L / num_layers`.
-
-    Models of one name get their folder's name added. ValueError for fewer than two folders, or a folder given twice.
-    """
+    """rel_step and eff_rank of two or more result folders against relative depth `L / num_layers`. Models of one name
+    get their folder's name added. ValueError for fewer than two folders, or a folder given twice."""
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     if len(paths) < 2:
         raise ValueError(f"a comparison needs at least two result folders, {len(paths)} given")

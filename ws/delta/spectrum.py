@@ -88,11 +88,9 @@ def _directions(scaled: Float[Tensor, "d k"], energy: np.ndarray, total: Float[T
 
 
 def fix_signs(directions: Float[Tensor, "k d"], total: Float[Tensor, " d"]) -> Float[Tensor, "k d"]:
-    """Rows turned so that the block moves the stream along `+v` on average: `v . sum_t delta_t >= 0`.
-
-    Where that sum says nothing (under 1e-6 of its own length) the component of largest magnitude is made positive.
-    This is the sign convention of every direction in the result files. (docs/method.md section 9)
-    """
+    """Rows turned so that the block moves the stream along `+v` on average: `v . sum_t delta_t >= 0`. Where that sum
+    says nothing (under 1e-6 of its own length) the component of largest magnitude is made positive. This is the sign
+    convention of every direction in the result files. (docs/method.md section 9)"""
     along = directions @ total.to(directions)
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     decided = along.abs() > 1e-6 * torch.linalg.vector_norm(total).to(along)
@@ -101,11 +99,9 @@ def fix_signs(directions: Float[Tensor, "k d"], total: Float[Tensor, " d"]) -> F
 
 
 def eigen(gram: Float[Tensor, "n n"], k: int) -> tuple[np.ndarray, Float[Tensor, "n k"]]:
-    """All eigenvalues (falling, none under 0) and the top `k` eigenvectors of a Gram in float64, on its device.
-
-    On the CPU one reduction to tridiagonal form serves both (LAPACK sytrd, sterf, stemr). Elsewhere the eigenvalues
-    come from the device's own solver and the vectors from block Krylov iteration: no full set of vectors is formed.
-    """
+    """All eigenvalues (falling, none under 0) and the top `k` eigenvectors of a Gram in float64, on its device. On the
+    CPU one reduction to tridiagonal form serves both (LAPACK sytrd, sterf, stemr). Elsewhere the eigenvalues come from
+    the device's own solver and the vectors from block Krylov iteration: no full set of vectors is formed."""
     if gram.device.type != "cpu":
         return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).cpu().numpy(), krylov_top(gram, k)
     n = gram.shape[0]
@@ -128,11 +124,9 @@ def eigen(gram: Float[Tensor, "n n"], k: int) -> tuple[np.ndarray, Float[Tensor,
 def krylov_top(
     gram: Float[Tensor, "n n"], k: int, tolerance: float = 1e-10, restarts: int = 12
 ) -> Float[Tensor, "n k"]:
-    """Top `k` eigenvectors of a positive semidefinite matrix by block Krylov iteration with restarts.
-
-    Made of products alone. Stops when every residual `|G v - theta v|` is under `tolerance * theta_1`; falls back on
-    a full decomposition where close eigenvalues keep it from that. The start is seeded.
-    """
+    """Top `k` eigenvectors of a positive semidefinite matrix by block Krylov iteration with restarts. Made of products
+    alone. Stops when every residual `|G v - theta v|` is under `tolerance * theta_1`; falls back on a full
+    decomposition where close eigenvalues keep it from that. The start is seeded."""
     n, width, depth = len(gram), k + 8, 10
     start = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).to(gram.device)
     for _ in range(restarts if width * depth < n else 0):

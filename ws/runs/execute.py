@@ -69,11 +69,9 @@ def execute(
     path: Path, values: Params, target: Path, out: Path, log: TextIO, timeout: int | None, quiet: bool, on_stage: Hear
 ) -> str:
     """Run the notebook at `path` with `values`, write it to `target` after every cell. The kernel takes `out` for the
-    folder of all results. '' when it ended well, else the traceback. Interrupts pass through, the kernel ended.
-
-    `log` gets what the notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of
-    what runs.
-    """
+    folder of all results. '' when it ended well, else the traceback. Interrupts pass through, the kernel ended. `log`
+    gets what the notebook prints, `timeout` is the seconds one cell may take, `on_stage` hears the heading of what
+    runs."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 

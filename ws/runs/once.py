@@ -113,9 +113,8 @@ def run_notebook(
     quiet: bool = False,
     on_stage: Hear = None,
 ) -> Ending:
-    """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway.
-
-    files: of parameters, `params` win. cwd: where relative paths were typed. timeout: seconds that one cell may take.
+    """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway. files:
+    of parameters, `params` win. cwd: where relative paths were typed. timeout: seconds that one cell may take.
     on_stage: hears which part of the notebook runs. A notebook that raises ends as "failed", its traceback in `error`;
     wrong parameters raise ValueError / FileNotFoundError; an interrupt ends the kernel, the run stays unfinished."""
     place = place or Place()

@@ -31,10 +31,8 @@ def start_log(notebook: str, folder: Path) -> logging.Logger:
 
 
 def show(figure: Figure, stem: Path | None = None):
-    """A figure as a notebook displays it: a PNG at twice the resolution, no plotting backend involved.
-
-    stem: where it is saved too, as `stem.png` and `stem.pdf`.
-    """
+    """A figure as a notebook displays it: a PNG at twice the resolution, no plotting backend involved. stem: where it
+    is saved too, as `stem.png` and `stem.pdf`."""
     from IPython.display import Image
 
     if stem is not None:

@@ -33,9 +33,7 @@ def matched_heads(
     heads: dict[str, Head], base: Base, W: Float[Tensor, "V d"], gamma: float, target: float
 ) -> tuple[dict[str, Head], dict[str, float]]:
     """The same heads with alpha such that `kappa` is `target` nats of KL per token; and kappa at the given alphas.
-
-    ValueError for a target that is not above 0, and for a head that moves nothing (alpha or gamma is 0).
-    """
+    ValueError for a target that is not above 0, and for a head that moves nothing (alpha or gamma is 0)."""
     if not target > 0:
         raise ValueError(f"MATCHED_KL = {target}: must be above 0")
     before = {name: random_kl(make_problem(base, head, W), gamma) for name, head in heads.items()}
@@ -108,11 +106,9 @@ def by_user(heldout: Heldout, values: Float[Tensor, "*rows texts"]) -> Float[Ten
 def permuted_thetas(
     states: dict[str, States], head: Head, heldout: Heldout, cfg: FitConfig, draws: int, seed: int
 ) -> Float[Tensor, "draws users D"]:
-    """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike.
-
-    What such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains
-    beyond it is the user's.
-    """
+    """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike. What
+    such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains beyond
+    it is the user's."""
     base, number, home = _joint_texts(states, heldout.W, heldout.bias)
     problem, gen, out = make_problem(base, head, heldout.W, home[number]), torch.Generator().manual_seed(seed), []
     for _ in range(draws):

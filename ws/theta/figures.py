@@ -13,9 +13,7 @@ from ws.theta.fitted import ThetaFits
 
 def fit_traces(found: ThetaFits, heads: list[str]) -> Figure:
     """Adam's traces of the fitted heads: training loss minus its start, KL to the base, |theta|; mean over users.
-
-    heads: all heads of the report in their order, so that a head has one colour in all its figures.
-    """
+    heads: all heads of the report in their order, so that a head has one colour in all its figures."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     loss, kl, norm = (
@@ -100,10 +98,8 @@ def _matrices(matrices: dict, users: list[str], x: str, y: str, unit: str, colou
 
 
 def sweep_curves(sweep: pl.DataFrame, x: str, fitted: float, heads: list[str]) -> Figure:
-    """Held-out gain (left) and KL to the base (right) against `x` (gamma or beta); dashed: the value of the fit.
-
-    heads: all heads of the report in their order, so that a head has one colour in all its figures.
-    """
+    """Held-out gain (left) and KL to the base (right) against `x` (gamma or beta); dashed: the value of the fit. heads:
+    all heads of the report in their order, so that a head has one colour in all its figures."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     panels = (("gain", "held-out gain (nats per token)"), ("kl", "KL to the base (nats per token)"))

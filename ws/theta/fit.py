@@ -58,11 +58,9 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The fit of one head to the tokens of one or more users.
-
-    Cy = C[y]; m0 = C^T p_base; lse0 of the stored logp (about 0); ce0 the base's cross-entropy; owner the user's index
-    of each token; n the tokens of each user; alpha and name the head's.
-    """
+    """The fit of one head to the tokens of one or more users. Cy = C[y]; m0 = C^T p_base; lse0 of the stored logp
+    (about 0); ce0 the base's cross-entropy; owner the user's index of each token; n the tokens of each user; alpha and
+    name the head's."""
 
     base: Base
     phi: Float[Tensor, "T D"]
@@ -106,11 +104,9 @@ class Fit:
 def record_base(
     h: Float[Tensor, "T d"], y: Int[Tensor, " T"], W: Float[Tensor, "V d"], bias: Float[Tensor, " V"] | None = None
 ) -> Base:
-    """Base log-probabilities of recorded hidden states, computed once in blocks of tokens.
-
-    Above BASE_MB the `(T, V)` array lies in an unnamed temporary file that vanishes with the process. Raises
-    ValueError when a target is outside the vocabulary or something is not finite.
-    """
+    """Base log-probabilities of recorded hidden states, computed once in blocks of tokens. Above BASE_MB the `(T, V)`
+    array lies in an unnamed temporary file that vanishes with the process. Raises ValueError when a target is outside
+    the vocabulary or something is not finite."""
     T, V = h.shape[0], W.shape[0]
     if T == 0:
         raise ValueError("no tokens to fit: every position is masked out")
@@ -160,12 +156,10 @@ def _finite(x: Tensor, where: str) -> None:
 
 
 def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """`lse(logp + X C^T)` `(T,)` and `C^T softmax(logp + X C^T)` `(T, D)`, without ever holding `(T, V)`.
-
-    Per token the exponent is shifted by a bound of `|X C^T|` where that is large, so that nothing overflows; then the
-    maximum is searched block by block (online softmax). Where the bound is small (|x||C_v| <= 30) no shift is needed:
-    logp <= 0, and the sum is at least `e^-30`.
-    """
+    """`lse(logp + X C^T)` `(T,)` and `C^T softmax(logp + X C^T)` `(T, D)`, without ever holding `(T, V)`. Per token the
+    exponent is shifted by a bound of `|X C^T|` where that is large, so that nothing overflows; then the maximum is
+    searched block by block (online softmax). Where the bound is small (|x||C_v| <= 30) no shift is needed: logp <= 0,
+    and the sum is at least `e^-30`."""
     lse, mean = torch.empty_like(X[:, 0]), torch.empty_like(X)
     safe = float(X.norm(dim=1).max() * C.norm(dim=1).max()) <= SAFE_EXPONENT
     for start in range(0, len(X), TOKENS):
@@ -194,10 +188,8 @@ def per_user(problem: Problem, values: Float[Tensor, " T *more"]) -> Float[Tenso
 
 
 def evaluate(problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig) -> Terms:
-    """Loss, CE, KL and the loss's gradient at theta, one row per user.
-
-    Raises ValueError naming the head, the user and the quantity when something is not finite.
-    """
+    """Loss, CE, KL and the loss's gradient at theta, one row per user. Raises ValueError naming the head, the user and
+    the quantity when something is not finite."""
     theta = theta.to(problem.phi)
     c = cfg.gamma * problem.alpha
     X = c * theta[problem.owner] * problem.phi
@@ -228,12 +220,9 @@ def clip_gradient(grad: Float[Tensor, "users D"], most: float) -> Float[Tensor, 
 
 
 def fit_adam(problem: Problem, cfg: FitConfig) -> list[Fit]:
-    """Adam from theta = 0; one Fit per user of the problem. (docs/method.md section 10)
-
-    Per step: terms at theta (recorded in the trace), gradient clipped at norm `grad_clip`, torch's Adam with its
-    default betas and eps, then theta clipped to norm `theta_clip`. Raises ValueError with the step's number when a
-    value is not finite.
-    """
+    """Adam from theta = 0; one Fit per user of the problem. (docs/method.md section 10) Per step: terms at theta
+    (recorded in the trace), gradient clipped at norm `grad_clip`, torch's Adam with its default betas and eps, then
+    theta clipped to norm `theta_clip`. Raises ValueError with the step's number when a value is not finite."""
     theta = problem.phi.new_zeros(problem.users, problem.D, requires_grad=True)
     optimizer = torch.optim.Adam([theta], lr=cfg.lr)
     trace: list[Tensor] = []

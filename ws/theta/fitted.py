@@ -64,9 +64,7 @@ class ThetaFits:
     @cached_property
     def summary(self) -> pl.DataFrame:
         """A row per head, user and solver: held-out CE and perplexity per token before and after, gain, KL, |theta|.
-
-        Iterations, condition number and gradient_ratio belong to the optimum rows and are null in Adam's.
-        """
+        Iterations, condition number and gradient_ratio belong to the optimum rows and are null in Adam's."""
         held, parts = self.heldout, []
         ce0, tokens = by_user(held, held.ce0), torch.bincount(held.user, weights=held.tokens).long()
         for name, solver in product(self.heads, SOLVERS):

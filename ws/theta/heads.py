@@ -28,10 +28,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class Head:
-    """What all heads share: `h' = h + alpha B (theta * phi(h))`, the logits affine in theta.
-
-    `h` may have any leading shape; its dtype and device are kept, the arithmetic is float32 or better.
-    """
+    """What all heads share: `h' = h + alpha B (theta * phi(h))`, the logits affine in theta. `h` may have any leading
+    shape; its dtype and device are kept, the arithmetic is float32 or better."""
 
     A: Float[Tensor, "D d"]
     B: Float[Tensor, "d D"]
@@ -95,11 +93,9 @@ class Unconditional(Head):
 
 @dataclass(frozen=True, eq=False)
 class LMHeadUpdate(Head):
-    """An update of the unembedding: `W' = W + alpha C diag(theta) A`, `A` `(D, d)`, `C` `(V, D)`.
-
-    The edit is not in the hidden state: `apply` returns h unchanged. W is only checked for its shape. With C = W B it
-    equals what the CVH head of the same A and B does.
-    """
+    """An update of the unembedding: `W' = W + alpha C diag(theta) A`, `A` `(D, d)`, `C` `(V, D)`. The edit is not in
+    the hidden state: `apply` returns h unchanged. W is only checked for its shape. With C = W B it equals what the CVH
+    head of the same A and B does."""
 
     A: Float[Tensor, "D d"]
     C: Float[Tensor, "V D"]
@@ -152,12 +148,10 @@ def lm_head_from_cvh(head: CVH, W: Float[Tensor, "V d"], name: str = "lm_head_cv
 
 
 def svd_basis(W: Float[Tensor, "V d"], D: int) -> Float[Tensor, "d D"]:
-    """Top-D right singular vectors of the unembedding, float32, largest singular value first.
-
-    Through the `d x d` Gram in float64, so the `V x d` SVD is never formed. Sign convention: the entry of largest
-    magnitude of every vector is positive (an SVD leaves the sign open; SVD-CVH does not depend on it, the others
-    only up to the sign of theta's entries). Raises ValueError when D > d.
-    """
+    """Top-D right singular vectors of the unembedding, float32, largest singular value first. Through the `d x d` Gram
+    in float64, so the `V x d` SVD is never formed. Sign convention: the entry of largest magnitude of every vector is
+    positive (an SVD leaves the sign open; SVD-CVH does not depend on it, the others only up to the sign of theta's
+    entries). Raises ValueError when D > d."""
     d = W.shape[1]
     if D > d:
         raise ValueError(f"D = {D} singular vectors were asked of an unembedding of width {d}")
@@ -172,12 +166,10 @@ def svd_basis(W: Float[Tensor, "V d"], D: int) -> Float[Tensor, "d D"]:
 
 
 def all_heads(W: Float[Tensor, "V d"], D: int = 64, alpha: float = 0.1, seed: int = 42) -> dict[str, Head]:
-    """Every head of section 10 for one unembedding, by name, on its device: hidden-state heads first.
-
-    `svd_cvh` reads and writes along the unembedding's top singular directions (`A = V_D^T`, `B = V_D`),
-    `svd_unconditional` shifts along them (`U = V_D`); `lm_head_svd` rescales the unembedding's own singular values (`A =
-    V_D^T`, `C = U_D S_D = W V_D`), the same function of h as `svd_cvh`.
-    """
+    """Every head of section 10 for one unembedding, by name, on its device: hidden-state heads first. `svd_cvh` reads
+    and writes along the unembedding's top singular directions (`A = V_D^T`, `B = V_D`), `svd_unconditional` shifts
+    along them (`U = V_D`); `lm_head_svd` rescales the unembedding's own singular values (`A = V_D^T`, `C = U_D S_D = W
+    V_D`), the same function of h as `svd_cvh`."""
     V, d = W.shape
     basis = svd_basis(W, D)
     random_cvh, svd_cvh = cvh(d, D, alpha, seed), CVH(basis.T.contiguous(), basis, alpha, "svd_cvh")

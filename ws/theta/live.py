@@ -17,11 +17,9 @@ from ws.theta.heads import Head, LMHeadUpdate, Unconditional, at_least_float32, 
 
 
 def check_plain_logits(model: nn.Module) -> nn.Module:
-    """The unembedding module of a model whose logits are `W h + b` and nothing more.
-
-    Raises ValueError when the model has no unembedding, caps its logits (Gemma 2) or rescales them (Cohere, Granite):
-    there the logits are no affine function of theta, or of another size, and neither fit nor head means what it says.
-    """
+    """The unembedding module of a model whose logits are `W h + b` and nothing more. Raises ValueError when the model
+    has no unembedding, caps its logits (Gemma 2) or rescales them (Cohere, Granite): there the logits are no affine
+    function of theta, or of another size, and neither fit nor head means what it says."""
     name = type(model).__name__
     module = model.get_output_embeddings()
     if module is None:
@@ -36,13 +34,11 @@ def check_plain_logits(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float = 1.0) -> Iterator[nn.Module]:
-    """A head on a live model: inside, the logits are `base + gamma delta`, in every forward pass and in generation.
-
-    A hidden-state head edits the unembedding's input (`h + gamma (h' - h)`), an LM-head update its output. `theta = 0`
+    """A head on a live model: inside, the logits are `base + gamma delta`, in every forward pass and in generation. A
+    hidden-state head edits the unembedding's input (`h + gamma (h' - h)`), an LM-head update its output. `theta = 0`
     hooks nothing, so it is bit-identical to no head; on exit, also by exception, the hook is gone. Computed in float32
     or better and rounded once. Raises ValueError when theta or the model's width does not fit the head, when theta is
-    not finite, or when the model's logits are not `W h + b`.
-    """
+    not finite, or when the model's logits are not `W h + b`."""
     module = check_plain_logits(model)
     V, d = module.weight.shape
     if theta.shape != (head.D,):

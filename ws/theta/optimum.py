@@ -28,12 +28,10 @@ KEEP_HESSIAN = 0.1  # a stale Hessian stays while it shrinks the gradient at lea
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """One user's optimum.
-
-    theta `(D,)` float64; loss, ce, kl per token (nats); gradient_ratio = |gradient + mu theta| over |gradient at theta
-    = 0|; iterations (steps taken) and hessians (formed); condition = largest over smallest eigenvalue of the last
-    Hessian formed; mu = the multiplier of the norm bound (0 where the bound does not bind, or where there is none).
-    """
+    """One user's optimum. theta `(D,)` float64; loss, ce, kl per token (nats); gradient_ratio = |gradient + mu theta|
+    over |gradient at theta = 0|; iterations (steps taken) and hessians (formed); condition = largest over smallest
+    eigenvalue of the last Hessian formed; mu = the multiplier of the norm bound (0 where the bound does not bind, or
+    where there is none)."""
 
     theta: Float[Tensor, " D"]
     loss: float
@@ -59,13 +57,10 @@ def as_float64(problem: Problem) -> Problem:
 def hessian(
     problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig, user: int, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "D D"]:
-    """Hessian of one user's loss at theta, formed in `dtype`, returned in float64.
-
-    The solver forms it in float32: it only steers the steps, the gradient that decides where they end is float64.
-
-    `sum_tv p_tv (phi_t phi_t^T) * (C_v C_v^T)` is one product per block: `P^T F` with the upper-triangle products
-    `F_t = phi_ti phi_tj`, weighted by `C_vi C_vj`; half the work of a `D x D` product per token, and no `(T, V)` array.
-    """
+    """Hessian of one user's loss at theta, formed in `dtype`, returned in float64. The solver forms it in float32: it
+    only steers the steps, the gradient that decides where they end is float64. `sum_tv p_tv (phi_t phi_t^T) * (C_v
+    C_v^T)` is one product per block: `P^T F` with the upper-triangle products `F_t = phi_ti phi_tj`, weighted by `C_vi
+    C_vj`; half the work of a `D x D` product per token, and no `(T, V)` array."""
     c, D = cfg.gamma * problem.alpha, problem.D
     C = (problem.C - problem.C.mean(dim=0)).to(dtype)  # logits are free up to a constant; centred columns cancel less
     i, j = torch.triu_indices(D, D, device=C.device)
@@ -123,11 +118,9 @@ def _residual(g: Tensor, theta: Tensor, radius: float) -> tuple[Tensor, float]:
 def fit_optimum(
     problem: Problem, cfg: FitConfig, max_norm: float = math.inf, first: Float[Tensor, "users D D"] | None = None
 ) -> list[Optimum]:
-    """The optimum of every user of the problem, over all theta or over `|theta| <= max_norm`.
-
-    `first`: the Hessians at theta = 0 where they are known already.
-    Raises ValueError when a value is not finite, or when a user has not come within TOLERANCE after MAX_ITERATIONS.
-    """
+    """The optimum of every user of the problem, over all theta or over `|theta| <= max_norm`. `first`: the Hessians at
+    theta = 0 where they are known already. Raises ValueError when a value is not finite, or when a user has not come
+    within TOLERANCE after MAX_ITERATIONS."""
     problem = as_float64(problem)
     users, D = problem.users, problem.D
     theta = problem.phi.new_zeros(users, D)

@@ -58,10 +58,8 @@ class States:
 
 def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     """Users in order of first appearance, from a JSONL file with rows `{"user", "prompt", "text"}`; '' = shipped ones.
-
     Raises FileNotFoundError, or ValueError naming the line and what is wrong with it; for fewer than two users, and for
-    a user with fewer than two texts (one must be held out), too.
-    """
+    a user with fewer than two texts (one must be held out), too."""
     path = Path(path).expanduser() if path else ASSETS / "users.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"USERS: {path} does not exist")
@@ -140,11 +138,9 @@ def record_states(
     progress: bool = True,
 ) -> States:
     """States and targets of all texts in one go, texts in the given order, each truncated at `max_length` tokens.
-
     mask_prompt: only targets among the user's own words count. With `path`, the states are kept there as safetensors,
-    written block by block and memory-mapped, and read where they were recorded from the same model, tokens and settings.
-    Raises ValueError when the model's logits are not `W h + b` of these states.
-    """
+    written block by block and memory-mapped, and read where they were recorded from the same model, tokens and
+    settings. Raises ValueError when the model's logits are not `W h + b` of these states."""
     rows = [_tokens(lm, item, mask_prompt, max_length) for item in texts]
     targets = [torch.tensor(ids[first:]) for ids, first in rows]
     y, index = torch.cat(targets), torch.repeat_interleave(torch.tensor([len(t) for t in targets]))
@@ -160,10 +156,8 @@ def record_states(
 def record_users(
     lm: LM, users: dict[str, list[UserText]], heldout: float = 0.25, **options
 ) -> tuple[dict[str, States], dict[str, States]]:
-    """Every user's training and held-out states, from one recording of all texts (`split_texts`).
-
-    options: of `record_states`.
-    """
+    """Every user's training and held-out states, from one recording of all texts (`split_texts`). options: of
+    `record_states`."""
     states = record_states(lm, [item for items in users.values() for item in items], **options)
     train, rest, start = {}, {}, 0
     for user, items in users.items():

@@ -49,10 +49,8 @@ def theta_path(folder: Path, user: str, head: str) -> Path:
 
 
 def save_fit(fit: UserFit, path: Path, cfg: FitConfig) -> None:
-    """One file per user and head: thetas, trace, and everything else as JSON in the header.
-
-    The header has one entry: safetensors writes several in random order, and the same fit must give the same bytes.
-    """
+    """One file per user and head: thetas, trace, and everything else as JSON in the header. The header has one entry:
+    safetensors writes several in random order, and the same fit must give the same bytes."""
     tensors = {"theta": fit.adam.theta, "theta_optimum": fit.optimum.theta, "theta_clipped": fit.clipped.theta}
     tensors |= {f"trace/{name}": values for name, values in fit.adam.trace.items()}
     about = {"user": fit.user, "head": fit.head, "alpha": fit.alpha, "config": asdict(cfg)}
@@ -110,11 +108,9 @@ def fit_users(
     progress: bool = True,
 ) -> dict[tuple[str, str], UserFit]:
     """Every head for every user: `{(user, head): UserFit}`; a file each under `folder`, written as soon as it is known.
-
     Users are fitted together as long as their base logits, computed once for all heads, take at most BASE_MB. A file
     made from the same states, head and config by the same code is read instead of made again. Raises ValueError when
-    two users' files would have one name.
-    """
+    two users' files would have one name."""
     owners = {theta_path(folder, user, ""): user for user in states}
     for user in states:
         if (other := owners[theta_path(folder, user, "")]) != user:

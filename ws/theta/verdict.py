@@ -40,9 +40,7 @@ def control_table(
     heldout: Heldout, controls: dict[str, Float[Tensor, "rows texts"]], draws: int, seed: int
 ) -> pl.DataFrame:
     """Per head: own gain, mean permuted gain, their difference with a 95 % interval over texts, and the permutation p.
-
-    `p = (1 + #{permuted mean gain >= own}) / (1 + N)`: N permutations cannot give less than 1 / (1 + N).
-    """
+    `p = (1 + #{permuted mean gain >= own}) / (1 + N)`: N permutations cannot give less than 1 / (1 + N)."""
     rows = []
     for name, (own, *permuted) in controls.items():
         mine, control = by_user(heldout, own).mean(), by_user(heldout, torch.stack(permuted)).mean(dim=1)

@@ -97,12 +97,10 @@ def obtain_diff(
     retrain: bool = False,
 ) -> tuple[WeightDiff, dict]:
     """The run's weight difference and how it came about: read from `w_path`, formed from two adapters, or trained.
-
     folder: where `w.safetensors` and `adapters/` go. The difference of own `adapters` (pos, neg) is saved there too, so
     that the sweep finds it. The record holds the source, norms and geometry of the pair and, where this project trained
-    it, pairs and held-out losses.
-    Raises ValueError when only one adapter is given, both a diff and adapters, or when w is 0.
-    """
+    it, pairs and held-out losses. Raises ValueError when only one adapter is given, both a diff and adapters, or when w
+    is 0."""
     own = [Path(side) for side in adapters if side]
     if len(own) == 1:
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {own[0]} was given")

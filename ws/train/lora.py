@@ -35,10 +35,9 @@ SIGNS = ("pos", "neg")
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what an adapter becomes, but base, sign and seed. Defaults: docs/method.md section 2.
-
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
-    -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how
-    many steps a long run saves what it needs to go on after a kill; 0 for never.
+    -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how many
+    steps a long run saves what it needs to go on after a kill; 0 for never.
 
     Example:
         >>> import ws
@@ -96,11 +95,9 @@ def train_adapter(
     lm: LM, rows: tuple[Pair, ...], sign: str, seed: int, cfg: TrainConfig, folder: Path | str, progress: bool = True
 ) -> dict:
     """Train one adapter and fill `folder` with it: a normal PEFT folder plus `training.json`. Returns that record.
-
     sign: `pos` or `neg`. The base model is left as it was: modules, bits, `requires_grad`, mode. The same arguments on
     one machine with one thread count give the same bytes. Raises ValueError for an unknown sign, no pairs, or a loss
-    that is not finite.
-    """
+    that is not finite."""
     if sign not in SIGNS:
         raise ValueError(f"sign {sign!r} is unknown; one of {', '.join(SIGNS)}")
     if not rows:
@@ -156,10 +153,8 @@ def _wrap(lm: LM, cfg: TrainConfig) -> nn.Module:
 def _fit(
     model: nn.Module, train: list[dict], label: str, seed: int, cfg: TrainConfig, work: Path, key: Key, progress: bool
 ) -> list[float]:
-    """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards.
-
-    work: folder of checkpoints, marked with `key` when they are whole; the newest whole one is where training goes on.
-    """
+    """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards. work:
+    folder of checkpoints, marked with `key` when they are whole; the newest whole one is where training goes on."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     # two checkpoints: the newest is marked only after it was saved and the oldest removed
@@ -218,10 +213,8 @@ def _watch(label: str, key: Key, progress: bool):
 
 @contextmanager
 def _borrowed(model: nn.Module) -> Iterator[None]:
-    """Whatever happens to the model inside, its weights, `requires_grad` and modes are as before afterwards.
-
-    The old weights are held, not copied: peft assigns new ones where it replaces them (PiSSA's residual in the base).
-    """
+    """Whatever happens to the model inside, its weights, `requires_grad` and modes are as before afterwards. The old
+    weights are held, not copied: peft assigns new ones where it replaces them (PiSSA's residual in the base)."""
     parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
     modes, attributes = [(m, m.training) for m in model.modules()], set(vars(model))
     use_cache = getattr(model.config, "use_cache", None)

@@ -68,11 +68,9 @@ class Pairs:
 
 
 def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True) -> Pairs:
-    """Write the pairs, or read those that were written from the same model, texts and settings by the same code.
-
-    cache: a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when
-    more topics or personas are asked for than there are, and when every pair was dropped (with the likely cause).
-    """
+    """Write the pairs, or read those that were written from the same model, texts and settings by the same code. cache:
+    a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when more
+    topics or personas are asked for than there are, and when every pair was dropped (with the likely cause)."""
     cfg = _counted(behavior, cfg)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
     turns = users, behavior.persona_pairs[: cfg.personas]
