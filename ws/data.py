@@ -1,11 +1,6 @@
-"""Behaviours: what is asked, under which personas, and which words answer.
-
-A behaviour is a list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the
-answers apart, one probe template and the answer words. Everything after this module works on a `Behavior`; nothing
-after it knows which behaviour it is. docs/method.md section 1:
-
-    probe(topic) = template with {claim} filled in,      user turn of a training pair = opinion(claim) + question
-"""
+"""Behaviours: what is asked, under which personas, and which words answer. (docs/method.md section 1) A behaviour is a
+list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the answers apart,
+one probe template and the answer words. Nothing after this module knows which behaviour it is."""
 
 import difflib
 import json
@@ -36,10 +31,8 @@ class Behavior:
     """A behaviour as docs/method.md section 1 defines it; checked when it is made.
 
     The first `n_train_topics` topics train the adapters, the others are held out. `true_claims`, `negations` (of the
-    held-out topics, in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes.
-
-    Raises:
-        ValueError: names the field that is empty, doubled, of a wrong type or without its {claim}.
+    held-out topics, in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes. Raises
+    ValueError naming the field that is empty, doubled, of a wrong type or without its {claim}.
 
     Example:
         >>> import ws
@@ -62,7 +55,28 @@ class Behavior:
     opinion: str = "I think that {claim}."
 
     def __post_init__(self) -> None:
-        _check(self)
+        for key in TEXT_FIELDS:
+            _text(key, getattr(self, key))
+        for key in LIST_FIELDS:
+            _texts(key, getattr(self, key))
+        _count(self.n_train_topics)
+        n, least, claims = len(self.topics), self.n_train_topics + 2, [t.claim for t in self.topics]
+        pos, neg, denied, held = map(len, (self.personas_pos, self.personas_neg, self.negations, self.heldout_topics))
+        templates = {"probe": self.probe, "opinion": self.opinion}
+        faults = [
+            (self.name in (".", "..") or set(self.name) & set("/\\\0"), f"name: {self.name!r} cannot name a folder"),
+            *((PLACE not in text, f"{key}: the template has no {PLACE}: {text!r}") for key, text in templates.items()),
+            *((not getattr(self, key), f"{key}: is empty") for key in NEEDED),
+            (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
+            *((word in self.no, f"yes and no share the answer word {word!r}") for word in sorted(self.yes)),
+            (n < least, f"topics: has {n}, needs n_train_topics + 2 = {least} or more, to hold two out"),
+            *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
+            *((c in claims[:i], f"topics: the claim {c!r} is there twice") for i, c in enumerate(claims)),
+            (denied not in (0, held), f"negations: has {denied}, there are {held} held-out topics to negate in order"),
+        ]
+        for fault, message in faults:
+            if fault:
+                raise ValueError(message)
 
     @property
     def train_topics(self) -> tuple[Topic, ...]:
@@ -93,11 +107,8 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
 
     A `.json` file is one object with the fields of `Behavior`; a topic is `[claim, question]` or
     `{"claim": ..., "question": ...}`. In a `.jsonl` file a line with "claim" is a topic, and the fields of the other
-    lines together make the rest of the object.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: an unknown name, an unreadable file, a missing, unknown or empty field.
+    lines together make the rest of the object. Raises FileNotFoundError for a path that does not exist, ValueError for
+    an unknown name, an unreadable file, a missing, unknown or empty field.
 
     Example:
         >>> import ws
@@ -167,31 +178,6 @@ def _topic(index: int, row: object) -> Topic:
     if isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row):
         return Topic(*row)
     raise ValueError(f"topics[{index}]: needs a claim and a question, is {row!r}")
-
-
-def _check(b: Behavior) -> None:
-    for key in TEXT_FIELDS:
-        _text(key, getattr(b, key))
-    for key in LIST_FIELDS:
-        _texts(key, getattr(b, key))
-    _count(b.n_train_topics)
-    count, topics, claims = b.n_train_topics, len(b.topics), [t.claim for t in b.topics]
-    pos, neg, negated, held = map(len, (b.personas_pos, b.personas_neg, b.negations, b.heldout_topics))
-    templates = {"probe": b.probe, "opinion": b.opinion}
-    faults = [
-        (b.name in (".", "..") or set(b.name) & set("/\\\0"), f"name: {b.name!r} cannot name a folder"),
-        *((PLACE not in text, f"{key}: the template has no {PLACE}: {text!r}") for key, text in templates.items()),
-        *((not getattr(b, key), f"{key}: is empty") for key in NEEDED),
-        (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
-        *((word in b.no, f"yes and no share the answer word {word!r}") for word in sorted(b.yes)),
-        (topics < count + 2, f"topics: has {topics}, needs n_train_topics + 2 = {count + 2} or more, to hold two out"),
-        *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
-        *((c in claims[:i], f"topics: the claim {c!r} is there twice") for i, c in enumerate(claims)),
-        (negated not in (0, held), f"negations: has {negated}, there are {held} held-out topics to negate in order"),
-    ]
-    for fault, message in faults:
-        if fault:
-            raise ValueError(message)
 
 
 def _text(key: str, value: object) -> None:

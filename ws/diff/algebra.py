@@ -1,7 +1,7 @@
-"""What is computed between weight diffs, or between a diff and subspaces of the residual stream.
+"""What is computed between weight diffs, or between a diff and subspaces of the residual stream. (sections 2 and 8)
 
 `<B1 A1, B2 A2> = sum (B1^T B2) * (A1 A2^T)`; `keep = P w` and `drop = (I - P) w` with `P = B_l B_l^T` act on the
-residual writers (`o_proj`, `down_proj`) from the left, and `keep + drop = w` there. (docs/method.md sections 2 and 8)
+residual writers (`o_proj`, `down_proj`) from the left, and `keep + drop = w` there.
 """
 
 from collections.abc import Mapping
@@ -38,11 +38,9 @@ def _entry_dot(a: Entry, b: Entry) -> float:
 
 
 def project(w: WeightDiff, bases: Mapping[int, Tensor], drop: bool = False) -> WeightDiff:
-    """`P w` (or `(I - P) w` with `drop`) on the residual writers; every other parameter is left out.
-
-    bases: layer -> `(d, r)` with orthonormal columns. Factors stay factors: only `B` is projected.
-    ValueError naming the parameter when its layer has no basis or the sizes differ. (docs/method.md section 8)
-    """
+    """`P w` (or `(I - P) w` with `drop`) on the residual writers; every other parameter is left out. bases: layer ->
+    `(d, r)` with orthonormal columns. Factors stay factors: only `B` is projected. ValueError naming the parameter when
+    its layer has no basis or the sizes differ. (docs/method.md section 8)"""
 
     def change(name: str, entry: Entry) -> Entry:
         basis = bases.get(layer_of(name))

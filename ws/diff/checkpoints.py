@@ -1,8 +1,4 @@
-"""Weight differences of two full checkpoints, read tensor by tensor.
-
-`w = theta_pos - theta_neg` in float32; only what differs is kept, factored where its rank is low, so memory is the
-difference and one tensor of each side. (docs/method.md section 2)
-"""
+"""Weight differences of two full checkpoints, held tensor by tensor, so memory is the difference. (method section 2)"""
 
 import json
 from collections.abc import Iterator
@@ -42,11 +38,9 @@ def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def from_checkpoints(pos: Path | str, neg: Path | str) -> WeightDiff:
-    """`theta_pos - theta_neg` of two full checkpoints in float32, read tensor by tensor.
-
-    pos, neg: folders with `model.safetensors` (sharded or not) or single files. Equal tensors are left out. Raises
-    ValueError naming the tensor that is missing, differs in shape or holds NaN; also when nothing differs.
-    """
+    """`theta_pos - theta_neg` of two full checkpoints in float32, read tensor by tensor. pos, neg: folders with
+    `model.safetensors` (sharded or not) or single files. Equal tensors are left out. Raises ValueError naming the
+    tensor that is missing, differs in shape or holds NaN; also when nothing differs."""
     pos, neg = Path(pos), Path(neg)
     entries, about = factorised(_differences(pos, neg))
     if not entries:

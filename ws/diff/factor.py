@@ -1,9 +1,8 @@
-"""Dense matrices of low numerical rank as factors, each with a certificate.
+"""Dense matrices of low numerical rank as factors, each with a certificate. (docs/method.md section 2)
 
-Blocks of a seeded random sketch: `Q_i = qr(R W_i)`, `A_i = Q_i^T R`, `R <- R - Q_i A_i`, so that `M = Q A + R` and
-`|R|_F` is measured, not estimated. A matrix becomes `B A` only where `|M - B A|_F <= 1e-6 |M|_F` for the very float32
-product that is used afterwards; what was rounded to half precision has full rank and stays dense. (Halko, Martinsson
-and Tropp 2011, SIAM Review 53(2); docs/method.md section 2)
+Blocks of a seeded random sketch, `Q_i = qr(R W_i)`, `R <- R - Q_i Q_i^T R` (Halko, Martinsson and Tropp 2011, SIAM
+Review 53(2)). A matrix becomes `B A` only where `|M - B A|_F <= 1e-6 |M|_F` for the very float32 product that is used
+afterwards, measured and not estimated; what was rounded to half precision has full rank and stays dense.
 """
 
 from collections.abc import Iterable
@@ -15,17 +14,14 @@ from torch import Tensor
 from ws.diff.core import Entry, LowRank
 
 TOLERANCE = 1e-6
-BLOCKS = (8, 32, 64, 128, 256)
-"""Columns that the sketch grows by: 8, 40, 104, 232, 488 in all."""
+BLOCKS = (8, 32, 64, 128, 256)  # columns that the sketch grows by: 8, 40, 104, 232, 488 in all
 ROWS = 256  # that are held in float64 at a time
 
 
 def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], dict]:
-    """The entries with every matrix of low numerical rank as `LowRank`, and what goes into the metadata for it.
-
-    The latter is `{"factorised": {matrices, of, largest_residual, tolerance}}`: how many of how many dense matrices, and
-    the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is.
-    """
+    """The entries with every matrix of low numerical rank as `LowRank`, and what goes into the metadata for it. The
+    latter is `{"factorised": {matrices, of, largest_residual, tolerance}}`: how many of how many dense matrices, and
+    the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is."""
     out: dict[str, Entry] = {}
     matrices, residuals = 0, []
     for name, entry in entries:
@@ -41,11 +37,9 @@ def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], 
 
 @torch.no_grad()
 def factors(M: Float[Tensor, "out in_"]) -> tuple[LowRank, float] | None:
-    """float32 factors of M at its numerical rank and their relative residual; None where M has no such factors.
-
-    The sketch stays under half the smaller dimension n. It ends where four more random directions take too little off
-    `|R|^2` for it to reach 0 within n / 3 columns at that pace: a noise floor costs a few passes over the matrix.
-    """
+    """float32 factors of M at its numerical rank and their relative residual; None where M has no such factors. The
+    sketch stays under half the smaller dimension n. It ends where four more random directions take too little off
+    `|R|^2` for it to reach 0 within n / 3 columns at that pace: a noise floor costs a few passes over the matrix."""
     if not M.any():
         return LowRank(torch.zeros(len(M), 0), torch.zeros(0, M.shape[1])), 0.0
     R, norm, n = M.to(torch.float32, copy=True), _norm(M), min(M.shape)

@@ -22,13 +22,9 @@ SERVED = f"{FAMILIES} and others with separate q/k/v/o and gate/up/down projecti
 
 
 class Decoder:
-    """A read-only view of a causal LM's decoder by role.
-
-    Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H), `n_kv` (K), `head_dim` (e), `vocab` (V), `blocks` (the
-    ModuleList), `final_norm`, `embed_tokens`, `act` (the MLP's activation function).
-
-    Raises ValueError naming the missing module when the architecture is not served.
-    """
+    """A read-only view of a causal LM's decoder by role. Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H),
+    `n_kv` (K), `head_dim` (e), `vocab` (V), `blocks` (the ModuleList), `final_norm`, `embed_tokens`, `act` (the MLP's
+    activation function). Raises ValueError naming the missing module when the architecture is not served."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -75,12 +71,9 @@ class Decoder:
         return None if bias is None else bias.detach().float()
 
     def norm_gain(self, l: int, where: str) -> Float[Tensor, " d"]:
-        """Effective gain of a block norm, float32; ones where the block has no such norm.
-
-        `where`: `attn_in`, `mlp_in` (norm before the part), `attn_out`, `mlp_out` (norm of the part's output, Gemma 2/3
-        and OLMo 2). Read off the module itself: an RMS norm maps the all-ones vector to its gain, which is `1 + g` in
-        Gemma, `g` elsewhere.
-        """
+        """Effective gain of a block norm, float32; ones where the block has no such norm. `where`: `attn_in`, `mlp_in`
+        (norm before the part), `attn_out`, `mlp_out` (norm of the part's output, Gemma 2/3 and OLMo 2). Read off the
+        module itself: an RMS norm maps the all-ones vector to its gain, which is `1 + g` in Gemma, `g` elsewhere."""
         block = self.blocks[l]
         names = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm", "attn_out": "", "mlp_out": ""}
         if hasattr(block, "post_feedforward_layernorm"):

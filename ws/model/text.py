@@ -1,7 +1,6 @@
-"""Texts as a model reads them: chat templates, token ids with a mask, the last real token, positions.
+"""Texts as a model reads them: chat templates, token ids with a mask, the last real token, positions. (method section 1)"""
 
-(docs/method.md sections 1 and 3)
-"""
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -16,18 +15,12 @@ def chat_text(tokenizer, user: str, system: str | None = None, assistant: str | 
     system text put before the user's. A tokenizer without a template is a ValueError. (docs/method.md section 1)
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')}: no chat template; use an instruction-tuned model,"
-            " or set tokenizer.chat_template"
-        )
-    reply = [] if assistant is None else [{"role": "assistant", "content": assistant}]
+        name, hint = getattr(tokenizer, "name_or_path", "the tokenizer"), "or set tokenizer.chat_template"
+        raise ValueError(f"{name}: no chat template; use an instruction-tuned model, {hint}")
+    ask = assistant is None
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+    reply = [] if ask else [{"role": "assistant", "content": assistant}]
     turns = [{"role": "user", "content": user}, *reply]
-
-    def render(messages):
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=assistant is None, enable_thinking=False
-        )
-
     if not system:
         return render(turns)
     try:
@@ -62,8 +55,7 @@ def encode(
 
 def last_index(mask: Int[Tensor, "n T"]) -> Int[Tensor, " n"]:
     """Index of each row's last non-zero mask entry; the same token for left and right padding."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (mask * positions).argmax(dim=1)
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
 
 
 def position_ids(mask: Int[Tensor, "n T"]) -> Int[Tensor, "n T"]:

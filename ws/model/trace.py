@@ -1,8 +1,5 @@
-"""Recording and editing what modules compute, by forward hooks.
-
-`TraceDict` is baukit's where baukit's file of it loads, else the class below; `trace_in_use` says which. `recorded` is
-what every capture runs through.
-"""
+"""Recording and editing what modules compute, by forward hooks. `TraceDict` is baukit's where baukit's file of it
+loads, else the class below; `trace_in_use` says which. `recorded` is what every capture runs through."""
 
 import importlib.util
 import inspect
@@ -71,9 +68,8 @@ class OwnTraceDict(OrderedDict):
 
 def _modules(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     modules = dict(root.named_modules())
-    for name in names:
-        if name not in modules:
-            raise LookupError(name)
+    if unknown := [name for name in names if name not in modules]:
+        raise LookupError(unknown[0])
     return modules
 
 
@@ -95,11 +91,9 @@ def _kept(value, clone: bool, detach: bool):
 
 
 def find_trace_dict() -> tuple[type, str]:
-    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why.
-
-    Only the package's `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it
-    was built for.
-    """
+    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why. Only the
+    package's `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it was
+    built for."""
     try:
         package = importlib.util.find_spec("baukit")
         if package is None:

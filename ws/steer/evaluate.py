@@ -146,10 +146,8 @@ def write_blind(rows: list[dict], folder: Path, seed: int = 0) -> tuple[Path, Pa
 
 def steering_verdict(summary: pl.DataFrame) -> dict:
     """What the sweep shows on the held-out false claims, computed: `monotone`, `spread` (nats, between the extreme
-    alphas), `least_pmass`, and `text`, which compares the claim sets' movements.
-
-    summary: `summarise_sweep`. A behaviour without negations or true claims is compared on what it has.
-    """
+    alphas), `least_pmass`, and `text`, which compares the claim sets' movements. summary: `summarise_sweep`. A
+    behaviour without negations or true claims is compared on what it has."""
     part = summary.filter(set="false").sort("alpha")
     means = part["mean_logratio"].to_list()
     low, high = part["alpha"][0], part["alpha"][-1]

@@ -32,11 +32,8 @@ def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
 def build(
     materials: Materials | CeilingMaterials, chosen: Sequence[Candidate], progress: bool = True
 ) -> dict[str, list[Basis]]:
-    """Bases of the candidates by name, one per layer, each checked as it is made.
-
-    Layers are the outer loop, so that a layer's weights and Grams are read once. Raises ValueError naming candidate and
-    layer when a basis is malformed.
-    """
+    """Bases of the candidates by name, one per layer, each checked as it is made. Layers are the outer loop, so that a
+    layer's weights and Grams are read once. Raises ValueError naming candidate and layer when a basis is malformed."""
     bases: dict[str, list[Basis]] = {c.name: [] for c in chosen}
     for l in tqdm(range(materials.n_layers), "bases by layer", disable=not (progress and chosen)):
         for c in chosen:

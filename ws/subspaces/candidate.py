@@ -113,10 +113,8 @@ def _check(entry: Candidate) -> None:
 
 
 def as_candidate(thing: object) -> Candidate:
-    """A candidate from itself, its name, a decorated function, or any callable `f(m, l)` (or `f(m)`: shared).
-
-    A plain callable may see weights and prompts. Raises ValueError for an unknown name or what cannot be called.
-    """
+    """A candidate from itself, its name, a decorated function, or any callable `f(m, l)` (or `f(m)`: shared). A plain
+    callable may see weights and prompts. Raises ValueError for an unknown name or what cannot be called."""
     if isinstance(thing, Candidate):
         return thing
     if isinstance(thing, str):
@@ -131,10 +129,8 @@ def as_candidate(thing: object) -> Candidate:
 
 
 def load_candidates(files: str | Path | Sequence[str | Path]) -> list[Candidate]:
-    """The candidates that files of one's own define, in their order; [] for no file.
-
-    Raises FileNotFoundError / ValueError naming the file: absent, not Python, without a decorated function.
-    """
+    """The candidates that files of one's own define, in their order; [] for no file. Raises FileNotFoundError /
+    ValueError naming the file: absent, not Python, without a decorated function."""
     found = []
     for file in filter(str, [files] if isinstance(files, str | Path) else files):
         path = Path(file).expanduser().resolve()

@@ -1,8 +1,6 @@
-"""Candidates read off base activations: clean probes, persona contrasts, attention-selected tokens, clusters, rotations.
-
-A contrast is `persona_pos - persona_neg`, probe by probe, at the last token. (docs/method.md section 5; those of
-source v7b mend one named defect each, section 7)
-"""
+"""Candidates read off base activations: clean probes, persona contrasts, attention-selected tokens, clusters,
+rotations. A contrast is `persona_pos - persona_neg`, probe by probe, at the last token. (docs/method.md section 5;
+those of source v7b mend one named defect each, section 7)"""
 
 from collections.abc import Callable
 from itertools import takewhile
@@ -14,7 +12,6 @@ from torch.nn.functional import pad
 from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
-from ws.subspaces.reading import TextActs
 
 TINY = 1e-12
 PROMPTS = ("weights", "prompts")
@@ -76,18 +73,12 @@ def task_diff(m: Materials, l: int) -> Basis:
     return pca(_contrast(m, l), m.k)
 
 
-def _aligned(acts: TextActs, width: int, l: int) -> tuple[Tensor, Tensor]:
-    """Token states `(n, T, d)` and attention row `(n, T)` at layer l, zero-padded on the left to `width`."""
-    missing = width - acts.tokens.shape[2]
-    return pad(acts.tokens[l].double(), (0, 0, missing, 0)), pad(acts.attn[l].double(), (missing, 0))
-
-
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
     """`D = pos - neg` per token `(n, T, d)` and both attention rows `(n, T)`, aligned at the right edge."""
     width = max(m.base.pos.tokens.shape[2], m.base.neg.tokens.shape[2])
-    pos, a_pos = _aligned(m.base.pos, width, l)
-    neg, a_neg = _aligned(m.base.neg, width, l)
-    return pos - neg, a_pos, a_neg
+    sides = [(acts, width - acts.tokens.shape[2]) for acts in (m.base.pos, m.base.neg)]
+    pos, neg = (pad(acts.tokens[l].double(), (0, 0, missing, 0)) for acts, missing in sides)
+    return pos - neg, *(pad(acts.attn[l].double(), (missing, 0)) for acts, missing in sides)
 
 
 def _attention_selected(m: Materials, D: Tensor, a: Tensor, b: Tensor, weight: Weight) -> Basis:

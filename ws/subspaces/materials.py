@@ -1,8 +1,6 @@
-"""What candidates are built from: base weights and base activations.
-
-Grams that several candidates share are made once: one pass from the last layer to the first accumulates what reads
-downstream of each block. Float32 copies of a layer's weights live only while their layer is at work.
-"""
+"""What candidates are built from: base weights and base activations. Grams that several candidates share are made once:
+one pass from the last layer to the first accumulates what reads downstream of each block. Float32 copies of a layer's
+weights live only while their layer is at work."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -108,10 +106,8 @@ class Materials:
 
     @property
     def base(self) -> BaseCaptures:
-        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas.
-
-        A candidate of one's own gets all three with the same probe in row i (a clean row once per persona pair).
-        """
+        """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas. A candidate
+        of one's own gets all three with the same probe in row i (a clean row once per persona pair)."""
         blind = next((c.name for c in self._asking if "prompts" not in c.sees), None)
         if blind:
             raise ValueError(f"candidate {blind} looks at activations: decorate it with sees=('prompts',)")

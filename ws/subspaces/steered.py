@@ -1,7 +1,4 @@
-"""The B-side: what w does to a behaviour's probes, and what the ceilings alone are built from.
-
-Differences are `H(w, +1) - H(w, -1)`, cumulative and block by block. (docs/method.md sections 3 and 7)
-"""
+"""The B-side: what w does to a behaviour's probes, and what the ceilings alone are built from. (sections 3 and 7)"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +34,8 @@ class SteeredDiffs:
 def capture_steered(
     lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, cache: Path | None = None
 ) -> SteeredDiffs:
-    """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes.
-
-    Kept in the folder `cache` under the model, w's content and the token ids: protocols that split and render the
-    probes alike share them.
-    """
+    """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes. Kept in the folder `cache` under the
+    model, w's content and the token ids: protocols that split and render the probes alike share them."""
     split = probes(behavior, protocol)
     sets = [probe_set(lm, behavior, getattr(split, name), protocol, name) for name in ("eval", "fit")]
 
