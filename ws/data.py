@@ -1,11 +1,6 @@
-"""Behaviours: what is asked, under which personas, and which words answer.
-
-A behaviour is a list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the
-answers apart, one probe template and the answer words. Everything after this module works on a `Behavior`; nothing
-after it knows which behaviour it is. docs/method.md section 1:
-
-    probe(topic) = template with {claim} filled in,      user turn of a training pair = opinion(claim) + question
-"""
+"""Behaviours: what is asked, under which personas, and which words answer. (docs/method.md section 1) A behaviour is a
+list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the answers apart,
+one probe template and the answer words. Nothing after this module knows which behaviour it is."""
 
 import difflib
 import json
@@ -60,7 +55,28 @@ class Behavior:
     opinion: str = "I think that {claim}."
 
     def __post_init__(self) -> None:
-        _check(self)
+        for key in TEXT_FIELDS:
+            _text(key, getattr(self, key))
+        for key in LIST_FIELDS:
+            _texts(key, getattr(self, key))
+        _count(self.n_train_topics)
+        n, least, claims = len(self.topics), self.n_train_topics + 2, [t.claim for t in self.topics]
+        pos, neg, denied, held = map(len, (self.personas_pos, self.personas_neg, self.negations, self.heldout_topics))
+        templates = {"probe": self.probe, "opinion": self.opinion}
+        faults = [
+            (self.name in (".", "..") or set(self.name) & set("/\\\0"), f"name: {self.name!r} cannot name a folder"),
+            *((PLACE not in text, f"{key}: the template has no {PLACE}: {text!r}") for key, text in templates.items()),
+            *((not getattr(self, key), f"{key}: is empty") for key in NEEDED),
+            (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
+            *((word in self.no, f"yes and no share the answer word {word!r}") for word in sorted(self.yes)),
+            (n < least, f"topics: has {n}, needs n_train_topics + 2 = {least} or more, to hold two out"),
+            *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
+            *((c in claims[:i], f"topics: the claim {c!r} is there twice") for i, c in enumerate(claims)),
+            (denied not in (0, held), f"negations: has {denied}, there are {held} held-out topics to negate in order"),
+        ]
+        for fault, message in faults:
+            if fault:
+                raise ValueError(message)
 
     @property
     def train_topics(self) -> tuple[Topic, ...]:
@@ -162,31 +178,6 @@ def _topic(index: int, row: object) -> Topic:
     if isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row):
         return Topic(*row)
     raise ValueError(f"topics[{index}]: needs a claim and a question, is {row!r}")
-
-
-def _check(b: Behavior) -> None:
-    for key in TEXT_FIELDS:
-        _text(key, getattr(b, key))
-    for key in LIST_FIELDS:
-        _texts(key, getattr(b, key))
-    _count(b.n_train_topics)
-    count, topics, claims = b.n_train_topics, len(b.topics), [t.claim for t in b.topics]
-    pos, neg, negated, held = map(len, (b.personas_pos, b.personas_neg, b.negations, b.heldout_topics))
-    templates = {"probe": b.probe, "opinion": b.opinion}
-    faults = [
-        (b.name in (".", "..") or set(b.name) & set("/\\\0"), f"name: {b.name!r} cannot name a folder"),
-        *((PLACE not in text, f"{key}: the template has no {PLACE}: {text!r}") for key, text in templates.items()),
-        *((not getattr(b, key), f"{key}: is empty") for key in NEEDED),
-        (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
-        *((word in b.no, f"yes and no share the answer word {word!r}") for word in sorted(b.yes)),
-        (topics < count + 2, f"topics: has {topics}, needs n_train_topics + 2 = {count + 2} or more, to hold two out"),
-        *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
-        *((c in claims[:i], f"topics: the claim {c!r} is there twice") for i, c in enumerate(claims)),
-        (negated not in (0, held), f"negations: has {negated}, there are {held} held-out topics to negate in order"),
-    ]
-    for fault, message in faults:
-        if fault:
-            raise ValueError(message)
 
 
 def _text(key: str, value: object) -> None:

@@ -1,10 +1,6 @@
-"""Weight diffs: `w = theta_pos - theta_neg`, exactly, from whatever holds the two sides.
-
-For a LoRA pair `w = s (B+ A+ - B- A-)` is kept as the factors `([s B+, -s B-], [A+; A-])` of rank <= 2r, in float32, so
-no rounding of merged weights enters. This module is the front door; the rooms behind it are `core` (the object
-and its decompositions), `algebra` (inner products, projections, geometry of a pair), `factor` (dense matrices of low
-rank), `io` (files), `build` and `checkpoints` (adapters, full checkpoints). (docs/method.md section 2)
-"""
+"""Weight diffs: `w = theta_pos - theta_neg`, exactly, from whatever holds the two sides. (docs/method.md section 2) For
+a LoRA pair `w = s (B+ A+ - B- A-)` is kept as the factors `([s B+, -s B-], [A+; A-])` of rank <= 2r, in float32, so no
+rounding of merged weights enters. This module is the front door to the other modules of the package."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""What is computed between weight diffs, or between a diff and subspaces of the residual stream.
+"""What is computed between weight diffs, or between a diff and subspaces of the residual stream. (sections 2 and 8)
 
 `<B1 A1, B2 A2> = sum (B1^T B2) * (A1 A2^T)`; `keep = P w` and `drop = (I - P) w` with `P = B_l B_l^T` act on the
-residual writers (`o_proj`, `down_proj`) from the left, and `keep + drop = w` there. (docs/method.md sections 2 and 8)
+residual writers (`o_proj`, `down_proj`) from the left, and `keep + drop = w` there.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,9 @@
-"""Exact weight differences from two PEFT adapter folders.
+"""Exact weight differences from two PEFT adapter folders. (docs/method.md section 2)
 
-LoRA and rsLoRA: `w = s (B+ A+ - B- A-)`, `s = alpha / r` or `alpha / sqrt(r)`, as factors in float32.
-PiSSA and other initialisations that move part of W into the adapter: both signs start from the same residual
-`W_res = W - s B0 A0`, so `theta+ - theta- = (W_res + s B+ A+) - (W_res + s B- A-)` is the same difference of products.
-It is written as `[s (B+ - B-), s B-] [A+; A+ - A-]`, because `B+ A+` and `B- A-` both hold the large part of W and
-would cancel. DoRA and every other peft type: each side is merged in float32, one module at a time, and the merged
-weights are subtracted. (docs/method.md section 2)
+LoRA and rsLoRA: `w = s (B+ A+ - B- A-)`, `s = alpha / r` or `alpha / sqrt(r)`, as factors in float32. PiSSA and other
+initialisations that move part of W into the adapter: both signs start from the same residual, so w is the same
+difference of products, written as `[s (B+ - B-), s B-] [A+; A+ - A-]`, because `B+ A+` and `B- A-` both hold the large
+part of W and would cancel. All other types: each side is merged in float32, and the merged weights are subtracted.
 """
 
 import copy
@@ -24,11 +22,8 @@ from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, same_n
 from ws.diff.factor import factorised
 from ws.diff.io import read_tensors
 
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-"""Initialisations of peft that change the base weights."""
-NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
-"""Those that depend on a random draw or on data, so that pos and neg share a base only if they shared that too."""
-
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations that change the base weights
+NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # of those, what depends on a random draw or on data
 NOT_PLAIN = (
     "use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "alora_invocation_tokens",
     "target_parameters", "layer_replication", "trainable_token_indices",
@@ -165,22 +160,25 @@ def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dic
     where = f"{a.folder} and {b.folder}"
     _check_pair(a, b, where)
     plain = a.plain and b.plain
-    entries = _factored(a, b, where) if plain else _merged_difference(a, b, base, where)
+    if plain:
+        entries = _factored(a, b, where)
+    else:
+        plus, minus = _merged(a, base), _merged(b, base)
+        same_names(plus, minus, where)
+        changes = {name: tensor.sub_(minus[name]) for name, tensor in plus.items()}
+        entries = {name: change for name, change in changes.items() if change.ndim > 1 or change.any()}
     if isinstance(base, nn.Module):
         entries = _fit_names(entries, base, where)
     check_entries(entries, where)
     entries, about = (entries, {}) if plain else factorised(entries.items())
-    entries = {name: entries[name] for name in sorted(entries, key=_natural)}
+    by_number = {n: [(int(p), "") if p.isdigit() else (-1, p) for p in n.split(".")] for n in entries}
+    entries = {name: entries[name] for name in sorted(entries, key=by_number.get)}
     form = "low-rank" if plain else "dense (float32 merge)"
     info = {"base_model": str(a.config.get("base_model_name_or_path") or ""), "adapter": a.kind, "form": form}
     r, alpha = a.config.get("r"), a.config.get("lora_alpha")
     info |= {"r": r} if r else {}
     info |= {"scale": a.scaling(alpha, r)} if r and alpha else {}
     return WeightDiff(entries, {**info, **about, **(meta or {})})
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _factored(a: Adapter, b: Adapter, where: str) -> dict[str, Entry]:
@@ -259,13 +257,6 @@ def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
         for leaf, parameter in held.named_parameters(recurse=whole):
             touched[own.get(id(parameter), f"{_strip(name)}.{leaf}")] = parameter.detach()
     return touched
-
-
-def _merged_difference(a: Adapter, b: Adapter, base: Base, where: str) -> dict[str, Entry]:
-    plus, minus = _merged(a, base), _merged(b, base)
-    same_names(plus, minus, where)
-    changes = {name: tensor.sub_(minus[name]) for name, tensor in plus.items()}
-    return {name: e for name, e in changes.items() if e.ndim > 1 or e.any()}
 
 
 def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[WeightDiff, WeightDiff]:

@@ -1,8 +1,4 @@
-"""Weight differences of two full checkpoints, read tensor by tensor.
-
-`w = theta_pos - theta_neg` in float32; only what differs is kept, factored where its rank is low, so memory is the
-difference and one tensor of each side. (docs/method.md section 2)
-"""
+"""Weight differences of two full checkpoints, held tensor by tensor, so memory is the difference. (method section 2)"""
 
 import json
 from collections.abc import Iterator

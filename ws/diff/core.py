@@ -1,9 +1,8 @@
-"""A weight difference and its linear algebra, never forming a dense matrix where the factors do.
+"""A weight difference and its linear algebra, never forming a dense matrix where the factors do. (method section 2)
 
-`w = theta_pos - theta_neg` is kept per parameter, either as factors `delta = B A` (rank r <= 2 x the adapters' rank) or
-as the dense tensor. With `B = Q_B R_B` and `A^T = Q_A R_A`: `|BA| = |R_B R_A^T|`, the singular values of `BA` are those
-of the small matrix `R_B R_A^T = U S V^T`, its singular vectors are `Q_B U` and `Q_A V`. The small problems are solved
-in float64, once per object. (docs/method.md section 2)
+Per parameter it is kept as factors `delta = B A` (rank r <= 2 x the adapters' rank) or as the dense tensor. With
+`B = Q_B R_B` and `A^T = Q_A R_A` the singular values of `BA` are those of the small matrix `R_B R_A^T = U S V^T`, its
+singular vectors `Q_B U` and `Q_A V`: solved in float64, once per object.
 """
 
 import difflib
@@ -51,13 +50,11 @@ class LowRank:
 
 Entry = LowRank | Tensor
 
-DENSE_BUDGET = 2 << 30
-"""Bytes of singular vectors of dense matrices that one object remembers."""
+DENSE_BUDGET = 2 << 30  # bytes of singular vectors of dense matrices that one object remembers
 TABLE = {
     "layer": pl.Int64, "module": pl.String, "name": pl.String, "form": pl.String, "shape": pl.String,
     "norm": pl.Float64, "rank": pl.Int64, "effective_rank": pl.Float64, "top_singular_value": pl.Float64,
 }  # fmt: skip
-"""Columns of `WeightDiff.table`: form is `low-rank` or `dense`, norm Frobenius, rank a bound."""
 
 
 def dims(shape: Iterable[int]) -> str:
@@ -213,7 +210,7 @@ class WeightDiff(Mapping):
         return float(torch.exp(-(p * p.log()).sum())) if energy.any() else 0.0
 
     def table(self) -> pl.DataFrame:
-        """One row per parameter: the columns of `TABLE`; null where a shape is neither a matrix nor a vector."""
+        """One row per parameter: the columns of `TABLE`; rank (a bound) and spectrum null unless matrix or vector."""
         rows = []
         for name, entry in self.entries.items():
             row = {"layer": layer_of(name), "module": name.removesuffix(".weight").rpartition(".")[2], "name": name}

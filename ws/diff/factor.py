@@ -1,9 +1,8 @@
-"""Dense matrices of low numerical rank as factors, each with a certificate.
+"""Dense matrices of low numerical rank as factors, each with a certificate. (docs/method.md section 2)
 
-Blocks of a seeded random sketch: `Q_i = qr(R W_i)`, `A_i = Q_i^T R`, `R <- R - Q_i A_i`, so that `M = Q A + R` and
-`|R|_F` is measured, not estimated. A matrix becomes `B A` only where `|M - B A|_F <= 1e-6 |M|_F` for the very float32
-product that is used afterwards; what was rounded to half precision has full rank and stays dense. (Halko, Martinsson
-and Tropp 2011, SIAM Review 53(2); docs/method.md section 2)
+Blocks of a seeded random sketch, `Q_i = qr(R W_i)`, `R <- R - Q_i Q_i^T R` (Halko, Martinsson and Tropp 2011, SIAM
+Review 53(2)). A matrix becomes `B A` only where `|M - B A|_F <= 1e-6 |M|_F` for the very float32 product that is used
+afterwards, measured and not estimated; what was rounded to half precision has full rank and stays dense.
 """
 
 from collections.abc import Iterable
@@ -15,8 +14,7 @@ from torch import Tensor
 from ws.diff.core import Entry, LowRank
 
 TOLERANCE = 1e-6
-BLOCKS = (8, 32, 64, 128, 256)
-"""Columns that the sketch grows by: 8, 40, 104, 232, 488 in all."""
+BLOCKS = (8, 32, 64, 128, 256)  # columns that the sketch grows by: 8, 40, 104, 232, 488 in all
 ROWS = 256  # that are held in float64 at a time
 
 

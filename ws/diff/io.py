@@ -1,8 +1,6 @@
-"""Weight diffs on disk: one `.safetensors` file, a legacy `w.pt`, and a PEFT adapter folder as export.
-
-The file holds `NAME::B` and `NAME::A` for a low-rank entry and `NAME` for a dense one; everything else is JSON under
-one key of its header, so the bytes depend on the content alone. (docs/method.md section 2)
-"""
+"""Weight diffs on disk: one `.safetensors` file, a legacy `w.pt`, and a PEFT adapter folder as export. The file holds
+`NAME::B` and `NAME::A` for a low-rank entry and `NAME` for a dense one; everything else is JSON under one key of its
+header, so the bytes depend on the content alone. (docs/method.md section 2)"""
 
 import json
 import pickle
@@ -133,7 +131,11 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(w.shape(name)) != 2:
             raise ValueError(f"{name}: {w.shape(name)} is not a linear weight; a PEFT LoRA cannot hold it")
-        entry = w.entries[name] if isinstance(w.entries[name], LowRank) else _factor(w, name)
+        entry = w.entries[name]
+        if not isinstance(entry, LowRank):
+            U, s, Vh = w.svd(name)
+            keep = int((s > s[0] * torch.finfo(torch.float32).eps * max(entry.shape)).sum())
+            entry = balanced(U[:, :keep], s[:keep], Vh[:keep])
         ranks[module] = max(entry.rank, 1)
         missing = ranks[module] - entry.rank  # peft knows no rank 0
         B, A = pad(entry.B.float(), (0, missing)) * alpha, pad(entry.A.float(), (0, 0, 0, missing))
@@ -146,9 +148,7 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
     pattern = {module: r for module, r in sorted(ranks.items()) if r != top}
     # a regular expression, because peft writes a set of names in an order that differs between runs
     targets = "|".join(module.replace(".", r"\.") for module in sorted(ranks))
-    config = LoraConfig(
-        r=top, lora_alpha=top, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=targets
-    )
+    config = LoraConfig(r=top, lora_alpha=top, rank_pattern=pattern, alpha_pattern={**pattern}, target_modules=targets)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     config.base_model_name_or_path = str(w.meta.get("base_model") or "")
     with atomic_dir(Path(folder)) as temporary:
@@ -156,12 +156,6 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
         whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         save_file(whole, str(Path(temporary) / "adapter_model.safetensors"), metadata={"format": "pt"})
     return Path(folder)
-
-
-def _factor(w: WeightDiff, name: str) -> LowRank:
-    U, s, Vh = w.svd(name)
-    keep = int((s > s[0] * torch.finfo(torch.float32).eps * max(w.shape(name))).sum())
-    return balanced(U[:, :keep], s[:keep], Vh[:keep])
 
 
 def describe(w: WeightDiff) -> str:

@@ -1,9 +1,4 @@
-"""`explain`: the only way from a weight diff to scores.
-
-    captures -> bases (A-side, kept) -> targets (w) -> one row per layer and candidate -> Explanation
-
-(docs/method.md sections 3 to 7)
-"""
+"""`explain`, the only way from w to scores: captures -> bases -> targets -> rows -> Explanation. (method sections 3 to 7)"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -76,7 +71,12 @@ def explain(
     chosen = shipped if candidates is None else [as_candidate(c) for c in candidates]
     ceilings = [c for c in shipped if c.kind == "ceiling"]
     a_side = [c for c in [*chosen, *functions] if c.kind != "ceiling"]
-    everyone = _in_order(a_side, ready, ceilings)
+    given = [Candidate(name, "own", "own", False, (), lambda: None) for name in ready]
+    by_name: dict[str, Candidate] = {}
+    for c in [*a_side, *given, *ceilings]:
+        if by_name.setdefault(c.name, c) != c:
+            raise ValueError(f"candidate {c.name}: two of this name are given")
+    everyone = list(by_name.values())
 
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache)
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
@@ -125,16 +125,6 @@ def _sorted_out(extra: Iterable[object] | Mapping[str, object]) -> tuple[list[Ca
         items += item.items() if isinstance(item, Mapping) else [("", item)]
     functions = [as_candidate(item) for _, item in items if not isinstance(item, Mapping)]
     return functions, {name: item for name, item in items if isinstance(item, Mapping)}
-
-
-def _in_order(a_side: list[Candidate], ready: dict[str, Mapping], ceilings: list[Candidate]) -> list[Candidate]:
-    given = [Candidate(name, "own", "own", False, (), lambda: None) for name in ready]
-    everyone = {}
-    for c in [*a_side, *given, *ceilings]:
-        if c.name in everyone and everyone[c.name] != c:
-            raise ValueError(f"candidate {c.name}: two of this name are given")
-        everyone[c.name] = c
-    return list(everyone.values())
 
 
 def _given(name: str, by_layer: Mapping, lm: LM) -> list[Basis]:

@@ -37,11 +37,9 @@ def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list
 
 
 def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
-    """Activation recovery against weight recovery, write and mixed candidates left, read ones right.
-
-    summary: `ws.explanation.summary.summarise`. The ten best by joint score of each panel are named, ceilings are in
-    both. A candidate with an undefined or non-positive score is not drawn and counted.
-    """
+    """Activation recovery against weight recovery, write and mixed candidates left, read ones right. summary:
+    `ws.explanation.summary.summarise`. The ten best by joint score of each panel are named, ceilings are in both. A
+    candidate with an undefined or non-positive score is not drawn and counted."""
     x, y = pl.col(ACT), pl.col(W)
     shown = summary.filter((x > 0) & (y > 0) & y.is_not_nan() & x.is_not_nan())
     ceilings = shown.filter(pl.col("kind") == "ceiling")
@@ -49,8 +47,10 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     styles = family_styles(sorted(rest["family"]))
     figure = Figure(figsize=(13.5, 6.4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    if len(shown):
-        _limits(axes[0], shown)
+    for column, setter, share in ((ACT, axes[0].set_xlim, POINTS_SHARE), (W, axes[0].set_ylim, 0.96)):
+        if len(shown):  # the limits hold every point and the chance lines, with room for names on the right
+            low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
+            setter(low, low * (high / low) ** (1 / share))
     for axis, name, kinds in zip(axes, ("write and mixed", "read"), (["write", "mixed"], ["read"]), strict=True):
         part = rest.filter(pl.col("axis_kind").is_in(kinds)).sort("joint_score", descending=True)
         for (family,), of in part.group_by("family", maintain_order=True):
@@ -70,13 +70,6 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     note = f"; {hidden} with an undefined score not drawn" if hidden else ""
     figure.suptitle((title or "What each subspace recovers, mean over the LoRA layers") + note)
     return figure
-
-
-def _limits(axis: Axes, shown: pl.DataFrame) -> None:
-    """Log limits that hold every point and the chance lines, with room for names on the right."""
-    for column, setter, share in ((ACT, axis.set_xlim, POINTS_SHARE), (W, axis.set_ylim, 0.96)):
-        low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
-        setter(low, low * (high / low) ** (1 / share))
 
 
 def _name_points(axis: Axes, points: pl.DataFrame) -> None:

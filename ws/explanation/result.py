@@ -1,7 +1,5 @@
-"""`Explanation`: what a sweep found, as tables, figures and words, and as the files of a run. (docs/method.md section 6)
-
-`v7_*.csv, .tsv, .md`, `scores.safetensors` (what statistics over seeds start from) and `explanation.json` (the rest).
-"""
+"""`Explanation`: what a sweep found, as tables, figures and words, and as the files of a run (docs/method.md section 6):
+`v7_*.csv, .tsv, .md`, `scores.safetensors` (what statistics over seeds start from), `explanation.json` (the rest)."""
 
 import json
 from dataclasses import dataclass, field
@@ -27,7 +25,6 @@ from ws.show.tables import read_table, write_table
 
 CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
 RECORD = "explanation.json"
-PLAN_MERGE = ASSETS / "v7_plan_merge.md"  # what v7 measures that its predecessor did not
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +116,8 @@ class Explanation:
         }
         files = [write_table(table, folder / name) for name, table in tables.items()]
         texts = {"conclusion": self.conclusion(), "definitions": self.definitions()}
-        texts |= {"plan_merge": PLAN_MERGE.read_text(encoding="utf-8")}
+        # what v7 measures that its predecessor did not
+        texts["plan_merge"] = (ASSETS / "v7_plan_merge.md").read_text(encoding="utf-8")
         for name, text in texts.items():
             write_text(folder / f"v7_{name}.md", text)
         files += [write_text(folder / name, text) for name, text in self.sources.items()]

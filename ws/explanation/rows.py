@@ -1,7 +1,4 @@
-"""Every candidate's basis at every layer, scored on what w does to activations and to weights: one row each.
-
-(docs/method.md sections 5 to 7)
-"""
+"""Every candidate's basis at every layer, scored on what w does: one row each. (docs/method.md sections 5 to 7)"""
 
 import hashlib
 import logging
@@ -18,6 +15,7 @@ from ws.diff import WeightDiff
 from ws.explanation import scores as sc
 from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
+from ws.subspaces.check import skew
 from ws.subspaces.steered import CeilingMaterials
 
 CLEAN = "layer_clean_resid_pca"  # what specificity projects out
@@ -60,10 +58,8 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
 
 
 def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) -> list[int]:
-    """Layers the summary averages over: those w touches, unless given.
-
-    ValueError where there are none, where the model lacks one, or where w touches none of those given.
-    """
+    """Layers the summary averages over: those w touches, unless given. ValueError where there are none, where the model
+    lacks one, or where w touches none of those given."""
     layers = sorted(set(given)) if given else w.layers()
     if not layers:
         raise ValueError("the weight diff names no layer; give LORA_LAYERS")
@@ -75,10 +71,8 @@ def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) ->
     return layers
 
 
-def _cells(
-    candidates: list[Candidate], bases: Bases, targets: Targets
-) -> Iterator[tuple[int, LayerTargets, Candidate, Basis]]:
-    """Every layer with its targets and every candidate with its basis there, layers outermost."""
+def _cells(candidates: list[Candidate], bases: Bases, targets: Targets) -> Iterator[tuple]:
+    """(layer, LayerTargets, Candidate, Basis) for every layer and every candidate, layers outermost."""
     return ((l, t, c, bases[c.name][l]) for l, t in enumerate(targets) for c in candidates)
 
 
@@ -111,10 +105,8 @@ def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl
 
 
 def with_null_diff(table: pl.DataFrame, candidates: list[Candidate], bases: Bases, null: Targets) -> pl.DataFrame:
-    """The table with every candidate's scores on the null diff's targets and the ratios to them (section 7).
-
-    A ratio is NaN where the null score is 0 or undefined.
-    """
+    """The table with every candidate's scores on the null diff's targets and the ratios to them (section 7). A ratio is
+    NaN where the null score is 0 or undefined."""
     rows = []
     for l, t, c, basis in _cells(candidates, bases, null):
         act, w = sc.score(t.act, basis.B, sc.ZERO).conc, sc.score(t.weights["combined"], basis.B).conc
@@ -172,11 +164,9 @@ def bases_hash(rows: Sequence[Basis]) -> str:
 
 
 def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
-    """The run's own assertions, with their values: AssertionError (naming the check) where one fails.
-
-    ceiling_r_w: mean R_w of dW_left_basis_ceiling over `layers`, must exceed 1. combined_minus_mean: largest
-    |R_combined - (R_o + R_down)/2|.
-    """
+    """The run's own assertions, with their values: AssertionError (naming the check) where one fails. ceiling_r_w: mean
+    R_w of dW_left_basis_ceiling over `layers`, must exceed 1. combined_minus_mean: largest |R_combined - (R_o +
+    R_down)/2|."""
     ceiling = table.filter((pl.col("subspace") == "dW_left_basis_ceiling") & pl.col("layer").is_in(layers))
     r_w = ceiling["conc_w_combined"].drop_nans().mean()
     o, down, both = table.select(f"conc_w_{n}" for n in ("oproj", "downproj", "combined")).drop_nans().get_columns()
@@ -190,9 +180,8 @@ def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
 
 def null_check(targets: dict[int, dict[str, sc.Target | None]], r: int, draws: int, seed: int = 0) -> pl.DataFrame:
     """The closed-form null beside a Monte-Carlo one: mean (expected 1) and sd of R over `draws` random subspaces.
-
-    sd_ratio: drawn over closed form, whose own sampling error is about 1/sqrt(2 draws), more where the null is skewed.
-    """
+    sd_ratio: drawn over closed form, whose own sampling error is about 1/sqrt(2 draws), more where the null is
+    skewed."""
     rows = []
     for l, by_name in targets.items():
         for name, t in by_name.items():
@@ -216,5 +205,4 @@ def null_summary(null: pl.DataFrame) -> pl.DataFrame:
 
 def largest_deviation(bases: Bases) -> float:
     """`max |B^T B - I|` over all bases: the orthonormality check's value."""
-    every = [b for rows in bases.values() for b in rows if b.rank]
-    return max((float((b.B.T @ b.B - torch.eye(b.rank)).abs().max()) for b in every), default=0.0)
+    return max((skew(b.B) for rows in bases.values() for b in rows), default=0.0)

@@ -22,10 +22,8 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Target:
-    """What a subspace is scored on: `F (d, q)` float64 with `G = F F^T`, living in `dim` dimensions.
-
-    `trace = tr G`, `square = tr G^2`, `energies` = eigenvalues of G, largest first, with their eigenvectors `axes`.
-    """
+    """What a subspace is scored on: `F (d, q)` float64 with `G = F F^T`, living in `dim` dimensions. `trace = tr G`,
+    `square = tr G^2`, `energies` = eigenvalues of G, largest first, with their eigenvectors `axes`."""
 
     F: Float[Tensor, "d q"]
     dim: int
@@ -69,9 +67,7 @@ def weight_target(M: Float[Tensor, "d m"]) -> Target:
 
 def weight_targets(F_o: Tensor | None, F_down: Tensor | None) -> dict[str, Target | None]:
     """Targets `oproj`, `downproj`, `combined` from left factors `U S (d, r)` of w_o and w_down; None where missing.
-
-    `combined` is `[w_o/|w_o| | w_down/|w_down|]`, so its score is the mean of the two.
-    """
+    `combined` is `[w_o/|w_o| | w_down/|w_down|]`, so its score is the mean of the two."""
     single = {n: None if F is None else weight_target(F) for n, F in (("oproj", F_o), ("downproj", F_down))}
     both = [t.F for t in single.values() if t is not None and t.trace > 0]
     return single | {"combined": target(torch.cat(both, dim=1) / math.sqrt(2.0 + EPS)) if len(both) == 2 else None}
@@ -83,10 +79,8 @@ def energy(target: Target, B: Float[Tensor, "d r"]) -> float:
 
 
 def null_sd(target: Target, r: int) -> float:
-    """Closed-form sd of R over uniformly random rank-r subspaces.
-
-    `Var f / tr(G)^2 = 2 r (d-r) / (d^2 (d-1)(d+2)) (d tr(G^2)/tr(G)^2 - 1)`; R = f d / r. 0 where G is isotropic.
-    """
+    """Closed-form sd of R over uniformly random rank-r subspaces, R = f d / r; 0 where G is isotropic.
+    `Var f / tr(G)^2 = 2 r (d-r) / (d^2 (d-1)(d+2)) (d tr(G^2)/tr(G)^2 - 1)`"""
     d = target.dim
     if target.trace <= 0 or d <= 1:
         return 0.0
@@ -145,11 +139,9 @@ def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
 
 
 def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
-    """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest).
-
-    1 where B's share of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B
-    has nothing in the span.
-    """
+    """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest). 1 where
+    B's share of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has
+    nothing in the span."""
     if target is None or basis.shape[1] == 0 or target.trace <= 0:
         return NAN
     L = target.axes[:, target.energies > SPAN_TOLERANCE**2 * target.energies[0]]

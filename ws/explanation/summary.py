@@ -1,8 +1,6 @@
-"""Rows -> polars -> summaries -> files and text. (docs/method.md section 6)
-
-Summaries are means over the LoRA layers. `joint_score = sqrt(mean_conc_act mean_conc_w_combined)`. A layer where w lacks
-a tensor counts for no candidate; a candidate that is empty at a layer is NaN there, stays NaN in the mean, sorts last.
-"""
+"""Rows -> polars -> summaries -> files and text. (docs/method.md section 6) Summaries are means over the LoRA layers.
+`joint_score = sqrt(mean_conc_act mean_conc_w_combined)`. A layer where w lacks a tensor counts for no candidate; a
+candidate that is empty at a layer is NaN there, stays NaN in the mean, sorts last."""
 
 import polars as pl
 
@@ -34,10 +32,8 @@ def missing_layers(table: pl.DataFrame) -> dict[str, list[int]]:
 
 
 def summarise(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
-    """`v7_summary.tsv`: one row per candidate, sorted by joint_score (an undefined one last).
-
-    Raises ValueError when none of `layers` is in the table.
-    """
+    """`v7_summary.tsv`: one row per candidate, sorted by joint_score (an undefined one last). Raises ValueError when
+    none of `layers` is in the table."""
     part = table.filter(pl.col("layer").is_in(layers))
     if part.is_empty():
         raise ValueError(f"LORA_LAYERS {layers} are not among the model's layers 0..{table['layer'].max()}")

@@ -1,7 +1,4 @@
-"""What a sweep says in words: every number is taken from its tables, every caveat is one that holds for this very run.
-
-(docs/method.md section 6: v7_definitions.md, v7_conclusion.md, v7_plan_merge.md)
-"""
+"""What a sweep says in words: every number is taken from its tables, every caveat holds for this very run. (section 6)"""
 
 import polars as pl
 

@@ -1,8 +1,6 @@
-"""What a model writes: sampled or greedy answers to prompts that the chat template has rendered.
-
-`p_t ~ softmax(z_t / temperature)` cut to the nucleus of mass `top_p`, or the most probable token at temperature 0, until
-the end of the turn. (docs/method.md section 1)
-"""
+"""What a model writes: sampled or greedy answers to prompts that the chat template has rendered, until the end of the turn:
+`p_t ~ softmax(z_t / temperature)` cut to the nucleus of mass `top_p`; at temperature 0 the most probable token. (method
+section 1)"""
 
 import torch
 
@@ -18,14 +16,6 @@ def turn_end(tokenizer) -> str:
     return text[text.rindex(marker) + len(marker) :].strip() or tokenizer.eos_token or ""
 
 
-def _stops(lm: LM) -> list[int]:
-    """Token ids that end an answer: the tokenizer's and the model's EOS, and the turn's end where it is one token."""
-    known = getattr(lm.model.generation_config, "eos_token_id", None)
-    ending = lm.tokenizer(turn_end(lm.tokenizer), add_special_tokens=False)["input_ids"]
-    ids = {lm.tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])}
-    return sorted(i for i in ids | set(ending if len(ending) == 1 else []) if i is not None)
-
-
 def write_answers(
     lm: LM, prompts: list[str], max_new_tokens: int, temperature: float | int = 0, top_p: float | int = 1, seed: int = 0
 ) -> list[str]:
@@ -34,7 +24,11 @@ def write_answers(
     from transformers import GenerationConfig
 
     ids, mask = encode(lm.tokenizer, prompts, False, max_length=1 << 20, padding_side="left")
-    stops, sampled = _stops(lm), temperature > 0
+    known = getattr(lm.model.generation_config, "eos_token_id", None)
+    ending = lm.tokenizer(turn_end(lm.tokenizer), add_special_tokens=False)["input_ids"]
+    ends = {lm.tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])}
+    stops = sorted(i for i in ends | set(ending if len(ending) == 1 else []) if i is not None)
+    sampled = temperature > 0
     draw = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
         do_sample=sampled,

@@ -22,13 +22,9 @@ SERVED = f"{FAMILIES} and others with separate q/k/v/o and gate/up/down projecti
 
 
 class Decoder:
-    """A read-only view of a causal LM's decoder by role.
-
-    Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H), `n_kv` (K), `head_dim` (e), `vocab` (V), `blocks` (the
-    ModuleList), `final_norm`, `embed_tokens`, `act` (the MLP's activation function).
-
-    Raises ValueError naming the missing module when the architecture is not served.
-    """
+    """A read-only view of a causal LM's decoder by role. Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H),
+    `n_kv` (K), `head_dim` (e), `vocab` (V), `blocks` (the ModuleList), `final_norm`, `embed_tokens`, `act` (the MLP's
+    activation function). Raises ValueError naming the missing module when the architecture is not served."""
 
     def __init__(self, model: nn.Module):
         self.model = model

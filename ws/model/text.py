@@ -1,7 +1,6 @@
-"""Texts as a model reads them: chat templates, token ids with a mask, the last real token, positions.
+"""Texts as a model reads them: chat templates, token ids with a mask, the last real token, positions. (method section 1)"""
 
-(docs/method.md sections 1 and 3)
-"""
+from functools import partial
 
 from functools import partial
 

@@ -1,8 +1,5 @@
-"""Recording and editing what modules compute, by forward hooks.
-
-`TraceDict` is baukit's where baukit's file of it loads, else the class below; `trace_in_use` says which. `recorded` is
-what every capture runs through.
-"""
+"""Recording and editing what modules compute, by forward hooks. `TraceDict` is baukit's where baukit's file of it
+loads, else the class below; `trace_in_use` says which. `recorded` is what every capture runs through."""
 
 import importlib.util
 from collections import OrderedDict
@@ -46,9 +43,8 @@ class OwnTraceDict(OrderedDict):
 
 def _modules(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     modules = dict(root.named_modules())
-    for name in names:
-        if name not in modules:
-            raise LookupError(name)
+    if unknown := [name for name in names if name not in modules]:
+        raise LookupError(unknown[0])
     return modules
 
 

@@ -24,11 +24,9 @@ from ws.subspaces.protocol import Protocol
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more.
-
-    a_side: which candidates their own data determine. significance: R_w against random subspaces. verdict: the winner,
-    or why there is none. bases: a sentence on whether the seeds share their A-side bases.
-    """
+    """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
+    candidates their own data determine. significance: R_w against random subspaces. verdict: the winner, or why there
+    is none. bases: a sentence on whether the seeds share their A-side bases."""
 
     runs: SeedRuns
     summary: pl.DataFrame

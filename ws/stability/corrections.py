@@ -1,10 +1,7 @@
-"""What each correction of the sound protocol moves, one at a time, on the same seeds.
+"""What each correction of the sound protocol moves, one at a time, on the same seeds. Corrections of capture change a
+parameter: v7 is run again with one of them, then with all. Corrections of a basis add a candidate beside the one it
+mends: both are scored in the same run. (docs/method.md section 7)"""
 
-Corrections of capture change a parameter: v7 is run again with one of them, then with all. Corrections of a basis add a
-candidate beside the one it mends: both are scored in the same run. (docs/method.md section 7)
-"""
-
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,11 +48,9 @@ def variants() -> dict[str, Protocol]:
 def capture_corrections(
     lm: LM, behavior: Behavior, diffs: dict[int, WeightDiff], cache: Path | None = None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Every variant on the same seeds (seed -> w): a summary row per variant, and the scores behind it.
-
-    spearman_joint: order of the A-hypotheses by mean log joint score against v7's. *_abs_log2_act, log2_change: change
-    of R_act, the latter of the candidate moved_most.
-    """
+    """Every variant on the same seeds (seed -> w): a summary row per variant, and the scores behind it. spearman_joint:
+    order of the A-hypotheses by mean log joint score against v7's. *_abs_log2_act, log2_change: change of R_act, the
+    latter of the candidate moved_most."""
     scored = {"R_act": "mean_conc_act", "R_w": "mean_conc_w_combined", "joint_score": "joint_score"}
     tables = {}
     for name, protocol in tqdm(variants().items(), "corrections of capture"):
@@ -78,24 +73,18 @@ def capture_corrections(
     return pl.DataFrame(rows, MOVED, orient="row"), scores
 
 
-def _log(column: str, base: float = math.e) -> pl.Expr:
-    """Logarithm of a score; NaN where it is 0 or undefined."""
-    return pl.when(pl.col(column) > 0).then(pl.col(column).log(base)).otherwise(float("nan"))
-
-
 def _mean_logs(table: pl.DataFrame) -> pl.DataFrame:
-    """Mean over seeds of log joint and log2 R_act of the A-hypotheses."""
+    """Mean over seeds of log joint and log2 R_act of the A-hypotheses; NaN where a score is 0 or undefined."""
     part = table.filter(pl.col("kind") == "A-hypothesis")
-    logs = part.select("subspace", log_joint=_log("joint_score"), log2_act=_log("R_act", 2.0))
+    joint, act = (pl.when(pl.col(c) > 0).then(pl.col(c)).otherwise(float("nan")) for c in ("joint_score", "R_act"))
+    logs = part.select("subspace", log_joint=joint.log(), log2_act=act.log(2.0))
     return logs.group_by("subspace", maintain_order=True).mean()
 
 
 def basis_corrections(per_seed: pl.DataFrame) -> pl.DataFrame:
-    """Each v7 candidate beside the form that mends it, in the same v7b runs.
-
-    per_seed: `ws.stability.scores.per_seed_table`. For R_act and R_w: geometric means over seeds and the log2 ratio
-    (v7b over v7).
-    """
+    """Each v7 candidate beside the form that mends it, in the same v7b runs. per_seed:
+    `ws.stability.scores.per_seed_table`. For R_act and R_w: geometric means over seeds and the log2 ratio (v7b over
+    v7)."""
 
     def mean(name: str, column: str) -> float:
         values = per_seed.filter(pl.col("candidate") == name)[column].to_numpy()

@@ -1,7 +1,4 @@
-"""Figures of the stability report, from its tables: forest plot, bump chart of ranks, oracle overlap by layer.
-
-(docs/method.md section 7, 'Outputs')
-"""
+"""Figures of the stability report: forest plot, bump chart of ranks, oracle overlap by layer. (section 7, 'Outputs')"""
 
 import numpy as np
 import polars as pl
@@ -66,11 +63,9 @@ def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFram
 
 
 def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | None = None) -> Figure:
-    """R_act and R_w of every candidate with both intervals, in the order of `summary`; dashed line at 1 (chance).
-
-    Dot (star: ceiling): geometric mean over seeds; ticks: the seeds; thick band: crossed bootstrap; thin line: t over
-    seeds, cut with an arrowhead where it leaves the panel; hollow diamond: null diff.
-    """
+    """R_act and R_w of every candidate with both intervals, in the order of `summary`; dashed line at 1 (chance). Dot
+    (star: ceiling): geometric mean over seeds; ticks: the seeds; thick band: crossed bootstrap; thin line: t over
+    seeds, cut with an arrowhead where it leaves the panel; hollow diamond: null diff."""
     count, S = summary.height, summary["S"][0]
     figure = Figure(figsize=(10.5, 1.9 + 0.185 * count), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -113,9 +108,7 @@ def _spread(places: list[float], gap: float) -> list[float]:
 
 def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> Figure:
     """Rank by joint score on each seed, one line per A-hypothesis; the `top` of the summary in colour, others grey.
-
-    Names stand at both ends, moved apart where ranks are shared.
-    """
+    Names stand at both ends, moved apart where ranks are shared."""
     ranked = per_seed.filter(pl.col("rank_in_seed").is_not_null())
     seeds = ranked["seed"].unique(maintain_order=True).to_list()
     of = {name: ranked.filter(pl.col("candidate") == name)["rank_in_seed"].to_list() for name in summary["candidate"]}
@@ -147,11 +140,9 @@ def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> 
 
 
 def oracle_overlap_figure(subspace: pl.DataFrame) -> Figure:
-    """Overlap of the activation and weight oracles between seeds, by layer, with the band of unrelated subspaces.
-
-    Line: mean over pairs of seeds; shade: smallest to largest pair; dotted: mean smallest principal cosine; grey dashes
-    and band: chance `max(r) / d` +- 2 sd.
-    """
+    """Overlap of the activation and weight oracles between seeds, by layer, with the band of unrelated subspaces. Line:
+    mean over pairs of seeds; shade: smallest to largest pair; dotted: mean smallest principal cosine; grey dashes and
+    band: chance `max(r) / d` +- 2 sd."""
     table = subspace.filter(pl.col("side") == "B")
     objects = table["object"].unique(maintain_order=True).to_list()
     count = max(len(objects), 1)

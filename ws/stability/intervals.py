@@ -1,14 +1,9 @@
-"""Intervals of a score over LoRA seeds: crossed bootstrap and t. (`bench/coverage.py`: how often they really cover)
+"""Intervals of a score over LoRA seeds: crossed bootstrap and t. (docs/method.md section 7; coverage: `bench/coverage.py`)
 
-A score of one seed is a mean over EVAL topics, `R_s = (1/n) sum_t a[s, t]`; over seeds the statistic is a mean of logs,
-`T = (1/S) sum_s log R_s`. The topics are the same for every seed, so the two factors are *crossed*: one bootstrap draw
-resamples the seeds (weights `k_s`) and, once for all seeds, the topics (weights `m_t`),
-
-    T* = (1/S) sum_s k_s log((1/n) sum_t m_t a[s, t]).
-
-At S = 3 the percentiles of such draws are far too narrow (three seeds have 10 distinct resamples); the t interval
-`T +- t_{S-1} sd / sqrt(S)` is the honest one there, for *these* topics; for new topics as well, `crossed_t_interval`.
-(docs/method.md section 7)
+With `a[s, t]` the score of seed s on EVAL topic t and `T = (1/S) sum_s log((1/n) sum_t a[s, t])`, one bootstrap draw
+resamples the seeds and, once for all seeds, the topics: they are the same for every seed. At S = 3 the percentiles of
+such draws are far too narrow; `T +- t_{S-1} sd / sqrt(S)` is the honest interval there for *these* topics, and
+`crossed_t_interval` the one for new topics as well.
 """
 
 import numpy as np

@@ -1,12 +1,8 @@
 """Do two estimates of a subspace agree? Between LoRA seeds (B-side), between halves of the data (A-side).
 
-For bases A (d, a), B (d, b): `overlap = |A^T B|_F^2 / min(a, b)`, whose chance level is `max(a, b) / d`, and the
-smallest principal cosine `s_min(A^T B)`. Where b_i carries singular value s_i, the *energy-weighted* overlap
-
-    sum_i s_i^2 |A^T b_i|^2 / sum_i s_i^2        (chance a / d)
-
-asks how much of B's signal A holds: a low-rank signal filled up with noise directions then still counts as stable.
-A-side bases do not depend on the seed at all, which is asserted. (docs/method.md section 7)
+`overlap = |A^T B|_F^2 / min(a, b)` (chance `max(a, b) / d`), the smallest principal cosine, and the energy-weighted
+overlap: a low-rank signal filled up with noise directions still counts as stable there. A-side bases do not depend on
+the seed at all, which is asserted. (docs/method.md section 7)
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +34,9 @@ def smallest_cos(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
 
 
 def energy_overlap(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"], s: Float[Tensor, " q"]) -> float:
-    """`sum_i s_i^2 |A^T b_i|^2 / sum_i s_i^2`, in [0, 1]; NaN where either is empty or B carries no energy.
-
-    s: singular values of B's columns. A composed basis has none (`q = 0`): its columns then count alike. Raises
-    ValueError when there are values but not one per column.
-    """
+    """`sum_i s_i^2 |A^T b_i|^2 / sum_i s_i^2`, in [0, 1]; NaN where either is empty or B carries no energy. s: singular
+    values of B's columns. A composed basis has none (`q = 0`): its columns then count alike. Raises ValueError when
+    there are values but not one per column."""
     if A.shape[1] == 0 or B.shape[1] == 0:
         return float("nan")
     if len(s) not in (0, B.shape[1]):
@@ -105,10 +99,8 @@ def a_side_stability(table: pl.DataFrame) -> pl.DataFrame:
 
 def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) -> tuple[bool, float]:
     """Assert that an A-side candidate has the same bases for every seed: equal hashes, else overlap >= 1 - 1e-6.
-
     Returns (all hashes equal, smallest overlap with the first seed). Raises ValueError naming candidate, seed and layer
-    where rank or subspace differ.
-    """
+    where rank or subspace differ."""
     if len({bases_hash(bases) for bases in by_seed.values()}) == 1:
         return True, 1.0
     first, *others = by_seed

@@ -1,13 +1,8 @@
-"""Scores over LoRA seeds: which ranking survives a new seed.
+"""Scores over LoRA seeds: which ranking survives a new seed. (docs/method.md section 7, 'Stability over seeds')
 
-The unit is a table of per-topic activation scores `act[s, c, l, t] = (|B^T x_t|^2 / |x_t|^2) / (r/d)` and weight scores
-`w[s, c, l]` (conc_w_combined) over seeds s, candidates c, LoRA layers l and EVAL topics t:
-
-    R_act[s, c] = mean_{l,t} act,   R_w[s, c] = mean_l w,
-    joint[s, c] = sqrt(R_act R_w),  joint[c] = mean_s log joint[s, c].
-
-Undefined scores (no residual tensor in w, an empty basis) are NaN with their reason beside them: they sort last and
-hold no rank. (docs/method.md section 7, 'Stability over seeds')
+Per seed s and candidate c, `R_act` and `R_w` are means over LoRA layers (and EVAL topics), `joint = sqrt(R_act R_w)`,
+and over seeds the mean of log joint counts. Undefined scores (no residual tensor in w, an empty basis) are NaN with
+their reason beside them: they sort last and hold no rank.
 """
 
 from collections.abc import Sequence
@@ -127,10 +122,8 @@ def ranks_per_seed(scores: SeedScores) -> Float[np.ndarray, "S C"]:
 
 
 def per_seed_table(scores: SeedScores) -> pl.DataFrame:
-    """`v7b_per_seed`: one row per seed and candidate.
-
-    rank_in_seed: place by joint score among the A-hypotheses, null where it takes no part. undefined: reason, or empty.
-    """
+    """`v7b_per_seed`: one row per seed and candidate. rank_in_seed: place by joint score among the A-hypotheses, null
+    where it takes no part. undefined: reason, or empty."""
     values, places, reasons = seed_values(scores), ranks_per_seed(scores), undefined_reason(scores)
     parts = []
     for s, seed in enumerate(scores.seeds):
@@ -191,10 +184,8 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFra
 
 def rank_stability_table(scores: SeedScores) -> pl.DataFrame:
     """`v7b_rank_stability`: agreement of two seeds' orders of the A-hypotheses, one row per score and pair of seeds.
-
     n_candidates: those defined in both. chance_tau_sd, chance_spearman_sd: of unrelated orders, whose mean is 0.
-    Candidates share data, so even the chance columns call agreement of *families* agreement of candidates.
-    """
+    Candidates share data, so even the chance columns call agreement of *families* agreement of candidates."""
     logs, rows = log_values(scores), []
     for name in SCORES:
         for a, b in combinations(range(len(scores.seeds)), 2):

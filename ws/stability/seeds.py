@@ -1,7 +1,4 @@
-"""The sweeps of several LoRA seeds as the arrays that statistics over seeds start from.
-
-The LoRA layers are those at which every seed's w has both residual writers. (docs/method.md section 7)
-"""
+"""The sweeps of several LoRA seeds as the arrays that statistics over seeds start from. (docs/method.md section 7)"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,10 +37,8 @@ def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
 
 
 def load_seeds(found: Mapping[int, Explanation]) -> SeedRuns:
-    """The sweeps of several seeds as arrays.
-
-    Raises ValueError where candidates, model or EVAL probes differ, or no layer of w has both residual writers.
-    """
+    """The sweeps of several seeds as arrays, over the layers at which every seed's w has both residual writers. Raises
+    ValueError where candidates, model or EVAL probes differ, or there is no such layer."""
     if not found:
         raise ValueError("no seeds to compare")
     first, some = next(iter(found.items()))

@@ -1,13 +1,9 @@
 """Is a candidate's weight concentration above that of a random subspace? Monte-Carlo p-values and Benjamini-Hochberg.
 
-For a Haar-random rank-r basis Q of R^d and the weight Gram `G = M M^T` of a seed and layer,
-
-    R_w = (d / r) tr(Q^T G Q) / tr G,   T = mean_{s,l} log R_w[s, l],   p = (1 + #{T_null >= T}) / (1 + N).
-
-One draw of Q serves every seed (an A-side basis does not know the seed), and every layer for candidates that have one
-basis for all layers. Columns of Q are nested: its first r columns are a random rank-r basis, so one set of draws gives
-the null of every rank. The seeds share most of w, so a random basis that is lucky on one is lucky on all: repeating it
-is what keeps p honest, and z (whose null is right-skewed) is descriptive only. (docs/method.md section 7)
+`R_w = (d / r) tr(Q^T G Q) / tr G` of Haar-random Q, `T = mean_{s,l} log R_w[s, l]`, `p = (1 + #{T_null >= T}) / (1 + N)`.
+One draw of Q serves every seed, because an A-side basis does not know the seed: a random basis that is lucky on one
+seed is lucky on all, and only repeating it keeps p honest. Columns of Q are nested, so one set of draws gives the null
+of every rank. (docs/method.md section 7)
 """
 
 from collections.abc import Sequence
@@ -59,11 +55,9 @@ def combined_factor(factors: Sequence[Float[Tensor, "d _"]], label: str, tail: f
 def random_log_concentration(
     factors: Grams, ranks: Sequence[int], n_draws: int, seed: int, device: str = "cpu"
 ) -> Float[Tensor, "N L q"]:
-    """Mean over seeds of log R_w of random bases: entry [i, l, j] is draw i of rank `ranks[j]` at layer l, float64.
-
-    The same draw i stands at every layer and for every rank; same seed, same draws on one
-    device type. Raises ValueError for a rank outside 1..d.
-    """
+    """Mean over seeds of log R_w of random bases: entry [i, l, j] is draw i of rank `ranks[j]` at layer l, float64. The
+    same draw i stands at every layer and for every rank; same seed, same draws on one device type. Raises ValueError
+    for a rank outside 1..d."""
     S, L, d, most = len(factors), len(factors[0]), len(factors[0][0].F), max(ranks)
     if min(ranks) < 1 or most > d:
         raise ValueError(f"ranks {sorted(ranks)}: random bases of R^{d} have rank 1 to {d}")
@@ -94,10 +88,8 @@ def null_statistics(
     draws: Float[Tensor, "N L q"], ranks: Sequence[int], layer_ranks: Sequence[int], one_basis: bool
 ) -> Float[np.ndarray, " N"]:
     """N null values of `T = mean_l log R_w`, for a candidate with basis rank `layer_ranks[l]` at layer l, sorted.
-
     one_basis: the same random basis at every layer; else an independent one at each, taken as draw `i + l (N // L)`
-    (mod N) at layer l, so that no draw meets itself.
-    """
+    (mod N) at layer l, so that no draw meets itself."""
     N, L, _ = draws.shape
     step = 0 if one_basis else N // L
     total = sum(torch.roll(draws[:, l, list(ranks).index(r)], -step * l) for l, r in enumerate(layer_ranks))
@@ -123,10 +115,8 @@ def significance_table(
     scores: SeedScores, factors: Grams, one_basis: Bool[np.ndarray, " C"], seed: int, n_draws: int, device: str = "cpu"
 ) -> pl.DataFrame:
     """One row per candidate, in the order of `scores`; NaN for an undefined score and for ceilings, which saw w.
-
     one_basis: which candidates have one basis for all layers. T: mean log R_w over layers and seeds (natural log), of
-    which null_mean, null_sd and null_q95 are. q_R_w: Benjamini-Hochberg over the A-hypotheses.
-    """
+    which null_mean, null_sd and null_q95 are. q_R_w: Benjamini-Hochberg over the A-hypotheses."""
     if n_draws < 1:
         raise ValueError(f"N_NULL = {n_draws}: at least one random subspace is needed")
     S, C, L = scores.w.shape

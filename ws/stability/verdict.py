@@ -1,14 +1,9 @@
-"""The computed verdict over seeds: a winner, or "no winner" with the set that cannot be told apart.
+"""The computed verdict over seeds: a winner, or "no winner" with the set that cannot be told apart. (method section 7)
 
-With `x_i[s] = log joint[s, i]` and leader i (the highest mean among the stable contenders), i is named only if for
-**every** rival j of the C - 1
-
-    mean_s (x_i - x_j) - t_{S-1, 1 - .05 / (2 (C - 1))} sd_s (x_i - x_j) / sqrt(S) > 0,
-
-and the same holds with the topics' spread added (`crossed_t_interval`): seeds share the EVAL topics, so a lucky draw of
-topics looks the same on every seed and the seeds alone cannot see it. Where p-values were computed, R_w > 1 must also
-be significant: bases are the same for all seeds, so a lucky random basis too looks the same on every seed.
-(docs/method.md section 7)
+The leader (highest mean log joint among the stable contenders) is named only if its corrected t interval over seeds lies
+above 0 against **every** rival, also with the topics' spread added (`crossed_t_interval`), and if its R_w > 1 is
+significant where p-values were computed. Seeds share the EVAL topics and the bases: a lucky draw of either looks the
+same on every seed, which the seeds alone cannot see.
 """
 
 from collections.abc import Sequence
@@ -47,10 +42,8 @@ class Verdict:
 
 
 def false_winner_bound(n_contenders: int) -> float:
-    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two.
-
-    Each of the C (C - 1) ordered pairs passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1.
-    """
+    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two. Each of
+    the C (C - 1) ordered pairs passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1."""
     return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * ALPHA / 2
 
 
@@ -93,13 +86,11 @@ def verdict(scores: SeedScores, unstable: Sequence[str] = (), q_w: Float[np.ndar
 
 def _reasons(S: int, copies: bool, rivals: pl.DataFrame, unstable: Sequence[str], q: float | None) -> tuple[str, ...]:
     """Why the leader is not named; empty when it is."""
-    found = []
     if S < 2:
         return ("one seed has no spread to compare with",)
     if copies:
         return (f"the {S} seeds have identical scores: they are copies of one run",)
-    if rivals.height == 0:
-        found.append("there is no rival to compare with")
+    found = [] if rivals.height else ["there is no rival to compare with"]
     above = rivals.filter(pl.col("rival").is_in(list(unstable)) & (pl.col("log_ratio") < 0))["rival"].to_list()
     if above:
         found.append(f"{', '.join(above)} scored higher but cannot win: unstable")

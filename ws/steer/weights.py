@@ -97,7 +97,8 @@ def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
             slot = _Slot(name, parameter, tuple(users[id(parameter)].values()), entry)
             _check(slot)
             first = slots.setdefault(id(parameter), slot)
-            if not _same(first.entry, entry):
+            held, new = parts(first.entry), parts(entry)
+            if len(held) != len(new) or not all(map(torch.equal, held, new)):
                 raise ValueError(
                     f"{first.name} and {name} are one tied parameter, but the diff holds two changes for it;"
                     " build the diff with its base model, which adds them up"
@@ -118,10 +119,6 @@ def _check(slot: _Slot) -> None:
     if parameter.dtype in NARROW:
         for module, _ in slot.users:
             _kind(name, module)
-
-
-def _same(a: Entry, b: Entry) -> bool:
-    return len(parts(a)) == len(parts(b)) and all(map(torch.equal, parts(a), parts(b)))
 
 
 def _kind(name: str, module: nn.Module) -> str:
@@ -176,9 +173,7 @@ class _InPlace:
 
 
 def _stack(parameter: nn.Parameter) -> list:
-    if not hasattr(parameter, "_ws_open"):
-        parameter._ws_open = []
-    return parameter._ws_open
+    return parameter.__dict__.setdefault("_ws_open", [])
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -56,10 +56,7 @@ class TextSet:
 
     def read(self, lm: LM, cache: Path | None) -> TextActs:
         """The recordings in detail, kept in `cache` under the model, the token ids and the code that reads."""
-
-        def make() -> TextActs:
-            return read_texts(lm, list(self.texts), self.special, detail=True, label=self.label)
-
+        make = partial(read_texts, lm, list(self.texts), self.special, detail=True, label=self.label)
         ids, _ = encode(lm.tokenizer, list(self.texts), self.special)
         large = ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
         if cache is None or not lm.fingerprint or large:

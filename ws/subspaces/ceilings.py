@@ -1,7 +1,4 @@
-"""Ceilings: the only candidates that see w. What a rank-8 subspace could explain if the answer were known.
-
-(docs/method.md sections 5 and 7)
-"""
+"""The only candidates that see w: what a rank-8 subspace could explain if the answer were known. (sections 5 and 7)"""
 
 import torch
 

@@ -1,8 +1,6 @@
-"""Candidates read off base activations: clean probes, persona contrasts, attention-selected tokens, clusters, rotations.
-
-A contrast is `persona_pos - persona_neg`, probe by probe, at the last token. (docs/method.md section 5; those of
-source v7b mend one named defect each, section 7)
-"""
+"""Candidates read off base activations: clean probes, persona contrasts, attention-selected tokens, clusters,
+rotations. A contrast is `persona_pos - persona_neg`, probe by probe, at the last token. (docs/method.md section 5;
+those of source v7b mend one named defect each, section 7)"""
 
 from collections.abc import Callable
 from itertools import takewhile
@@ -14,7 +12,6 @@ from torch.nn.functional import pad
 from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
-from ws.subspaces.reading import TextActs
 
 TINY = 1e-12
 PROMPTS = ("weights", "prompts")
@@ -74,12 +71,6 @@ def _contrast(m: Materials, l: int) -> Tensor:
 def task_diff(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the last token."""
     return pca(_contrast(m, l), m.k)
-
-
-def _aligned(acts: TextActs, width: int, l: int) -> tuple[Tensor, Tensor]:
-    """Token states `(n, T, d)` and attention row `(n, T)` at layer l, zero-padded on the left to `width`."""
-    missing = width - acts.tokens.shape[2]
-    return pad(acts.tokens[l].double(), (0, 0, missing, 0)), pad(acts.attn[l].double(), (missing, 0))
 
 
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:

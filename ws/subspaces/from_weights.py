@@ -1,6 +1,5 @@
 """Candidates read off the base weights. `W_o`, `W_down` write to the residual stream; q, k, v, up, gate and the
-unembedding read from it. (docs/method.md section 5; those of source v7b mend one named defect each, section 7)
-"""
+unembedding read from it. (docs/method.md section 5; those of source v7b mend one named defect each, section 7)"""
 
 import torch
 from torch import Tensor

@@ -29,7 +29,6 @@ from ws.subspaces.captures import BaseCaptures, capture_base, prompts_key
 from ws.subspaces.materials import Materials, check_widths
 from ws.subspaces.protocol import Protocol
 
-CODE = ("ws.subspaces.materials.Materials",)
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +53,7 @@ def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
     """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code. Unkeyed where
     the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
-    found, parts, todo = walk(*CODE), {}, [c]
+    found, parts, todo = walk("ws.subspaces.materials.Materials"), {}, [c]
     while todo:
         one = todo.pop()
         found.function(one.build)

@@ -1,8 +1,6 @@
-"""What candidates are built from: base weights and base activations.
-
-Grams that several candidates share are made once: one pass from the last layer to the first accumulates what reads
-downstream of each block. Float32 copies of a layer's weights live only while their layer is at work.
-"""
+"""What candidates are built from: base weights and base activations. Grams that several candidates share are made once:
+one pass from the last layer to the first accumulates what reads downstream of each block. Float32 copies of a layer's
+weights live only while their layer is at work."""
 
 from collections.abc import Callable
 from functools import cached_property

@@ -1,7 +1,4 @@
-"""The two protocols of capture, v7 and v7b, as parameter sets: `nbs/params/v7.yaml` and `nbs/params/v7b.yaml`.
-
-`PROTOCOL` names one of them; an explicit parameter wins over it. (docs/method.md section 7)
-"""
+"""The two protocols of capture, `nbs/params/v7.yaml` and `v7b.yaml`, as parameter sets. (docs/method.md section 7)"""
 
 from dataclasses import dataclass, fields
 

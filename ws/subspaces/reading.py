@@ -1,10 +1,8 @@
-"""What a model computes on texts: one forward pass per text set records all that the candidates need.
-
-`resid[l, i]` is the output of block l at text i's last token. (docs/method.md section 3)
-"""
+"""What a model computes on texts: one forward pass per text set records all that candidates need. (method section 3)"""
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -96,26 +94,20 @@ def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detai
     def at_last(states: Tensor) -> Tensor:
         return states[rows.to(states.device), last.to(states.device)].float().cpu()
 
-    def at_block(l):
-        def record(output, inputs):
-            states = hidden(output)
-            if l == 0:
-                embed[0] = at_last(inputs[0])
-            resid[l] = at_last(states)
-            if detail:
-                tokens[l] = states.float().cpu()[rows[:, None], source] * real[:, :, None]
+    def at_block(l, output, inputs):
+        states = hidden(output)
+        if l == 0:
+            embed[0] = at_last(inputs[0])
+        resid[l] = at_last(states)
+        if detail:
+            tokens[l] = states.float().cpu()[rows[:, None], source] * real[:, :, None]
 
-        return record
+    def at_up(l, _output, inputs):
+        up_in[l] = at_last(inputs[0])
 
-    def at_up(l):
-        def record(_output, inputs):
-            up_in[l] = at_last(inputs[0])
-
-        return record
-
-    at = {f"{decoder.prefix}.{l}": at_block(l) for l in range(decoder.n_layers)}
+    at = {f"{decoder.prefix}.{l}": partial(at_block, l) for l in range(decoder.n_layers)}
     if detail:
-        at |= {decoder.param_name(l, "up").removesuffix(".weight"): at_up(l) for l in range(decoder.n_layers)}
+        at |= {decoder.param_name(l, "up").removesuffix(".weight"): partial(at_up, l) for l in range(decoder.n_layers)}
     with recorded(lm.model, at):
         output = lm.run(ids, mask, output_attentions=detail)
     found = {"resid": resid}

@@ -1,7 +1,4 @@
-"""The B-side: what w does to a behaviour's probes, and what the ceilings alone are built from.
-
-Differences are `H(w, +1) - H(w, -1)`, cumulative and block by block. (docs/method.md sections 3 and 7)
-"""
+"""The B-side: what w does to a behaviour's probes, and what the ceilings alone are built from. (sections 3 and 7)"""
 
 from dataclasses import dataclass
 from pathlib import Path
