@@ -12,13 +12,13 @@ from ws.explanation.result import Explanation
 from ws.model.lm import LM
 from ws.show.tables import write_table
 from ws.stability import overlap, words
-from ws.stability.scores import SeedScores, per_seed_table, rank_stability_table, summary_table
+from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
 from ws.stability.seeds import SeedRuns, doubts, load_seeds
 from ws.stability.significance import significance_table
 from ws.stability.verdict import Verdict, verdict
 from ws.subspaces.build import candidates
 from ws.subspaces.candidate import Candidate, load_candidates
-from ws.subspaces.kept import Shelf, make_shelf, part_bases
+from ws.subspaces.kept import make_shelf, part_bases
 from ws.subspaces.protocol import Protocol
 
 
@@ -99,7 +99,11 @@ def compare_seeds(
         setting = next(iter(found.values())).setting
         protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
-        rows = _a_side(shelf, scores, own)
+        known = {c.name: c for c in [*candidates(shelf.protocol), *own]}  # those whose functions are known
+        for compared, parts in part_bases(shelf, [known[n] for n in scores.candidates if n in known]).items():
+            for name in next(iter(parts.values())):
+                bases = {part: [of[name][l] for l in scores.layers] for part, of in parts.items()}
+                rows.append(overlap.compare_parts("A", name, compared, bases, scores.layers))
     for side, parts in runs.oracles.items():
         rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)
@@ -119,18 +123,6 @@ def compare_seeds(
         verdict=verdict(scores, unstable, significance["q_R_w"].to_numpy()),
         bases=overlap.same_bases(found),
     )
-
-
-def _a_side(shelf: Shelf, scores: SeedScores, own: Sequence[Candidate]) -> list[pl.DataFrame]:
-    """Comparisons of bases from parts of the prompts, for the candidates whose functions are known."""
-    known = {c.name: c for c in [*candidates(shelf.protocol), *own]}
-    chosen = [known[name] for name in scores.candidates if name in known]
-    tables = []
-    for compared, parts in part_bases(shelf, chosen).items():
-        for name in next(iter(parts.values())):
-            rows = {part: [bases[name][l] for l in scores.layers] for part, bases in parts.items()}
-            tables.append(overlap.compare_parts("A", name, compared, rows, scores.layers))
-    return tables
 
 
 def own_candidates(folder: Path, given: str | list[str] = "") -> list[Candidate]:
