@@ -2,8 +2,6 @@
 
 from functools import partial
 
-from functools import partial
-
 import torch
 from jaxtyping import Int
 from torch import Tensor

@@ -76,8 +76,9 @@ def task_diff(m: Materials, l: int) -> Basis:
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
     """`D = pos - neg` per token `(n, T, d)` and both attention rows `(n, T)`, aligned at the right edge."""
     width = max(m.base.pos.tokens.shape[2], m.base.neg.tokens.shape[2])
-    (pos, a_pos), (neg, a_neg) = (_aligned(acts, width, l) for acts in (m.base.pos, m.base.neg))
-    return pos - neg, a_pos, a_neg
+    sides = [(acts, width - acts.tokens.shape[2]) for acts in (m.base.pos, m.base.neg)]
+    pos, neg = (pad(acts.tokens[l].double(), (0, 0, missing, 0)) for acts, missing in sides)
+    return pos - neg, *(pad(acts.attn[l].double(), (missing, 0)) for acts, missing in sides)
 
 
 def _attention_selected(m: Materials, D: Tensor, a: Tensor, b: Tensor, weight: Weight) -> Basis:
