@@ -50,6 +50,7 @@ def built(monkeypatch):
         return read(*args, **more)
 
     passes.__module__, passes.__qualname__ = read.__module__, read.__qualname__  # still the same code, for the keys
+    passes.__code__ = passes.__code__.replace(co_filename=reading.__file__)
     monkeypatch.setattr(kept, "build", counting)
     monkeypatch.setattr(captures, "read_texts", passes)
     monkeypatch.setattr(steered, "read_texts", passes)
@@ -225,3 +226,51 @@ def test_explicit_parameters_win_and_mistakes_are_named():
         load_protocol("v7", RAW_LAST="maybe")
     with pytest.raises(ValueError, match="PERSONAS is no protocol parameter"):
         load_protocol("v7", PERSONAS="all")
+
+
+def test_names_that_make_one_file_name_and_small_columns_are_kept_apart(shelf):
+    """`a/b` and `a+b` are two entries; a bound method, a partial and a default count with what they hold."""
+    from functools import partial
+
+    from ws.subspaces.candidate import Candidate, as_candidate
+
+    def axes(m, l, i=0):
+        return torch.eye(m.d)[:, i : i + 2]
+
+    class Of:
+        def __init__(self, i):
+            self.i = i
+
+        def basis(self, m, l):
+            return torch.eye(m.d)[:, self.i : self.i + 2]
+
+    def first(c) -> int:
+        return int(shelf.bases([c], False)[c.name][0].B[:, 0].argmax())
+
+    def named(name, f):
+        return Candidate(name, "own", "own", False, ("weights",), f)
+
+    for _ in range(2):
+        assert [first(named(n, partial(axes, i=i))) for n, i in (("a/b", 1), ("a+b", 4))] == [1, 4]
+    for i in (1, 5, 9):
+        assert first(named("part", partial(axes, i=i))) == i
+        assert first(named("method", Of(i).basis)) == i
+        assert first(as_candidate(lambda m, l, i=i: torch.eye(m.d)[:, i : i + 2])) == i
+        assert first(named("closure", (lambda j: lambda m, l: torch.eye(m.d)[:, j : j + 2])(i))) == i
+
+
+def test_a_steered_model_is_refused_and_a_shipped_name_is_not_taken(lm, behavior, parity_folder, tmp_path):
+    from ws.explanation.explain import explain
+    from ws.steer.weights import weight_steer
+    from ws.subspaces.check import as_basis
+
+    w = load_diff(parity_folder / "w.pt")
+    ask = {"candidates": ["write"], "cache": tmp_path, "progress": False}
+    with weight_steer(lm.model, w, 1.0), pytest.raises(ValueError, match="the model is being steered"):
+        explain(lm, w, behavior, **ask)
+    with pytest.raises(
+        ValueError, match="candidate layer_clean_resid_pca: two of this name are given, or a shipped one"
+    ):
+        explain(lm, w, behavior, extra={"layer_clean_resid_pca": {2: torch.eye(128)[:, :2]}}, **ask)
+    with pytest.warns(UserWarning, match="not orthonormal"):
+        assert as_basis(1e-7 * torch.eye(128)[:, :3], 128, "small").rank == 3

@@ -73,7 +73,7 @@ def test_ready_bases_are_scored_as_they_are_or_made_orthonormal(given):
         given(extra={"bad": {2: torch.full((128, 2), float("nan"))}})
     with pytest.raises(ValueError, match=r"far: bases are given for layers \[9\]; the model has 0 to 5"):
         given(extra={"far": {9: B}})
-    with pytest.raises(ValueError, match="candidate write: two of this name are given"):
+    with pytest.raises(ValueError, match="candidate write: two of this name are given, or a shipped one has it"):
         given(extra={"write": {2: B}})
 
 
@@ -104,7 +104,7 @@ def test_scores_do_not_depend_on_who_else_is_there_and_the_null_adds_columns(giv
         ({"layers": [9]}, "the model has layers 0 to 5"),
         ({"k": 0}, "PCS = 0"),
         ({"candidates": ["wirte"]}, "no candidate 'wirte'; did you mean write"),
-        ({"extra": [3]}, "3 is no candidate"),
+        ({"extra": [3]}, "a int is no candidate"),
     ],
 )
 def test_mistakes_are_named(given, change, message):

@@ -10,6 +10,7 @@ it holds. The caller's objects are looked up as they are. Methods are followed t
 
 import ast
 import builtins
+import importlib.util
 import inspect
 import pickle
 import sys
@@ -95,62 +96,86 @@ class Walk:
 
     # --- the caller's objects, as they are ---------------------------------------------------------------------------
 
+    def note(self, label: str, found: str) -> None:
+        """A value's hash; two values of one label both count."""
+        self.seen[f"{label} {found}"] = found
+
     def value(self, label: str, value: object) -> None:
         """Follow an object; Unkeyed where nothing tells its content."""
         if isinstance(value, partial):
-            self.value(f"{label}.func", value.func)
-            self.value(f"{label}.args", (value.args, sorted((value.keywords or {}).items())))
-        elif isinstance(value, types.ModuleType):
-            return
-        elif isinstance(value, types.FunctionType | types.MethodType | type) or hasattr(value, "__wrapped__"):
+            self.value(label, [value.func, value.args, sorted((value.keywords or {}).items())])
+        elif isinstance(value, types.MethodType):
+            self.function(value.__func__)
+            self.value(f"{label}.self", value.__self__)
+        elif isinstance(value, list | tuple) and not _simple(value):
+            for i, item in enumerate(value):
+                self.value(f"{label}.{i}", item)
+        elif isinstance(value, types.FunctionType | type) or hasattr(value, "__wrapped__"):
             self.function(value)
         elif isinstance(getattr(value, "fingerprint", None), str) and value.fingerprint:
-            self.seen[label] = value.fingerprint
-        else:
+            self.note(label, value.fingerprint)
+        elif not isinstance(value, types.ModuleType):
             if _own(type(value)):
                 self.function(type(value))
+                if vars_of := getattr(value, "__dict__", None):
+                    self.value(f"{label}.", [x for item in sorted(vars_of.items()) for x in item])
             try:
-                self.seen[label] = digest(pickle.dumps(value))
+                self.note(label, digest(_pickled(value)))
             except Exception as error:
                 why = f"{label} is a {type(value).__name__}, whose content cannot be hashed ({error})"
                 raise Unkeyed(why) from error
 
     def function(self, function: object) -> None:
-        """A function or class: of this package by its source, of the caller by its source and what it refers to."""
-        function = inspect.unwrap(getattr(function, "__func__", function))
+        """A function or class: of this package by its source, of the caller by what it is and what it refers to.
+
+        The caller's function counts by its compiled code: a file may have been edited since it was loaded. Its source
+        tells which names it uses.
+        """
         module, name = getattr(function, "__module__", "") or "", getattr(function, "__qualname__", "")
+        inner = getattr(function, "__wrapped__", None)
         if module_file(module) and not _replaced(function, module, name.split(".")[0]) and "<" not in name:
             self.name(self.scope(module), name.split(".")[0], {})
             return
+        if inner is not None and not isinstance(function, types.FunctionType):
+            return self.value(name, inner)  # a cache of functools
         label = f"{module}.{name}@{id(function)}"
-        if not _own(function) or label in self.seen:
+        if label in self.seen or not (_own(function) or inner is not None):
             return
         self.seen[label] = ""
+        code = getattr(function, "__code__", None)
         try:
-            node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+            node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0] if name[-8:] != "<lambda>" else None
         except (OSError, TypeError, SyntaxError, IndexError):
-            code = getattr(function, "__code__", None)
-            if code is None:
-                raise Unkeyed(f"{name}: its source cannot be read") from None
-            own, names, node = digest(repr((code.co_code, code.co_consts)).encode()), code.co_names, None
-        else:
-            own, names = used(node).hash, used(node).names
-            self.strings |= used(node).strings
+            node = None
+        if code is None and node is None:
+            raise Unkeyed(f"{name}: its source cannot be read")
+        own = used(node).hash if code is None else digest(repr(_compiled(code, function.__doc__)).encode())
+        names = set(_names(code)) if code is not None else set()
         known = dict(getattr(function, "__globals__", None) or vars(sys.modules.get(module, builtins)))
-        if isinstance(function, types.FunctionType):
-            for name_inside, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        if node is not None:
+            names |= set(used(node).names)
+            self.strings |= used(node).strings
+            for base, attribute in used(node).imports.values():
+                self.path(".".join(filter(None, (base, attribute))))
+                self.imported(base)
+        elif code is not None:
+            self.strings |= {c for c in code.co_consts if isinstance(c, str)}
+        if code is not None:
+            for name_inside, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
                 with suppress(ValueError):  # nothing is in the cell yet
                     known[name_inside] = cell.cell_contents
-            own += "".join(digest(repr(v).encode()) for v in (function.__defaults__ or ()) if _simple(v))
-        for dotted in names:
+            self.value(f"{name}()", [*(function.__defaults__ or ()), sorted((function.__kwdefaults__ or {}).items())])
+        for dotted in sorted(names):
             self.live(dotted, known)
-        if node is not None:
-            for imports in used(node).imports.values():
-                self.path(".".join(filter(None, imports)))
-        # the label holds an address, which must not enter the key
-        del self.seen[label]
-        self.seen[f"{name} {own}"] = own
-        self.seen[label] = ""
+        self.note(name, own)
+
+    def imported(self, module: str) -> None:
+        """A module of the caller's that a function imports inside: all of it."""
+        with suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(module) if module else None
+            own = spec and spec.origin and not str(Path(spec.origin).resolve()).startswith((*FOREIGN, str(PACKAGE)))
+            if own and Path(spec.origin).is_file():
+                self.note(f"module {module}", digest(Path(spec.origin).read_bytes()))
 
     def live(self, dotted: str, known: dict) -> None:
         first, *rest = dotted.split(".")
@@ -165,11 +190,30 @@ class Walk:
             if module_file(value.__name__):
                 self.path(".".join([value.__name__, *rest]))
             elif _own(value):
-                self.seen[f"module {value.__name__}"] = digest(Path(value.__file__).read_bytes())
+                self.note(f"module {value.__name__}", digest(Path(value.__file__).read_bytes()))
         elif _own(value) or not callable(value):
             self.value(f"{Path(str(known.get('__file__', ''))).name}:{first}", value)
         else:
             self.function(value)
+
+
+def _pickled(value: object) -> bytes:
+    """The content of a value; of a tensor its bytes, which pickle writes in another way in each process."""
+    if type(value).__name__ == "Tensor" and hasattr(value, "numpy"):
+        return repr((tuple(value.shape), str(value.dtype))).encode() + value.detach().cpu().float().numpy().tobytes()
+    return repr(sorted(map(repr, value))).encode() if isinstance(value, set | frozenset) else pickle.dumps(value)
+
+
+def _compiled(code: types.CodeType, doc: str | None) -> tuple:
+    """What a function does, its docstring and places in a file left out."""
+    consts = tuple(_compiled(c, None) if isinstance(c, types.CodeType) else c for c in code.co_consts if c != doc)
+    return code.co_code, code.co_names, code.co_freevars, code.co_varnames, consts
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names that a function and those inside it may look up."""
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
+    return [*code.co_names, *code.co_freevars, *inner]
 
 
 def _simple(value: object) -> bool:
@@ -180,7 +224,7 @@ def _simple(value: object) -> bool:
 
 def _replaced(live: object, module: str, name: str) -> bool:
     """Whether a loaded name holds another function or class than the source that binds it."""
-    if not isinstance(live, types.FunctionType | type) or not module_file(module):
+    if live is None or not module_file(module):
         return False
     while name not in read_scope(module).defs:  # re-exported: go to where it is defined
         module, name = read_scope(module).imports.get(name, ("", ""))
@@ -188,7 +232,10 @@ def _replaced(live: object, module: str, name: str) -> bool:
             return False
     if not isinstance(read_scope(module).defs[name][-1], FUNCTIONS):  # assigned: it may hold what has another name
         return live is not getattr(sys.modules.get(module), name, live)
-    return (live.__module__, live.__qualname__) != (module, name)
+    if (getattr(live, "__module__", ""), getattr(live, "__qualname__", "")) != (module, name):
+        return True
+    code = getattr(live, "__code__", None)  # the caller's wrapper has the name of what it wraps, not its file
+    return code is not None and not str(Path(code.co_filename).resolve()).startswith((str(PACKAGE), *FOREIGN))
 
 
 def _reset(live: object, node: ast.stmt) -> bool:

@@ -10,7 +10,7 @@ from ws.explanation import rows
 from ws.explanation.result import Explanation
 from ws.explanation.rows import CLEAN
 from ws.model.lm import LM
-from ws.steer.weights import check_fits
+from ws.steer.weights import check_fits, check_plain
 from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.build import build
 from ws.subspaces.build import candidates as candidates_of
@@ -65,6 +65,7 @@ def explain(
     w, null = load_diff(w), None if null is None else load_diff(null)
     for diff in [w] if null is None else [w, null]:
         check_fits(lm.model, diff)
+    check_plain(lm.model)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
     shipped = candidates_of(protocol)
     functions, ready = _sorted_out(extra)
@@ -73,7 +74,10 @@ def explain(
     a_side = [c for c in [*chosen, *functions] if c.kind != "ceiling"]
     given = [Candidate(name, "own", "own", False, (), lambda: None) for name in ready]
     by_name: dict[str, Candidate] = {}
+    theirs = {c.name for c in candidates_of("v7b")}
     for c in [*a_side, *given, *ceilings]:
+        if c.name in theirs and (c in given or not c.shipped):
+            raise ValueError(f"candidate {c.name}: two of this name are given, or a shipped one has it")
         if by_name.setdefault(c.name, c) != c:
             raise ValueError(f"candidate {c.name}: two of this name are given")
     everyone = list(by_name.values())
@@ -124,7 +128,10 @@ def _sorted_out(extra: Iterable[object] | Mapping[str, object]) -> tuple[list[Ca
     for item in [extra] if isinstance(extra, Mapping) else extra:
         items += item.items() if isinstance(item, Mapping) else [("", item)]
     functions = [as_candidate(item) for _, item in items if not isinstance(item, Mapping)]
-    return functions, {name: item for name, item in items if isinstance(item, Mapping)}
+    ready = [(name, item) for name, item in items if isinstance(item, Mapping)]
+    if len(dict(ready)) < len(ready):
+        raise ValueError(f"two ready bases have one name among {', '.join(str(name) for name, _ in ready)}")
+    return functions, dict(ready)
 
 
 def _given(name: str, by_layer: Mapping, lm: LM) -> list[Basis]:

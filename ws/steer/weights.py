@@ -81,6 +81,15 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
+def check_plain(model: nn.Module) -> None:
+    """ValueError inside an open `weight_steer`: what is computed there is not the base model's."""
+    steered = any(hasattr(p, "_ws_open") for p in model.parameters()) or any(
+        hasattr(m, "_ws_live") for m in model.modules()
+    )
+    if steered:
+        raise ValueError("the model is being steered: leave the `weight_steer` context first")
+
+
 def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
     """Where w acts; ValueError naming its first parameter that the model lacks, has in another shape or cannot steer."""
     by_name: dict[str, dict[int, nn.Parameter]] = {}

@@ -61,9 +61,10 @@ class Candidate:
 
     @property
     def file(self) -> Path | None:
-        """The file of a candidate of one's own; None for those of this package and of notebook cells."""
+        """The file that a candidate was loaded from (`load_candidates`); None for all others."""
         path = Path(getattr(getattr(self.build, "__code__", None), "co_filename", ""))
-        return path if path.suffix == ".py" and path.is_file() and not self.shipped else None
+        loaded = (getattr(self.build, "__module__", "") or "").startswith("candidates_")  # a script is not run again
+        return path if loaded and path.is_file() else None
 
 
 def candidate(
@@ -122,7 +123,9 @@ def as_candidate(thing: object) -> Candidate:
     if isinstance(getattr(thing, "candidate", None), Candidate):
         return thing.candidate
     if not callable(thing):
-        raise ValueError(f"{thing!r} is no candidate: give a function f(m, l), or bases as {{name: {{layer: tensor}}}}")
+        raise ValueError(
+            f"a {type(thing).__name__} is no candidate: give a function f(m, l), or bases as {{name: {{layer: tensor}}}}"
+        )
     name = getattr(thing, "__name__", type(thing).__name__)
     shared = len(inspect.signature(thing).parameters) == 1
     return Candidate(name, "own", "own", shared, ("weights", "prompts"), thing)
@@ -143,10 +146,13 @@ def load_candidates(files: str | Path | Sequence[str | Path]) -> list[Candidate]
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # the key of a function looks its names up there
         linecache.checkcache(str(path))
+        sys.path.insert(0, str(path.parent))  # modules beside it
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise ValueError(f"CANDIDATES: {path}: {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.remove(str(path.parent))
         made = (getattr(value, "candidate", None) for value in vars(module).values())
         mine = [c for c in made if isinstance(c, Candidate) and c.build.__module__ == spec.name]
         if not mine:

@@ -18,7 +18,7 @@ def as_basis(value: object, d: int, label: str) -> Basis:
         B = value.detach().float().cpu()
         if skew(B) > 1e-3:
             warnings.warn(f"{label}: columns are not orthonormal; their span is used", stacklevel=2)
-            B = orthonormalize(B)
+            B = orthonormalize(B / B.norm(dim=0).clamp_min(1e-30))  # a small column counts like a large one
         value = Basis(B, note="" if B.shape[1] else "empty")
     if not isinstance(value, Basis):
         raise ValueError(f"{label}: a Basis or a (d, r) tensor is needed, this is a {type(value).__name__}")

@@ -56,7 +56,7 @@ def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
     found, parts, todo = walk("ws.subspaces.materials.Materials"), {}, [c]
     while todo:
         one = todo.pop()
-        found.function(one.build)
+        found.value(one.name, one.build)
         for name in found.strings & set(names) - {c.name} - set(parts):
             parts[name] = names[name]
             todo.append(names[name])
@@ -78,7 +78,13 @@ class Shelf:
     whole: Callable[[], BaseCaptures] | None = None  # the captures, where others take their part of them too
 
     def key(self, c: Candidate, prompts: dict) -> Key:
-        params = {"model": self.lm.fingerprint, "k": self.k, "k_broad": self.k_broad, "shared": c.shared}
+        params = {
+            "model": self.lm.fingerprint,
+            "k": self.k,
+            "k_broad": self.k_broad,
+            "shared": c.shared,
+            "name": c.name,
+        }
         params |= {"fold_gain": self.protocol.fold_gain}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
         return stage_key(params, sources=composed_of(c)[1])
