@@ -23,6 +23,7 @@ from ws.stability.seeds import doubts, load_seeds, seed_folders
 from ws.steer.evaluate import side_by_side
 from ws.subspaces.algebra import random_basis
 from ws.subspaces.build import candidates as candidates_of
+from ws.subspaces.candidate import as_candidate
 from ws.subspaces.kept import make_shelf, part_bases
 from ws.subspaces.protocol import load_protocol
 from ws.subspaces.steered import CeilingMaterials, SteeredDiffs
@@ -126,6 +127,9 @@ def test_missing_and_unlike_runs_are_named(runs, tmp_path):
         compare_seeds({0: runs[0], 7: tmp_path})
     with pytest.raises(ValueError, match="no seeds"):
         load_seeds({})
+    other = replace(runs[1], setting=runs[1].setting | {"behavior": "another"})
+    with pytest.raises(ValueError, match="seeds 0 and 1 were swept with another behavior"):
+        load_seeds({0: runs[0], 1: other})
     fewer = replace(runs[1], candidates=runs[1].candidates[1:])
     with pytest.raises(ValueError, match="seeds 0 and 1 were swept with other candidates or another model"):
         load_seeds({0: runs[0], 1: fewer})
@@ -218,3 +222,24 @@ def test_texts_tables_and_figures_for_notebooks(tmp_path, monkeypatch):
         pl.DataFrame({"candidate": ["b"], "stability": [0.3], "unstable": [True]}),
     )
     assert joined["unstable"].to_list() == [False, True] and math.isnan(joined["stability"][0])
+
+
+def test_a_candidate_whose_function_is_not_there_cannot_win(lm, parity_folder, tmp_path):
+    from ws.explanation.explain import explain
+
+    behavior = load_behavior(parity_folder / "behavior.json")
+
+    def of_a_cell(m, l):
+        return m.base.pos.resid[l].T[:, :2]
+
+    def swept(c: float) -> Explanation:
+        w = load_diff(parity_folder / "w.pt").scale(c)
+        return explain(lm, w, behavior, candidates=["write"], extra=[of_a_cell], cache=tmp_path, progress=False)
+
+    found = {0: swept(1.0), 1: swept(0.5)}
+    told = compare_seeds(found, lm, behavior, boot=50, n_null=50, cache=tmp_path)
+    assert told.unstable == ["of_a_cell"]
+    known = compare_seeds(found, lm, behavior, own=[as_candidate(of_a_cell)], boot=50, n_null=50, cache=tmp_path)
+    assert known.a_side.filter(candidate="of_a_cell")["weakest"][0] != "not built again"
+    with pytest.raises(ValueError, match="the sweeps are of behavior parity|the sweeps are of behavior"):
+        compare_seeds(found, lm, "sycophancy", boot=50, n_null=50, cache=tmp_path)

@@ -16,6 +16,7 @@ from ws.stability.scores import per_seed_table, rank_stability_table, summary_ta
 from ws.stability.seeds import SeedRuns, doubts, load_seeds
 from ws.stability.significance import significance_table
 from ws.stability.verdict import Verdict, verdict
+from ws.subspaces.algebra import empty
 from ws.subspaces.build import candidates
 from ws.subspaces.candidate import Candidate, load_candidates
 from ws.subspaces.kept import make_shelf, part_bases
@@ -73,7 +74,7 @@ def compare_seeds(
     """The stability report of several LoRA seeds' sweeps.
 
     folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default
-    sycophancy) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
+    theirs) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
     one that its data do not determine cannot win. own: the caller's candidates among those swept. boot, n_null, seed:
     draws of the bootstrap and of random subspaces, and their generator. Raises FileNotFoundError / ValueError naming
     the run that is missing or does not fit. (docs/method.md section 7)
@@ -95,8 +96,12 @@ def compare_seeds(
     scores, device = runs.scores, "cpu" if lm is None else lm.device.type
     rows = []
     if lm is not None:
-        behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or "sycophancy")
-        setting = next(iter(found.values())).setting
+        some = next(iter(found.values()))
+        setting = some.setting
+        behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or setting["behavior"])
+        for what, mine in (("fingerprint", lm.fingerprint), ("behavior", behavior.name)):
+            if mine != setting[what]:
+                raise ValueError(f"the sweeps are of {what} {setting[what]}, given is {mine}")
         protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
         known = {c.name: c for c in [*candidates(shelf.protocol), *own]}  # those whose functions are known
@@ -104,6 +109,11 @@ def compare_seeds(
             for name in next(iter(parts.values())):
                 bases = {part: [of[name][l] for l in scores.layers] for part, of in parts.items()}
                 rows.append(overlap.compare_parts("A", name, compared, bases, scores.layers))
+        for c in some.candidates:
+            if "prompts" in c["sees"] and c["name"] not in known:  # nobody can tell: it must not win
+                nothing = [empty(scores.d, "its function is not known here")] * len(scores.layers)
+                parts = {"a": nothing, "b": nothing}
+                rows.append(overlap.compare_parts("A", c["name"], "not built again", parts, scores.layers))
     for side, parts in runs.oracles.items():
         rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)

@@ -46,6 +46,9 @@ def load_seeds(found: Mapping[int, Explanation]) -> SeedRuns:
     for seed, run in found.items():
         if [c["name"] for c in run.candidates] != names or run.setting["d"] != d:
             raise ValueError(f"seeds {first} and {seed} were swept with other candidates or another model")
+        for what in ("fingerprint", "behavior", "protocol", "k", "k_broad"):
+            if run.setting.get(what) != some.setting.get(what):
+                raise ValueError(f"seeds {first} and {seed} were swept with another {what}")
     shapes = {seed: run.tensors["act_topics"].shape for seed, run in found.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"runs differ in layers or EVAL probes: {shapes}")
