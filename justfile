@@ -73,6 +73,16 @@ v7b *ARGS: setup
 results *ARGS: setup
     @{{python}} -m ws results "$@"
 
+# what is known of a run: just status out/tiny/sycophancy/lora/seed_0/v7
+[no-exit-message]
+status *ARGS: setup
+    @{{python}} -m ws status "$@"
+
+# failed tries: just clean --failed lists them, with --yes they go
+[no-exit-message]
+clean *ARGS: setup
+    @{{python}} -m ws clean "$@"
+
 # print what a weight difference holds
 [no-exit-message]
 inspect FILE: setup

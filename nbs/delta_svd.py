@@ -39,11 +39,8 @@ DEVICE = "auto"
 DTYPE = "auto"
 
 # %%
-from pathlib import Path
-
 from IPython.display import HTML, Markdown, display
 
-from ws.cache.names import model_folder, model_slug
 from ws.cache.places import root
 from ws.delta import figures as draw
 from ws.delta import report
@@ -51,11 +48,12 @@ from ws.delta.calibration import load_calibration
 from ws.delta.measure import delta_svd
 from ws.delta.phases import top1_cos
 from ws.model.lm import load_lm
+from ws.runs.here import begin
 from ws.show import notebook
 from ws.show.figures import save
 from ws.show.tables import as_text, write_table
 
-folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "delta_svd"
+folder = begin("delta_svd", globals()).folder
 log = notebook.start_log("delta_svd", folder)
 texts = load_calibration(CALIBRATION)
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)

@@ -55,14 +55,13 @@ DTYPE = "float32"
 
 # %%
 from dataclasses import replace
-from pathlib import Path
 
 import polars as pl
 from IPython.display import HTML, Markdown, display
 
-from ws.cache.files import write_text
-from ws.cache.names import model_folder, model_slug
+from ws.cache.files import hand_over, write_text
 from ws.model.lm import load_lm
+from ws.runs.here import begin
 from ws.show import notebook
 from ws.show.figures import save
 from ws.show.tables import as_text, write_table
@@ -74,7 +73,8 @@ from ws.theta.heads import all_heads
 from ws.theta.states import joint_base, load_users, record_users, split_texts
 from ws.theta.users import fit_users
 
-folder = Path(OUT_DIR) if OUT_DIR else model_folder(model_slug(MODEL_ID)) / "theta_fit"
+run = begin("theta_fit", globals())
+folder, cache = run.folder, run.cache  # states and fits are kept as they come: a run that was stopped goes on there
 log = notebook.start_log("theta_fit", folder)
 cfg = FitConfig(float(GAMMA), float(BETA), float(LAM), float(LR), STEPS, float(GRAD_CLIP), float(THETA_CLIP))
 texts = load_users(USERS)
@@ -88,7 +88,7 @@ W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
 # with `MASK_PROMPT = False`).
 
 # %%
-record = dict(mask_prompt=MASK_PROMPT, max_length=MAX_LENGTH, batch=BATCH_SIZE, path=folder / "states.safetensors")
+record = dict(mask_prompt=MASK_PROMPT, max_length=MAX_LENGTH, batch=BATCH_SIZE, path=cache / "states.safetensors")
 train, rest = record_users(lm, texts, float(HELDOUT), **record)
 heldout = compare.make_heldout(rest, W, bias)
 users, heads = list(texts), all_heads(W, THETA_DIM, float(ALPHA), SEED)
@@ -117,9 +117,12 @@ display(HTML(as_text(report.scale_table(heads, rescaled, kappa), style="html")))
 # Newton's method finds it exactly, once over all theta and once within the norm clip. One file per user and head.
 
 # %%
-default = ThetaFits(fit_users(train, heads, W, bias, cfg, folder), heads, heldout, cfg, "default")
+default = ThetaFits(fit_users(train, heads, W, bias, cfg, cache / "fits"), heads, heldout, cfg, "default")
 rescaled = compare.distinct_functions(rescaled)
-matched = ThetaFits(fit_users(train, rescaled, W, bias, cfg, folder / "matched"), rescaled, heldout, cfg, "matched")
+matched = ThetaFits(
+    fit_users(train, rescaled, W, bias, cfg, cache / "fits" / "matched"), rescaled, heldout, cfg, "matched"
+)
+hand_over(cache / "fits", folder)
 summary = pl.concat([default.summary, matched.summary], how="vertical_relaxed")
 write_table(summary, folder / "theta_summary.tsv")
 display(HTML(as_text(report.adam_against_optimum(summary), style="html")))

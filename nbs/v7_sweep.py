@@ -48,28 +48,24 @@ DEVICE = "auto"
 DTYPE = "auto"
 
 # %%
-from pathlib import Path
-
 from IPython.display import HTML, Markdown, display
 
 import ws
-from ws.cache.names import RunId
 from ws.explanation import words
 from ws.explanation.rows import null_summary
+from ws.runs.here import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import write_table
 from ws.subspaces.candidate import load_candidates
 from ws.subspaces.protocol import load_protocol
 
+run = begin("v7_sweep", globals())
 switches = dict(EVAL_SPLIT=EVAL_SPLIT, CHAT_PROBES=CHAT_PROBES, PERSONA_PAIRS=PERSONA_PAIRS, RAW_LAST=RAW_LAST)
 protocol = load_protocol(PROTOCOL, **switches, FOLD_GAIN=FOLD_GAIN, SOURCES=SOURCES)
 behavior = ws.load_behavior(BEHAVIOR)
+w = ws.load_diff(run.w)
 lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
-run = RunId(lm.name, behavior.name, ADAPTER, SEED)
-folder = Path(OUT_DIR) if OUT_DIR else run.folder() / PROTOCOL
-log = start_log("v7_sweep", folder)
-w = ws.load_diff(W_PATH or run.folder() / "w.safetensors")
-null = Path(NULL_W_PATH) if NULL_W_PATH else run.folder(null=True) / "w.safetensors"
+log = start_log("v7_sweep", run.folder)
 
 # %% [markdown]
 # ## Scores
@@ -86,13 +82,13 @@ found = ws.explain(
     behavior,
     protocol=protocol,
     extra=load_candidates(CANDIDATES),
-    null=null if NULL_W_PATH or null.is_file() else None,
+    null=run.null,
     layers=LORA_LAYERS,
     k=PCS,
     k_broad=K_BROAD,
-    title=f"{run.model}, {run.behavior}, {run.adapter}, seed {run.seed}, {PROTOCOL}",
+    title=run.title,
 )
-found.save(folder)
+found.save(run.folder)
 display(Markdown(words.setting_table(found.setting)))
 
 # %%
@@ -102,13 +98,13 @@ display(HTML(found.top(20, "html")))
 # ## Activation against weight recovery
 
 # %%
-display(show(found.figure(), folder / "v7_joint_act_weight_scatter"))
+display(show(found.figure(), run.folder / "v7_joint_act_weight_scatter"))
 
 # %% [markdown]
 # The best candidates by layer, with the ceilings dotted.
 
 # %%
-display(show(found.layer_figure(), folder / "v7_recovery_by_layer"))
+display(show(found.layer_figure(), run.folder / "v7_recovery_by_layer"))
 
 # %% [markdown]
 # ## Beyond what clean activations vary along
@@ -128,14 +124,14 @@ display(show_table(found.specific, words.BEYOND, rows=12))
 # %%
 if N_NULL:
     drawn = found.null_check(N_NULL)
-    write_table(drawn, folder / "v7_null_check.csv")
+    write_table(drawn, run.folder / "v7_null_check.csv")
     display(show_table(null_summary(drawn)))
 
 # %% [markdown]
 # ## What this run says
 
 # %%
-log.info("done: %s", folder)
+log.info("done: %s", run.folder)
 display(embedded(found.conclusion()))
 
 # %% [markdown]

@@ -37,27 +37,21 @@ DEVICE = "auto"
 DTYPE = "auto"
 
 # %%
-from pathlib import Path
-
 from IPython.display import Markdown, display
 
 import ws
-from ws.cache.names import RunId
+from ws.runs.here import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import write_table
 from ws.stability import corrections
 from ws.stability import figures as draw
 from ws.stability.compare import own_candidates
-from ws.stability.seeds import seed_folders
 
+run = begin("v7b_stability", globals())
+sweeps = run.sweeps
 behavior = ws.load_behavior(BEHAVIOR)
 lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
-run = RunId(lm.name, behavior.name, ADAPTER, 0)
-runs_folder = Path(RUNS_DIR) if RUNS_DIR else run.adapter_folder()
-folders = seed_folders(SEEDS, runs_folder)
-sweeps = {seed: f / PROTOCOL for seed, f in folders.items()}
-folder = Path(OUT_DIR) if OUT_DIR else runs_folder / "v7b"
-log = start_log("v7b_stability", folder)
+log = start_log("v7b_stability", run.folder)
 
 # %% [markdown]
 # ## Are the bases themselves stable?
@@ -70,11 +64,11 @@ log = start_log("v7b_stability", folder)
 # %%
 own = own_candidates(next(iter(sweeps.values())), CANDIDATES)
 found = ws.compare_seeds(sweeps, lm, behavior, own=own, boot=BOOT, n_null=N_NULL, seed=STAT_SEED)
-found.save(folder)
+found.save(run.folder)
 scores = found.runs.scores
 display(
     Markdown(
-        f"{run.model}, {behavior.name}, {ADAPTER}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
+        f"{run.title}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
         f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes, d = {scores.d}. {found.bases}"
     )
 )
@@ -85,7 +79,7 @@ display(show_table(found.a_side.sort("stability"), rows=12))
 # activation difference and for the weights, compared between seeds, with the overlap of random subspaces.
 
 # %%
-display(show(draw.oracle_overlap_figure(found.subspaces), folder / "v7b_oracle_overlap"))
+display(show(draw.oracle_overlap_figure(found.subspaces), run.folder / "v7b_oracle_overlap"))
 
 # %% [markdown]
 # ## Scores and intervals
@@ -95,10 +89,10 @@ display(show(draw.oracle_overlap_figure(found.subspaces), folder / "v7b_oracle_o
 # recovery with random subspaces, `q_R_w` is adjusted over all candidates.
 
 # %%
-display(show(draw.forest_plot(found.summary, found.per_seed, found.verdict.winner), folder / "v7b_forest"))
+display(show(draw.forest_plot(found.summary, found.per_seed, found.verdict.winner), run.folder / "v7b_forest"))
 
 # %%
-display(show(draw.bump_chart(found.per_seed, found.summary), folder / "v7b_ranks"))
+display(show(draw.bump_chart(found.per_seed, found.summary), run.folder / "v7b_ranks"))
 display(show_table(found.ranks))
 
 # %% [markdown]
@@ -114,10 +108,10 @@ display(embedded(found.conclusion()))
 
 # %%
 if CORRECTIONS:
-    diffs = {seed: ws.load_diff(f / "w.safetensors") for seed, f in folders.items()}
+    diffs = {seed: ws.load_diff(folder.parent / "w.safetensors") for seed, folder in sweeps.items()}
     moved, behind = corrections.capture_corrections(lm, behavior, diffs)
-    write_table(moved, folder / "v7b_capture_corrections.tsv")
-    write_table(behind, folder / "v7b_capture_corrections_scores.csv")
+    write_table(moved, run.folder / "v7b_capture_corrections.tsv")
+    write_table(behind, run.folder / "v7b_capture_corrections_scores.csv")
     display(show_table(moved))
 
 # %% [markdown]
@@ -125,6 +119,6 @@ if CORRECTIONS:
 
 # %%
 mended = corrections.basis_corrections(found.per_seed)
-write_table(mended, folder / "v7b_basis_corrections.tsv")
+write_table(mended, run.folder / "v7b_basis_corrections.tsv")
 display(show_table(mended))
-log.info("done: %s", folder)
+log.info("done: %s", run.folder)

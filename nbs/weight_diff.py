@@ -50,17 +50,15 @@ DEVICE = "auto"
 DTYPE = "auto"
 
 # %%
-from pathlib import Path
-
 from IPython.display import HTML, Markdown, display
 
 from ws.cache.files import write_json, write_text
-from ws.cache.names import RunId, model_slug
 from ws.data import load_behavior
 from ws.diff import describe
 from ws.diff import figures as draw
 from ws.diff.tables import diff_norms, diff_spectra, norms_by_module
 from ws.model.lm import load_lm
+from ws.runs.here import begin
 from ws.show import notebook, tables
 from ws.show.figures import save
 from ws.steer import evaluate
@@ -69,11 +67,9 @@ from ws.train.difference import obtain_diff, training_text
 from ws.train.lora import TrainConfig
 from ws.train.pairs import PairConfig
 
+run = begin("weight_diff", globals())
+folder = run.folder
 behavior = load_behavior(BEHAVIOR)
-seed_folder = RunId(model_slug(MODEL_ID), behavior.name, ADAPTER, SEED).folder(null=NULL_DIFF)
-folder = Path(OUT_DIR) if OUT_DIR else seed_folder / "weight_diff"
-# in a folder of its own choice a run keeps everything there; otherwise w is where the sweep looks for it
-home = seed_folder if folder.resolve() == (seed_folder / "weight_diff").resolve() else folder
 log = notebook.start_log("weight_diff", folder)
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 alphas = evaluate.check_alphas(ALPHAS)
@@ -99,7 +95,8 @@ config = TrainConfig(
 # answers: initialisation, order, held-out split.
 
 # %%
-w, training = obtain_diff(lm, behavior, SEED, config, home, W_PATH, (POS_ADAPTER, NEG_ADAPTER), RETRAIN)
+own = (POS_ADAPTER, NEG_ADAPTER)
+w, training = obtain_diff(lm, behavior, SEED, config, run.home, W_PATH, own, RETRAIN, run.finished_home)
 log.info("w: %d matrices, |w| = %.4g", len(w.names), w.total_norm())
 display(Markdown(training_text(training)))
 

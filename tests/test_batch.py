@@ -12,7 +12,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ws.cache import made
 from ws.cache.names import RunId
 from ws.cache.places import root
 from ws.runs import identity, once
@@ -99,7 +98,10 @@ def test_an_input_counts_by_what_it_holds(place, tmp_path):
     assert json.loads((first.folder / "params.json").read_text())["parameters"]["W_PATH"] == str(data)
     assert ask(str(data), data.parent).found == "done"
     data.write_text("two")
-    assert run("probe", {"W_PATH": "w.pt", "OUT_DIR": "res"}, cwd=data.parent, place=place).found == "changed inputs"
+    with pytest.raises(ValueError, match=r"holds the finished run of .*w from w\.pt .*; choose another folder"):
+        ask("w.pt", data.parent)  # another w is another run: it has a folder of its own
+    own = run("probe", {"W_PATH": "w.pt"}, cwd=data.parent, place=place)
+    assert own.found == "new" and own.folder.parent.name.startswith("w-w-"), own.error
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         ask("missing.pt", data.parent)
 
@@ -108,14 +110,16 @@ def test_a_failed_run_is_kept_apart_and_told(place):
     write_notebook(place.nbs, "probe", "if SEED == 3: raise RuntimeError('planted at seed 3')", "print('not reached')")
     failed = run("probe", {"SEED": 3}, place=place)
     assert not failed.ok and failed.error.endswith("RuntimeError: planted at seed 3") and "\x1b" not in failed.error
-    assert [p.name for p in failed.folder.iterdir() if not p.name.startswith(".made")] == ["probe.failed.ipynb"]
-    kept = nbformat.read(failed.folder / "probe.failed.ipynb", as_version=4)
+    assert [p.name for p in failed.folder.iterdir()] == ["failed"] and failed.kept.parent == failed.folder / "failed"
+    kept = nbformat.read(failed.kept / "probe.ipynb", as_version=4)
     assert kept.metadata.papermill.exception is True
-    assert made.read_failure(failed.folder / "probe.ipynb")["error"] == failed.error
+    told = identity.tries(failed.folder, "probe")[0]
+    assert told["error"] == failed.error and told["reason"] == "RuntimeError: planted at seed 3"
     write_notebook(place.nbs, "probe", "print(SEED)")
     again = run("probe", {"SEED": 3}, place=place)
     assert again.ok and again.found == "failed before"
-    assert sorted(p.name for p in again.folder.glob("*.ipynb")) == ["probe.ipynb"]
+    assert sorted(p.name for p in again.folder.rglob("*.ipynb")) == ["probe.ipynb"]
+    assert not (again.folder / "failed").exists()
     done = nbformat.read(again.folder / "probe.ipynb", as_version=4).metadata.papermill
     assert done.end_time and done.exception is None and done.output_path == "probe.ipynb"
 
@@ -123,7 +127,7 @@ def test_a_failed_run_is_kept_apart_and_told(place):
 def test_a_cell_that_kills_its_kernel_fails_the_run(place):
     write_notebook(place.nbs, "probe", "import os; os._exit(9)")
     failed = run("probe", {}, place=place)
-    assert not failed.ok and "Kernel died" in failed.error and (failed.folder / "probe.failed.ipynb").is_file()
+    assert not failed.ok and "Kernel died" in failed.error and (failed.kept / "probe.ipynb").is_file()
 
 
 def test_two_notebooks_may_share_a_folder(place, tmp_path):
@@ -132,7 +136,8 @@ def test_two_notebooks_may_share_a_folder(place, tmp_path):
     for _ in range(2):
         found = [run(name, {"OUT_DIR": str(tmp_path / "res")}, place=place).found for name in ("first", "second")]
     assert found == ["done", "done"]
-    assert list(identity.outputs("second", tmp_path / "res")) == ["b"]
+    for name, own in (("first", "a"), ("second", "b")):
+        assert list(identity.record_of(name, tmp_path / "res")["outputs"]) == [own]
 
 
 def test_refusals_name_the_thing(place):
@@ -161,7 +166,7 @@ def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
     seen = []
 
     def interrupted(notebook: Path, target: Path, title: str) -> None:
-        seen.extend(sorted(p.name[:5] for p in folder.iterdir() if p.name.startswith((".tmp-", ".lock"))))
+        seen.extend(sorted(p.name[:5] for p in folder.parent.iterdir()))
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one must not disturb the tidying
         time.sleep(1)
@@ -172,7 +177,7 @@ def test_sigterm_after_the_last_cell_leaves_nothing_behind(place, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             run("probe", {"SEED": 3}, place=place)
     assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert seen == [".lock", ".tmp-"] and sorted(p.name for p in folder.iterdir()) == ["result.json"]
+    assert seen == [".lock", ".tmp-", "count"] and [p.name for p in folder.parent.iterdir()] == ["count"]
     again = run("probe", {"SEED": 3}, place=place)
     assert again.ok and again.found == "new" and count(place) == 2
 

@@ -53,10 +53,10 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
 
 def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path, capsys):
     _, answers = asked
-    answers["run"] = once.Ending("failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path)
+    answers["run"] = once.Ending("failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path, kept=tmp_path / "failed" / "1")
     assert call("nb", "probe") == 1
     told = capsys.readouterr().err
-    assert "ValueError: layer 3 is NaN" in told and "probe.failed.ipynb" in told and told.count("long") == 11
+    assert "ValueError: layer 3 is NaN" in told and f"kept in {tmp_path / 'failed' / '1'}" in told and told.count("long") == 11
 
 
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
         return run_jobs
 
     monkeypatch.setattr("ws.demo.demo_report", lambda: "THE TABLE")
-    monkeypatch.setattr("ws.runs.html.report", lambda: tmp_path / "index.html")
+    monkeypatch.setattr("ws.runs.index.report", lambda: tmp_path / "index.html")
     monkeypatch.setattr("ws.runs.engine.run_jobs", fake("done"))
     assert call("demo") == 0
     told = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_one_seed_that_raises_fails_alone(whole, tmp_path):
     assert states["seed 0: v7_sweep"] == "done" and states["seed 1: v7_sweep"] == "failed"
     assert states["all seeds: v7b_stability"] == "skipped" and states["seed 1: weight_diff"] == "done"
     assert "RuntimeError: planted in v7_sweep-1" in summary and f"needs {RUN} seed 1: v7_sweep" in summary
-    assert str(place.out / LORA / "seed_1/v7b/v7_sweep.failed.ipynb") in summary
+    assert str(place.out / LORA / "seed_1/v7b/failed") in summary
     assert counts(tmp_path) == {"v7_sweep-1": 1}
 
 

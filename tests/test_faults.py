@@ -63,7 +63,7 @@ def completes(base, place, whole, settings: dict | None = None, **expected: int)
 def equals(base, place, whole, **expected: int) -> None:
     assert tables(place) == whole[1]
     assert counts(base) == {name.replace("__", "-"): n for name, n in expected.items()}
-    left = [p for pattern in (".tmp-*", ".lock*", "*.failed.ipynb") for p in place.out.rglob(pattern)]
+    left = [p for pattern in (".tmp-*", ".was-*", ".lock*", "failed") for p in place.out.rglob(pattern)]
     assert not left, left
 
 
@@ -185,7 +185,7 @@ def test_kill_a_kernel(whole, tmp_path):
     finally:
         end(driver)
     assert "Kernel died" in log(tmp_path) and "4 done, 1 failed, 1 skipped" in log(tmp_path)
-    assert (place.out / LORA / "seed_1/v7b/v7_sweep.failed.ipynb").is_file()
+    assert list((place.out / LORA / "seed_1/v7b/failed").glob("*/v7_sweep.ipynb"))
     release(tmp_path, "v7_sweep-1")
     completes(tmp_path, place, whole, v7_sweep__1=2, v7b_stability=1)
 
@@ -233,7 +233,7 @@ def test_a_notebook_that_raises_for_one_seed(whole, tmp_path):
     trap = tmp_path / "traps" / "raise-v7_sweep-1"
     trap.touch()
     assert start_driver(tmp_path).wait(timeout=120) == 1, log(tmp_path)
-    assert "RuntimeError: planted in v7_sweep-1" in log(tmp_path) and "v7_sweep.failed.ipynb" in log(tmp_path)
+    assert "RuntimeError: planted in v7_sweep-1" in log(tmp_path) and "seed_1/v7b/failed/" in log(tmp_path)
     assert "1 ran, 3 done, 1 failed, 1 skipped" in log(tmp_path)
     trap.unlink()
     completes(tmp_path, place, whole, v7_sweep__0=1, v7_sweep__1=2, v7b_stability=1)

@@ -7,7 +7,7 @@ import pytest
 from stubs import LORA, RUN, stub_jobs, write_project
 
 from ws.cache import keys, made
-from ws.runs import grid, identity, parameters, results
+from ws.runs import grid, identity, once, parameters, results
 from ws.runs.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
 
 
@@ -30,8 +30,10 @@ def finish(place, jobs) -> None:
         content = parameters.read_notebook(place.nbs / target.name)
         key = identity.run_key(job.notebook, content, job.values, place.out)
         about = {
-            "outputs": identity.outputs(job.notebook, job.folder),
+            "outputs": identity.outputs(job.folder),
             "products": identity.products(job.notebook, job.folder, job.values, place.out),
+            "parameters": job.values,
+            "inputs": identity.input_keys(job.notebook, job.values, place.out),
         }
         made.mark_made(target, key, about)
 
@@ -39,7 +41,7 @@ def finish(place, jobs) -> None:
 def states(place, jobs, **options) -> dict[str, str]:
     """What would happen to each job, in short."""
     steps = plan(jobs, place=place, **options)
-    return {step.job.name.removeprefix(f"{RUN} "): step.why for step in steps if step.run}
+    return {step.job.name.removeprefix(f"{RUN} "): step.why.partition(": ")[0] for step in steps if step.run}
 
 
 def test_a_grid_has_every_run_once_and_each_after_what_it_needs(place):
@@ -60,7 +62,7 @@ def test_a_grid_has_every_run_once_and_each_after_what_it_needs(place):
     null = by_name[sweep.needs[1]]
     assert null.values["NULL_DIFF"] is True and null.folder == adapter / "seed_2" / "null_diff" / "weight_diff"
     last = by_name["tiny sycophancy dora all seeds: v7b_stability"]
-    assert last.values["SEEDS"] == [2, 3, 4] and len(last.needs) == 3 and last.folder == adapter / "v7b"
+    assert last.values["SEEDS"] == [2, 3, 4] and len(last.needs) == 3 and last.folder == adapter / "v7b_seeds2-4"
 
 
 def test_only_what_depends_on_a_change_runs_again(place):
@@ -79,7 +81,7 @@ def test_only_what_depends_on_a_change_runs_again(place):
     assert more == {
         "seed 2: weight_diff": "new",
         "seed 2: v7_sweep": "new",
-        "all seeds: v7b_stability": "changed parameters",
+        "all seeds: v7b_stability": "new",  # another seed set is another report
     }
     lora = place.out / LORA
     w = lora / "seed_1" / "w.safetensors"
@@ -111,13 +113,15 @@ def test_changed_code_reruns_its_notebook_and_a_failure_is_told(place):
     notebook = place.nbs / "v7b_stability.ipynb"
     notebook.write_text(notebook.read_text().replace("means = []", "means = list()"))
     assert states(place, jobs) == {"all seeds: v7b_stability": "changed code"}
-    failed = jobs[-1].folder / "v7b_stability.ipynb"
-    failed.unlink()
-    made.mark_failed(failed, keys.Key("", "", ""), "ValueError: x")
+    (jobs[-1].folder / "v7b_stability.ipynb").unlink()
+    work = jobs[-1].folder / "work"
+    work.mkdir()
+    once.keep_failed(jobs[-1], work, "Traceback\nValueError: x")
     assert states(place, jobs) == {"all seeds: v7b_stability": "failed before"}
-    assert states(place, stub_jobs(place, SCALE=2))["seed 0: weight_diff"] == "changed parameters"
+    text = plan_text(plan(stub_jobs(place, SCALE=2), place=place))
+    assert text.count("changed parameters: SCALE 1 -> 2") == 3
     text = plan_text(plan(jobs, place=place))
-    assert "failed before" in text and "1 would run, 0 would be looked at again, 5 are done" in text
+    assert "failed before: ValueError: x" in text and "1 would run, 0 would be looked at again, 5 are done" in text
 
 
 def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
@@ -133,7 +137,9 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     assert not any(step.run for step in steps) and [s.job.name for s in steps if s.stale] == [jobs[2].name]
     assert steps[2].why == "stale adapters kept" and "1 have stale adapters" in plan_text(steps)
     changed = {step.job.name: step.why for step in plan(stub_jobs(place, SCALE=2), place=place)}
-    assert changed[jobs[2].name] == "changed parameters; stale adapters"  # whether they are kept, the training will say
+    assert (
+        changed[jobs[2].name] == "changed parameters: SCALE 1 -> 2; stale adapters"
+    )  # whether they are kept, the training will say
     asked = states(place, jobs, retrain=True)
     assert asked["seed 1: weight_diff"] == "training code changed, --retrain" and len(asked) == 3
     assert [s.job.name for s in plan(jobs, True, place) if s.retrain] == [jobs[2].name]
@@ -152,7 +158,7 @@ def test_candidates_of_a_batch_are_files_that_count_by_what_they_hold(place, tmp
     assert not any(step.run for step in plan(typed, place=place))
     (tmp_path / "mine.py").write_text("x = 2\n")
     why = [(step.job.notebook, step.why) for step in plan(typed, place=place) if step.run]
-    assert why == [("v7_sweep", "changed inputs")] * 3 + [("v7b_stability", "changed inputs")]
+    assert why == [("v7_sweep", "changed inputs: mine.py")] * 3 + [("v7b_stability", "changed inputs: mine.py")]
 
 
 def test_whether_adapters_were_retrained_is_no_part_of_a_run(place):

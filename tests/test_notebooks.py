@@ -196,4 +196,4 @@ def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         run_notebook("v7_sweep", {"W_PATH": str(tmp_path / "absent.pt"), "OUT_DIR": str(tmp_path / "a")}, quiet=True)
     done = run_notebook("v7_sweep", {"SEED": 987, "OUT_DIR": str(tmp_path / "b")}, quiet=True)
-    assert not done.ok and "w.safetensors" in done.error and (tmp_path / "b" / "v7_sweep.failed.ipynb").is_file()
+    assert not done.ok and "w.safetensors" in done.error and (done.kept / "v7_sweep.ipynb").is_file()

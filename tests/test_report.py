@@ -10,6 +10,7 @@ import pytest
 
 from ws.cache import keys, made
 from ws.runs import html as report
+from ws.runs import index as index_of
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -119,27 +120,28 @@ def test_index_lists_every_run_with_its_state(tmp_path):
             made.mark_made(
                 folder / "v7_sweep.ipynb", key, {"notebook": "v7_sweep", "run": run, "seconds": 12.5, "outputs": {}}
             )
-    failed = out / "tiny" / "delta_svd"
+    failed = out / "tiny" / "delta_svd" / "failed" / "20261128-083000"
     failed.mkdir(parents=True)
-    nbformat.write(notebook(), failed / "delta_svd.failed.ipynb")
+    nbformat.write(notebook(), failed / "delta_svd.ipynb")
+    (failed / "failure.json").write_text('{"notebook": "delta_svd", "reason": "ValueError: planted", "at": 0}')
     checkpoints = out / "tiny" / ".ipynb_checkpoints"
     checkpoints.mkdir()
     nbformat.write(notebook(), checkpoints / "old.ipynb")
 
-    rows = {(r["notebook"], str(r["seed"])): r["state"] for r in report.runs(out)}
+    rows = {(r["notebook"], str(r["seed"])): r["state"] for r in index_of.runs(out)}
     assert rows == {("delta_svd", ""): "failed", ("v7_sweep", "0"): "done", ("v7_sweep", "1"): "unfinished"}
-    index = report.report(out).read_text(encoding="utf-8")
+    index = index_of.report(out).read_text(encoding="utf-8")
     assert (out / "tiny/sycophancy/lora/seed_0/v7/v7_sweep.html").is_file()  # rendered, for it was missing
     links = re.findall(r'href="([^"]+)"', index)
     assert "tiny/sycophancy/lora/seed_0/v7/v7_sweep.html" in links and all((out / link).exists() for link in links)
-    assert "12.5" in index and 'class="state-failed"' in index
+    assert "ValueError: planted" in index and "12.5" in index and 'class="state-failed"' in index
     loads = Loads()
     loads.feed(index)
     assert loads.remote == []
 
 
 def test_index_of_nothing_says_so(tmp_path):
-    assert "No run yet" in report.report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "No run yet" in index_of.report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_rendering_is_quick(tmp_path):

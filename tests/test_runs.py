@@ -11,7 +11,7 @@ from test_batch import write_notebook
 
 from ws.cache import places, syntax
 from ws.cache.files import write_text
-from ws.runs import html, identity, notebooks, once, parameters
+from ws.runs import identity, index, notebooks, once, parameters
 from ws.runs.notebooks import Notebook, Place, notebook_of
 
 
@@ -24,8 +24,8 @@ def test_folders_of_runs(tmp_path):
         "weight_diff": "my_tastes/dora/seed_2/weight_diff",
         "v7_sweep": "my_tastes/dora/seed_2/v7",
         "v7b_stability": "my_tastes/dora/v7b",
-        "delta_svd": "delta_svd",
-        "theta_fit": "theta_fit",
+        "delta_svd": "delta_svd_seed2",
+        "theta_fit": "theta_fit_seed2",
         "of_a_user": "my_tastes/dora/seed_2/of_a_user",
     }
     for name, folder in expected.items():
@@ -107,9 +107,9 @@ def test_a_sixth_notebook_is_one_entry(tmp_path, monkeypatch):
     assert ask().found == "changed inputs"
     (done.folder / "where").write_text(f"{place.out} owt")
     assert ask().found == "damaged"  # as long, but other bytes
-    row = html.runs(place.out)[0]
+    row = index.runs(place.out)[0]
     assert (row["notebook"], row["seed"], row["state"]) == ("probe", "all", "done")
-    assert "What a stub says" in html.report(place.out).read_text()
+    assert "What a stub says" in index.report(place.out).read_text()
 
 
 def test_results_go_where_ws_out_says_when_it_is_used(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_results_go_where_ws_out_says_when_it_is_used(tmp_path, monkeypatch):
     write_notebook(tmp_path / "nbs", "probe", "open(OUT_DIR + '/x', 'w').write('x')")
     done = once.run_notebook("probe", place=Place(tmp_path / "nbs"), quiet=True)
     assert done.ok and done.folder.is_relative_to(tmp_path / "elsewhere"), done.error
-    assert list((tmp_path / "logs").glob("*_probe_*.log")) and html.report() == tmp_path / "elsewhere" / "index.html"
+    assert list((tmp_path / "logs").glob("*_probe_*.log")) and index.report() == tmp_path / "elsewhere" / "index.html"
 
 
 # --- keys follow the functions that make a run -------------------------------------------------------------------------

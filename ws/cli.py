@@ -41,15 +41,18 @@ def nb(
 
     here = typed_in()
     name = name.removesuffix(".ipynb").removesuffix(".py")
-    run = run_notebook(name, dict(params), files=[here / f for f in files], cwd=here, force=force, timeout=timeout)
-    if run.ok:
-        how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.found})"
-        print(f"{name}: {how}, {run.folder / name}.html", flush=True)
-        return 0
-    print(f"\n{name} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in run.error.splitlines()[-12:]), file=sys.stderr)
-    print(f"kept as {run.folder / name}.failed.ipynb", file=sys.stderr)
-    return 1
+    asked = {"files": [here / f for f in files], "cwd": here, "force": force, "timeout": timeout}
+    run = run_notebook(name, dict(params), **asked)
+    if not run.ok:
+        print(f"\n{name} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in run.error.splitlines()[-12:]), file=sys.stderr)
+        print(f"kept in {run.kept}; what was finished before is as it was", file=sys.stderr)
+        return 1
+    how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.why or run.found})"
+    print(f"{name}: {how}, {run.folder / name}.{'ipynb' if run.unrendered else 'html'}", flush=True)
+    if run.unrendered:
+        print(f"{run.unrendered}; the notebook is finished: `ws report` tries again", file=sys.stderr)
+    return 0
 
 
 def demo() -> int:
@@ -179,16 +182,53 @@ def inspect(file: Positional[Path], /) -> int:
 
 
 def report() -> int:
-    """Write out/index.html over all runs."""
-    from ws.runs.html import report as write
+    """Write out/index.html over all runs; pages that are missing are rendered."""
+    from ws.runs.index import report as write
 
     print(f"report: {write()}")
+    return 0
+
+
+def status(run: Positional[Path | None] = None, /, params: Pairs = ()) -> int:
+    """What is known of a run: finished or not, what changed since, how its failed tries ended. Without RUN: of all.
+
+    Args:
+        run: a run's folder.
+        params: a parameter and its value; what the same run with it would change.
+    """
+    from ws.cache.places import out_folder
+    from ws.runs.index import runs, runs_text
+    from ws.runs.index import status as status_of
+
+    print(status_of((typed_in() / run).resolve(), dict(params), typed_in()) if run else runs_text(runs(out_folder())))
+    return 0
+
+
+def clean(failed: bool = False, yes: bool = False) -> int:
+    """Remove failed tries. Without --yes it only says what would go.
+
+    Args:
+        failed: the failed tries of all runs.
+        yes: really remove them.
+    """
+    from ws.cache.places import out_folder
+    from ws.runs.index import clear_failed
+
+    if not failed:
+        raise ValueError("say what to clean: ws clean --failed")
+    found = clear_failed(out_folder(), yes)
+    print(
+        "\n".join(
+            [*map(str, found), f"{len(found)} failed tries {'removed' if yes else 'would go; --yes removes them'}"]
+        )
+    )
     return 0
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `ws` and `python -m ws`."""
     commands = {"nb": nb, "batch": batch, "results": results, "demo": demo, "inspect": inspect, "report": report}
+    commands |= {"status": status, "clean": clean}
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -5,6 +5,8 @@ or the new one. A temporary name carries its owner's host, process and start tim
 recognised and removed.
 """
 
+import ctypes
+import errno
 import glob
 import json
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-HIDDEN = (".tmp-", ".made", ".lock")  # names of temporary files, sidecars and locks: never part of a content key
+HIDDEN = (".tmp-", ".was-", ".made", ".lock")  # temporary files, sidecars and locks: never part of a content key
 _COUNTER = count()
 os.umask(UMASK := os.umask(0o077))  # the process's file mode mask: the system tells it only by setting it
 
@@ -41,25 +43,34 @@ def _stat(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: Path, kind: str = "tmp") -> Path:
     """A fresh temporary name beside `path` with the same suffix (some writers read the format from it)."""
     pid = os.getpid()
-    return path.with_name(f".tmp-{_host()}-{pid}-{_stat(pid)[1]}-{next(_COUNTER)}.{path.name}")
+    return path.with_name(f".{kind}-{_host()}-{pid}-{_stat(pid)[1]}-{next(_COUNTER)}.{path.name}")
+
+
+def settled(path: Path) -> Path:
+    """The name under which what `path` holds will appear: `path` itself unless it is a temporary name."""
+    return path.with_name(re.sub(r"^\.(tmp|was)-\w+-\d+-\d+-\d+\.", "", path.name))
 
 
 def _dead(left: Path) -> bool:
     """Whether the temporary `left` belongs to a process of this host that has ended."""
-    match = re.fullmatch(r"\.tmp-(\w+)-(\d+)-(\d+)-\d+\..*", left.name, flags=re.DOTALL)
+    match = re.fullmatch(r"\.(?:tmp|was)-(\w+)-(\d+)-(\d+)-\d+\..*", left.name, flags=re.DOTALL)
     if not match or match[1] != _host():
         return False
     state, started = _stat(int(match[2]))
     return not psutil.pid_exists(int(match[2])) or state in ("Z", "X") or int(match[3]) not in (0, started)
 
 
-def sweep(folder: Path | str, pattern: str = "**/.tmp-*") -> list[Path]:
-    """Remove every temporary file and folder below `folder` that a dead process of this host left; returns them."""
-    left = [path for path in Path(folder).glob(pattern) if _dead(path)]
+def sweep(folder: Path | str, name: str = "*", below: bool = True) -> list[Path]:
+    """Remove the temporary files and folders of `name` that dead processes of this host left in `folder` (and below);
+    returns them. A folder that was set aside and never replaced gets its name back."""
+    kinds = [f".{kind}-*.{name}" if name != "*" else f".{kind}-*" for kind in ("was", "tmp")]
+    left = [p for kind in kinds for p in Path(folder).glob(f"**/{kind}" if below else kind) if _dead(p)]
     for path in left:
+        if path.name.startswith(".was-") and not settled(path).exists():
+            os.rename(path, settled(path))
         _remove(path)
     return left
 
@@ -85,7 +96,7 @@ def scratch(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; what is still there under it when the block ends is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, f".tmp-*.{glob.escape(path.name)}")
+    sweep(path.parent, glob.escape(path.name), below=False)
     temporary = _temporary(path)
     try:
         yield temporary
@@ -115,21 +126,49 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 @contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder to fill; it replaces `path` when the block ends, and is removed if the block raises."""
-    path = Path(path)
-    with scratch(path) as temporary, scratch(path) as previous:
+    with scratch(path) as temporary:
         temporary.mkdir()
         yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            _flush(file)
-        _flush(temporary)
+        publish_dir(temporary, path)
+
+
+def publish_dir(temporary: Path, path: Path | str) -> Path:
+    """Give a finished temporary folder its own name, its content safely on disk first, in one rename: a reader finds the
+    old folder or the new one. Where the system cannot exchange two names, the old one is set aside for a moment under a
+    name from which `sweep` restores it."""
+    path = Path(path)
+    for file in (f for f in temporary.rglob("*") if f.is_file() or f.is_dir()):
+        _flush(file)
+    _flush(temporary)
+    if not path.exists():
+        os.rename(temporary, path)
+    elif exchange(temporary, path):
+        _remove(temporary)
+    else:
+        aside = _temporary(path, "was")
+        os.rename(path, aside)
         try:
-            if path.exists():
-                os.rename(path, previous)
             os.rename(temporary, path)
-            _flush(path.parent)
-        finally:
-            if not path.exists() and previous.exists():
-                os.rename(previous, path)
+        except BaseException:
+            os.rename(aside, path)
+            raise
+        _remove(aside)
+    _flush(path.parent)
+    return path
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot (Linux 3.15 and most of its local
+    file systems can)."""
+    system = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(system, "renameat2"):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if system.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -151,6 +190,23 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):  # absent, not JSON, not UTF-8
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def link(file: Path, to: Path) -> None:
+    """Have a file under another name too, as the same file where the file system can; what is there already stays."""
+    if to.exists():
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, to, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, to, follow_symlinks=False)
+
+
+def hand_over(source: Path, target: Path) -> None:
+    """Have all files below a folder of the cache in a folder of results too."""
+    for name, file in files_in(source).items():
+        link(file, target / name)
 
 
 def files_in(folder: Path) -> dict[str, Path]:

@@ -27,7 +27,8 @@ from ws.cache.syntax import FUNCTIONS, Imports, Scope, digest, imported, module_
 
 STARTED = time.time()
 SILENT = ("figures", "words", "candidate")  # modules of any room that only show or describe
-BESIDE = (f"{PACKAGE.name}.show", f"{PACKAGE.name}.cache")  # rooms that decide how things look and where they lie
+# rooms that decide how things look, where they lie and when they run
+BESIDE = tuple(f"{PACKAGE.name}.{room}" for room in ("show", "cache", "runs"))
 _KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
 FOREIGN = tuple({str(Path(sysconfig.get_paths()[kind]).resolve()) for kind in _KINDS})
 

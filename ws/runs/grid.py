@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
-from ws.cache.made import read_failure, read_sidecar
 from ws.cache.places import ASSETS
 from ws.runs import parameters
-from ws.runs.identity import run_state, stale_adapters
-from ws.runs.notebooks import TABLE, Notebook, Place, paths_in, run_id
+from ws.runs.identity import record_of, run_state, stale_adapters, tries
+from ws.runs.notebooks import TABLE, Notebook, Place, paths_in
 from ws.runs.once import Job, prepare
 from ws.runs.pairing import check_pair
 
@@ -125,7 +124,7 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         # the parameter sets lie in nbs/params, whatever folder the notebooks lie in
         files = [place.nbs / "params" / f"{entry.batch}.yaml"] if entry.batch else []
         job = prepare(entry.name, {**extra, **own}, files, cwd, place)
-        run = run_id(job.values)
+        run = job.identity
         seed = f"seed {run.seed}" if entry.level == "seed" else "all seeds"
         null = " null" if own.get("NULL_DIFF") else ""
         name = f"{run.model} {run.behavior} {run.adapter} {seed}{null}: {entry.name}"
@@ -137,30 +136,47 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
     for model, behavior, adapter in product(grid.models, grid.behaviors, grid.adapters):
         own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
-        null_w = str(run_id({**own, "SEED": seeds[0]}).folder(place.out, null=True) / "w.safetensors")
         made: dict[str, list[str]] = {}  # per notebook, by seed
         null: list[str] = []
+        trained = (
+            own  # how the runs are named that use the adapters: training by a recipe of one's own has its own folder
+        )
         for entry in entries:
             if entry.level != "seed":
-                add(entry, {**own, "SEEDS": seeds}, [job for need in entry.needs for job in made[need]])
+                add(entry, {**trained, "SEEDS": seeds}, [job for need in entry.needs for job in made[need]])
                 continue
             made[entry.name] = []
             for i, seed in enumerate(seeds):
-                nulled = {"NULL_W_PATH": null_w} if "NULL_W_PATH" in known[entry.name] else {}
+                asks = "NULL_W_PATH" in known[entry.name]
+                nulled = {"NULL_W_PATH": str(jobs[null[0]].folder.parent / "w.safetensors")} if asks else {}
                 needs = [made[need][i] for need in entry.needs] + (null if nulled else [])
-                made[entry.name].append(add(entry, {**own, "SEED": seed, **nulled}, needs))
+                made[entry.name].append(add(entry, {**trained, "SEED": seed, **nulled}, needs))
                 if "NULL_DIFF" in known[entry.name] and not null:
-                    null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
+                    job = jobs[made[entry.name][0]]
+                    null.append(add(entry, {**own, "SEED": null_seed(job, place, seed), "NULL_DIFF": True}, []))
+            if entry.trains:
+                trained = {**own, "ADAPTER": jobs[made[entry.name][0]].identity.adapter}
     return list(jobs.values())
+
+
+def null_seed(job: Job, place: Place, lowest: int) -> int:
+    """The seed of the null diff that all sweeps of an adapter share: one that is finished, else the grid's lowest."""
+    found = job.identity.adapter_folder(place.out).glob(f"seed_*/null_diff/{job.notebook}")
+    seeds = [folder.parts[-3].removeprefix("seed_") for folder in found if record_of(job.notebook, folder)]
+    return min((int(seed) for seed in seeds if seed.isdigit()), default=lowest)
 
 
 def job_state(job: Job, place: Place) -> str:
     """One of ws.cache.made.STATES for a job, as its inputs are now."""
-    if all(path.is_file() for path in paths_in(job.values, "NULL_W_PATH")):
+    if _null_is_there(job):
         return run_state(job.notebook, job.folder, job.key(place))
-    if read_sidecar(job.target) and job.target.is_file():  # a job before this one makes the missing file
+    if record_of(job.notebook, job.folder):  # a job before this one makes the missing file
         return "changed inputs"
-    return "failed before" if read_failure(job.target) else "new"
+    return "failed before" if tries(job.folder, job.notebook) else "new"
+
+
+def _null_is_there(job: Job) -> bool:
+    return all(path.is_file() for path in paths_in(job.values, "NULL_W_PATH"))
 
 
 def plan(jobs: list[Job], retrain: bool = False, place: Place | None = None) -> list[Step]:
@@ -171,7 +187,9 @@ def plan(jobs: list[Job], retrain: bool = False, place: Place | None = None) -> 
         state = job_state(job, place)
         stale = bool(stale_adapters(job.notebook, job.values, place.out))
         waits = [steps[need].job for need in job.needs if steps[need].run]
-        why = [state] if state != "done" else [f"done; looked at again after {waits[0].notebook}"] if waits else []
+        why = [f"done; looked at again after {waits[0].notebook}"] if waits else []
+        if state != "done":
+            why = [job.why(state, place) if _null_is_there(job) else state]
         if stale and retrain:
             why = ["training code changed, --retrain"]
         elif stale:

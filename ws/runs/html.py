@@ -1,4 +1,4 @@
-"""Executed notebooks as HTML that opens offline, and `out/index.html` over all runs.
+"""Executed notebooks as HTML that opens offline.
 
 A page loads nothing: styles and images are inside it, formulas are MathML, code and logs are folded away.
 """
@@ -7,15 +7,21 @@ import base64
 import html
 import mimetypes
 import re
-import time
 from functools import lru_cache
 from pathlib import Path
 
-from ws.cache.files import sweep, write_text
-from ws.cache.made import read_sidecar
-from ws.cache.places import ASSETS, out_folder
+from ws.cache.files import write_text
+from ws.cache.places import ASSETS
 from ws.runs import need
-from ws.runs.notebooks import notebook_of
+
+
+class NotRendered(RuntimeError):
+    pass
+
+
+def rendered(page: Path) -> bool:
+    return page.is_file() and page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+
 
 PARTS = ASSETS / "report"  # a page, its style, and what a notebook's cells look like in it
 
@@ -108,53 +114,3 @@ def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     name = re.sub(r"<[^>]+>", "", heading[1]).strip() if heading else html.escape(title or target.stem)
     style = HtmlFormatter(style="default").get_style_defs(".highlight")
     return write_text(target, _page(name, body, nav, style))
-
-
-COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds")
-
-
-def runs(out: Path) -> list[dict]:
-    """One row per notebook run below `out`: COLUMNS (variant: protocol of a sweep, null diff), the notebook's file, and
-    links, `(path below out, text)` each. The state is what the run's own folder says: done, failed, or unfinished (a
-    notebook without its record)."""
-    found = []
-    for file in sorted(out.rglob("*.ipynb")):
-        if file.name.startswith(".") or ".ipynb_checkpoints" in file.parts:
-            continue
-        failed = file.name.endswith(".failed.ipynb")
-        name = file.name.removesuffix(".failed.ipynb" if failed else ".ipynb")
-        entry, record = notebook_of(name), read_sidecar(file)
-        about, run = record.get("about", {}), record.get("about", {}).get("run", {})
-        folder = file.parent.relative_to(out)
-        model, behavior, adapter, seed, variant = [*folder.parts, *[""] * 5][:5]
-        row = {"model": run.get("model", model), "notebook": name, "seconds": about.get("seconds", ""), "file": file}
-        if entry.level != "model":
-            row |= {"behavior": run.get("behavior", behavior), "adapter": run.get("adapter", adapter), "seed": "all"}
-        if entry.level == "seed":
-            row |= {"seed": run.get("seed", seed.removeprefix("seed_")), "variant": variant if entry.folder else ""}
-        if "null_diff" in folder.parts:
-            row["variant"] = "null diff"
-        row["state"] = "failed" if failed else "done" if about else "unfinished"
-        at = record.get("made_at", file.stat().st_mtime)
-        row["finished"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-        of_run = {} if failed else {f"{name}.html": entry.title or "report", "params.json": "parameters"}
-        named = {**of_run, file.name: "notebook", ".": "files"}
-        row["links"] = [((folder / at).as_posix(), text) for at, text in named.items() if (file.parent / at).exists()]
-        found.append(dict.fromkeys(COLUMNS, "") | row)
-    return found
-
-
-def report(out: Path | None = None) -> Path:
-    """Write `out/index.html` over all runs below `out`, with links to each one's report, notebook and files. Leftovers
-    are removed first, and renderings made that are missing."""
-    from jinja2 import Environment, FileSystemLoader
-
-    out = out or out_folder()
-    sweep(out)
-    for row in runs(out):
-        page = row["file"].with_suffix(".html")
-        if row["state"] == "done" and not page.is_file():
-            render(row["file"], page, title=row["notebook"])
-    look = Environment(loader=FileSystemLoader(PARTS), autoescape=True, trim_blocks=True)
-    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
-    return write_text(out / "index.html", _page("Runs", body))

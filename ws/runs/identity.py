@@ -8,12 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from ws.cache import syntax
-from ws.cache.files import files_in
+from ws.cache.files import files_in, read_json
 from ws.cache.keys import Key, file_key, stage_key
-from ws.cache.made import read_sidecar, state
+from ws.cache.made import read_sidecar, sidecar, state
+from ws.cache.places import out_folder
 from ws.cache.sources import code_key, text_key
 from ws.runs import parameters
-from ws.runs.notebooks import MAYBE_PATHS, notebook_of, path_names, paths_in, seed_folder
+from ws.runs.folders import seed_folder
+from ws.runs.notebooks import MAYBE_PATHS, notebook_of, path_names, paths_in
+
+FAILED = "failed"  # a run's failed tries: <its folder>/failed/<time>/
 
 
 def hub_revision(model_id: str, revision: str = "main") -> str:
@@ -44,16 +48,22 @@ def _sources(cells: str, roots: tuple[str, ...], package: tuple) -> str:
     return syntax.digest(f"{text_key(cells)} {code_key(*roots, strict=False)}".encode())
 
 
-def outputs(notebook: str, folder: Path) -> dict[str, str]:
-    """`{relative name: hash}` of the files a finished run left in its folder, but for what may be written anew (rendering,
-    params.json) and what another notebook's run lists as its own: two may share a folder."""
-    others = {"params.json"}
-    for record in folder.glob(".made.*.ipynb.json"):
-        other = record.name.removeprefix(".made.").removesuffix(".json")
-        if other != f"{notebook}.ipynb":
-            others |= read_sidecar(folder / other).get("about", {}).get("outputs", {}).keys()
+def record_of(notebook: str, folder: Path) -> dict:
+    """What is recorded of the finished run of a notebook in a folder; {} where there is none."""
+    return read_sidecar(folder / f"{notebook}.ipynb").get("about", {})
+
+
+def own_files(notebook: str, folder: Path) -> set[str]:
+    """Names of the files in a folder that belong to its finished run of a notebook."""
+    made = record_of(notebook, folder).get("outputs", {})
+    return {*made, f"{notebook}.ipynb", f"{notebook}.html", "params.json", sidecar(Path(f"{notebook}.ipynb")).name}
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """`{relative name: hash}` of the files a run left in its folder, but for what may be written anew (rendering,
+    params.json) and the notebook itself."""
     found = {name: file for name, file in files_in(folder).items() if not name.endswith((".html", ".ipynb"))}
-    return {name: file_key(file) for name, file in found.items() if name not in others}
+    return {name: file_key(file) for name, file in found.items() if name != "params.json"}
 
 
 def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, str]:
@@ -66,8 +76,8 @@ def missing_output(notebook: str, folder: Path) -> str:
     """The first file of a finished run that is gone or is not what it was when the run ended, '' when all are whole. A run
     without a record has none of its files: its notebook is named."""
     target = folder / f"{notebook}.ipynb"
-    about = read_sidecar(target).get("about")
-    if about is None or not target.is_file():
+    about = record_of(notebook, folder)
+    if not isinstance(about.get("outputs"), dict) or not target.is_file():
         return str(target)
     for name, known in {**about["outputs"], **about.get("products", {})}.items():
         if not (folder / name).is_file() or file_key(folder / name) != known:
@@ -78,7 +88,42 @@ def missing_output(notebook: str, folder: Path) -> str:
 def run_state(notebook: str, folder: Path, key: Key) -> str:
     """One of ws.cache.made.STATES for the run in `folder`."""
     found = state(folder / f"{notebook}.ipynb", key)
+    if found == "new" and tries(folder, notebook):
+        return "failed before"
     return "damaged" if found == "done" and missing_output(notebook, folder) else found
+
+
+def told_why(notebook: str, folder: Path, found: str, values: dict, inputs: dict[str, str]) -> str:
+    """A state for a reader: which parameter or input changed, which file is damaged, how the last try failed. inputs:
+    `input_keys` of now."""
+    about, told = record_of(notebook, folder), []
+    if found == "changed parameters" and "parameters" in about:
+        told = parameters.changes(about["parameters"], values)
+    elif found == "changed inputs" and "inputs" in about:
+        before = about["inputs"]
+        told = [shown(name) for name in sorted({*before, *inputs}) if before.get(name) != inputs.get(name)]
+    elif found == "damaged":
+        told = [shown(missing_output(notebook, folder) or str(folder / f"{notebook}.ipynb"))]
+    elif found == "failed before":
+        told = [one["reason"] for one in tries(folder, notebook)[-1:]]
+    return f"{found}: {', '.join(told)}" if told else found
+
+
+def shown(name: str) -> str:
+    """A path in few words: below the results where it lies there."""
+    path = Path(name)
+    return path.relative_to(out_folder()).as_posix() if path.is_relative_to(out_folder()) else path.name
+
+
+def input_keys(notebook: str, params: dict, out: Path) -> dict[str, str]:
+    """`{file or folder: hash}` of what a run reads."""
+    return {str(path): file_key(path) for path in notebook_of(notebook).run_inputs(params, out)}
+
+
+def tries(folder: Path, notebook: str = "") -> list[dict]:
+    """The failed tries kept in a run's folder, oldest first: what `failure.json` says, and the `folder` of each."""
+    found = [{**read_json(file), "folder": file.parent} for file in sorted(folder.glob(f"{FAILED}/*/failure.json"))]
+    return [one for one in found if one.get("reason") and notebook in ("", one.get("notebook"))]
 
 
 def stale_adapters(notebook: str, params: dict, out: Path) -> list[Path]:

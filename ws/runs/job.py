@@ -59,7 +59,7 @@ def main() -> None:
     spec = json.load(sys.stdin)
     follow(int(sys.argv[2]))
     report({"stage": "starting"})
-    report(asdict(run(spec)) | {"folder": None})  # whoever asked knows it
+    report(asdict(run(spec)) | {"folder": None, "kept": None})  # whoever asked knows it
 
 
 if __name__ == "__main__":

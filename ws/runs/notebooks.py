@@ -4,19 +4,17 @@ A further notebook is one entry of TABLE. A notebook without an entry runs as on
 """
 
 import ast
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ws.cache.names import RunId, model_slug, slug
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
 from ws.cache.syntax import is_candidate, read_scope
+from ws.runs.folders import Params, differs, own_w, run_id, seed_folder, shortened, told
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
 MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
 CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "ceilings")
-Params = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Notebook:
     paths: tuple[str, ...] = ()  # parameters that hold files or folders it reads
     level: str = "seed"  # what a run belongs to: a seed, an adapter (all its seeds) or a model
     folder: str = ""  # the run's folder below that, a template of its parameters
+    usual: Params = field(default_factory=dict)  # parameters that tell its runs apart, with what needs no mention
+    dtype: str = "auto"  # the DTYPE that needs no mention
     inputs: Callable[[Params, Path], list[Path]] = lambda params, out: []  # further files it reads, there or not
     products: Callable[[Params, Path], list[Path]] = lambda params, out: []  # what it makes outside its folder
     roots: Callable[[Params], list[str]] = lambda params: []  # code behind it that its cells do not name
@@ -53,11 +53,36 @@ class Notebook:
 
     def run_folder(self, params: Params, out: Path) -> Path:
         """The folder of a run: OUT_DIR where it is given."""
-        if params.get("OUT_DIR"):
-            return Path(str(params["OUT_DIR"]))
-        run = run_id(params)
-        home = {"seed": seed_folder(params, out), "adapter": run.adapter_folder(out), "model": out / run.model}
-        return home[self.level] / (self.folder or self.name).format(**{"PROTOCOL": "v7", **params})
+        return Path(str(params["OUT_DIR"])) if params.get("OUT_DIR") else self.own_folder(params, out)
+
+    def own_folder(self, params: Params, out: Path) -> Path:
+        """The folder of a run by its identity."""
+        run = run_id(params, self.dtype)
+        home = {"adapter": run.adapter_folder(out), "model": out / run.model}
+        home["seed"] = seed_folder(params, out, self.dtype)
+        name = (self.folder or self.name).format(**{"PROTOCOL": "v7", **params})
+        apart = (
+            f"_{key.lower()}{told(key, params[key])}"
+            for key, usual in self.usual.items()
+            if differs(params, key, usual)
+        )
+        return home[self.level] / shortened(name + "".join(apart))
+
+    def title_of(self, params: Params) -> str:
+        """A run's identity in words, for its report."""
+        run, w = run_id(params, self.dtype), str(params.get("W_PATH") or "")
+        words = [run.model]
+        if self.level != "model":
+            words += [run.behavior, f"w from {Path(w).name} ({run.adapter[-8:]})" if w else run.adapter]
+        if self.level == "seed" and not w:
+            words += [f"seed {run.seed}"]
+        if "SEEDS" in params:
+            words += [f"seeds {told('SEEDS', params['SEEDS'])}"]
+        words += ["shuffled labels (null diff)"] if params.get("NULL_DIFF") else []
+        words += [str(params["PROTOCOL"])] if params.get("PROTOCOL") else []
+        apart = {key: usual for key, usual in self.usual.items() if key not in ("SEEDS", "PROTOCOL")}
+        words += [f"{key} {told(key, params[key])}" for key, usual in apart.items() if differs(params, key, usual)]
+        return ", ".join(words)
 
     def run_inputs(self, params: Params, out: Path) -> list[Path]:
         """The files a run reads, as far as they exist. FileNotFoundError for a path parameter that leads nowhere."""
@@ -69,33 +94,6 @@ class Notebook:
         if behavior := str(params.get("BEHAVIOR") or ""):
             given += [ASSETS / f"{behavior}.json", Path(behavior)]
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]
-
-
-def behavior_slug(behavior: str) -> str:
-    """Folder-safe name of a behaviour: a shipped one's name, or the `name` in a user's file, else the file's name."""
-    path = Path(behavior)
-    if path.suffix != ".json" or not path.is_file():
-        return slug(path.stem if path.is_file() else behavior)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    return slug((content.get("name") if isinstance(content, dict) else "") or path.stem)
-
-
-def run_id(params: Params) -> RunId:
-    """Identity of a run from a notebook's parameters."""
-    return RunId(
-        model=model_slug(str(params.get("MODEL_ID", "tiny"))),
-        behavior=behavior_slug(str(params.get("BEHAVIOR", "sycophancy"))),
-        adapter=str(params.get("ADAPTER", "lora")),
-        seed=int(params.get("SEED", 0)),
-    )
-
-
-def seed_folder(params: Params, out: Path) -> Path:
-    """Folder of a run's seed, or of its null diff."""
-    return run_id(params).folder(out, bool(params.get("NULL_DIFF")))
 
 
 def paths_in(params: Params, key: str) -> list[Path]:
@@ -141,12 +139,15 @@ def candidate_code(sources: list[str] | None) -> list[str]:
 
 
 def _made_w(params: Params, out: Path) -> list[Path]:
-    return [] if params.get("W_PATH") else [seed_folder(params, out) / "w.safetensors"]
+    w = own_w(params, out)  # in a folder of its own choice a run keeps everything there
+    chosen = str(params.get("OUT_DIR") or "") not in ("", str(w.with_name("weight_diff")))
+    return [] if params.get("W_PATH") or chosen else [w]
 
 
 def _swept_w(params: Params, out: Path) -> list[Path]:
+    home = own_w(params, out).parent
     own = {"W_PATH": "w.safetensors", "NULL_W_PATH": "null_diff/w.safetensors"}
-    return [run_id(params).folder(out) / file for key, file in own.items() if not params.get(key)]
+    return [home / file for key, file in own.items() if not params.get(key)]
 
 
 def _swept_seeds(params: Params, out: Path) -> list[Path]:
@@ -156,6 +157,7 @@ def _swept_seeds(params: Params, out: Path) -> list[Path]:
     return [p for s in params.get("SEEDS") or ["*"] for f in files for p in sorted(home.glob(f"seed_{s}/{f}"))]
 
 
+_SWITCHES = dict.fromkeys(("EVAL_SPLIT", "CHAT_PROBES", "PERSONA_PAIRS", "RAW_LAST", "FOLD_GAIN", "SOURCES"))
 _ENTRIES = (
     Notebook(
         "weight_diff", "The weight difference and how it steers", ("W_PATH", "POS_ADAPTER", "NEG_ADAPTER", "PAIRS"),
@@ -163,14 +165,22 @@ _ENTRIES = (
     ),
     Notebook(
         "v7_sweep", "Which subspace explains the difference", ("W_PATH", "NULL_W_PATH", "CANDIDATES"),
-        folder="{PROTOCOL}", inputs=_swept_w, roots=lambda params: candidate_code(protocol_sources(params)),
+        folder="{PROTOCOL}", usual={"PCS": 8, "K_BROAD": 64, **_SWITCHES}, inputs=_swept_w,
+        roots=lambda params: candidate_code(protocol_sources(params)),
         batch="v7b", needs=("weight_diff",), scores="v7_summary.tsv",
     ),
     Notebook(
         "v7b_stability", "Which of it holds over seeds", ("CANDIDATES",), level="adapter", folder="v7b",
-        inputs=_swept_seeds, roots=lambda params: candidate_code(None), batch="", needs=("v7_sweep",),
+        usual={"SEEDS": [0, 1, 2], "PROTOCOL": "v7b", "RUNS_DIR": ""}, inputs=_swept_seeds,
+        roots=lambda params: candidate_code(None), batch="", needs=("v7_sweep",),
     ),
-    Notebook("delta_svd", "What each block adds to the residual stream", ("CALIBRATION", "COMPARE"), level="model"),
-    Notebook("theta_fit", "What a small vector per user teaches", ("USERS",), level="model"),
+    Notebook(
+        "delta_svd", "What each block adds to the residual stream", ("CALIBRATION", "COMPARE"), level="model",
+        usual={"CALIBRATION": "", "MODE": "stream", "FINAL_NORM": False, "MAX_LENGTH": 2048, "SEED": 0},
+    ),
+    Notebook(
+        "theta_fit", "What a small vector per user teaches", ("USERS",), level="model", dtype="float32",
+        usual={"USERS": "", "THETA_DIM": 64, "MAX_LENGTH": 256, "SEED": 42},
+    ),
 )  # fmt: skip
 TABLE = {entry.name: entry for entry in _ENTRIES}

@@ -1,7 +1,7 @@
 """Run a notebook with papermill, once: a run whose parameters, inputs and sources are unchanged is not run again.
 
-The executed notebook appears as OUT_DIR/NAME.ipynb only when it ended well; one that raised is kept beside it as
-NAME.failed.ipynb.
+A run is made in a scratch folder beside its own and appears in one rename when it ended well. One that raised is kept in
+`failed/<time>/` of the run's folder, the last few; what is finished stays as it is.
 """
 
 import json
@@ -9,37 +9,57 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
-from ws.cache.files import lock, publish, scratch, sweep, write_json
-from ws.cache.keys import Key
-from ws.cache.made import mark_failed, mark_made, sidecar
+from ws.cache.files import HIDDEN, link, lock, publish_dir, scratch, write_json
+from ws.cache.keys import Key, file_key
+from ws.cache.made import mark_made
+from ws.cache.names import RunId
 from ws.cache.places import CLONE
-from ws.runs import html, need
+from ws.runs import Missing, html, need
 from ws.runs.execute import Hear, execute, terminable
-from ws.runs.identity import outputs, products, run_key, run_state
-from ws.runs.notebooks import Params, Place, notebook_of, run_id
+from ws.runs.folders import Params, run_id
+from ws.runs.identity import (
+    FAILED,
+    input_keys,
+    outputs,
+    own_files,
+    products,
+    record_of,
+    run_key,
+    run_state,
+    told_why,
+    tries,
+)
+from ws.runs.notebooks import Place, notebook_of
 from ws.runs.pairing import check_pair
-from ws.runs.parameters import read_notebook, resolve
+from ws.runs.parameters import read_notebook, read_set, resolve
 
+KEPT = 3  # failed tries of a run
+SHARED = 1000  # files of others that a run's folder may hold: they are carried over when the folder is replaced
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "polars", "papermill")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended. state: "done" (nothing to do), "ran", "failed", "skipped"; found: what was found before, "done" or
-    why it ran."""
+    """How a run ended. state: "done" (nothing to do), "ran", "failed", "skipped"; found: what was found before;
+    why: the same with what changed; kept: where a failed try lies; unrendered: why the finished notebook has no page."""
 
     state: str
     found: str = ""
     seconds: float = 0.0
     error: str = ""
     folder: Path | None = None
+    why: str = ""
+    kept: Path | None = None
+    unrendered: str = ""
 
     @property
     def ok(self) -> bool:
@@ -55,15 +75,30 @@ class Job:
     values: dict[str, object]
     folder: Path
     needs: tuple[str, ...] = ()
+    given: dict[str, object] = field(default_factory=dict)  # what was asked for; the rest are defaults
 
     @property
     def target(self) -> Path:
         return self.folder / f"{self.notebook}.ipynb"
 
+    @property
+    def identity(self) -> RunId:
+        return run_id(self.values, notebook_of(self.notebook).dtype)
+
+    @property
+    def title(self) -> str:
+        """Whose run it is, in words."""
+        return notebook_of(self.notebook).title_of(self.values)
+
     def key(self, place: Place, content: dict | None = None) -> Key:
         """Its key now; `content` is the notebook's where it was read before: it may be edited while it runs."""
         content = content or read_notebook(place.notebook(self.notebook))
         return run_key(self.notebook, content, self.values, place.out)
+
+    def why(self, found: str, place: Place) -> str:
+        """A state of this run for a reader, with what changed."""
+        inputs = input_keys(self.notebook, self.values, place.out) if found == "changed inputs" else {}
+        return told_why(self.notebook, self.folder, found, self.values, inputs)
 
 
 def revision() -> str:
@@ -98,7 +133,37 @@ def prepare(
     if "OUT_DIR" not in values:
         raise ValueError(f"{notebook}: the notebook defines no parameter OUT_DIR, so nobody can say where its run goes")
     folder = notebook_of(notebook).run_folder(values, place.out)
-    return Job(notebook, notebook, values | {"OUT_DIR": str(folder)}, folder)
+    asked = {key for layer in (params, *map(read_set, files)) for key in layer}
+    given = {key: value for key, value in values.items() if key in asked}
+    return Job(notebook, notebook, values | {"OUT_DIR": str(folder)}, folder, given=given)
+
+
+def check_target(job: Job, place: Place) -> None:
+    """ValueError where a run's folder cannot be written, or holds what must not be replaced by it."""
+    folder = job.folder.resolve()
+    above = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+    advice = "choose another folder with -p OUT_DIR" + ("" if folder.is_relative_to(place.out) else " or WS_OUT")
+    if not above.is_dir():
+        raise ValueError(f"{job.notebook}: {above} is a file, no folder; {advice}")
+    for needed in {above, above if above != folder else folder.parent}:
+        try:
+            with tempfile.TemporaryFile(dir=needed):
+                pass
+        except OSError as error:
+            raise ValueError(f"{job.notebook}: {needed} cannot be written ({error.strerror}); {advice}") from None
+    if not folder.is_dir():
+        return
+    record = record_of(job.notebook, folder)
+    if (title := record.get("title", job.title)) != job.title:
+        raise ValueError(f"{folder}: holds the finished run of {title}, not of {job.title}; {advice}")
+    theirs, own = (str(values.get("BEHAVIOR", "")) for values in (record.get("parameters", {}), job.values))
+    if theirs != own and Path(theirs).is_file() and not (Path(own).is_file() and file_key(theirs) == file_key(own)):
+        name = job.identity.behavior
+        raise ValueError(
+            f"{folder}: holds the finished run of {theirs}; give the behaviour in {own} another name than {name}"
+        )
+    if len(_others(job, folder)) > SHARED:
+        raise ValueError(f"{folder}: holds more than {SHARED} files of others; give the run a folder of its own")
 
 
 def run_notebook(
@@ -112,76 +177,134 @@ def run_notebook(
     timeout: int | None = None,
     quiet: bool = False,
     on_stage: Hear = None,
+    check: Callable[[Job, Place], None] | None = None,
 ) -> Ending:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway. files:
     of parameters, `params` win. cwd: where relative paths were typed. timeout: seconds that one cell may take.
-    on_stage: hears which part of the notebook runs. A notebook that raises ends as "failed", its traceback in `error`;
-    wrong parameters raise ValueError / FileNotFoundError; an interrupt ends the kernel, the run stays unfinished."""
+    on_stage: hears which part of the notebook runs. check: looks at what the run will read and raises. A notebook that
+    raises ends as "failed", its traceback in `error`, what was finished stays; wrong parameters raise ValueError /
+    FileNotFoundError; an interrupt ends the kernel, the run stays unfinished."""
     place = place or Place()
     job = prepare(name, params or {}, files, cwd, place)
-    target, page = job.target, job.target.with_suffix(".html")
     check_pair(place.notebook(name), edited=True)
-    found = run_state(name, job.folder, job.key(place))
-    if found == "done" and not force:
-        if not page.is_file():
-            html.render(target, page, title=name)
-        return Ending("done", found, folder=job.folder)
+    if not force and (done := _done(job, place, run_state(name, job.folder, job.key(place)))):
+        return done
     need("papermill", "notebooks")
     check_pair(place.notebook(name))
-    with terminable(), lock(job.folder, name=f".lock.{name}"):
+    check_target(job, place)
+    if check:
+        check(job, place)
+    with terminable(), lock(job.folder.parent, name=f".lock.{job.folder.name}"):
         content = read_notebook(place.notebook(name))
         key = job.key(place, content)
         found = run_state(name, job.folder, key)  # another process may have run it while this one waited
-        if found == "done" and not force:
-            return Ending("done", found, folder=job.folder)
-        sweep(job.folder)
-        sidecar(target).unlink(missing_ok=True)  # its outputs are about to change
-        run = _execute(job, found, place, timeout, quiet, on_stage)
-        if not run.ok:
-            mark_failed(target, key, run.error)
-            return run
-        # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
-        key = replace(key, params=job.key(place, content).params)
-        about = {"notebook": name, "run": asdict(run_id(job.values)), "seconds": run.seconds}
-        made = {"outputs": outputs(name, job.folder), "products": products(name, job.folder, job.values, place.out)}
-        mark_made(target, key, {**about, **made})
-    return run
+        if not force and (done := _done(job, place, found)):
+            return done
+        return _execute(job, found, key, content, place, timeout, quiet, on_stage)
 
 
-def _execute(job: Job, found: str, place: Place, timeout: int | None, quiet: bool, on_stage: Hear) -> Ending:
-    """Run the notebook under a temporary name; publish it, its rendering and params.json, or the failed notebook."""
-    name, values, folder, target = job.notebook, job.values, job.folder, job.target
-    notebook, page, failed = place.notebook(name), target.with_suffix(".html"), folder / f"{name}.failed.ipynb"
+def _done(job: Job, place: Place, found: str) -> Ending | None:
+    """How a run ended that need not run: its page is made where it is missing."""
+    if found != "done":
+        return None
+    return Ending("done", found, folder=job.folder, unrendered=rendering(job.target, job.title))
+
+
+def rendering(target: Path, title: str, page: Path | None = None) -> str:
+    """Have a finished notebook's page; '' when it is there, else why it cannot be made. The notebook is not touched."""
+    page = page or target.with_suffix(".html")
+    if not html.rendered(page):
+        try:
+            html.render(target, page, title=title)
+        except (html.NotRendered, Missing) as error:
+            return f"{error}"
+    return ""
+
+
+def _execute(
+    job: Job, found: str, key: Key, content: dict, place: Place, timeout: int | None, quiet: bool, on_stage: Hear
+) -> Ending:
+    """Run the notebook in a scratch folder; publish that, or keep it as a failed try."""
+    name, values, folder = job.notebook, job.values, job.folder
+    notebook, why = place.notebook(name), job.why(found, place)
     place.logs.mkdir(parents=True, exist_ok=True)
     started = time.time()
     log_path = place.logs / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_{name}_{os.getpid()}.log"
-    with log_path.open("w", buffering=1, encoding="utf-8") as log, scratch(target) as temporary:
-        log.write(f"{name} in {folder}\nwhy: {found}\n{json.dumps(values, indent=2, default=str)}\n\n")
-        error = execute(notebook, values, temporary, place.out, log, timeout, quiet, on_stage)
+    with log_path.open("w", buffering=1, encoding="utf-8") as log, scratch(folder) as work:
+        work.mkdir()
+        target = work / f"{name}.ipynb"
+        log.write(f"{name} in {folder}\nwhy: {why}\n{json.dumps(values, indent=2, default=str)}\n\n")
+        error = execute(notebook, values | {"OUT_DIR": str(work)}, target, place.out, log, timeout, quiet, on_stage)
         seconds = round(time.time() - started, 1)
         log.write(f"\n{error or 'ended well'} after {seconds} s\n")
-        if error:
-            if not temporary.is_file():  # it died before its first cell
-                temporary.write_bytes(notebook.read_bytes())
-            publish(temporary, failed)
-            for old in (target, page):
-                old.unlink(missing_ok=True)  # they tell of results that this run may have replaced
-            return Ending("failed", found, seconds, error, folder)
-        cells = _settle(temporary, notebook, target)
-        html.render(temporary, page, title=name)
+        if not target.is_file():  # it died before its first cell
+            target.write_bytes(notebook.read_bytes())
+        cells = _settle(target, notebook, work, folder)
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
         about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
         about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
-        write_json(folder / "params.json", {**about, "timings": {**timing, "cells": cells}})
-        failed.unlink(missing_ok=True)
-        publish(temporary, target)
-    return Ending("ran", found, seconds, folder=folder)
+        write_json(work / "params.json", {**about, "timings": {**timing, "cells": cells}})
+        if error:
+            return Ending("failed", found, seconds, error, folder, why, keep_failed(job, work, error))
+        unrendered = rendering(target, job.title)
+        # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
+        key = replace(key, params=job.key(place, content).params)
+        record = {
+            "notebook": name,
+            "run": asdict(job.identity),
+            "title": job.title,
+            "seconds": seconds,
+            "parameters": values,
+        }
+        record |= {"given": job.given}
+        record |= {"inputs": input_keys(name, values, place.out), "outputs": outputs(work)}
+        mark_made(target, key, {**record, "products": products(name, folder, values, place.out)})
+        for other in _others(job, folder):
+            link(folder / other, work / other)
+        publish_dir(work, folder)
+    return Ending("ran", found, seconds, folder=folder, why=why, unrendered=unrendered)
 
 
-def _settle(temporary: Path, notebook: Path, target: Path) -> list[float]:
-    """Make the finished notebook name itself instead of papermill's temporary file; the seconds of its code cells."""
-    content = read_notebook(temporary)
-    content["metadata"]["papermill"].update(input_path=notebook.name, output_path=target.name)
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def keep_failed(job: Job, work: Path, error: str) -> Path:
+    """Keep a failed try in `failed/<time>/` of the run's folder, and of such tries the last few."""
+    stamp, home = time.strftime("%Y%m%d-%H%M%S"), job.folder / FAILED
+    kept = next(p for n in count() if not (p := home / (f"{stamp}-{n}" if n else stamp)).exists())
+    reason = next((line.strip() for line in reversed(error.splitlines()) if line.strip()), "no word of why")
+    about = {
+        "notebook": job.notebook,
+        "reason": reason[:300],
+        "error": error,
+        "parameters": job.values,
+        "at": time.time(),
+    }
+    write_json(work / "failure.json", about)
+    home.mkdir(parents=True, exist_ok=True)
+    os.rename(work, kept)
+    for old in tries(job.folder, job.notebook)[:-KEPT]:
+        shutil.rmtree(old["folder"], ignore_errors=True)
+    return kept
+
+
+def _others(job: Job, folder: Path) -> list[str]:
+    """Names of the files in a run's folder that are not of its notebook: they stay when the folder is replaced."""
+    if not folder.is_dir():
+        return []
+    gone = own_files(job.notebook, folder)
+    tried = [f"{FAILED}/{one['folder'].name}/" for one in tries(folder, job.notebook)]
+    hidden = tuple(kind for kind in HIDDEN if kind != ".made")
+    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()]
+    kept = [n for n in found if n not in gone and not any(part.startswith(hidden) for part in n.split("/"))]
+    return [n for n in kept if not n.startswith(tuple(tried)) or not tried]
+
+
+def _settle(target: Path, notebook: Path, work: Path, folder: Path) -> list[float]:
+    """Make the executed notebook name itself and its own folder instead of temporary ones; the seconds of its code
+    cells."""
+    content = read_notebook(target)
+    content["metadata"].get("papermill", {}).update(input_path=notebook.name, output_path=target.name)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    for old, new in ((str(work), str(folder)), (work.name, folder.name)):
+        text = text.replace(json.dumps(old, ensure_ascii=False)[1:-1], json.dumps(new, ensure_ascii=False)[1:-1])
+    target.write_text(text, encoding="utf-8")
     timed = [c["metadata"].get("papermill", {}).get("duration") for c in content["cells"] if c["cell_type"] == "code"]
     return [round(t or 0.0, 3) for t in timed]

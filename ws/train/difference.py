@@ -95,6 +95,7 @@ def obtain_diff(
     w_path: Path | str = "",
     adapters: tuple[Path | str, Path | str] = ("", ""),
     retrain: bool = False,
+    finished: Path | None = None,
 ) -> tuple[WeightDiff, dict]:
     """The run's weight difference and how it came about: read from `w_path`, formed from two adapters, or trained.
     folder: where `w.safetensors` and `adapters/` go. The difference of own `adapters` (pos, neg) is saved there too, so

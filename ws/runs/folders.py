@@ -1,0 +1,126 @@
+"""Where a run's results go: a folder per identity, named so that a person can read it.
+
+    out/<model>/<behavior>/<adapter>/seed_<k>/<run>
+
+    model      a hub id with `__` for `/`, or a folder's name and 8 digits; `@revision`, `.dtype` where they were asked for
+    adapter    its kind; trained by a recipe that is not the model's own: `lora-LR0.001`; a given w: `w-<file>-<8 digits>`
+    run        `v7`; another width, protocol switch, seed set or text file: `v7_pcs16`, `v7b_seeds5-6`
+
+What does not change the identity (draws of a null, a batch size) does not change the folder: there a finished run is
+replaced by the next finished one.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from ws.cache.keys import file_key
+from ws.cache.names import RunId, model_slug, slug
+from ws.cache.places import ASSETS, notebooks_folder
+from ws.cache.syntax import digest
+
+Params = dict[str, object]
+BY_HAND = "by_hand"  # what notebooks that are run by hand make anew: out/by_hand/
+LONGEST = 64  # characters of a name; a longer one ends in 8 digits of what was cut
+# What decides how adapters are trained, with the values that stand for "the usual"; a model's own win (nbs/params).
+RECIPE: Params = {
+    "TOPICS": None, "PERSONAS": None, "SAMPLES": 10, "MAX_NEW_TOKENS": 128, "LORA_LAYERS": [], "R": 32, "LORA_ALPHA": 64,
+    "LR": 2e-4, "EPOCHS": 1.0, "MAX_STEPS": -1, "BATCH": 4, "ACCUMULATION": 4, "PAIRS": "",
+}  # fmt: skip
+
+
+def behavior_slug(behavior: str) -> str:
+    """Folder-safe name of a behaviour: a shipped one's name, or the `name` in a user's file, else the file's name."""
+    path = Path(behavior)
+    if path.suffix != ".json" or not path.is_file():
+        return slug(path.stem if path.is_file() else behavior)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    name = slug(str((content.get("name") if isinstance(content, dict) else "") or path.stem))
+    # a user's file under a shipped name must not take the shipped behaviour's folder
+    return f"{name}-{file_key(path)[:8]}" if (ASSETS / f"{name}.json").is_file() else name
+
+
+def run_id(params: Params, dtype: str = "auto") -> RunId:
+    """Identity of a run from a notebook's parameters; `dtype`: what its notebook uses where nothing else is asked."""
+    model = model_slug(str(params.get("MODEL_ID", "tiny")))
+    if revision := str(params.get("REVISION") or ""):
+        model += f"@{slug(revision)}"
+    if (asked := params.get("DTYPE", dtype)) not in (dtype, "auto"):
+        model += f".{asked}"
+    adapter = slug(str(params.get("ADAPTER", "lora"))) + recipe(params)
+    return RunId(
+        model=model,
+        behavior=behavior_slug(str(params.get("BEHAVIOR", "sycophancy"))),
+        adapter=given_w(params) or adapter,
+        seed=int(params.get("SEED", 0)),
+    )
+
+
+def recipe(params: Params) -> str:
+    """What a training's parameters have that is not the model's usual, as the end of the adapter's name; '' for nothing."""
+    if params.get("POS_ADAPTER"):
+        pair = [Path(str(params[side])) for side in ("POS_ADAPTER", "NEG_ADAPTER") if params.get(side)]
+        return shortened(f"-own-{pair[0].name}-{digest(''.join(map(file_key, pair)).encode())[:8]}")
+    usual = RECIPE | model_params(str(params.get("MODEL_ID", "tiny")))
+    return shortened("".join(f"-{key}{told(key, params[key])}" for key in RECIPE if differs(params, key, usual[key])))
+
+
+def model_params(model_id: str) -> Params:
+    """A model's own parameters of training, from `nbs/params/models.yaml`."""
+    file = notebooks_folder() / "params" / "models.yaml"
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {**(known.get("default") or {}), **(known.get(model_id) or {})}
+
+
+def differs(params: Params, key: str, usual: object) -> bool:
+    """Whether a parameter was given and is not the usual one; None and an empty text or list mean the usual."""
+    value = params.get(key)
+    given = value not in (None, "", [], ())
+    return given and value != usual and not (isinstance(value, list | tuple) and list(value) == list(usual or []))
+
+
+def told(key: str, value: object) -> str:
+    """A value as part of a folder's name: files by name and content, whole numbers in a row as a range."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and Path(value).is_absolute():
+        path = Path(value)
+        content = digest(value.encode()) if key.endswith("_DIR") else file_key(path)
+        return f"{slug(path.stem)}-{content[:8]}"
+    if isinstance(value, list | tuple):
+        numbers = list(value)
+        row = len(numbers) > 1 and all(type(n) is int for n in numbers)
+        if row and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return f"{numbers[0]}-{numbers[-1]}"
+        return ".".join(told(key, item) for item in numbers)
+    return re.sub(r"[^\w.-]+", "_", str(value))
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9].rstrip('-_.')}-{digest(name.encode())[:8]}"
+
+
+def own_w(params: Params, out: Path) -> Path:
+    """Where a run's own weight difference lies, whatever W_PATH says."""
+    return seed_folder({**params, "W_PATH": ""}, out) / "w.safetensors"
+
+
+def given_w(params: Params) -> str:
+    """The name of a given weight difference, '' where the run's own is meant."""
+    path = str(params.get("W_PATH") or "")
+    return f"w-{told('W_PATH', str(Path(path).absolute()))}" if path else ""
+
+
+def seed_folder(params: Params, out: Path, dtype: str = "auto") -> Path:
+    """Folder of a run's seed, or of its null diff; of a given w there is no seed."""
+    run = run_id(params, dtype)
+    if params.get("W_PATH"):
+        return run.adapter_folder(out)
+    return run.folder(out, bool(params.get("NULL_DIFF")))

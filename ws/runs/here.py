@@ -1,0 +1,130 @@
+"""The first cell of a notebook: its parameters checked and complete, and where it reads and writes.
+
+A run by papermill is told a folder (OUT_DIR). A notebook that is run by hand reads what is finished under its parameters;
+what it makes anew goes to `out/by_hand/`, in the same order of folders, unless OUT_DIR says otherwise.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ws.cache.files import settled
+from ws.cache.names import RunId, cache_folder
+from ws.cache.places import out_folder, root
+from ws.runs import parameters
+from ws.runs.folders import BY_HAND, Params, run_id, seed_folder
+from ws.runs.notebooks import Notebook, Place, notebook_of
+
+SWEPT = "explanation.json"  # the last file that a sweep writes
+
+
+class Refused(ValueError):
+    """A parameter, or what it names, cannot be used; a notebook shows the one line and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a notebook works. folder: of its results; home: of its weight difference when it trains one; by_hand: nobody
+    but the reader started it; title: whose run it is, in words."""
+
+    notebook: Notebook
+    params: Params
+    folder: Path
+    by_hand: bool
+
+    @property
+    def id(self) -> RunId:
+        return run_id(self.params, self.notebook.dtype)
+
+    @property
+    def title(self) -> str:
+        return self.notebook.title_of(self.params)
+
+    @property
+    def outs(self) -> list[Path]:
+        """Folders of results to read from, the finished ones first."""
+        return [out_folder(), out_folder() / BY_HAND] if self.by_hand else [out_folder()]
+
+    @property
+    def home(self) -> Path:
+        """Where a weight difference that is made goes: the seed's folder, or the run's own where that was chosen."""
+        standard = self.notebook.own_folder({**self.params, "OUT_DIR": ""}, out_folder())
+        if settled(self.folder).resolve() == standard.resolve():
+            return seed_folder(self.params, out_folder())
+        return seed_folder(self.params, self.outs[-1]) if self.by_hand and not self.params["OUT_DIR"] else self.folder
+
+    @property
+    def finished_home(self) -> Path:
+        """Where the finished weight difference of these parameters lies, if there is one."""
+        return seed_folder(self.params, out_folder())
+
+    def find(self, below: str, make: str) -> Path:
+        """A file or folder below the seed's folder, or the adapter's in a notebook over seeds. Refused where it is nowhere;
+        `make`: the command that makes it."""
+        level = self.notebook.level
+        homes = [self.id.adapter_folder(o) if level == "adapter" else seed_folder(self.params, o) for o in self.outs]
+        for home in homes:
+            if (home / below).exists():
+                return home / below
+        raise Refused(f"{homes[0] / below}: is not there; make it first: {make}")
+
+    @property
+    def w(self) -> Path:
+        """The weight difference: W_PATH, or the one of this seed."""
+        if given := self.params.get("W_PATH"):
+            return Path(str(given))
+        return self.find("w.safetensors", f"just nb weight_diff{self.words('MODEL_ID', 'BEHAVIOR', 'ADAPTER', 'SEED')}")
+
+    @property
+    def null(self) -> Path | None:
+        """The null diff: NULL_W_PATH, or the one of this seed where there is one."""
+        if given := self.params.get("NULL_W_PATH"):
+            return Path(str(given))
+        homes = [seed_folder({**self.params, "W_PATH": "", "NULL_DIFF": True}, out) for out in self.outs]
+        return next((home / "w.safetensors" for home in homes if (home / "w.safetensors").is_file()), None)
+
+    @property
+    def sweeps(self) -> dict[int, Path]:
+        """Folder of each seed's finished sweep, below RUNS_DIR or the adapter's folder."""
+        base, protocol = str(self.params.get("RUNS_DIR") or ""), self.params["PROTOCOL"]
+        command = f"just nb v7_sweep -p PROTOCOL {protocol}{self.words('MODEL_ID', 'BEHAVIOR', 'ADAPTER')} -p SEED "
+        found = {}
+        for seed in self.params["SEEDS"]:
+            below = f"seed_{seed}/{protocol}"
+            if base and not (Path(base) / below).is_dir():
+                raise Refused(f"{Path(base) / below}: is not there; RUNS_DIR must hold a sweep of every seed")
+            found[seed] = Path(base) / below if base else self.find(f"{below}/{SWEPT}", f"{command}{seed}").parent
+        return found
+
+    @property
+    def cache(self) -> Path:
+        """Where this run keeps what it goes on with when it was stopped."""
+        return cache_folder(self.id.model) / self.notebook.name / settled(self.folder).name
+
+    def words(self, *names: str) -> str:
+        """Parameters as they are typed, those that are not the notebook's own defaults."""
+        usual = {"MODEL_ID": "tiny", "BEHAVIOR": "sycophancy", "ADAPTER": "lora"}
+        return "".join(
+            f" -p {n} {self.params[n]}" for n in names if n in self.params and self.params[n] != usual.get(n)
+        )
+
+
+def begin(name: str, cells: dict[str, object]) -> Here:
+    """Check the parameters that a notebook's cells have set, fill in the model's own (`cells` is `globals()`), and say
+    where it works. Raises Refused in one line, before anything is loaded."""
+    try:
+        known = parameters.defaults(parameters.read_notebook(Place().notebook(name)), name)
+        given = {key: cells[key] for key in known if key in cells}
+        values = parameters.complete(
+            name, {key: parameters.located(key, value, root()) for key, value in given.items()}
+        )
+        cells.update(values)
+        entry, out_dir = notebook_of(name), str(values.get("OUT_DIR") or "")
+        by_hand = not (out_dir and Path(out_dir) != settled(Path(out_dir)))  # a run is made under a temporary name
+        folder = Path(out_dir) if out_dir else entry.own_folder(values, out_folder() / BY_HAND)
+    except (ValueError, FileNotFoundError) as error:
+        raise Refused(str(error)) from None
+    told = {**values, "OUT_DIR": "" if out_dir and not by_hand else out_dir}
+    return Here(entry, told, folder, by_hand)

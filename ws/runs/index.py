@@ -1,0 +1,179 @@
+"""All runs below a folder of results: the table behind `out/index.html` and `ws status`, and what clears failed tries."""
+
+import shutil
+import time
+from functools import lru_cache
+from pathlib import Path
+
+from tabulate import tabulate
+
+from ws.cache.files import sweep, write_text
+from ws.cache.made import intact, read_sidecar
+from ws.cache.places import out_folder
+from ws.runs import html, parameters
+from ws.runs.folders import BY_HAND, Params
+from ws.runs.identity import FAILED, record_of, run_state, shown, tries
+from ws.runs.notebooks import Place, notebook_of
+from ws.runs.once import Job, rendering
+
+COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds", "note")
+
+
+def homes(out: Path) -> list[tuple[Path, str]]:
+    """Every (folder, notebook) below `out` that holds a run: finished, unfinished, or failed tries only."""
+    found = set()
+    for file in out.rglob("*.ipynb"):
+        parts = file.relative_to(out).parts
+        if any(part.startswith(".") for part in parts) or parts[0] == BY_HAND:
+            continue
+        failed = FAILED in parts[:-1]
+        found.add((file.parents[2] if failed else file.parent, file.name.removesuffix(".ipynb")))
+    return sorted(found)
+
+
+def runs(out: Path, place: Place | None = None) -> list[dict]:
+    """One row per run below `out`: COLUMNS (variant: protocol of a sweep, null diff; note: what one should know), its
+    folder, and links, `(path below out, text)` each. The state is what the folder says: done, failed (no try ended
+    well), unfinished (a notebook without its record), damaged."""
+    return [_row(folder, name, out, place or Place(out=out)) for folder, name in homes(out)]
+
+
+def _row(folder: Path, name: str, out: Path, place: Place) -> dict:
+    entry, file = notebook_of(name), folder / f"{name}.ipynb"
+    about, failures, page = record_of(name, folder), tries(folder, name), file.with_suffix(".html")
+    run, below = about.get("run", {}), folder.relative_to(out)
+    model, behavior, adapter, seed, variant = [*below.parts, *[""] * 5][:5]
+    row = {"model": run.get("model", model), "notebook": name, "seconds": about.get("seconds", ""), "folder": folder}
+    if entry.level != "model":
+        row |= {"behavior": run.get("behavior", behavior), "adapter": run.get("adapter", adapter), "seed": "all"}
+        row["variant"] = below.name if entry.level == "adapter" and below.name != entry.folder else ""
+    if entry.level == "seed":
+        given = not seed.startswith("seed_")  # a given w is of no seed
+        row |= {"seed": "" if given else run.get("seed", seed.removeprefix("seed_"))}
+        row["variant"] = (seed if given else variant) if entry.folder else ""
+    if "null_diff" in below.parts:
+        row["variant"] = "null diff"
+    record = read_sidecar(file)
+    row["state"] = (
+        ("done" if intact(file, record) else "damaged") if about else "unfinished" if file.is_file() else "failed"
+    )
+    at = record.get("made_at") or (failures[-1]["at"] if failures else file.stat().st_mtime)
+    row["finished"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    row["note"] = "; ".join(filter(None, [*_notes(name, about, failures, place), html_note(page, about)]))
+    named = {f"{name}.html": entry.title or "report", "params.json": "parameters", file.name: "notebook", ".": "files"}
+    named |= {f"{FAILED}/{one['folder'].name}/{name}.ipynb": "failed try" for one in failures[-1:]}
+    row["links"] = [((below / at).as_posix(), text) for at, text in named.items() if (folder / at).exists()]
+    return dict.fromkeys(COLUMNS, "") | row
+
+
+def html_note(page: Path, about: dict) -> str:
+    return "" if not about or html.rendered(page) else "its page could not be rendered"
+
+
+def _notes(name: str, about: dict, failures: list[dict], place: Place) -> list[str]:
+    """What a reader of the index should know of a run: how its last try failed, which parameters are other ones now."""
+    told = []
+    if failures:
+        last, made = failures[-1], about.get("parameters")
+        asked = parameters.changes(made, last.get("parameters", {})) if made else []
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.get("at", 0)))
+        told.append(f"a try failed {when}{' with ' + ', '.join(asked) if asked else ''}: {last['reason']}")
+    if now := changed_defaults(name, about, place):
+        told.append(f"other parameters are usual now: {', '.join(now)}")
+    return told
+
+
+def changed_defaults(name: str, about: dict, place: Place) -> list[str]:
+    """What a finished run's parameters are and what the same run would take now, where nothing was said of them."""
+    before, given = about.get("parameters"), about.get("given")
+    if not isinstance(before, dict) or not isinstance(given, dict):
+        return []
+    try:
+        return parameters.changes(before, resolved(name, given, place))
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)]
+
+
+def resolved(name: str, given: Params, place: Place) -> Params:
+    """All parameters of a run of which `given` were given."""
+    return parameters.resolve(name, _content(place.notebook(name)), given)
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, changed: int) -> dict:
+    return parameters.read_notebook(path)
+
+
+def _content(path: Path) -> dict:
+    return _read(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+def report(out: Path | None = None) -> Path:
+    """Write `out/index.html` over all runs below `out`, with links to each one's report, notebook and files. Leftovers
+    are removed first, and renderings made that are missing or broken."""
+    from jinja2 import Environment, FileSystemLoader
+
+    out = out or out_folder()
+    sweep(out)
+    for folder, name in homes(out):
+        if about := record_of(name, folder):
+            rendering(folder / f"{name}.ipynb", about.get("title", name))
+    look = Environment(loader=FileSystemLoader(html.PARTS), autoescape=True, trim_blocks=True)
+    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
+    return write_text(out / "index.html", html._page("Runs", body))
+
+
+def status(folder: Path, given: Params, cwd: Path, place: Place | None = None) -> str:
+    """What is known of the runs in a folder: finished or not, what the same run with `given` would change, failed tries."""
+    place = place or Place()
+    here = [
+        (home, name)
+        for home, name in homes(place.out if place.out in folder.parents else folder.parent)
+        if home == folder
+    ]
+    if not here:
+        raise FileNotFoundError(f"{folder}: holds no run; `ws status` alone lists all")
+    return "\n".join(_told(folder, name, given, cwd, place) for folder, name in here)
+
+
+def _told(folder: Path, name: str, given: Params, cwd: Path, place: Place) -> str:
+    about = record_of(name, folder)
+    told = [f"{name}: {about.get('title', shown(str(folder)))}"]
+    if about:
+        values = parameters.resolve(name, _content(place.notebook(name)), {**about.get("given", {}), **given}, (), cwd)
+        job = Job(name, name, values | {"OUT_DIR": str(notebook_of(name).run_folder(values, place.out))}, folder)
+        if (other := notebook_of(name).own_folder(values, place.out)) != folder and not about.get("given", {}).get(
+            "OUT_DIR"
+        ):
+            told.append(f"  finished; with these parameters it is another run, in {shown(str(other))}")
+            told += [f"  {change}" for change in parameters.changes(about.get("parameters", {}), values)]
+        else:
+            told.append(f"  {job.why(run_state(name, folder, job.key(place)), place)}")
+    else:
+        told.append("  not finished")
+    for one in tries(folder, name):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.get("at", 0)))
+        asked = parameters.changes(about["parameters"], one.get("parameters", {})) if about.get("parameters") else []
+        told.append(f"  failed {when}{' with ' + ', '.join(asked) if asked else ''}: {one['reason']}")
+        told.append(f"    kept in {shown(str(one['folder']))}")
+    return "\n".join(told)
+
+
+def runs_text(rows: list[dict]) -> str:
+    """All runs as a table for a terminal."""
+    shown_columns = [c for c in COLUMNS if c not in ("seconds",)]
+    return (
+        tabulate([[row[c] for c in shown_columns] for row in rows], headers=shown_columns, tablefmt="simple")
+        or "no run yet"
+    )
+
+
+def clear_failed(out: Path, really: bool = False) -> list[Path]:
+    """Folders of failed tries below `out`; `really` removes them, and run folders that hold nothing else."""
+    found = sorted(file.parent for file in out.rglob(f"{FAILED}/*/failure.json"))
+    for folder in found if really else []:
+        shutil.rmtree(folder)
+        for above in (folder.parent, folder.parent.parent):
+            if above.is_dir() and not any(above.iterdir()):
+                above.rmdir()
+    return found
