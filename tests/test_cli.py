@@ -53,10 +53,16 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
 
 def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path, capsys):
     _, answers = asked
-    answers["run"] = once.Ending("failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path, kept=tmp_path / "failed" / "1")
+    answers["run"] = once.Ending(
+        "failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path, kept=tmp_path / "failed" / "1"
+    )
     assert call("nb", "probe") == 1
     told = capsys.readouterr().err
-    assert "ValueError: layer 3 is NaN" in told and f"kept in {tmp_path / 'failed' / '1'}" in told and told.count("long") == 11
+    assert (
+        "ValueError: layer 3 is NaN" in told
+        and f"kept in {tmp_path / 'failed' / '1'}" in told
+        and told.count("long") == 11
+    )
 
 
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):
