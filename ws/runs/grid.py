@@ -110,8 +110,6 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     place = place or Place()
     entries = [entry for entry in TABLE.values() if entry.batch is not None]
     known = {e.name: parameters.defaults(parameters.read_notebook(place.notebook(e.name)), e.name) for e in entries}
-    for entry in entries:
-        check_pair(place.notebook(entry.name), edited=True)
     everything = sorted({key for values in known.values() for key in values} - {*OWNED, *FOREIGN})
     for key in grid.set:
         if key in OWNED + FOREIGN:
@@ -152,6 +150,8 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                 made[entry.name].append(add(entry, {**own, "SEED": seed, **nulled}, needs))
                 if "NULL_DIFF" in known[entry.name] and not null:
                     null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
+    for entry in entries:  # last: it may have to load jupytext, and a mistake in a parameter should cost less
+        check_pair(place.notebook(entry.name), edited=True)
     return list(jobs.values())
 
 

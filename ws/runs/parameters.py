@@ -171,18 +171,23 @@ def _absent(values: Params) -> list[str]:
     return found
 
 
-def own_set(model_id: str) -> dict[str, dict[str, object]]:
-    """What nbs/params/models.yaml says of a model, by notebook: over `default` what stands under the model's id or name."""
+def models() -> dict[str, dict[str, Params]]:
+    """nbs/params/models.yaml: per model (`default` for all) and notebook the parameters that are the model's own."""
     file = notebooks_folder() / "params" / "models.yaml"
-    everything = read_set(file) if file.is_file() else {}
-    names, found = ["default", model_id], {}
+    found = {model: of or {} for model, of in (read_set(file) if file.is_file() else {}).items()}
+    for model, of in found.items():
+        if not (isinstance(of, dict) and all(isinstance(values, dict) for values in of.values())):
+            raise ValueError(f"{file}: {model}: expects notebooks, and below each its parameters")
+    return found
+
+
+def own_set(model_id: str) -> dict[str, Params]:
+    """What is a model's own, by notebook: over `default` what stands under its id or its folder's name."""
+    known, names, found = models(), ["default", model_id], {}
     with suppress(FileNotFoundError):  # a folder that is no model (any more) has no name
         names.append(model_slug(model_id))
-    for name in names:
-        of_model = everything.get(name) or {}
-        if not (isinstance(of_model, dict) and all(isinstance(values, dict) for values in of_model.values())):
-            raise ValueError(f"{file}: {name}: expects notebooks, and below each its parameters")
-        found |= {notebook: found.get(notebook, {}) | values for notebook, values in of_model.items()}
+    for of in (known.get(name, {}) for name in names):
+        found |= {notebook: found.get(notebook, {}) | values for notebook, values in of.items()}
     return found
 
 

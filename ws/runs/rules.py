@@ -122,7 +122,7 @@ def in_range(word: str) -> list:
         return [word]
     first, last = map(int, ends.groups())
     if not 0 <= last - first < MOST:
-        raise ValueError(f"{word}: expects a range from a lower to a higher number, of at most {MOST}")
+        raise ValueError(f"{word} is no range from a lower to a higher number, of at most {MOST} numbers")
     return list(range(first, last + 1))
 
 
@@ -135,7 +135,9 @@ def whole(low: float | int = -math.inf, high: float | int = math.inf, words: str
 
 
 def number(low: float | int = -math.inf, high: float | int = math.inf, inside: bool = True, none: str = "") -> Rule:
-    span = f" {low} or more" if not inside else f" between {low} and {high}" if math.isfinite(high) else f" above {low}"
+    span = (
+        f", {low} or more" if not inside else f" between {low} and {high}" if math.isfinite(high) else f" above {low}"
+    )
     return Rule("number", f"a number{span if math.isfinite(low) else ''}", low, high, inside, none=none)
 
 
