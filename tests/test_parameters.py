@@ -185,6 +185,10 @@ def test_a_parameter_file_is_data_and_its_faults_name_it(tmp_path):
     with pytest.raises(ValueError, match="set.yaml: not YAML: UnicodeDecodeError"):
         parameters.read_set(file)
     assert not mark.exists()
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    file.write_text("\n".join(["a0: &a0 [x]", *levels, "ALPHAS: *a11"]))  # 10^11 elements, were they written out
+    with pytest.raises(ValueError, match="ALPHAS: expects two or more"):
+        resolve("weight_diff", {}, [file])
 
 
 def test_values_reach_the_notebook_as_they_are(tmp_path):

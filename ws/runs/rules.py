@@ -7,6 +7,7 @@ Nothing is read or loaded here, so a mistake costs no time: `check` serves a com
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -246,8 +247,11 @@ def _together(notebook: str, values: Params) -> Iterator[str]:
 
 
 def shown(value: object, width: int = 60) -> str:
-    """A value in an error message: on one line, not too long."""
-    said = repr(value)
+    """A value in an error message: on one line, not too long, however large or deep it is."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = width
+    brief.maxlist, brief.maxdict, brief.maxlevel = 12, 4, 3
+    said = brief.repr(value)
     return said if len(said) <= width else f"{said[: width - 15]}...{said[-12:]}"
 
 
