@@ -1,6 +1,7 @@
 """ws.cli: thin commands, exit codes, and where relative paths are seen from."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -118,9 +119,9 @@ def test_a_mistake_costs_one_line_and_no_time(line, tmp_path, monkeypatch, capsy
     (tmp_path / "WS_TYPED_IN").mkdir()
     (tmp_path / "WS_TYPED_IN" / "tag.yaml").write_text(f"SEED: !!python/object/apply:os.mkdir ['{tmp_path}/WS_OUT']")
     (tmp_path / "WS_TYPED_IN" / "broken.yaml").write_text("SEED: [1")
-    start = time.monotonic()
+    start = time.process_time()  # of this process: what else the machine does is not the message's fault
     assert call(*line.split()) == 2
-    took, told = time.monotonic() - start, capsys.readouterr()
+    took, told = time.process_time() - start, capsys.readouterr()
     assert told.err.startswith("error: ") and told.err.count("\n") == 1 and len(told.err) < 300 and not told.out
     assert not (tmp_path / "WS_OUT").exists() and not (tmp_path / "logs").exists()
     assert took < 3, took
@@ -158,11 +159,12 @@ def test_help_reads_any_cell_and_names_an_unknown_notebook(tmp_path, capsys):
 
 
 def test_help_needs_no_kernel_and_no_time():
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [sys.executable, "-X", "importtime", "-m", "ws", "nb", "weight_diff", "--help"]
     done = subprocess.run(words, cwd=HOME, capture_output=True, text=True, check=True)
-    took = time.monotonic() - start
-    assert "LORA_LAYERS" in done.stdout and took < 3, took
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert "LORA_LAYERS" in done.stdout and took < 1.5, took
     assert not any(f" {heavy}\n" in done.stderr for heavy in ("torch", "papermill", "jupyter_client", "polars"))
 
 
