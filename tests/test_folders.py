@@ -14,7 +14,7 @@ from stubs import stub_jobs, write_project
 from test_batch import DRIVER, HOME, write_notebook
 
 from ws.cache import files
-from ws.runs import folders, here, html, index, notebooks, once, parameters
+from ws.runs import failed, folders, here, html, index, notebooks, once, parameters
 from ws.runs.grid import plan, plan_text
 from ws.runs.notebooks import Place, notebook_of
 
@@ -44,17 +44,17 @@ def test_a_typo_after_a_finished_run_leaves_it_and_is_told(place, monkeypatch):
     done = run("probe", {"SEED": 3}, place=place)
     before = content(place.out)
     for rate in ("-1", "-2", "-3", "-4"):
-        failed = run("probe", {"SEED": 3, "RATE": rate}, place=place)
-        assert failed.state == "failed" and failed.kept.is_dir() and content(place.out) == before
-    assert len(list(done.folder.glob("failed/*"))) == once.KEPT  # the last few
+        tried = run("probe", {"SEED": 3, "RATE": rate}, place=place)
+        assert tried.state == "failed" and tried.kept.is_dir() and content(place.out) == before
+    assert len(list(done.folder.glob("failed/*"))) == failed.KEPT  # the last few
     assert run("probe", {"SEED": 3}, place=place).state == "done"
     (row,) = index.runs(place.out, place)
     assert row["state"] == "done" and "RATE 0.5 -> -4" in row["note"] and row["note"].endswith("must not be negative")
     text = index.report(place.out).read_text()
     assert "RATE must not be negative" in text and 'class="state-done"' in text
     told = index.status(done.folder, {"RATE": "0.75"}, place.out, place)
-    assert "changed parameters: RATE 0.5 -> 0.75" in told and told.count("failed 20") == once.KEPT
-    assert len(index.clear_failed(place.out)) == once.KEPT and list(done.folder.glob("failed/*"))  # says, does not do
+    assert "changed parameters: RATE 0.5 -> 0.75" in told and told.count("failed 20") == failed.KEPT
+    assert len(index.clear_failed(place.out)) == failed.KEPT and list(done.folder.glob("failed/*"))  # says, does not do
     index.clear_failed(place.out, really=True)
     assert not (done.folder / "failed").exists() and content(place.out / "tiny") == {
         name.removeprefix("tiny/"): data for name, data in before.items()

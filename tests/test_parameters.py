@@ -7,7 +7,7 @@ import pytest
 from test_batch import PARAMETERS, write_notebook
 
 from ws.cache.places import notebooks_folder
-from ws.runs import parameters
+from ws.runs import parameters, sets
 from ws.runs.grid import Grid, make_jobs, read_options
 from ws.runs.parameters import changes, filled, model_defaults
 from ws.runs.rules import RULES, check
@@ -92,7 +92,7 @@ def test_a_models_own_stand_between_the_cell_and_what_is_asked_for(tmp_path):
 
 
 def test_models_yaml_holds_what_the_cells_leave_open(monkeypatch, tmp_path):
-    known = parameters.models()
+    known = sets.models()
     assert set(known) == {"default", "tiny"}
     open_ = {name: {k for k, r in rules.items() if r.none == parameters.MODELS_OWN} for name, rules in RULES.items()}
     assert {name: set(values) for name, values in known["default"].items()} == {n: k for n, k in open_.items() if k}

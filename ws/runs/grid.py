@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ws.cache.places import ASSETS
 from ws.runs import parameters, rules
-from ws.runs.identity import record_of, run_state, stale_adapters, tries
+from ws.runs.failed import tries
+from ws.runs.identity import record_of, run_state, stale_adapters
 from ws.runs.notebooks import TABLE, Notebook, Place, paths_in
 from ws.runs.once import Job, prepare
 from ws.runs.pairing import check_pair

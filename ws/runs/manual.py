@@ -10,7 +10,7 @@ import tokenize
 from dataclasses import dataclass
 from textwrap import wrap
 
-from ws.runs import parameters
+from ws.runs import parameters, sets
 from ws.runs.notebooks import Place
 from ws.runs.rules import RULES, rule_of
 
@@ -78,7 +78,7 @@ def _may_be(name: str, entry: Entry, default: object) -> str:
         if one.choices
         else one.kind in ("text", "scalar", "json")
     )
-    own = parameters.models() if default is None else {}
+    own = sets.models() if default is None else {}
     values = {model: of.get(name, {}).get(entry.name) for model, of in own.items()}
     told = ", ".join(f"{model}: {value}" for model, value in values.items() if value is not None)
     return "; ".join(filter(None, ("" if said else rule.expects, told)))
