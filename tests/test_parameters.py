@@ -105,7 +105,7 @@ def test_models_yaml_holds_what_the_cells_leave_open(monkeypatch, tmp_path):
         line = next(line for line in cell.splitlines() if line.startswith(f"{key} = None  # "))
         assert float(line.partition("(")[2].split()[0]) == told == known["default"]["weight_diff"][key]
     (tmp_path / "params").mkdir()
-    monkeypatch.setattr(parameters, "notebooks_folder", lambda: tmp_path)
+    monkeypatch.setattr(sets, "notebooks_folder", lambda: tmp_path)
     for text, told in (
         ("default: {weight_diff: {LR: -1, SAMPLES: 1}}", "LR: expects a number above 0, got -1"),
         ("tiny: {weight_diff: {LR: 1.0e-3}}", "SAMPLES: nbs/params/models.yaml has no value for it; give one"),
