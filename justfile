@@ -18,8 +18,8 @@ setup:
     here=$(pwd -P)  # a moved clone needs a new environment, one that is reached through a link does not
     stamp() { echo "$here"; cat pyproject.toml setup.py constraints.txt; }
     if stamp | cmp -s - .venv/stamp; then exit 0; fi
-    fits='import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
-    if [ "$(head -n 1 .venv/stamp 2>/dev/null)" != "$here" ] || ! .venv/bin/python -c "$fits; import pip" 2>/dev/null; then
+    fits='import sys, ensurepip, venv; assert sys.version_info >= (3, 11)'
+    if [ "$(head -n 1 .venv/stamp 2>/dev/null || echo "$here")" != "$here" ] || ! .venv/bin/python -c "$fits; import pip" 2>/dev/null; then
         for base in python3 python python3.13 python3.12 python3.11 none; do
             if "$base" -c "$fits" 2>/dev/null; then break; fi
         done
