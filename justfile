@@ -12,6 +12,7 @@ default:
     @just --list --unsorted
 
 # make or update the environment in .venv (at once when nothing changed)
+[no-exit-message]
 setup:
     #!/bin/sh
     set -eu

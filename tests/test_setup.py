@@ -15,7 +15,7 @@ JUST = Path(sys.executable).parent / "just"
 PYTHON = """#!/bin/sh
 echo "$0 $*" >> "$CALLS"
 case "$*" in
-*assert*) exit {fits} ;;
+*version_info*) exit {fits} ;;
 "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 esac
 """
@@ -57,7 +57,7 @@ def clone(tmp_path):
         env = {"PATH": str(tools), "CALLS": str(calls), "HOME": str(tmp_path), "PWD": str(folder)}
         env |= {"TMPDIR": os.environ.get("TMPDIR", "/tmp")}
         run = subprocess.run([JUST, "setup"], cwd=folder, env=env, capture_output=True, text=True)
-        return run, [line for line in calls.read_text().splitlines() if "assert" not in line]
+        return run, [line for line in calls.read_text().splitlines() if "version_info" not in line]
 
     return place, python, setup
 
@@ -77,7 +77,8 @@ def test_setup_without_a_python_says_so_in_one_line(clone):
     python("python3", fits=False)
     run, calls = setup()
     assert run.returncode == 1 and calls == []
-    assert "Python 3.11 or newer" in run.stderr.splitlines()[0] and "python3-venv" in run.stderr
+    (line,) = run.stderr.splitlines()
+    assert "Python 3.11 or newer" in line and "python3-venv" in line
 
 
 def test_a_link_to_a_clone_keeps_its_environment_and_a_moved_clone_gets_a_new_one(clone, tmp_path):
