@@ -307,6 +307,17 @@ def test_a_page_that_is_cut_or_empty_is_not_rendered(tmp_path):
         assert not report.rendered(page)
 
 
+OWN = f"""
+import torch
+import ws
+
+@ws.candidate(family={PAYLOADS[4]!r}, name={PAYLOADS[0]!r})
+def mine(m, l):
+    {PAYLOADS[1]!r}
+    return torch.eye(128)[:, :8]
+"""
+
+
 def hostile_inputs(folder) -> dict[str, dict]:
     """Parameters per notebook: a behaviour, a weight difference, calibration texts and users that hold the payloads."""
     folder.mkdir()
@@ -314,7 +325,7 @@ def hostile_inputs(folder) -> dict[str, dict]:
     topics = [
         [f"{t if isinstance(t, str) else t[0]} {p}", p] for t, p in zip(shipped["topics"], PAYLOADS * 2, strict=False)
     ]
-    name = next((n for n in (PAYLOADS[0], "my behaviour") if accepted(shipped, n)))
+    name = next(n for n in (PAYLOADS[0], "my behaviour") if accepted(shipped, n))
     shipped |= {"name": name, "topics": topics, "negations": [], "true_claims": [p for p in PAYLOADS[:8]]}
     for side in ("personas_pos", "personas_neg"):
         shipped[side] = [f"{persona} {p}" for persona, p in zip(shipped[side], PAYLOADS, strict=False)]
@@ -340,8 +351,7 @@ def hostile_inputs(folder) -> dict[str, dict]:
         "THETA_DIM": 4,
     }
     own = folder / "own.py"
-    own.write_text(f"import ws\n\n@ws.candidate(family={PAYLOADS[4]!r}, name={PAYLOADS[0]!r})\ndef f(m, l):\n"
-                   f"    {PAYLOADS[1]!r}\n    return m.base.decoder.weight(l, 'o')[:, :8] if False else __import__('torch').eye(128)[:, :8]\n")  # fmt: skip
+    own.write_text(OWN)
     behavior = {"BEHAVIOR": str(folder / "behaviour.json"), "W_PATH": str(w)}
     return {
         "weight_diff": behavior | {"ALPHAS": [0.0, 1.0]},

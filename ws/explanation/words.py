@@ -52,7 +52,8 @@ def _setting(f: dict) -> str:
     span = f"{layers[0]} to {layers[-1]}" if run else ", ".join(map(str, layers))
     return (
         f"Behaviour {code(f['behavior'])}, protocol {literal(f['protocol']['name'])}, {f['n_fit']} FIT and {f['n_eval']}"
-        f" EVAL probes, d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is what a random subspace gets."
+        f" EVAL probes, d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is what a random"
+        " subspace gets."
     )
 
 
