@@ -12,20 +12,30 @@ default:
     @just --list --unsorted
 
 # make or update the environment in .venv (at once when nothing changed)
+[no-exit-message]
 setup:
     #!/bin/sh
     set -eu
-    if { pwd; cat pyproject.toml setup.py constraints.txt; } | cmp -s - .venv/stamp; then exit 0; fi
-    for base in python3 python python3.13 python3.12 python3.11 none; do
-        if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
-    done
-    if [ "$base" = none ]; then echo "Python 3.11 or newer is needed; none was found" >&2; exit 1; fi
-    [ -x .venv/bin/pip ] || "$base" -m venv --clear .venv
+    here=$(pwd -P)  # a moved clone needs a new environment, one that is reached through a link does not
+    stamp() { echo "$here"; cat pyproject.toml setup.py constraints.txt; }
+    if stamp | cmp -s - .venv/stamp; then exit 0; fi
+    fits='import sys, ensurepip, venv; assert sys.version_info >= (3, 11)'
+    if [ "$(head -n 1 .venv/stamp 2>/dev/null || echo "$here")" != "$here" ] || ! .venv/bin/python -c "$fits; import pip" 2>/dev/null; then
+        for base in python3 python python3.13 python3.12 python3.11 none; do
+            if "$base" -c "$fits" 2>/dev/null; then break; fi
+        done
+        if [ "$base" = none ]; then
+            echo "Python 3.11 or newer with pip and venv is needed; none was found (Debian: apt install python3-venv)" >&2
+            exit 1
+        fi
+        "$base" -m venv --clear .venv
+        echo "$here" > .venv/stamp
+    fi
     echo "installing into .venv (once; a few minutes at most)"
     # torch by itself and by its exact version: a free choice may bring gigabytes of CUDA packages
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(grep '^torch==' constraints.txt)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-    { pwd; cat pyproject.toml setup.py constraints.txt; } > .venv/stamp
+    stamp > .venv/stamp
 
 # the whole pipeline on the shipped tiny model, and its report
 [no-exit-message]

@@ -46,7 +46,7 @@ from IPython.display import Markdown, display
 import ws
 from ws.runs.here import begin
 from ws.show.notebook import embedded, show, show_table, start_log
-from ws.show.tables import write_table
+from ws.show.tables import literal, write_table
 from ws.stability import corrections
 from ws.stability import figures as draw
 from ws.stability.compare import own_candidates
@@ -72,8 +72,8 @@ found.save(run.folder)
 scores = found.runs.scores
 display(
     Markdown(
-        f"{run.title}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
-        f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes, d = {scores.d}. {found.bases}"
+        f"{literal(run.title)}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
+        f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes, d = {scores.d}. {literal(found.bases)}"
     )
 )
 display(show_table(found.a_side.sort("stability"), rows=12))

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ws.cache.files import atomic_file, write_json, write_text
 from ws.delta.bootstrap import Interval
 from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
-from ws.show.tables import read_table, write_table
+from ws.show.tables import literal, read_table, write_table
 
 SHOWN = [
     "L", "phase", "rel_step_mean", "h_norm_mean", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "top3_frac",
@@ -106,7 +106,7 @@ class DeltaRun:
         said = verdict(self.phases, [layer.eff_rank for layer in self.layers], self.hidden)
         judged = [f"**{title}**: {said[key]}" for key, title in TITLES.items()]
         notes = "\n".join(f"- {note}" for note in reading_notes(self))
-        return "\n\n".join([f"# Delta SVD of {self.model}", *judged, NULL_NOTE, notes]) + "\n"
+        return "\n\n".join([f"# Delta SVD of {literal(self.model)}", *judged, NULL_NOTE, notes]) + "\n"
 
     def save(self, folder: Path | str) -> Path:
         """Write every result file whole into `folder`; the JSON comes last: a folder with it is complete."""
@@ -194,7 +194,7 @@ def reading_notes(run: DeltaRun) -> list[str]:
 
 def setting(run: DeltaRun, n_texts: int) -> str:
     """What was read, as a Markdown list."""
-    size = f"- {run.model}: {len(run.layers)} layers, d {run.hidden}; {n_texts} calibration passages"
+    size = f"- {literal(run.model)}: {len(run.layers)} layers, d {run.hidden}; {n_texts} calibration passages"
     return "\n".join([size, *(f"- {note}" for note in reading_notes(run))])
 
 

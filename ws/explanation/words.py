@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from ws.show.tables import as_text, sort_nan_last
+from ws.show.tables import as_text, code, literal, sort_nan_last
 from ws.subspaces.captures import N_PROBES
 
 TOP = 5
@@ -21,7 +21,7 @@ def definitions(candidates: list[dict]) -> str:
     for i, c in enumerate(candidates, 1):
         facts = [c[f] for f in ("name", "family", "axis_kind", "source", "kind")]
         cells = [str(i), *facts, ", ".join(c["sees"]), c["definition"]]
-        lines.append(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in cells)} |")
+        lines.append(f"| {' | '.join(map(literal, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -41,7 +41,7 @@ def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict
         "Caveats of this run": [f"- {line}" for line in caveats(pct, table, facts, ranked)],
         "Self-checks": [f"- {CHECKS.get(key, key)}: {value:.3g}" for key, value in checks.items()],
     }
-    parts = [f"# Conclusion: {facts['title']}", _setting(facts)]
+    parts = [f"# Conclusion: {literal(facts['title'])}", _setting(facts)]
     parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -51,8 +51,9 @@ def _setting(f: dict) -> str:
     run = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2
     span = f"{layers[0]} to {layers[-1]}" if run else ", ".join(map(str, layers))
     return (
-        f"Behaviour `{f['behavior']}`, protocol {f['protocol']['name']}, {f['n_fit']} FIT and {f['n_eval']} EVAL probes,"
-        f" d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is what a random subspace gets."
+        f"Behaviour {code(f['behavior'])}, protocol {literal(f['protocol']['name'])}, {f['n_fit']} FIT and {f['n_eval']}"
+        f" EVAL probes, d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is what a random"
+        " subspace gets."
     )
 
 
@@ -69,7 +70,11 @@ def setting_table(f: dict) -> str:
         ("probes", f"{f['n_fit']} FIT, {f['n_eval']} EVAL"),
         ("means over", f"layers {', '.join(map(str, f['layers']))}"),
     ]
-    return "\n".join(["| | |", "|---|---|", *[f"| {k} | {v} |" for k, v in rows]])
+    return "\n".join(["| | |", "|---|---|", *[f"| {k} | {literal(v)} |" for k, v in rows]])
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(map(literal, names))
 
 
 def _row(pct: pl.DataFrame, name: str) -> dict:
@@ -79,8 +84,8 @@ def _row(pct: pl.DataFrame, name: str) -> dict:
 def _winner(pct: pl.DataFrame, ranked: list[str]) -> str:
     best = _row(pct, ranked[0])
     text = [
-        f"**{best['subspace']}** ({best['family']}) has the highest joint score among {len(ranked)} write and mixed"
-        f" candidates: {best['joint_score']:.2f} (R_act {best['mean_conc_act']:.2f}, mean z"
+        f"**{literal(best['subspace'])}** ({literal(best['family'])}) has the highest joint score among {len(ranked)} write"
+        f" and mixed candidates: {best['joint_score']:.2f} (R_act {best['mean_conc_act']:.2f}, mean z"
         f" {best['mean_z_act']:.1f}; R_w {best['mean_conc_w_combined']:.2f}, mean z {best['mean_z_w_combined']:.1f})."
         f" That is {best['pct_act_ceiling']:.0f} % of the activation ceiling and {best['pct_w_oracle_combined']:.0f} % of"
         f" the weight ceiling (o_proj {best['pct_w_oracle_oproj']:.0f} %, down_proj {best['pct_w_oracle_downproj']:.0f} %)."
@@ -94,13 +99,14 @@ def _winner(pct: pl.DataFrame, ranked: list[str]) -> str:
         )
     if len(ranked) > 1:
         second = _row(pct, ranked[1])
-        lead = 100 * (best["joint_score"] / second["joint_score"] - 1)
-        text.append(f"Next is {second['subspace']} with {second['joint_score']:.2f}: the lead is {lead:.0f} %.")
+        name, joint = literal(second["subspace"]), second["joint_score"]
+        text.append(f"Next is {name} with {joint:.2f}: the lead is {100 * (best['joint_score'] / joint - 1):.0f} %.")
     blind = pct.filter(pl.col("kind") == "A-hypothesis")
     both = blind.filter((pl.col("mean_conc_act") > 1) & (pl.col("mean_conc_w_combined") > 1))
     text.append(f"Above chance on both axes are {len(both)} of {len(blind)} candidates built without w.")
     for name in leaders(pct, "joint_score", ("read",))[:1]:
-        text.append(f"The best read candidate is {name}, with a joint score of {_row(pct, name)['joint_score']:.2f}.")
+        joint = _row(pct, name)["joint_score"]
+        text.append(f"The best read candidate is {literal(name)}, with a joint score of {joint:.2f}.")
     return " ".join(text)
 
 
@@ -109,9 +115,9 @@ def _agreement(pct: pl.DataFrame) -> list[str]:
     by_w = leaders(pct, "mean_conc_w_combined", ("write", "mixed"))[:TOP]
     shared = [n for n in by_act if n in by_w]
     rows = [
-        f"Top {TOP} by activation recovery (all candidates built without w): {', '.join(by_act) or 'none'}.",
-        f"Top {TOP} by weight recovery (write and mixed): {', '.join(by_w) or 'none defined'}.",
-        f"In both: {len(shared)} of {TOP}" + (f" ({', '.join(shared)})." if shared else "."),
+        f"Top {TOP} by activation recovery (all candidates built without w): {_names(by_act) or 'none'}.",
+        f"Top {TOP} by weight recovery (write and mixed): {_names(by_w) or 'none defined'}.",
+        f"In both: {len(shared)} of {TOP}" + (f" ({_names(shared)})." if shared else "."),
     ]
     part = pct.filter((pl.col("kind") == "A-hypothesis") & pl.col("mean_conc_w_combined").is_not_nan())
     if len(part) > 2:
@@ -138,11 +144,11 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
     doubtful = part.filter(pl.col("ill_conditioned")).unique("subspace", keep="first", maintain_order=True)
     for name, note in doubtful.select("subspace", "note").rows():
         place = f" (rank {ranked.index(name) + 1} by joint score)" if name in ranked else ""
-        out += [f"`{name}`{place} is not determined by its data: {note}."]
+        out += [f"{code(name)}{place} is not determined by its data: {literal(note)}."]
     over = pct.filter((pl.col("kind") == "A-hypothesis") & (pl.col("pct_act_ceiling") > 100))["subspace"].to_list()
     if over:
         exceed = "exceeds" if len(over) == 1 else "exceed"
-        out += [f"The activation ceiling is no upper bound: {', '.join(over)} {exceed} it."]
+        out += [f"The activation ceiling is no upper bound: {_names(over)} {exceed} it."]
     for t in ("oproj", "downproj"):
         top = part.filter(pl.col("subspace") == "dW_left_basis_ceiling")[f"pct_oracle_{t}"].drop_nans().mean()
         if top is not None and top < 0.99:
@@ -150,7 +156,7 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
             out += [f"The weight ceiling is cut from the unbalanced pair: {reaches}."]
     undefined = pct.filter(pl.col("joint_score").is_nan())["subspace"].to_list()
     if undefined:
-        out += [f"Undefined joint score, sorted last: {', '.join(undefined)}."]
+        out += [f"Undefined joint score, sorted last: {_names(undefined)}."]
     silent = part.group_by("layer").agg((pl.col("conc_act") == 0).all()).filter("conc_act")["layer"].sort().to_list()
     if silent:
         out += [f"w changes no EVAL activation at layers {', '.join(map(str, silent))}."]

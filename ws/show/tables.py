@@ -1,5 +1,10 @@
-"""Tables of results: written whole, read back, shown as text. polars sorts NaN first: `sort_nan_last` does not."""
+"""Tables of results: written whole, read back, shown as text. polars sorts NaN first: `sort_nan_last` does not.
 
+Text from outside (names, claims, file names, model ids) enters Markdown through `literal` or `code`; `as_text` escapes
+what it puts into HTML.
+"""
+
+import re
 from pathlib import Path
 
 import polars as pl
@@ -7,6 +12,25 @@ import polars as pl
 from ws.cache.files import atomic_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).encode("utf-8", "replace").decode().split())
+
+
+def literal(value: object) -> str:
+    """Text as Markdown shows it character for character: in one line, in a table's cell too, no HTML, no formula."""
+    text = re.sub("&(?=[#a-zA-Z])", "&amp;", _line(value)).replace("<", "&lt;")
+    text = re.sub(r"[\\`*\[\]|$~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return re.sub(r"^([-+=>]|\d+(?=[.)]))", lambda m: m[0] + "\\" if m[0].isdigit() else "\\" + m[0], text)
+
+
+def code(value: object) -> str:
+    """The same as a code span; not for a table's cell, which a bar in the text would end."""
+    text = _line(value)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def sort_nan_last(table: pl.DataFrame, column: str) -> pl.DataFrame:

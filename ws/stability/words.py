@@ -1,12 +1,17 @@
 """`v7b_conclusion.md`: what the tables over seeds say, every claim beside its chance level. (docs/method.md section 7)"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import polars as pl
 from scipy import stats
 
+from ws.show.tables import literal
 from ws.stability.verdict import ALPHA, Verdict, false_winner_bound
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(literal, names))
 
 
 def _winner_lines(v: Verdict) -> list[str]:
@@ -15,14 +20,14 @@ def _winner_lines(v: Verdict) -> list[str]:
         name, *logs, _ = v.rivals.row(0)
         ratio, t_lo, t_hi, crossed_lo, crossed_hi = np.exp(logs)
         return [
-            f"**Winner: {v.winner}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). Closest rival: "
-            f"{name}, joint score {ratio:.2f} times lower (corrected t interval {t_lo:.2f} to {t_hi:.2f}; with the topics' "
-            f"spread {crossed_lo:.2f} to {crossed_hi:.2f}; chance level 1)."
+            f"**Winner: {literal(v.winner)}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). Closest rival: "
+            f"{literal(name)}, joint score {ratio:.2f} times lower (corrected t interval {t_lo:.2f} to {t_hi:.2f}; with the "
+            f"topics' spread {crossed_lo:.2f} to {crossed_hi:.2f}; chance level 1)."
         ]
-    lines = [f"**No winner** ({bound}): " + "; ".join(v.reasons) + "."]
-    lines += [f"Highest mean among the stable contenders: {v.leader}."] if v.leader else []
+    lines = [f"**No winner** ({bound}): " + "; ".join(map(literal, v.reasons)) + "."]
+    lines += [f"Highest mean among the stable contenders: {literal(v.leader)}."] if v.leader else []
     rest = v.tied[1:]
-    return lines + ([f"Cannot be told apart from it ({len(rest)}): {', '.join(rest)}."] if rest else [])
+    return lines + ([f"Cannot be told apart from it ({len(rest)}): {_names(rest)}."] if rest else [])
 
 
 def _agreement_lines(summary: pl.DataFrame, ranks: pl.DataFrame, S: int) -> list[str]:
@@ -39,7 +44,7 @@ def _agreement_lines(summary: pl.DataFrame, ranks: pl.DataFrame, S: int) -> list
     ranked = summary.filter(pl.col("kind") == "A-hypothesis")
     single = ranked["top5_chance"].fill_nan(None).max()  # seeds in the top 5 expected of any one candidate
     if single is not None:
-        named = ", ".join(ranked.filter(pl.col("top5_count") == S)["candidate"]) or "none"
+        named = _names(ranked.filter(pl.col("top5_count") == S)["candidate"]) or "none"
         expected = ranked["top5_chance"].is_not_nan().sum() * (single / S) ** S
         lines.append(f"In the top 5 on all {S} seeds: {named} (chance: {expected:.2f} candidates).")
     for m in ("R_act", "R_w"):
@@ -76,7 +81,7 @@ def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list
             f"smallest principal cosine {part['smallest_cos'].mean():.2f}."
             for (name,), part in between.group_by("object", maintain_order=True)
         ]
-    flagged = ", ".join(unstable) or "none"
+    flagged = _names(unstable) or "none"
     return [*lines, f"Flagged unstable (energy-weighted overlap between halves of the data under 0.5): {flagged}."]
 
 
@@ -134,6 +139,6 @@ def conclusion(
         f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v),
     }
     if v.undefined:
-        sections["Undefined"] = ["No joint score, so out of the ranking: " + ", ".join(v.undefined) + "."]
+        sections["Undefined"] = [f"No joint score, so out of the ranking: {_names(v.undefined)}."]
     parts = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in sections.items()]
     return "# v7b: stability over seeds\n\n" + "\n\n".join(parts) + "\n"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ws.show.tables import literal
 from ws.theta.compare import Heldout, bootstrap_users, by_user, permuted_thetas, score
 from ws.theta.fit import FitConfig
 from ws.theta.fitted import ThetaFits
@@ -103,7 +104,8 @@ def verdict(
             )
     for (scale,), part in own.group_by("scale", maintain_order=True):
         counts = "; ".join(
-            f"`{r['head']}` {r['own_theta_wins']} of {r['users']}" + (f" (not {r['not_for']})" if r["not_for"] else "")
+            f"`{r['head']}` {r['own_theta_wins']} of {r['users']}"
+            + (f" (not {literal(r['not_for'])})" if r["not_for"] else "")
             for r in part.iter_rows(named=True)
         )
         lines.append(f"**Whose theta, {scale} scale.** Users on whose texts their own theta is the best: {counts}.")

@@ -16,6 +16,7 @@ from ws.cache.names import RunId, cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
 from ws.model.lm import LM
+from ws.show.tables import literal
 from ws.train.lora import SIGNS, TrainConfig, train_adapter
 from ws.train.pairs import make_pairs
 
@@ -133,4 +134,5 @@ def obtain_diff(
 def training_text(training: dict) -> str:
     """How w came about, as a Markdown table: pairs written and dropped, losses of both signs, geometry of the pair."""
     short = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in training.items()}
-    return "\n".join(["| | |", "|---|---|", *(f"| {key.replace('_', ' ')} | {said} |" for key, said in short.items())])
+    rows = (f"| {literal(key.replace('_', ' '))} | {literal(said)} |" for key, said in short.items())
+    return "\n".join(["| | |", "|---|---|", *rows])
