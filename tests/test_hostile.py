@@ -21,6 +21,7 @@ from ws.cache.places import ASSETS, notebooks_folder
 from ws.delta import report as delta_report
 from ws.explanation import words
 from ws.runs import html as report
+from ws.runs import index as index_of
 from ws.show import tables
 from ws.show.notebook import embedded, show_table
 from ws.stability import words as stability_words
@@ -275,7 +276,7 @@ def test_an_index_escapes_names_and_its_links_stay_links(tmp_path):
         folder = out / name / "delta_svd"
         folder.mkdir(parents=True)
         nbformat.write(notebook(), folder / "delta_svd.ipynb")
-    index = report.report(out).read_text(encoding="utf-8")
+    index = index_of.report(out).read_text(encoding="utf-8")
     assert POLICY in index
     page = Page(index)
     assert {tag for tag, _ in page.elements} <= {"main", "h1", "table", "thead", "tbody", "tr", "th", "td", "a"}

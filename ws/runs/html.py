@@ -16,7 +16,6 @@ from ws.cache.files import write_text
 from ws.cache.places import ASSETS
 from ws.runs import need
 
-
 PARTS = ASSETS / "report"  # a page, its style, and what a notebook's cells look like in it
 
 
