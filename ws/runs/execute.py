@@ -28,6 +28,12 @@ def _stream(*tell: Callable[[str], object]) -> SimpleNamespace:
     return SimpleNamespace(write=lambda text: [hear(text) for hear in tell], flush=lambda: None)
 
 
+def _bars(text: str) -> None:
+    """Of what a notebook prints, its progress bars on the terminal."""
+    if "\r" in text or text == "\n":
+        sys.stderr.write(text)
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Turn the first SIGTERM into an exception, so that the kernel is ended and temporary files are removed; later ones
@@ -75,8 +81,6 @@ def execute(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    # Kernels inherit it: a library's request for progress widgets, which a report could not show.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other when cores are shared
     bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
     if on_stage:
@@ -94,7 +98,7 @@ def execute(
                 target,
                 parameters=values,
                 progress_bar=bar,
-                stdout_file=log,
+                stdout_file=log if quiet else _stream(log.write, _bars),
                 stderr_file=log if quiet else _stream(log.write, sys.stderr.write),
                 cwd=root(),
                 execution_timeout=timeout,
