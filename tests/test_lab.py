@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -26,7 +27,7 @@ class Lab:
     """A running `just lab`: its project, where it says it listens, and its contents as the browser gets them."""
 
     def __init__(self, project: Path, told: dict):
-        self.project, self.url = project, told["url"].replace("localhost", "127.0.0.1")
+        self.project, self.url = project, told["url"]
         self.nbs = (project / "nbs").relative_to(told["root_dir"]).as_posix().removeprefix(".")
 
     def path(self, name: str) -> str:
@@ -53,11 +54,18 @@ class Lab:
         return "".join(o.get("text", "") for c in found.cells if c.source == source for o in c.outputs)
 
 
-@pytest.fixture
-def lab(tmp_path):
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
     """`just lab`'s very command, in a copy of the project, with settings of its own and without a browser."""
     if not (JUST and CLONE):
         pytest.skip("just is not installed, or this is no clone")
+    tmp_path = tmp_path_factory.mktemp("lab")
     project = tmp_path / "clone"
     for name in ("nbs", "ws"):
         shutil.copytree(CLONE / name, project / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb*"))
@@ -66,21 +74,12 @@ def lab(tmp_path):
     (project / ".venv").symlink_to(sys.prefix)
     homes = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "RUNTIME", "DATA")}
     environment = os.environ | homes | {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(project)}
-    command = [
-        JUST,
-        "--no-deps",
-        "lab",
-        "--no-browser",
-        "--allow-root",
-        "--port=0",
-        f"--IdentityProvider.token={TOKEN}",
-    ]
+    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--IdentityProvider.token={TOKEN}"]
+    command = [JUST, "--no-deps", "lab", *words, f"--port={free_port()}", "--LabApp.expose_app_in_browser=True"]
     log = tmp_path / "lab.log"
     with log.open("w") as noise:
-        words = [*command, "--LabApp.expose_app_in_browser=True"]
-        server = subprocess.Popen(
-            words, cwd=project, env=environment, stdout=noise, stderr=noise, start_new_session=True
-        )
+        quiet = {"stdout": noise, "stderr": noise, "start_new_session": True}
+        server = subprocess.Popen(command, cwd=project, env=environment, **quiet)
     try:
         wait_for(lambda: "is running at" in log.read_text() or server.poll() is not None, what="the server")
         assert server.poll() is None, log.read_text()
@@ -116,8 +115,7 @@ def test_what_is_saved_reaches_both_halves_and_outputs_stay(lab):
 
 def test_what_a_run_wrote_is_not_paired(lab):
     """An executed notebook of a run may be opened and saved without a .py appearing beside the results."""
-    if not lab.nbs:
-        pytest.fail("the server shows nothing but nbs/")
+    assert lab.nbs, "the server shows nothing but nbs/"
     folder = lab.project / "out" / "run"
     folder.mkdir(parents=True)
     shutil.copy(lab.project / "nbs" / f"{NAME}.ipynb", folder)

@@ -16,11 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
 
+from ws.cache.files import scratch
 from ws.cache.places import root
 from ws.runs.notebooks import Params
 from ws.runs.parameters import is_tagged, read_notebook, source_of
 
 Hear = Callable[[str], None] | None
+TEMPORARY = "ws"  # ends the names of folders in the system's temporary one
 
 
 def _stream(*tell: Callable[[str], object]) -> SimpleNamespace:
@@ -54,21 +56,29 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of this process in the system's temporary one. What a killed process left there, the next one removes."""
+    with scratch(Path(tempfile.gettempdir()) / TEMPORARY) as folder:
+        folder.mkdir(mode=0o700)
+        yield folder
+
+
+@contextmanager
 def _kernels(out: Path) -> Iterator[object]:
-    """The configuration of kernels that take `out` for the folder of all results, over IPC sockets in a folder of their
-    own: parallel kernels cannot race for ports. A socket's path is limited to about 100 characters; where the temporary
-    folder is too deep, TCP serves."""
+    """The configuration of kernels that take `out` for the folder of all results, with a temporary folder of their own.
+    In it are the IPC sockets: parallel kernels cannot race for ports. A socket's path is limited to about 100
+    characters; where the temporary folder is too deep, TCP serves."""
     from traitlets.config import Config
 
-    before = os.environ.get("WS_OUT", "")  # empty says the same as absent
-    os.environ["WS_OUT"] = str(out.absolute())
+    before = {name: os.environ.get(name, "") for name in ("WS_OUT", "TMPDIR")}  # empty says the same as absent
     try:
-        with tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True) as folder:
-            path = f"{folder}/kernel.json"
-            short = os.name == "posix" and len(path) < 80
-            yield Config(KernelManager={"transport": "ipc", "connection_file": path}) if short else Config()
+        with temporary_folder() as folder:
+            os.environ |= {"WS_OUT": str(out.absolute()), "TMPDIR": str(folder)}
+            path = str(folder / "kernel.json")
+            transport = "ipc" if os.name == "posix" and len(path) < 100 else "tcp"
+            yield Config(KernelManager={"transport": transport, "connection_file": path})
     finally:
-        os.environ["WS_OUT"] = before
+        os.environ |= before
 
 
 def execute(
