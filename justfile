@@ -65,8 +65,9 @@ sync: setup
     {{python}} .ci/pairs.py --strip
 
 # JupyterLab on the notebooks
+[no-exit-message]
 lab *ARGS: setup
-    @.venv/bin/jupyter lab nbs "$@"
+    @.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs "$@"
 
 # run one notebook headless: just nb v7_sweep -p SEED 1
 [no-exit-message]

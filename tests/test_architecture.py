@@ -19,7 +19,8 @@ FLOORS = [
     {"subspaces", "theta"},
     {"train", "steer"},
     {"diff", "delta", "runs"},
-    {"model", "data", "show"},
+    {"model", "data"},
+    {"show"},
     {"cache"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

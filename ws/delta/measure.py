@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from ws.delta.bootstrap import SKETCH, UNKNOWN, Interval, Parts, bootstrap, bootstrap_weights, group_parts, sketch_basis
 from ws.delta.calibration import Sequence, as_documents, as_stream, bootstrap_groups, load_calibration
@@ -22,6 +21,7 @@ from ws.delta.reading import read_deltas
 from ws.delta.report import DeltaRun, LayerDelta
 from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
 from ws.model.lm import LM
+from ws.show.bars import tqdm
 
 MODES = ("stream", "documents")
 Batches = list[list[Sequence]]

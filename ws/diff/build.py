@@ -21,6 +21,7 @@ from ws.diff.algebra import combine
 from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, same_names
 from ws.diff.factor import factorised
 from ws.diff.io import read_tensors
+from ws.show.bars import plain
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations that change the base weights
 NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # of those, what depends on a random draw or on data
@@ -219,6 +220,7 @@ def _fit_names(entries: dict[str, Entry], model: nn.Module, where: str) -> dict[
     return fitted
 
 
+@plain()
 def _base_copy(base: Base, adapter: Adapter) -> nn.Module:
     """A float32 copy of the base on the CPU, free to be changed."""
     if isinstance(base, nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ws.cache.names import folder_hash, model_slug
 from ws.cache.places import ASSETS
 from ws.model.text import position_ids
+from ws.show.bars import plain
 
 ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
 FAMILIES = "Qwen2, Qwen3, Llama, Mistral, Gemma 1/2/3, OLMo 2"
@@ -155,6 +156,7 @@ def _available(device: str) -> str:
     return device
 
 
+@plain()
 def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> LM:
     """Load a model and tokenizer for reading and steering, in eval mode.
 

@@ -12,6 +12,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import psutil
 from ws.cache.files import lock, sweep
 from ws.cache.places import logs_folder, root
 from ws.runs import need
-from ws.runs.execute import terminable
+from ws.runs.execute import TEMPORARY, temporary_folder, terminable
 from ws.runs.grid import Job, Step, plan
 from ws.runs.notebooks import Place
 from ws.runs.once import Ending
@@ -136,6 +137,15 @@ def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
         yield client, {"threads": threads, "gpus": gpus}
 
 
+@contextmanager
+def _dask_folder() -> Iterator[None]:
+    """A temporary folder for what Dask of this process and of the workers below it puts on disk: nothing of it stays."""
+    from dask import config
+
+    with temporary_folder() as folder, config.set({"temporary-directory": str(folder)}):
+        yield
+
+
 def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> dict:
     """What `ws.runs.job` has to know of a step."""
     params = step.job.values | ({"RETRAIN": True} if step.retrain else {})
@@ -157,7 +167,7 @@ def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board)
         return endings
     batch = f"ws-batch-{uuid.uuid4().hex[:12]}"
     heard: queue.Queue[tuple[str, object]] = queue.Queue()
-    with connect(settings, len(todo)) as (client, environment):
+    with _dask_folder(), connect(settings, len(todo)) as (client, environment):
         blind = [who for who, ok in client.run(os.path.exists, str(place.out / LOCK)).items() if not ok]
         if blind:
             raise ValueError(f"worker {blind[0]} does not see {place.out}: workers and driver need a shared folder")
@@ -223,6 +233,7 @@ def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = 
         finally:
             board.close()
             sweep(place.out)  # a worker that was killed cannot have tidied up
+            sweep(tempfile.gettempdir(), f".tmp-*.{TEMPORARY}")
         write_results(place.out)
         after = plan(jobs, False, place)
         return endings, summary_text(after, endings, board.restarts, time.monotonic() - started)

@@ -16,16 +16,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
 
+from ws.cache.files import scratch
 from ws.cache.places import root
 from ws.runs.notebooks import Params
 from ws.runs.parameters import is_tagged, read_notebook, source_of
 
 Hear = Callable[[str], None] | None
+TEMPORARY = "ws"  # ends the names of folders in the system's temporary one
 
 
 def _stream(*tell: Callable[[str], object]) -> SimpleNamespace:
     """What papermill and its progress bar write to: every text is handed on."""
     return SimpleNamespace(write=lambda text: [hear(text) for hear in tell], flush=lambda: None)
+
+
+def _bars(text: str) -> None:
+    """Of what a notebook prints, its progress bars on the terminal."""
+    if "\r" in text or text == "\n":
+        sys.stderr.write(text)
 
 
 @contextmanager
@@ -48,21 +56,29 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of this process in the system's temporary one. What a killed process left there, the next one removes."""
+    with scratch(Path(tempfile.gettempdir()) / TEMPORARY) as folder:
+        folder.mkdir(mode=0o700)
+        yield folder
+
+
+@contextmanager
 def _kernels(out: Path) -> Iterator[object]:
-    """The configuration of kernels that take `out` for the folder of all results, over IPC sockets in a folder of their
-    own: parallel kernels cannot race for ports. A socket's path is limited to about 100 characters; where the temporary
-    folder is too deep, TCP serves."""
+    """The configuration of kernels that take `out` for the folder of all results, with a temporary folder of their own.
+    In it are the IPC sockets: parallel kernels cannot race for ports. A socket's path is limited to about 100
+    characters; where the temporary folder is too deep, TCP serves."""
     from traitlets.config import Config
 
-    before = os.environ.get("WS_OUT", "")  # empty says the same as absent
-    os.environ["WS_OUT"] = str(out.absolute())
+    before = {name: os.environ.get(name, "") for name in ("WS_OUT", "TMPDIR")}  # empty says the same as absent
     try:
-        with tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True) as folder:
-            path = f"{folder}/kernel.json"
-            short = os.name == "posix" and len(path) < 80
-            yield Config(KernelManager={"transport": "ipc", "connection_file": path}) if short else Config()
+        with temporary_folder() as folder:
+            os.environ |= {"WS_OUT": str(out.absolute()), "TMPDIR": str(folder)}
+            path = str(folder / "kernel.json")
+            transport = "ipc" if os.name == "posix" and len(path) < 100 else "tcp"
+            yield Config(KernelManager={"transport": transport, "connection_file": path})
     finally:
-        os.environ["WS_OUT"] = before
+        os.environ |= before
 
 
 def execute(
@@ -75,8 +91,6 @@ def execute(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    # Kernels inherit it: a library's request for progress widgets, which a report could not show.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other when cores are shared
     bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
     if on_stage:
@@ -94,7 +108,7 @@ def execute(
                 target,
                 parameters=values,
                 progress_bar=bar,
-                stdout_file=log,
+                stdout_file=log if quiet else _stream(log.write, _bars),
                 stderr_file=log if quiet else _stream(log.write, sys.stderr.write),
                 cwd=root(),
                 execution_timeout=timeout,

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from scipy.stats import spearmanr
-from tqdm import tqdm
 
 from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.explanation.explain import explain
 from ws.model.lm import LM
+from ws.show.bars import tqdm
 from ws.subspaces.protocol import V7, Protocol, load_protocol
 
 MOVED = "variant spearman_joint median_abs_log2_act max_abs_log2_act moved_most log2_change top5_kept".split()

@@ -14,7 +14,6 @@ import polars as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from ws.cache.files import atomic_file
 from ws.data import Behavior
@@ -22,6 +21,7 @@ from ws.diff import WeightDiff
 from ws.model.generate import complete
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode, last_index
+from ws.show.bars import tqdm
 from ws.steer.weights import weight_steer
 
 MIN_PMASS = 0.5

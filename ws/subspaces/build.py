@@ -3,8 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
+from ws.show.bars import tqdm
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate, registered
 from ws.subspaces.materials import Materials

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ws.cache.files import lock
 from ws.cache.keys import Key, stage_key
@@ -22,6 +21,7 @@ from ws.cache.names import cache_folder, slug
 from ws.cache.sources import Unkeyed, hashed, walk
 from ws.data import Behavior
 from ws.model.lm import LM
+from ws.show.bars import tqdm
 from ws.subspaces.algebra import Basis
 from ws.subspaces.build import build
 from ws.subspaces.candidate import Candidate, registered

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from ws.model.lm import LM
 from ws.model.text import encode, last_index
 from ws.model.trace import hidden, recorded
+from ws.show.bars import tqdm
 
 
 @dataclass(frozen=True)

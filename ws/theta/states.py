@@ -20,13 +20,13 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from ws.cache.keys import stage_key
 from ws.cache.made import kept
 from ws.cache.places import ASSETS
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
+from ws.show.bars import tqdm
 from ws.theta.fit import Base, record_base
 from ws.theta.live import check_plain_logits
 

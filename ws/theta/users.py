@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import made, state
 from ws.cache.sources import code_key
+from ws.show.bars import tqdm
 from ws.theta.fit import BASE_MB, Base, Fit, FitConfig, fit_adam, make_problem
 from ws.theta.heads import Head
 from ws.theta.optimum import Optimum, as_float64, fit_optimum, hessian

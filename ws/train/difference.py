@@ -8,14 +8,13 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ws.cache.keys import stage_key
 from ws.cache.made import kept, made
 from ws.cache.names import RunId, cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
 from ws.model.lm import LM
+from ws.show.bars import tqdm
 from ws.show.tables import literal
 from ws.train.lora import SIGNS, TrainConfig, train_adapter
 from ws.train.pairs import make_pairs

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ws.cache.files import write_json
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import mark_made, state
 from ws.model.generate import turn_end
 from ws.model.lm import LM
+from ws.show.bars import tqdm
 from ws.train.examples import collate, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
 

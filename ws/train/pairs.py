@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ws.cache.files import write_text
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import kept
@@ -21,6 +19,7 @@ from ws.data import Behavior
 from ws.model.generate import write_answers
 from ws.model.lm import LM
 from ws.model.text import chat_text
+from ws.show.bars import tqdm
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
 
