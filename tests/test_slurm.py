@@ -103,7 +103,7 @@ def test_a_refused_first_job_ends_the_batch_with_sbatchs_words(commands):
     commands["refuse"] = "sbatch: error: Invalid generic resource (gres) specification"
     with pytest.raises(ValueError, match="^sbatch: error: Invalid generic"), slurm.submitted("S", Slurm(), 2, "ws-b"):
         pytest.fail("the batch began")
-    assert commands["cancelled"] == []
+    assert commands["scripts"] == []
 
 
 def test_lost_jobs_are_replaced_up_to_the_stated_number(commands):
@@ -160,7 +160,9 @@ def test_what_slurms_commands_say(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="^sbatch was not found: --slurm runs on a login node of a Slurm cluster$"):
         slurm.call("sbatch")
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: one' >&2; echo 'sbatch: error: two' >&2; exit 1\n")
+    (tmp_path / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: one' >&2; echo 'sbatch: error: two' >&2; exit 1\n"
+    )
     (tmp_path / "sbatch").chmod(0o755)
     with pytest.raises(ValueError, match="^sbatch: error: one; sbatch: error: two$"):
         slurm.call("sbatch")
@@ -406,7 +408,7 @@ def test_the_driver_is_stopped(daemons, whole, tmp_path, how):
             os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
         wait_for(lambda: not asked("squeue", "-h"), 120, "the end of the jobs")
-        assert not alive(kernel)
+        wait_for(lambda: not alive(kernel), 30, "the end of the kernel")
         print(json.dumps({how: round(time.monotonic() - began, 1)}))
     finally:
         end(driver)

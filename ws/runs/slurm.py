@@ -4,6 +4,7 @@ dask_jobqueue holds the scheduler and writes the job script (a site's `jobqueue.
 sbatch refused a job nor notice that one was lost, so the commands of Slurm are called here.
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -71,7 +72,9 @@ def certificate(folder: Path):
 
 def slurm_cluster(slurm: Slurm, security, shared: Path):
     """A SLURMCluster without jobs. `shared`: a file that every node must see."""
+    interrupt = signal.getsignal(signal.SIGINT)
     need("dask_jobqueue", "cluster")
+    signal.signal(signal.SIGINT, interrupt)  # that import makes Ctrl-C end with exit code 0
     from dask_jobqueue import SLURMCluster
 
     blind = f"$(hostname) does not see {shared.parent}: workers and driver need a shared folder"
@@ -196,7 +199,7 @@ def submitted(script: str, slurm: Slurm, count: int, name: str) -> Iterator[Call
         yield keep
     finally:
         try:
-            if jobs:
-                call("scancel", f"--name={name}")
+            call("scancel", f"--name={name}")  # also one whose number did not come back
         except ValueError as error:
-            say(f"jobs may be left: scancel --name={name}: {error}")
+            if jobs:
+                say(f"jobs may be left: scancel --name={name}: {error}")
