@@ -117,16 +117,19 @@ def test_workers_share_the_cores_and_see_one_gpu_each(monkeypatch):
 
 
 OUTSIDER = """
-import json, sys
-from distributed import Client
+import asyncio, json, sys
+from distributed.core import rpc
 from distributed.security import Security
-strange = Security.temporary()
+
+async def ask(address, arguments):
+    async with rpc(address, connection_args=arguments, timeout=2) as there:
+        return await there.identity()
+
+strange = Security.temporary().get_connection_args("client")
 for address in json.loads(sys.argv[1]):
-    for plain, security in [(True, None), (False, strange)]:
+    for address, arguments in [("tcp:" + address[4:], None), ("tls:" + address[4:], strange)]:
         try:
-            with Client(address.replace("tls", "tcp") if plain else address, security=security, timeout=2) as client:
-                client.run_on_scheduler(print)
-            print("let in", address, plain)
+            print("let in:", asyncio.run(ask(address, arguments))["type"])
         except OSError:
             print("refused")
 """
@@ -166,8 +169,10 @@ def test_a_scheduler_without_tls_needs_consent(tmp_path):
             engine.join(address, None, False)
     with pytest.raises(FileNotFoundError, match="--tls .*nowhere: no such file"):
         engine.join("tls://127.0.0.1:9", (tmp_path / "nowhere",) * 3, False)
-    with pytest.raises(ValueError, match="tls://127.0.0.1:9: no connection: [^\n]*$"):
+    with pytest.raises(ValueError, match="tls://127.0.0.1:9: no certificate: give --tls"):
         engine.join("tls://127.0.0.1:9", None, False)
+    with pytest.raises(ValueError, match="--scheduler nowhere: no connection: [^\\n]*$"):
+        engine.join("nowhere", None, True)
 
 
 class Terminal(io.StringIO):

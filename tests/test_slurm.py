@@ -64,6 +64,7 @@ def test_a_job_asks_for_what_was_named():
         ({"queue": "gpu"}, "--slurm-set queue: known are partition"),
         ({"cores": "0"}, "--slurm-set cores 0: at least 1"),
         ({"gpus": "-1"}, "--slurm-set gpus -1: at least 0"),
+        ({"memory": "much"}, "--slurm-set memory much: a number and a unit"),
         ({"replacements": "many"}, "replacements: expects"),
     ]:
         with pytest.raises(ValueError, match=told):

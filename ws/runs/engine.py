@@ -6,6 +6,7 @@ finished is known from the files alone, so that a batch can be killed anywhere a
     threads of a run = cores of the machine // workers on it       (results repeat byte for byte under the same number)
 """
 
+import asyncio
 import logging
 import os
 import queue
@@ -71,6 +72,7 @@ def join(address: str, tls: tuple[Path, Path, Path] | None, insecure: bool):
     """A client of a running scheduler. tls: files of the authority, of a certificate and of its key (None: those of
     Dask's configuration). Raises ValueError for a plain address without consent, and where nobody answers."""
     from distributed import Client
+    from distributed.comm import connect as comm_to
     from distributed.security import Security
 
     if not address.startswith("tls://") and not insecure:
@@ -82,11 +84,19 @@ def join(address: str, tls: tuple[Path, Path, Path] | None, insecure: bool):
     for file in files.values():
         if not Path(file).is_file():
             raise FileNotFoundError(f"--tls {file}: no such file")
+    security = Security(require_encryption=not insecure, **files)
+
+    async def knock() -> None:  # a Client that finds nobody keeps the process alive for a minute
+        comm = await comm_to(address, timeout=15, **security.get_connection_args("client"))
+        await comm.close()
+
     try:
-        security = Security(require_encryption=not insecure, **files)
-        client = Client(address, security=security, timeout=30, set_as_default=False)
-    except (OSError, TypeError, ValueError) as error:  # TypeError: no certificate at all
+        asyncio.run(knock())
+    except TypeError:  # what dask says where there is no certificate at all
+        raise ValueError(f"--scheduler {address}: no certificate: give --tls CA CERT KEY (docs/scaling.md)") from None
+    except (OSError, ValueError) as error:
         raise ValueError(f"--scheduler {address}: no connection: {str(error).splitlines()[0]}") from None
+    client = Client(address, security=security, timeout=30, set_as_default=False)
     try:
         client.wait_for_workers(1, timeout=60)
     except TimeoutError:
@@ -123,13 +133,16 @@ def connect(
             else:
                 gpus = visible_gpus()
                 workers, threads = local_size(settings, len(gpus), CPU_COUNT)
-                plain = {
-                    "processes": True,
-                    "dashboard_address": None,
-                    "memory_limit": 0,
-                    "silence_logs": logging.CRITICAL,
-                }
-                cluster = LocalCluster(n_workers=min(workers, jobs), threads_per_worker=1, security=True, **plain)
+                cluster = LocalCluster(
+                    n_workers=min(workers, jobs),
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    security=True,
+                    dashboard_address=None,
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # else it warns that 8787 is in use
+                    silence_logs=logging.CRITICAL,
+                )
             stack.enter_context(cluster)
             client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
         if settings.slurm:

@@ -4,6 +4,7 @@ dask_jobqueue holds the scheduler and writes the job script (a site's `jobqueue.
 sbatch refused a job nor notice that one was lost, so the commands of Slurm are called here.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def make_slurm(given: dict[str, str]) -> Slurm:
     for key, least in {"cores": 1, "gpus": 0, "replacements": 0}.items():
         if getattr(slurm, key) < least:
             raise ValueError(f"--slurm-set {key} {getattr(slurm, key)}: at least {least}")
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B?", slurm.memory, re.IGNORECASE):
+        raise ValueError(f"--slurm-set memory {slurm.memory}: a number and a unit, as in 32GB")
     return slurm
 
 
