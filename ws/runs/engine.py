@@ -117,9 +117,8 @@ def connect(
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
-    closed = {
-        f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")
-    }  # their web pages ask nobody who he is
+    # web pages ask nobody who he is
+    closed = {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
     threads, gpus, keep = settings.threads, [], lambda runs: None
     with ExitStack() as stack:
         if settings.scheduler:

@@ -94,6 +94,7 @@ def slurm_cluster(slurm: Slurm, security, shared: Path):
             f'[ -e {quote(str(shared))} ] || {{ echo "{blind}" >&2; exit 1; }}',
             f"cd {quote(str(root()))}",
             "export HF_HUB_OFFLINE=1",  # compute nodes often have no network; the models come from the hub cache
+            "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'",  # its web pages ask nobody who he is
             *(f"export {name}={slurm.cores}" for name in THREADS),
         ],
         worker_extra_args=["--no-dashboard"],
