@@ -13,15 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from stubs import HOME, alive, copy_project, counts, end, start_driver, tables, wait_for, write_project
+from stubs import HOME, alive, copy_project, counts, end, start_driver, stub_jobs, tables, wait_for, write_project
 
 from ws import cli
 from ws.cache.places import root
-from ws.runs import slurm
+from ws.runs import engine, slurm
 from ws.runs.slurm import NoJobLeft, Slurm, make_slurm
 
 NEEDED = ["slurmctld", "slurmd", "munged", "sbatch"]
@@ -155,6 +157,26 @@ def test_a_batch_goes_on_with_the_jobs_it_has(commands, monkeypatch):
     monkeypatch.setattr(slurm, "call", once)
     with slurm.submitted("S", Slurm(), 3, "ws-c"):
         assert "1 of 3 jobs were accepted: sbatch: error: limit" in commands["told"]
+
+
+def test_a_batch_without_jobs_ends_with_its_summary(monkeypatch, tmp_path, capsys):
+    place = write_project(tmp_path)
+    future = SimpleNamespace(add_done_callback=lambda call: None)
+    client = SimpleNamespace(run=lambda *a: {}, subscribe_topic=lambda *a: None, submit=lambda *a, **options: future)
+
+    @contextmanager
+    def connect(*args):
+        yield client, {}, keep
+
+    def keep(runs):
+        assert runs == 6
+        raise NoJobLeft("no Slurm job is left after 10 replacements")
+
+    monkeypatch.setattr(engine, "connect", connect)
+    endings, summary = engine.run_jobs(stub_jobs(place), place, engine.Settings(slurm=Slurm()))
+    assert {ending.state for ending in endings.values()} == {"skipped"} and len(endings) == 6
+    assert "no Slurm job is left" in summary and "run the same command again" in summary
+    assert "Slurm: no Slurm job is left after 10 replacements\n" in capsys.readouterr().err
 
 
 def test_what_slurms_commands_say(monkeypatch, tmp_path):
