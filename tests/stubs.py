@@ -20,6 +20,7 @@ from test_batch import write_notebook
 
 from ws.runs.grid import Grid, Job, make_jobs
 from ws.runs.notebooks import Place
+from ws.runs.slurm import certificate
 
 HOME = Path(__file__).parents[1]
 LORA = "org__stub/stub/lora"  # of no model that the package ships: nothing here depends on one
@@ -107,7 +108,7 @@ def tables(place: Place) -> dict[str, bytes]:
 
 DRIVER = """
 import sys
-from pathlib import Path
+from pathlib import Path, PosixPath
 sys.path.insert(0, {tests!r})
 from stubs import Place, stub_jobs
 from ws.runs.engine import Settings, run_jobs
@@ -122,20 +123,26 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def running_cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """A `dask scheduler` and two `dask worker` processes on loopback; the scheduler's address and the processes."""
+def running_cluster(folder: Path) -> Iterator[tuple[dict, list[subprocess.Popen]]]:
+    """A `dask scheduler` and two `dask worker` processes on loopback with TLS; the settings of a batch on it and the
+    processes."""
     file = folder / "scheduler.json"
     environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": folder}
     python = [sys.executable, "-m"]
+    certificate(folder / "tls")
+    tls = [str(folder / "tls" / name) for name in ("cert", "cert", "key")]
+    secure = ["--tls-ca-file", tls[0], "--tls-cert", tls[1], "--tls-key", tls[2]]
     words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    started = [subprocess.Popen([*python, *words, "--scheduler-file", str(file)], **quiet)]
+    started = [
+        subprocess.Popen([*python, *words, *secure, "--protocol", "tls", "--scheduler-file", str(file)], **quiet)
+    ]
     try:
         worker = ["distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard"]
         worker += ["--host", "127.0.0.1", "--local-directory", str(folder / "scratch")]
-        started += [subprocess.Popen([*python, *worker], **quiet) for _ in range(2)]
+        started += [subprocess.Popen([*python, *worker, *secure], **quiet) for _ in range(2)]
         wait_for(file.is_file, what="the scheduler")
-        yield json.loads(file.read_text())["address"], started
+        yield {"scheduler": json.loads(file.read_text())["address"], "tls": tuple(map(Path, tls))}, started
     finally:
         for process in reversed(started):
             process.terminate()

@@ -3,18 +3,21 @@
 import io
 import json
 import os
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 from stubs import LORA, RUN, copy_project, counts, running_cluster, stub_jobs, tables, write_project
 
 from ws import cli
 from ws.cache import files
-from ws.cache.places import root
 from ws.runs import engine, grid, progress, work
-from ws.runs.engine import Settings, Slurm, run_jobs
+from ws.runs.engine import Settings, run_jobs
 from ws.runs.once import Ending
 
 TWO = Settings(workers=2, threads=1)
@@ -69,8 +72,9 @@ def test_one_seed_that_raises_fails_alone(whole, tmp_path):
 
 def test_a_running_scheduler_serves_a_batch(whole, tmp_path):
     place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b")
-    with running_cluster(tmp_path) as (address, started):
-        endings, summary = run_jobs(stub_jobs(place), place, Settings(scheduler=address))
+    with running_cluster(tmp_path) as (at, started):
+        assert outsider(at["scheduler"]) == ["refused"] * 2
+        endings, summary = run_jobs(stub_jobs(place), place, Settings(**at))
         assert [ending.state for ending in endings.values()] == ["done"] * 3 + ["ran"] * 2 + ["done"], summary
         about = json.loads((place.out / LORA / "seed_1/v7b/params.json").read_text())
         assert about["environment"]["threads"] == 1  # what the worker was started with
@@ -112,23 +116,63 @@ def test_workers_share_the_cores_and_see_one_gpu_each(monkeypatch):
     assert engine.visible_gpus() == []
 
 
-def test_the_slurm_job_script_says_what_a_worker_needs():
-    slurm = engine.make_slurm({"partition": "gpu", "walltime": "08:00:00", "cores": "6", "memory": "40GB"})
-    assert slurm == Slurm("gpu", "", "08:00:00", "40GB", 6, 1)
-    with engine.slurm_cluster(slurm) as cluster:
-        lines = cluster.job_script().splitlines()
-    for line in ("-p gpu", "-t 08:00:00", "--cpus-per-task=6", "--gres=gpu:1", "-n 1"):
-        assert f"#SBATCH {line}" in lines
-    assert not any("-A" in line.split() for line in lines)
-    assert "export HF_HUB_OFFLINE=1" in lines and "export OMP_NUM_THREADS=6" in lines
-    command = lines[-1].split()
-    assert command[0] == sys.executable and command[command.index("--nthreads") + 1] == "1"
-    assert "--no-dashboard" in command and "--nanny" in command
-    assert lines.index(f"cd {root()}") < len(lines) - 1  # where the package is found
-    with pytest.raises(ValueError, match="--slurm-set queue: known are partition"):
-        engine.make_slurm({"queue": "gpu"})
-    with pytest.raises(ValueError, match="cores: expects int, got 'six'"):
-        engine.make_slurm({"cores": "six"})
+OUTSIDER = """
+import asyncio, json, sys
+from distributed.core import rpc
+from distributed.security import Security
+
+async def ask(address, arguments):
+    async with rpc(address, connection_args=arguments, timeout=2) as there:
+        return await there.identity()
+
+strange = Security.temporary().get_connection_args("client")
+for address in json.loads(sys.argv[1]):
+    for address, arguments in [("tcp:" + address[4:], None), ("tls:" + address[4:], strange)]:
+        try:
+            print("let in:", asyncio.run(ask(address, arguments))["type"])
+        except OSError:
+            print("refused")
+"""
+
+
+def outsider(*addresses: str) -> list[str]:
+    """What a process without the certificate hears, plain and with a certificate of its own, per address."""
+    command = [sys.executable, "-c", OUTSIDER, json.dumps(addresses)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+
+
+def test_nobody_without_the_certificate_reaches_a_batchs_scheduler_or_workers(tmp_path):
+    with engine.connect(Settings(workers=1, threads=1), 1, "ws-b", tmp_path) as (client, _, _):
+        address = client.scheduler.address
+        workers = [
+            *client.scheduler_info()["workers"],
+            *(i["nanny"] for i in client.scheduler_info()["workers"].values()),
+        ]
+        assert {a.partition("://")[0] for a in (address, *workers)} == {"tls"}
+        assert outsider(address, *workers) == ["refused"] * 6
+        # every port of the batch: those of Dask speak TLS, what is left of its web server tells nothing
+        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        ports = {c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        known = {int(a.rpartition(":")[2]) for a in (address, *workers)}
+        assert known <= {at.port for at in ports} and {at.ip for at in ports} == {"127.0.0.1"}
+        for at in (at for at in ports if at.port not in known):
+            for page in ("info/main/workers.html", "info/logs", "health", "metrics", "json/counts.json"):
+                with pytest.raises(urllib.error.HTTPError, match="404"):
+                    urllib.request.urlopen(f"http://127.0.0.1:{at.port}/{page}", timeout=5)
+        assert client.submit(sum, [1, 2]).result() == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scheduler_without_tls_needs_consent(tmp_path):
+    for address in ("tcp://127.0.0.1:9", "127.0.0.1:9"):
+        with pytest.raises(ValueError, match="without TLS whoever reaches it runs code as you.*--insecure"):
+            engine.join(address, None, False)
+    with pytest.raises(FileNotFoundError, match="--tls .*nowhere: no such file"):
+        engine.join("tls://127.0.0.1:9", (tmp_path / "nowhere",) * 3, False)
+    with pytest.raises(ValueError, match="tls://127.0.0.1:9: no certificate: give --tls"):
+        engine.join("tls://127.0.0.1:9", None, False)
+    with pytest.raises(ValueError, match="--scheduler nowhere: no connection: [^\\n]*$"):
+        engine.join("nowhere", None, True)
 
 
 class Terminal(io.StringIO):
@@ -166,7 +210,8 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
     monkeypatch.setattr(engine, "run_jobs", run_jobs)
     monkeypatch.setattr(grid, "make_jobs", lambda chosen, here: (chosen, here))
     monkeypatch.setenv("WS_TYPED_IN", str(tmp_path))
-    words = "--seeds 0-1 5 --adapters lora dora --set SCALE 3 --retrain --workers 2 --scheduler tcp://h:1 --timeout 9"
+    words = "--seeds 0-1 5 --adapters lora dora --set SCALE 3 --retrain --workers 2 --scheduler tcp://h:1 --insecure"
+    words += " --tls ca cert key --timeout 9"
     for state, code in [("done", 0), ("failed", 1), ("skipped", 1)]:
         answer["b"] = Ending(state)
         with pytest.raises(SystemExit) as ended:
@@ -175,7 +220,8 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
     (chosen, here), settings, retrain = asked[0]
     assert chosen == grid.Grid(("tiny",), ("sycophancy",), ("lora", "dora"), (0, 1, 5), {"SCALE": "3"})
     assert here == tmp_path and retrain is True
-    assert settings == Settings(2, 0, "tcp://h:1", None, False, 9)
+    files = (tmp_path / "ca", tmp_path / "cert", tmp_path / "key")
+    assert settings == Settings(2, 0, "tcp://h:1", None, False, 9, files, True)
     monkeypatch.setattr(grid, "make_jobs", lambda chosen, here: stub_jobs(place))
     monkeypatch.setattr(grid, "plan", lambda jobs, retrain: [grid.Step(jobs[0], "new", "new", True)])
     with pytest.raises(SystemExit) as ended:

@@ -120,13 +120,13 @@ def test_kill_the_driver_of_a_running_cluster(whole, tmp_path):
     """Its workers are not the batch's to end: the run in progress goes on, and the next batch takes its result."""
     place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
-    with running_cluster(tmp_path) as (address, started):
-        driver = start_driver(tmp_path, scheduler=address)
+    with running_cluster(tmp_path) as (at, started):
+        driver = start_driver(tmp_path, **at)
         try:
             kernel = hung(tmp_path, "weight_diff-1")
             os.kill(driver.pid, signal.SIGKILL)
             driver.wait()
-            driver = start_driver(tmp_path, scheduler=address)
+            driver = start_driver(tmp_path, **at)
             wait_for(lambda: "weight_diff: waiting for" in log(tmp_path), what="the next batch to meet the run")
             assert alive(kernel)
             release(tmp_path, "weight_diff-1")

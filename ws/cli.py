@@ -89,6 +89,8 @@ def batch(
     workers: int = 0,
     threads: int = 0,
     scheduler: str = "",
+    tls: Annotated[tuple[Path, Path, Path] | None, arg(metavar="CA CERT KEY")] = None,
+    insecure: bool = False,
     slurm: bool = False,
     slurm_set: Annotated[tuple[tuple[str, str], ...], arg(metavar="KEY VALUE"), UseAppendAction] = (),
     timeout: int | None = None,
@@ -109,26 +111,36 @@ def batch(
         wait: wait for another batch on the same results instead of refusing.
         workers: runs at a time (default: one per GPU, or one per two cores).
         threads: threads of each run (default: cores / workers).
-        scheduler: address of a running Dask scheduler, tcp://host:port.
-        slurm: submit the workers as Slurm jobs.
-        slurm_set: partition, account, walltime, memory, cores or gpus of a Slurm job; may be repeated.
+        scheduler: address of a running Dask scheduler, tls://host:port.
+        tls: PEM files for `scheduler` (default: those of Dask's configuration).
+        insecure: use a `scheduler` without TLS: whoever reaches it can run code as you.
+        slurm: submit the workers as Slurm jobs (sbatch), on the login node; lost jobs are replaced.
+        slurm_set: of a Slurm job: partition, account, walltime (24:00:00), memory (32GB), cores (4), gpus (0: none is
+            asked for); replacements (10): lost jobs replaced in the whole batch; may be repeated.
         timeout: seconds that one cell may take.
     """
-    from ws.runs.engine import Settings, make_slurm, run_jobs
+    from ws.runs.engine import Settings, run_jobs
     from ws.runs.grid import make_jobs, plan, plan_text, read_options
     from ws.runs.notebooks import Place
+    from ws.runs.slurm import make_slurm
 
+    if slurm and scheduler:
+        raise ValueError("--slurm and --scheduler: choose one")
+    if slurm_set and not slurm:
+        raise ValueError("--slurm-set is for --slurm")
+    if (tls or insecure) and not scheduler:
+        raise ValueError(
+            "--tls and --insecure are for --scheduler; what a batch starts itself has a certificate of its own"
+        )
     here = typed_in()
+    job = make_slurm(dict(slurm_set)) if slurm else None
+    files = (here / tls[0], here / tls[1], here / tls[2]) if tls else None
+    settings = Settings(workers, threads, scheduler, job, wait, timeout, files, insecure)
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
     jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here), here)
     if dry_run:
         print(plan_text(plan(jobs, retrain)))
         return 0
-    if slurm and scheduler:
-        raise ValueError("--slurm and --scheduler: choose one")
-    if slurm_set and not slurm:
-        raise ValueError("--slurm-set is for --slurm")
-    settings = Settings(workers, threads, scheduler, make_slurm(dict(slurm_set)) if slurm else None, wait, timeout)
     endings, summary = run_jobs(jobs, Place(), settings, retrain)
     print(f"\n{summary}", flush=True)
     return 0 if all(ending.ok for ending in endings.values()) else 1

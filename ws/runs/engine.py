@@ -6,60 +6,40 @@ finished is known from the files alone, so that a batch can be killed anywhere a
     threads of a run = cores of the machine // workers on it       (results repeat byte for byte under the same number)
 """
 
+import asyncio
 import logging
 import os
 import queue
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
-from ws.cache.files import lock, sweep
-from ws.cache.places import logs_folder, root
-from ws.runs import need
+from ws.cache.files import lock, scratch, sweep
+from ws.runs import need, slurm
 from ws.runs.execute import TEMPORARY, temporary_folder, terminable
 from ws.runs.grid import Job, Step, plan
 from ws.runs.notebooks import Place
 from ws.runs.once import Ending
-from ws.runs.parameters import parse
 from ws.runs.progress import Board, summary_text
 from ws.runs.results import write_results
-from ws.runs.work import THREADS, command_of, end_runs, work
+from ws.runs.slurm import Slurm
+from ws.runs.work import command_of, end_runs, work
 
 LOCK = ".lock.batch"
 
 
 @dataclass(frozen=True)
-class Slurm:
-    """What a Slurm job of one worker asks for; docs/scaling.md."""
-
-    partition: str = ""
-    account: str = ""
-    walltime: str = "24:00:00"
-    memory: str = "32GB"
-    cores: int = 4
-    gpus: int = 1
-
-
-def make_slurm(given: dict[str, str]) -> Slurm:
-    """A Slurm job's request from texts. Raises ValueError for an unknown key or a number that is none."""
-    known = asdict(Slurm())
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"--slurm-set {unknown[0]}: known are {', '.join(known)}")
-    return Slurm(**{key: parse(key, text, known[key]) for key, text in given.items()})
-
-
-@dataclass(frozen=True)
 class Settings:
     """Where runs are computed. workers: 0 chooses by the machine; threads: 0 chooses by workers; wait: for another
-    batch on the same folder, instead of refusing; timeout: seconds one cell may take."""
+    batch on the same folder, instead of refusing; timeout: seconds one cell may take; tls, insecure: see `join`."""
 
     workers: int = 0
     threads: int = 0
@@ -67,6 +47,8 @@ class Settings:
     slurm: Slurm | None = None
     wait: bool = False
     timeout: int | None = None
+    tls: tuple[Path, Path, Path] | None = None
+    insecure: bool = False
 
 
 def visible_gpus() -> list[str]:
@@ -87,54 +69,86 @@ def local_size(settings: Settings, gpus: int, cores: int) -> tuple[int, int]:
     return workers, settings.threads or max(1, cores // workers)
 
 
-def slurm_cluster(slurm: Slurm):
-    """A SLURMCluster without jobs yet: one worker per job, which computes one run at a time."""
-    need("dask_jobqueue", "cluster")
-    from dask_jobqueue import SLURMCluster
+def join(address: str, tls: tuple[Path, Path, Path] | None, insecure: bool):
+    """A client of a running scheduler. tls: files of the authority, of a certificate and of its key (None: those of
+    Dask's configuration). Raises ValueError for a plain address without consent, and where nobody answers."""
+    from distributed import Client
+    from distributed.comm import connect as comm_to
+    from distributed.security import Security
 
-    # Compute nodes often have no network; the models come from the hub cache.
-    exports = ["export HF_HUB_OFFLINE=1", *(f"export {name}={slurm.cores}" for name in THREADS)]
-    return SLURMCluster(
-        queue=slurm.partition or None,
-        account=slurm.account or None,
-        walltime=slurm.walltime,
-        memory=slurm.memory,
-        cores=1,
-        processes=1,
-        job_cpu=slurm.cores,
-        job_extra_directives=[f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else [],
-        job_script_prologue=[f"cd {root()}", *exports],
-        worker_extra_args=["--no-dashboard"],
-        scheduler_options={"dashboard": False},
-        log_directory=str(logs_folder()),
-        python=sys.executable,
-        n_workers=0,
-    )
+    if not address.startswith("tls://") and not insecure:
+        raise ValueError(
+            f"--scheduler {address}: without TLS whoever reaches it runs code as you; start it with TLS (docs/scaling.md)"
+            " and give tls://HOST:PORT, or add --insecure"
+        )
+    files = dict(zip(("tls_ca_file", "tls_client_cert", "tls_client_key"), map(str, tls or ()), strict=False))
+    for file in files.values():
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--tls {file}: no such file")
+    security = Security(require_encryption=not insecure, **files)
+
+    async def knock() -> None:  # a Client that finds nobody keeps the process alive for a minute
+        comm = await comm_to(address, timeout=15, **security.get_connection_args("client"))
+        await comm.close()
+
+    try:
+        asyncio.run(knock())
+    except TypeError:  # what dask says where there is no certificate at all
+        raise ValueError(f"--scheduler {address}: no certificate: give --tls CA CERT KEY (docs/scaling.md)") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--scheduler {address}: no connection: {str(error).splitlines()[0]}") from None
+    client = Client(address, security=security, timeout=30, set_as_default=False)
+    try:
+        client.wait_for_workers(1, timeout=60)
+    except TimeoutError:
+        client.close()
+        raise ValueError(f"--scheduler {address}: no worker came in 60 s; start some (docs/scaling.md)") from None
+    return client
 
 
 @contextmanager
-def connect(settings: Settings, jobs: int) -> Iterator[tuple[object, dict]]:
-    """A client of the cluster that `settings` name, and the environment of its runs: threads, GPUs to share out."""
+def connect(
+    settings: Settings, jobs: int, name: str, out: Path
+) -> Iterator[tuple[object, dict, Callable[[int], None]]]:
+    """A client of the cluster that `settings` name, the environment of its runs (threads, GPUs to share out), and what
+    has to be called with the number of unfinished runs from time to time. Scheduler and workers that are started here
+    talk to those alone who hold this batch's certificate. `name`: the batch's own; `out`: folder of all results."""
     need("distributed", "batch")
+    import dask
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
-    threads, gpus = settings.threads, []
-    if settings.scheduler:
-        opened = nullcontext(settings.scheduler)
-    elif settings.slurm:
-        opened = slurm_cluster(settings.slurm)
-    else:
-        gpus = visible_gpus()
-        workers, threads = local_size(settings, len(gpus), CPU_COUNT)
-        plain = {"processes": True, "dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-        opened = LocalCluster(n_workers=min(workers, jobs), threads_per_worker=1, **plain)
-    with opened as cluster, Client(cluster, timeout=30, set_as_default=False) as client:
+    # web pages ask nobody who he is
+    closed = {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
+    threads, gpus, keep = settings.threads, [], lambda runs: None
+    with ExitStack() as stack:
         if settings.scheduler:
-            client.wait_for_workers(1, timeout=60)
-        elif settings.slurm:
-            cluster.scale(jobs=min(settings.workers or jobs, jobs))
-        yield client, {"threads": threads, "gpus": gpus}
+            client = stack.enter_context(join(settings.scheduler, settings.tls, settings.insecure))
+        else:
+            need("cryptography", "batch")
+            stack.enter_context(dask.config.set(closed))
+            if settings.slurm:
+                security = slurm.certificate(stack.enter_context(scratch(out / "tls")))
+                cluster = slurm.slurm_cluster(settings.slurm, security, out / LOCK)
+            else:
+                gpus = visible_gpus()
+                workers, threads = local_size(settings, len(gpus), CPU_COUNT)
+                cluster = LocalCluster(
+                    n_workers=min(workers, jobs),
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    security=True,
+                    dashboard_address=None,
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # else it warns that 8787 is in use
+                    silence_logs=logging.CRITICAL,
+                )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
+        if settings.slurm:
+            count = min(settings.workers or jobs, jobs)
+            keep = stack.enter_context(slurm.submitted(slurm.job_script(cluster), settings.slurm, count, name))
+        yield client, {"threads": threads, "gpus": gpus}, keep
 
 
 @contextmanager
@@ -151,7 +165,13 @@ def spec_of(step: Step, needs: list[Step], place: Place, settings: Settings) -> 
     params = step.job.values | ({"RETRAIN": True} if step.retrain else {})
     return {
         "name": step.job.name,
-        "run": {"name": step.job.notebook, "params": params, "force": step.retrain, "timeout": settings.timeout},
+        "run": {
+            "name": step.job.notebook,
+            "params": params,
+            "force": step.retrain,
+            "timeout": settings.timeout,
+            "given": step.job.given,
+        },
         "needs": [(need.job.notebook, str(need.job.folder)) for need in needs],
         "place": [str(place.nbs), str(place.out)],
     }
@@ -167,7 +187,8 @@ def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board)
         return endings
     batch = f"ws-batch-{uuid.uuid4().hex[:12]}"
     heard: queue.Queue[tuple[str, object]] = queue.Queue()
-    with _dask_folder(), connect(settings, len(todo)) as (client, environment):
+    opened = connect(settings, len(todo), batch, place.out)
+    with _dask_folder(), opened as (client, environment, keep):
         blind = [who for who, ok in client.run(os.path.exists, str(place.out / LOCK)).items() if not ok]
         if blind:
             raise ValueError(f"worker {blind[0]} does not see {place.out}: workers and driver need a shared folder")
@@ -182,6 +203,7 @@ def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board)
                 futures[step.job.name] = client.submit(work, spec, batch, environment, *before, **options)
                 futures[step.job.name].add_done_callback(lambda done, name=step.job.name: heard.put((name, done)))
             while len(endings) < len(steps):
+                keep(len(steps) - len(endings))
                 try:
                     name, told = heard.get(timeout=0.5)
                 except queue.Empty:
@@ -192,6 +214,12 @@ def run_steps(steps: list[Step], place: Place, settings: Settings, board: Board)
                 else:
                     endings[name] = _ending(told)
                     board.end(name, endings[name].state)
+        except slurm.NoJobLeft as lost:
+            slurm.say(str(lost))
+            for name in [step.job.name for step in todo if step.job.name not in endings]:
+                begun = name in board.begun
+                endings[name] = Ending(*(("failed", str(lost)) if begun else ("skipped", "no Slurm job is left")))
+                board.end(name, endings[name].state)
         except BaseException:
             _stop(client, batch, list(futures.values()))
             raise
@@ -233,7 +261,7 @@ def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = 
         finally:
             board.close()
             sweep(place.out)  # a worker that was killed cannot have tidied up
-            sweep(tempfile.gettempdir(), f".tmp-*.{TEMPORARY}")
+            sweep(tempfile.gettempdir(), TEMPORARY, below=False)
         write_results(place.out)
         after = plan(jobs, False, place)
         return endings, summary_text(after, endings, board.restarts, time.monotonic() - started)

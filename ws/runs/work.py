@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ def work(spec: dict, batch: str, environment: dict, *needs: tuple[str, Ending]) 
     if lost := [need for need, ending in needs if not ending.ok]:
         return name, Ending("skipped", error=f"needs {lost[0]}")
     worker = get_worker()
+    if not os.path.isdir(out):  # one that came after the batch had begun
+        return name, Ending("failed", error=f"worker {worker.name} on {socket.gethostname()} does not see {out}")
     ended = None
     with tempfile.TemporaryFile("w+") as noise:
         process = subprocess.Popen(
