@@ -332,7 +332,7 @@ def alive_jobs() -> list[str]:
 
 def nothing_is_left(base: Path) -> None:
     assert not alive_jobs()
-    left = [p for pattern in (".tmp-*", ".lock*", "*.failed.ipynb") for p in (base / "out").rglob(pattern)]
+    left = [p for pattern in (".tmp-*", ".lock*", "failed") for p in (base / "out").rglob(pattern)]
     assert not left, left
 
 

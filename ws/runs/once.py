@@ -179,9 +179,10 @@ def run_notebook(
 ) -> Ending:
     """Run nbs/NAME.ipynb with `params` (texts are parsed), unless that very run is done; `force` runs it anyway. files:
     of parameters, `params` win. cwd: where relative paths were typed. timeout: seconds that one cell may take.
-    on_stage: hears which part of the notebook runs. given: which of `params` somebody asked for. check: looks at what the run will read and raises. A notebook that
-    raises ends as "failed", its traceback in `error`, what was finished stays; wrong parameters raise ValueError /
-    FileNotFoundError; an interrupt ends the kernel, the run stays unfinished."""
+    on_stage: hears which part of the notebook runs. check: looks at what the run will read and raises. given: which of
+    `params` somebody asked for. A notebook that raises ends as "failed", its traceback in `error`, what was finished
+    stays; wrong parameters raise ValueError / FileNotFoundError; an interrupt ends the kernel, the run stays
+    unfinished."""
     place = place or Place()
     job = prepare(name, params or {}, files, cwd, place)
     job = job if given is None else replace(job, given=given)
