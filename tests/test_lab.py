@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,9 @@ from browser import CHROMIUM, open_page
 from stubs import wait_for
 
 from ws.cache.places import CLONE
+from ws.runs.html import last_of_line, render
 from ws.runs.pairing import cells_of
+from ws.show import bars
 
 NAME = "delta_svd"
 TOKEN = "planted"
@@ -194,3 +197,28 @@ def test_in_a_browser_both_halves_are_edited_run_saved_and_opened_again(lab, tmp
             opened(end)
             page.wait(shows("48"))
             assert page.js(f"document.querySelector('{FIRST} .cm-content').innerText") == first + second
+
+
+def test_a_bar_is_plain_in_a_notebook_and_usual_elsewhere(monkeypatch, capsys):
+    list(bars.tqdm(range(2), "outer"))
+    shown = capsys.readouterr()
+    assert not shown.out and "outer: 100%" in shown.err
+    monkeypatch.setattr(bars, "in_kernel", lambda: True)
+    for _ in bars.tqdm(range(2), "outer"):
+        list(bars.tqdm(range(2), "inner", leave=False))
+    with bars.plain():
+        print("of a library", file=sys.stderr)
+    shown = capsys.readouterr()
+    assert not shown.err and shown.out.endswith("\nof a library\n")
+    assert "inner: 100%" in shown.out and "\x1b" not in shown.out and shown.out.count("\n") == 2
+    assert last_of_line(shown.out).startswith("outer: 100%")
+
+
+def test_a_report_folds_bars_away_and_shows_what_is_printed(tmp_path):
+    text = "\rbases by layer:  50%|##  | 4/8\rbases by layer: 100%|####| 8/8\nthe answer is 42\n"
+    cell = nbformat.v4.new_code_cell("x", outputs=[printed(text)])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "run.ipynb")
+    page = render(tmp_path / "run.ipynb", tmp_path / "run.html").read_text()
+    folded, outside = re.findall(r"(?s)<details.*?</details>", page), re.sub(r"(?s)<details.*?</details>", "", page)
+    assert any("100%|####| 8/8" in part for part in folded) and " 50%" not in page
+    assert "the answer is 42" in outside and "8/8" not in outside

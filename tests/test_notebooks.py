@@ -33,7 +33,14 @@ def run(name: str, folder, files=(), **params):
     sets = [notebooks_folder() / "params" / f for f in files]
     done = run_notebook(name, {**params, "OUT_DIR": str(folder)}, files=sets, quiet=True)
     assert done.ok, done.error
+    assert not noise(done.folder / f"{name}.ipynb")
     return done
+
+
+def noise(notebook) -> list[str]:
+    """What was written to stderr, which JupyterLab would paint red."""
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(o["text"]) for c in cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
 
 
 @pytest.fixture(scope="module")
