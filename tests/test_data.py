@@ -68,9 +68,17 @@ def test_json_and_jsonl_give_the_same(tmp_path):
 
 
 def test_optional_fields_have_defaults(tmp_path):
-    raw = small(n_train_topics=None, topics=[[f"claim {i}", "So?"] for i in range(22)])
+    b = load_behavior(written(tmp_path, small(n_train_topics=None)))
+    assert b.n_train_topics == 2 and b.true_claims == b.negations == b.train_true_claims == ()
+
+
+@pytest.mark.parametrize(("topics", "train"), [(3, 1), (4, 2), (8, 5), (22, 14), (32, 20)])
+def test_without_the_field_three_eighths_are_held_out(tmp_path, topics, train):
+    raw = small(n_train_topics=None, topics=[[f"claim {i}", "So?"] for i in range(topics)])
     b = load_behavior(written(tmp_path, raw))
-    assert b.n_train_topics == 20 and b.true_claims == b.negations == b.train_true_claims == ()
+    assert b.n_train_topics == train == len(b.train_topics) and len(b.heldout_topics) >= 2
+    with pytest.raises(ValueError, match="topics: has 2, needs"):
+        load_behavior(written(tmp_path, {**raw, "topics": raw["topics"][:2]}))
 
 
 @pytest.mark.parametrize("field", ["name", "topics", "personas_pos", "personas_neg", "probe", "yes", "no"])
@@ -119,7 +127,7 @@ def test_unknown_names_and_files():
 def test_unreadable_files(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text('{"name": ', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"broken\.json: not readable as json"):
+    with pytest.raises(ValueError, match=r"broken\.json: the file: not JSON"):
         load_behavior(broken)
     with pytest.raises(ValueError, match="one JSON object"):
         load_behavior(written(tmp_path, [1, 2]))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from ws.cache.given import MOST_TEXT, fits, given_lines, parsed, short
 from ws.cache.keys import stage_key
 from ws.cache.made import kept
 from ws.cache.places import ASSETS
@@ -58,13 +59,14 @@ class States:
 
 def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     """Users in order of first appearance, from a JSONL file with rows `{"user", "prompt", "text"}`; '' = shipped ones.
-    Raises FileNotFoundError, or ValueError naming the line and what is wrong with it; for fewer than two users, and for
-    a user with fewer than two texts (one must be held out), too."""
+    A prompt or text has at most 10,000 characters, a user's name 200, a file 100,000 lines and 64 MB. Raises
+    FileNotFoundError, or ValueError naming the line and what is wrong with it; for fewer than two users, and for a user
+    with fewer than two texts (one must be held out), too."""
     path = Path(path).expanduser() if path else ASSETS / "users.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"USERS: {path} does not exist")
     users: dict[str, list[UserText]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(given_lines(path), 1):
         if line.strip():
             try:
                 item = _user_text(line)
@@ -80,10 +82,7 @@ def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
 
 
 def _user_text(line: str) -> UserText:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from error
+    row = parsed(line, "the line")
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
     for field in FIELDS:
@@ -91,8 +90,9 @@ def _user_text(line: str) -> UserText:
             raise ValueError(f"field {field!r} is missing or not a text")
         if field != "prompt" and not row[field].strip():
             raise ValueError(f"field {field!r} is empty")
+        fits(row[field], f"field {field!r}", 200 if field == "user" else MOST_TEXT)
     if unknown := sorted(set(row) - set(FIELDS)):
-        raise ValueError(f"unknown field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+        raise ValueError(f"unknown field {short(unknown[0])}; the fields are {', '.join(FIELDS)}")
     return UserText(**row)
 
 

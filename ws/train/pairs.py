@@ -77,7 +77,7 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     template = lm.tokenizer.chat_template
     params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": asdict(cfg)}
     key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
-    folder = cache / "pairs" / f"{behavior.name}_{key.params[:8]}"
+    folder = cache / "pairs" / f"{behavior.slug}_{key.params[:8]}"
 
     def write(path: Path) -> None:
         write_pairs(drop_useless(_write_all(lm, turns, cfg, key, folder, progress)), path)
