@@ -127,7 +127,7 @@ def test_unknown_names_and_files():
 def test_unreadable_files(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text('{"name": ', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"broken\.json: the file: not JSON"):
+    with pytest.raises(ValueError, match=r"broken\.json: not JSON"):
         load_behavior(broken)
     with pytest.raises(ValueError, match="one JSON object"):
         load_behavior(written(tmp_path, [1, 2]))

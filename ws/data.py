@@ -79,7 +79,10 @@ class Behavior:
         faults = [
             (self.name in (".", "..") or set(self.name) & set("/\\\0"), f"name: {self.name!r} cannot name a folder"),
             (len(self.name) > MOST_NAME, f"name: has {len(self.name):,} characters, at most {MOST_NAME} are allowed"),
-            *((PLACE not in text, f"{key}: the template has no {PLACE}: {short(text)}") for key, text in templates.items()),
+            *(
+                (PLACE not in text, f"{key}: the template has no {PLACE}: {short(text)}")
+                for key, text in templates.items()
+            ),
             *((not getattr(self, key), f"{key}: is empty") for key in NEEDED),
             (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
             *((word in self.no, f"yes and no share the answer word {word!r}") for word in sorted(self.yes)),
@@ -142,28 +145,31 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
         shipped = ", ".join(SHIPPED)
         raise ValueError(f"unknown behaviour {text!r}: shipped are {shipped}, or give a .json or .jsonl file")
     content = read_given(path)
+    if path.suffix == ".jsonl":
+        lines = {f"line {i}": line for i, line in enumerate(content.split("\n"), 1) if line.strip()}
+        raw = [(where, parsed(line, f"{path}: {where}")) for where, line in lines.items()]
+    else:
+        raw = parsed(content, path)
     try:
-        whole = _from_lines(content) if path.suffix == ".jsonl" else parsed(content, "the file")
-        return _from_dict(whole)
+        return _from_dict(_from_lines(raw) if path.suffix == ".jsonl" else raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _from_lines(content: str) -> dict:
+def _from_lines(rows: list[tuple[str, object]]) -> dict:
     whole: dict = {"topics": []}
-    for number, line in enumerate(content.splitlines(), start=1):
-        row = parsed(line, f"line {number}") if line.strip() else {}
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not an object")
+            raise ValueError(f"{where} is not an object")
         if "claim" in row:
             row = {"topics": [row]}
         more = row.pop("topics", [])
         if not isinstance(more, list):
-            raise ValueError(f"line {number}: topics: must be a list of [claim, question]")
+            raise ValueError(f"{where}: topics: must be a list of [claim, question]")
         whole["topics"] += more
         for key, value in row.items():
             if key in whole:
-                raise ValueError(f"line {number} gives {key!r} again")
+                raise ValueError(f"{where} gives {key!r} again")
             whole[key] = value
     return whole
 

@@ -35,8 +35,9 @@ def read_given(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def given_lines(path: Path) -> list[str]:
-    """A text file's lines, within `read_given`'s limit and MOST_LINES."""
-    lines = read_given(path).splitlines()
+    """A text file's lines, within `read_given`'s limit and MOST_LINES. Only a newline ends one: JSON leaves other
+    separators as they are."""
+    lines = read_given(path).split("\n")
     if len(lines) > MOST_LINES:
         raise ValueError(f"{path}: has {len(lines):,} lines, at most {MOST_LINES:,} are read")
     return lines

@@ -37,7 +37,7 @@ def load_calibration(path: str | Path = "") -> list[str]:
             raise ValueError(f"{path}: expected a JSON list of passages, found {type(entries).__name__}")
         texts = [_text(entry, f"{path}: entry {i}") for i, entry in enumerate(entries)]
     elif path.suffix == ".jsonl":
-        lines = [(i, line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(raw.split("\n"), 1) if line.strip()]
         texts = [_text(parsed(line, f"{path}: line {i}"), f"{path}: line {i}") for i, line in lines]
     else:
         raise ValueError(f"{path}: calibration files end in .txt, .json or .jsonl, not {path.suffix!r}")

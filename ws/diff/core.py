@@ -266,4 +266,6 @@ def check_entries(entries: dict[str, Entry], source: str) -> None:
                 raise ValueError(f"{source}: {name} contains NaN or inf")
             largest *= float(part.abs().max()) if part.numel() else 0.0
         if largest > LARGEST:
-            raise ValueError(f"{source}: {name} holds numbers up to {largest:.1g}; more than {LARGEST:.0e} is no difference")
+            raise ValueError(
+                f"{source}: {name} holds numbers up to {largest:.1g}; more than {LARGEST:.0e} is no difference"
+            )

@@ -112,6 +112,15 @@ def read_diff(path: Path | str) -> WeightDiff:
     return WeightDiff(entries, meta)
 
 
+def read_meta(path: Path) -> dict:
+    """The metadata of this project's own form, from the header alone; {} where the file is not there or not one."""
+    try:
+        with opened(path) as handle:
+            return _own_header((handle.metadata() or {})[HEADER], path)[1]
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+
+
 def _own_header(text: str, path: Path) -> tuple[list[str], dict]:
     """Names and metadata out of the header of this project's own form."""
     head = parsed(text, f"{path}: its header")

@@ -68,10 +68,11 @@ def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     users: dict[str, list[UserText]] = {}
     for number, line in enumerate(given_lines(path), 1):
         if line.strip():
+            row = parsed(line, where := f"USERS {path}, line {number}")
             try:
-                item = _user_text(line)
+                item = _user_text(row)
             except ValueError as error:
-                raise ValueError(f"USERS {path}, line {number}: {error}") from error
+                raise ValueError(f"{where}: {error}") from error
             users.setdefault(item.user, []).append(item)
     if len(users) < 2:
         raise ValueError(f"USERS {path}: {len(users)} user(s); at least two are needed to compare them")
@@ -81,8 +82,7 @@ def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     return users
 
 
-def _user_text(line: str) -> UserText:
-    row = parsed(line, "the line")
+def _user_text(row: object) -> UserText:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
     for field in FIELDS:
