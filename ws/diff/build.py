@@ -25,7 +25,8 @@ NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # initialisations
 Base = nn.Module | Path | str | None
 
 
-def _check_pair(pos: Adapter, neg: Adapter, where: str) -> None:
+def check_pair(pos: Adapter, neg: Adapter, where: str) -> None:
+    """ValueError where two adapters do not sit on the same weights."""
     for field in ("base_model_name_or_path", "revision", "peft_type"):
         a, b = pos.config.get(field), neg.config.get(field)
         if a != b:
@@ -46,7 +47,7 @@ def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dic
     """
     a, b = read_adapter(pos), read_adapter(neg)
     where = f"{a.folder} and {b.folder}"
-    _check_pair(a, b, where)
+    check_pair(a, b, where)
     plain = a.plain and b.plain
     if plain:
         entries = _factored(a, b, where)

@@ -12,7 +12,7 @@ from ws.diff.factor import factorised
 from ws.diff.io import FLOATS, INTEGERS, opened, shapes_in
 
 
-def _shards(path: Path) -> dict[str, Path]:
+def shards(path: Path) -> dict[str, Path]:
     """Tensor name -> file, of a checkpoint folder (single or sharded) or one safetensors file."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -26,7 +26,7 @@ def _shards(path: Path) -> dict[str, Path]:
 
 
 def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
-    plus, minus = _shards(pos), _shards(neg)
+    plus, minus = shards(pos), shards(neg)
     same_names(plus, minus, f"{pos} and {neg}")
     handles = {file: opened(file) for file in {*plus.values(), *minus.values()}}
     for file, handle in handles.items():

@@ -4,6 +4,7 @@ header, so the bytes depend on the content alone. (docs/method.md section 2)"""
 
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ws.diff.factor import balanced, factorised
 
 HEADER = "ws_weight_diff"
 SUFFIXES = ("::B", "::A")
+LEGACY = (".pt", ".pth", ".bin")
 FLOATS, INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 MOST_DIM, MOST_NAME = 1 << 24, 300  # rows or columns of a tensor; characters of its name
 
@@ -91,8 +93,8 @@ def read_diff(path: Path | str) -> WeightDiff:
     foreign files, PEFT adapters, factors that do not fit, NaN, inf.
     """
     path = Path(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return _read_legacy(path)
+    if path.suffix in LEGACY:
+        return _foreign({name: value.contiguous() for name, value in _legacy(path).items()}, path, "legacy")
     tensors, header = read_tensors(path)
     if HEADER not in header:
         return _foreign(tensors, path, "dense")
@@ -110,6 +112,31 @@ def read_diff(path: Path | str) -> WeightDiff:
         raise ValueError(f"{path}: tensors that its header does not name: {', '.join(sorted(tensors)[:3])}")
     check_entries(entries, str(path))
     return WeightDiff(entries, meta)
+
+
+def peek(path: Path) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, tuple[Tensor, ...]]]]:
+    """Parameter -> shape of a diff's file, and `(parameter, its tensors)` one by one, read when they are asked for. Errors
+    as in `read_diff`, as far as headers tell."""
+    if path.suffix in LEGACY:
+        held = _legacy(path, mapped=True)
+        return {name: tuple(value.shape) for name, value in held.items()}, ((n, (v,)) for n, v in held.items())
+    handle = opened(path)
+    shapes, header = shapes_in(handle, path), handle.metadata() or {}
+    names = _own_header(header[HEADER], path)[0] if HEADER in header else list(shapes)
+    pieces = {
+        name: tuple(f"{name}{s}" for s in SUFFIXES) if name + SUFFIXES[0] in shapes else (name,) for name in names
+    }
+    if odd := set(shapes) ^ {piece for found in pieces.values() for piece in found}:
+        raise ValueError(f"{path}: header and tensors of this weight diff do not fit together: {min(odd)[:60]!r}")
+    if not names:
+        raise ValueError(f"{path}: no tensors")
+    if adapter := next((name for name in names if ".lora_" in name), None):
+        raise ValueError(f"{path}: holds one PEFT adapter ({adapter}); give the folders of a pair, pos and neg")
+    for name, (B, *A) in pieces.items():
+        if A and not (len(shapes[B]) == len(shapes[A[0]]) == 2 and shapes[B][1] == shapes[A[0]][0]):
+            raise ValueError(f"{path}: {name}: low-rank factors do not fit: {dims(shapes[B])} and {dims(shapes[A[0]])}")
+    whole = {n: (shapes[f[0]][0], shapes[f[1]][1]) if len(f) == 2 else shapes[f[0]] for n, f in pieces.items()}
+    return whole, ((name, tuple(map(handle.get_tensor, found))) for name, found in pieces.items())
 
 
 def read_meta(path: Path) -> dict:
@@ -130,16 +157,18 @@ def _own_header(text: str, path: Path) -> tuple[list[str], dict]:
     return names, meta
 
 
-def _read_legacy(path: Path) -> WeightDiff:
+def _legacy(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a torch file, each checked before it is touched; mapped: read from disk when they are used."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     broken = f"{path}: not a whole torch file of tensors (truncated, or another format)"
     try:
-        if zipfile.is_zipfile(path):
+        packed_form = zipfile.is_zipfile(path)
+        if packed_form:
             with zipfile.ZipFile(path) as packed:
                 if any(record.compress_type != zipfile.ZIP_STORED for record in packed.infolist()):
                     raise ValueError("its records are compressed, which torch.save does not do")
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped and packed_form)
     except Exception as error:  # a stranger's pickle may end its reader with anything
         raise ValueError(f"{broken}: {first_line(error)}") from error
     if not isinstance(content, dict) or not content:
@@ -153,7 +182,7 @@ def _read_legacy(path: Path) -> WeightDiff:
         # a stride of 0 lets a few bytes stand for any size
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{path}: {short(name)} says {dims(value.shape)}, which is more than the file holds")
-    return _foreign({name: value.contiguous() for name, value in content.items()}, path, "legacy")
+    return content
 
 
 def _foreign(tensors: dict[str, Tensor], path: Path, form: str) -> WeightDiff:

@@ -118,6 +118,7 @@ def train_adapter(
             before = response_loss(adapted, held, cfg.batch)
             trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress)
             after = response_loss(adapted, held, cfg.batch)
+            check_finite(f"{cfg.adapter} {sign} seed {seed}", after or 0.0, len(trace))
             folder.mkdir(parents=True, exist_ok=True)
             adapted.save_pretrained(str(folder), save_embedding_layers=False)
         finally:
