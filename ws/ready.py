@@ -107,7 +107,8 @@ def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
         check_words(lm, behavior)
     elif "PCS" in values:
         chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), behavior.personas_pos[0])
-    counted(behavior, PairConfig(topics=values.get("TOPICS"), personas=values.get("PERSONAS")))
+    if not values.get("W_PATH") and not values.get("POS_ADAPTER"):
+        counted(behavior, PairConfig(topics=values.get("TOPICS"), personas=values.get("PERSONAS")))
 
 
 def check_diffs(

@@ -55,7 +55,7 @@ def slug(name: str) -> str:
     spaced = name.replace(" ", "_")
     ascii_only = normalize("NFKD", spaced).encode("ascii", "ignore").decode()
     plain = re.sub(r"[^\w.-]+", "_", ascii_only).strip("._")
-    if plain == spaced and len(plain) <= 80 and plain.lower() not in RESERVED:
+    if plain and plain == spaced and len(plain) <= 80 and plain.lower() not in RESERVED:
         return plain
     return f"{plain[:60] or 'unnamed'}-{digest(name.encode('utf-8', 'surrogatepass'))[:8]}"
 

@@ -13,7 +13,7 @@ from ws.cache.places import ASSETS
 from ws.diff.adapters import Adapter, read_adapter, read_factors, strip
 from ws.diff.build import check_pair
 from ws.diff.checkpoints import shards
-from ws.diff.core import check_entries, dims, same_names
+from ws.diff.core import LowRank, check_entries, dims, same_names
 from ws.diff.io import FLOATS, INTEGERS, opened, peek, shapes_in
 
 SECONDS = 2.0  # of reading numbers
@@ -58,7 +58,7 @@ def check_file(path: Path, model: nn.Module) -> None:
     check_shapes(shapes, model, path)
     end, moved = time.monotonic() + SECONDS, False
     for name, parts in tensors:
-        check_entries({f"{name} (factor {i})" if i else name: part for i, part in enumerate(parts)}, str(path))
+        check_entries({name: LowRank(*parts) if len(parts) == 2 else parts[0]}, str(path))
         moved = moved or all(bool(part.any()) for part in parts)
         if time.monotonic() > end:
             return
