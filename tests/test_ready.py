@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ws
 from tests.test_data import small
 from tests.test_diff import make_adapter
-from ws.cache.names import RunId, model_slug, slug
+from ws.cache.names import RunId, behavior_name, model_slug, slug
 from ws.cache.places import ASSETS
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, save_diff
@@ -318,6 +318,20 @@ def test_a_run_cannot_leave_its_place(bad, tmp_path):
     assert RunId("m", bad, "lora", 0).folder(tmp_path).resolve().is_relative_to(tmp_path.resolve() / "m")
     with pytest.raises(FileNotFoundError, match="MODEL_ID"):
         model_slug(bad if bad not in ("..", ".", "a/b", "") and "tmp" not in bad else "../nowhere")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_behaviour_has_one_folder_before_and_after_it_is_loaded(tmp_path, suffix):
+    path = tmp_path / f"file.{suffix}"
+    for name in ("my behaviour", "<svg onload=x>", "caf\u00e9"):
+        path.write_text(json.dumps(small(name=name)))
+        b = load_behavior(path)
+        assert behavior_name(str(path)) == b.name == name and slug(behavior_name(str(path))) == b.slug
+        assert RunId("m", b.name, "lora", 0).folder(tmp_path) == RunId("m", b.slug, "lora", 0).folder(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deep"):
+        behavior_name(str(path))
+    assert behavior_name("sycophancy") == "sycophancy"
 
 
 def test_python_users_hear_the_same(folder, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
+from ws.cache.given import parsed, read_given
 from ws.cache.keys import file_key
 from ws.cache.places import out_folder
 from ws.cache.syntax import digest
@@ -60,6 +61,19 @@ def slug(name: str) -> str:
     return f"{plain[:60] or 'unnamed'}-{digest(name.encode('utf-8', 'surrogatepass'))[:8]}"
 
 
+def behavior_name(behavior: str) -> str:
+    """A behaviour's name before it is loaded: a shipped one's own, what a user's `.json` or `.jsonl` file says, or the
+    file's name where it says nothing. ValueError for a file that is no JSON."""
+    path = Path(behavior).expanduser()
+    if not path.is_file():
+        return behavior
+    text = read_given(path)
+    texts = filter(str.strip, text.split("\n")) if path.suffix == ".jsonl" else [text]
+    rows = [parsed(row, path) for row in texts]
+    found = [row.get("name") for row in rows if isinstance(row, dict)]
+    return next((name for name in found if isinstance(name, str) and name), path.stem)
+
+
 def check_part(what: str, name: str) -> str:
     """`name` as it is; ValueError where it cannot be one folder's name, so that no path made of it leaves its place."""
     if not re.fullmatch(r"\w[\w.-]{0,199}", name):
@@ -99,7 +113,7 @@ class RunId:
 
 def model_folder(model: str, out: Path | None = None) -> Path:
     """Folder of everything that belongs to one model slug."""
-    return (out or out_folder()) / model
+    return (out or out_folder()) / check_part("model", model)
 
 
 def cache_folder(model: str, out: Path | None = None) -> Path:
