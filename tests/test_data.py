@@ -1,6 +1,7 @@
 """Behaviours: the shipped one is complete, a user's file loads, and every fault is named."""
 
 import json
+import time
 
 import pytest
 
@@ -68,9 +69,17 @@ def test_json_and_jsonl_give_the_same(tmp_path):
 
 
 def test_optional_fields_have_defaults(tmp_path):
-    raw = small(n_train_topics=None, topics=[[f"claim {i}", "So?"] for i in range(22)])
+    b = load_behavior(written(tmp_path, small(n_train_topics=None)))
+    assert b.n_train_topics == 2 and b.true_claims == b.negations == b.train_true_claims == ()
+
+
+@pytest.mark.parametrize(("topics", "train"), [(3, 1), (4, 2), (8, 5), (22, 14), (32, 20)])
+def test_without_the_field_three_eighths_are_held_out(tmp_path, topics, train):
+    raw = small(n_train_topics=None, topics=[[f"claim {i}", "So?"] for i in range(topics)])
     b = load_behavior(written(tmp_path, raw))
-    assert b.n_train_topics == 20 and b.true_claims == b.negations == b.train_true_claims == ()
+    assert b.n_train_topics == train == len(b.train_topics) and len(b.heldout_topics) >= 2
+    with pytest.raises(ValueError, match="topics: has 2, needs"):
+        load_behavior(written(tmp_path, {**raw, "topics": raw["topics"][:2]}))
 
 
 @pytest.mark.parametrize("field", ["name", "topics", "personas_pos", "personas_neg", "probe", "yes", "no"])
@@ -119,7 +128,7 @@ def test_unknown_names_and_files():
 def test_unreadable_files(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text('{"name": ', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"broken\.json: not readable as json"):
+    with pytest.raises(ValueError, match=r"broken\.json: not JSON"):
         load_behavior(broken)
     with pytest.raises(ValueError, match="one JSON object"):
         load_behavior(written(tmp_path, [1, 2]))
@@ -133,3 +142,61 @@ def test_behavior_is_checked_however_it_is_made():
     topics = tuple(Topic(f"claim {i}", "") for i in range(4))
     with pytest.raises(ValueError, match="personas_neg: is empty"):
         Behavior("x", topics, ("p",), (), "{claim}?", ("Yes",), ("No",), n_train_topics=2)
+
+
+LONG = "a" * 10_001
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"topics": [["a" * 10_000_000, ""], ["b", ""], ["c", ""], ["d", ""]]},
+            r"topics\[0\]: the claim: has 10,000,000",
+        ),
+        (
+            {"topics": [["a", LONG], ["b", ""], ["c", ""], ["d", ""]]},
+            r"topics\[0\]: the question: has 10,001 characters",
+        ),
+        ({"topics": [[f"claim {i}", ""] for i in range(5001)]}, "topics: has 5,001, at most 5,000"),
+        ({"personas_pos": [LONG]}, r"personas_pos\[0\]: has 10,001 characters, at most 10,000"),
+        ({"personas_pos": ["a"] * 5001}, "personas_pos: has 5,001 texts"),
+        ({"probe": LONG + "{claim}"}, "probe: has 10,008 characters"),
+        ({"probe": ["x" * 10**6]}, "probe: must be a text"),
+        ({"yes": [LONG]}, r"yes\[0\]: has 10,001"),
+        ({"name": "n" * 201}, "name: has 201 characters, at most 200"),
+        ({"n_train_topics": [[[[[[[[0]]]]]]]]}, "n_train_topics: must be a positive whole number"),
+        ({"x" * 10_000: 1}, "unknown field"),
+    ],
+    ids=range(11),
+)
+def test_texts_have_limits(tmp_path, changes, message):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        load_behavior(written(tmp_path, small(**changes)))
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value) and time.monotonic() - start < 5
+
+
+def test_five_thousand_topics_are_read_quickly(tmp_path):
+    start = time.monotonic()
+    raw = small(n_train_topics=None, topics=[[f"claim {i} " + "x" * 1000, ""] for i in range(5000)])
+    assert len(load_behavior(written(tmp_path, raw)).topics) == 5000 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["b.json", "b.jsonl"])
+def test_deep_large_and_odd_files_are_named(tmp_path, name):
+    path = tmp_path / name
+    for text, message in {
+        "[" * 100_000: "nested too deep",
+        '{"a":' * 100_000: "nested too deep",
+        "9" * 10_000: "not JSON",
+        " " * (65 << 20): "at most 67.1 MB are read",
+        '{"topics": 5}': "topics: must be a list|missing field",
+    }.items():
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message) as error:
+            load_behavior(path)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(b'{"name": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_behavior(path)

@@ -651,3 +651,21 @@ def test_figures_show_every_layer(folder, tmp_path):
         assert {"A", "C", "D", "E"} <= {t.get_text() for t in ax.texts}, name
         assert all(path.stat().st_size > 1000 for path in save(figure, tmp_path / name))
     assert made["spectrum"].axes[0].lines[0].get_ydata() == pytest.approx(layers["top1_frac"].to_numpy(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.json", "[" * 100_000, "nested too deep"),
+        ("c.jsonl", '{"text": "a"}\n' + "[" * 100_000, "line 2: not JSON that can be read: nested too deep"),
+        ("c.txt", "a" * 100_001, "passage 0: has 100,001 characters, at most 100,000"),
+        ("c.txt", "a\n\n" * 100_001, "holds 100,001 passages"),
+        ("c.json", " " * (65 << 20), "at most 67.1 MB are read"),
+    ],
+    ids=range(5),
+)
+def test_a_calibration_file_has_limits(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_calibration(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)

@@ -4,6 +4,10 @@ import copy
 import doctest
 import json
 import pickle
+import random
+import struct
+import time
+import zipfile
 
 import pytest
 import torch
@@ -26,7 +30,9 @@ from ws.diff import (
     save_diff,
     task_vectors,
 )
+from ws.diff.adapters import matcher
 from ws.diff.algebra import combine
+from ws.diff.check import check_source
 from ws.diff.factor import factors
 
 NAMES = ["model.layers.1.self_attn.o_proj.weight", "model.layers.10.mlp.down_proj.weight"]
@@ -507,3 +513,237 @@ def test_export_loads_in_peft(base, tmp_path):
     with pytest.raises(ValueError, match="norm.weight.*cannot hold"):
         export_adapter(WeightDiff({"model.norm.weight": torch.ones(48)}), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+
+
+def hurt(folder, **settings):
+    """The adapter's settings with changes; a function of them, or text as it is."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def refused(source, base=None, seconds=6):
+    """The one line with which a source is refused, within bounded time."""
+    start = time.monotonic()
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_diff(source, base)
+    assert time.monotonic() - start < seconds and "\n" not in str(error.value) and len(str(error.value)) < 700
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_cannot_hang(pair, kind):
+    """Planted: exponential for Python's re on modules' names (30 word characters, then no match)."""
+    pos, neg = pair()
+    for pattern in (r"([a-z_.0-9]+)+!", r"(\w+\.?)*Q", "(a|b|ab)*c", "(" * 5000):
+        for side in (pos, neg):
+            hurt(side, **{"rank_pattern": {}, "alpha_pattern": {}, kind: {pattern: 4}})
+        start = time.monotonic()
+        try:
+            assert len(load_diff((pos, neg))) == 9
+        except ValueError as error:
+            assert f"adapter_config.json: {kind}: the pattern" in str(error) and "\n" not in str(error)
+        assert time.monotonic() - start < 10
+
+
+def test_matching_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr("ws.diff.adapters.MOST_SECONDS", 0.2)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="here: the pattern .* takes too long; write modules' names"):
+        matcher({r"(\w|\w\w)+$(?<!\w)": 1}, "here")("model_layers_layers_layers_layers_layers_layers", 0)
+    assert time.monotonic() - start < 10
+
+
+def test_patterns_match_as_in_peft(base, tmp_path):
+    from peft.utils.other import get_pattern_key
+
+    modules = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    for patterns in [
+        {"q_proj": 1, "layers.1.self_attn.q_proj": 2},
+        {"layers.1.self_attn.q_proj": 2, "q_proj": 1},
+        {"^model.layers.0.mlp.up_proj": 3, r".*\.(k|v)_proj": 4, "proj": 5},
+        {r"model\.layers\.(0|2)\..*": 6, "o_proj": 7},
+        {r"layers\.\d+\.mlp\.[a-z]+_proj": 8},
+    ]:
+        mine = matcher(patterns, "here")
+        for module in modules:
+            assert mine(module, 0) == patterns.get(get_pattern_key(patterns.keys(), module), 0), (module, patterns)
+
+
+def test_patterns_of_an_adapter_that_peft_merges_cannot_hang(base, pair):
+    options = {"use_dora": True, "target_modules": r".*\.(q|o)_proj", "rank_pattern": {"layers.1.self_attn.q_proj": 2}}
+    pos, neg = pair(**options)
+    w, plus, minus = from_adapters(pos, neg, base), merged(base, pos), merged(base, neg)
+    for name in w.names:
+        torch.testing.assert_close(w.dense(name), plus[name] - minus[name], rtol=0, atol=1e-5)
+    assert len(w) == 6
+    for side in (pos, neg):
+        hurt(side, target_modules="([a-z_.0-9]+)+!", rank_pattern={"(a+)+b": 2})
+    assert str(pos) in refused((pos, neg), base)
+
+
+SETTINGS = [
+    ({"lora_alpha": None}, "'lora_alpha' must be a finite number, is None"),
+    ({"lora_alpha": float("nan")}, "'lora_alpha' must be a finite number, is nan"),
+    ({"lora_alpha": "64"}, "'lora_alpha' must be a finite number, is '64'"),
+    ({"lora_alpha": 1e308}, "'lora_alpha' must be a finite number"),
+    ({"r": None}, "'r' must be a whole number above 0, is None"),
+    ({"r": 0}, "'r' must be a whole number above 0, is 0"),
+    ({"r": -4}, "'r' must be a whole number above 0, is -4"),
+    ({"r": float("nan")}, "'r' must be a whole number above 0, is nan"),
+    ({"r": "4"}, "'r' must be a whole number above 0, is '4'"),
+    ({"r": True}, "'r' must be a whole number above 0, is True"),
+    ({"rank_pattern": ["q_proj"]}, "'rank_pattern' must be an object"),
+    ({"rank_pattern": {"q_proj": None}}, "'q_proj' must be a whole number above 0, is None"),
+    ({"alpha_pattern": {"q_proj": "x"}}, "'q_proj' must be a finite number, is 'x'"),
+    ({"peft_type": None}, "'peft_type' must be a text, is None"),
+    ({"peft_type": ["LORA"]}, "'peft_type' must be a text"),
+    ({"peft_type": "NOSUCH"}, "peft cannot load this nosuch"),
+    ({"use_dora": "false"}, "'use_dora' must be true or false, is 'false'"),
+    ({"init_lora_weights": {"a": 1}}, "'init_lora_weights' must be a text"),
+    ({"base_model_name_or_path": 3}, "'base_model_name_or_path' must be a text, is 3"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), SETTINGS, ids=lambda v: json.dumps(v) if isinstance(v, dict) else "")
+def test_settings_of_an_adapter_that_cannot_be(base, pair, settings, message):
+    pos, neg = pair()
+    for side in (pos, neg):
+        hurt(side, **settings)
+    assert message in refused((pos, neg), base)
+
+
+def test_settings_that_are_no_object_or_too_deep_and_pickles(pair):
+    pos, neg = pair()
+    file = pos / "adapter_config.json"
+    good = file.read_text()
+    for text, message in {
+        "[1, 2]": "expected an object with an adapter's settings, found a list",
+        "[" * 100_000: "nested too deep",
+        '{"r": ' + "9" * 10_000 + "}": "not JSON",
+        "\xff": "not JSON",
+        "null": "found a NoneType",
+        " " * (9 << 20): "at most",
+    }.items():
+        file.write_text(text)
+        assert message in (said := refused((pos, neg))) and "adapter_config.json" in said
+    file.write_text(good)
+    torch.save(load_file(pos / "adapter_model.safetensors"), pos / "adapter_model.bin")
+    (pos / "adapter_model.safetensors").unlink()
+    assert "adapter_model.bin is a pickle, which is not read; convert it to safetensors: " in refused((pos, neg))
+
+
+def raw_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def of(kind, shape, size, **more):
+    return {"a.weight": {"dtype": kind, "shape": shape, "data_offsets": [0, size]}, **more}
+
+
+HEADERS = {
+    "F8": ((of("F8_E4M3", [2, 2], 4), b"1234"), "a.weight has dtype F8_E4M3, expected F64, F32, F16, BF16; convert it"),
+    "E8": ((of("F8_E8M0", [2, 2], 4), b"1234"), "a.weight has dtype F8_E8M0"),
+    "complex": ((of("C64", [1, 1], 8), b"12345678"), "a.weight has dtype C64"),
+    "int": ((of("I32", [1, 1], 4), b"1234"), "a.weight has dtype I32"),
+    "bool": ((of("BOOL", [1, 4], 4), b"1234"), "a.weight has dtype BOOL"),
+    "absurd": ((of("F32", [0, 1 << 62], 0),), "no parameter has such a name or size"),
+    "overflow": ((of("F32", [0, 1 << 63], 0),), "no parameter has such a name or size"),
+    "empty": ((of("F32", [0, 4], 0),), "is empty"),
+    "huge": ((of("F32", [1 << 20, 1 << 20], 1 << 42), b"1234"), "not a whole safetensors file"),
+    "lie": (({}, b"", 1 << 60), "not a whole safetensors file"),
+    "short lie": ((of("F32", [1], 4), b"1234", 10), "not a whole safetensors file"),
+    "deep": ((b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}",), "not a whole safetensors file"),
+    "none": (({},), "no tensors"),
+    "long name": (({"a" * 5000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0\0\0\0"), "such a name"),
+    "layer": (
+        ({f"l.{'9' * 200}.w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        "no model has",
+    ),
+    "own deep": ((of("F32", [1], 4, __metadata__={"ws_weight_diff": "[" * 100_000}), b"1234"), "nested too deep"),
+    "own list": ((of("F32", [1], 4, __metadata__={"ws_weight_diff": "[]"}), b"1234"), "do not fit together"),
+    "own names": (
+        (of("F32", [1], 4, __metadata__={"ws_weight_diff": '{"names": 5, "meta": {}}'}), b"1234"),
+        "do not fit",
+    ),
+    "own twice": (
+        (
+            of("F32", [1], 4, __metadata__={"ws_weight_diff": '{"names": ["a.weight", "a.weight"], "meta": {}}'}),
+            b"1234",
+        ),
+        "do not fit together",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_lie(base, tmp_path, name):
+    given, message = HEADERS[name]
+    path = raw_file(tmp_path / "w.safetensors", *given)
+    assert message in refused(path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        check_source(path, base)
+    assert "w.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_torch_files_that_lie(base, tmp_path):
+    path, storage = tmp_path / "w.pt", torch.ones(4)
+    torch.save({"a.weight": storage.as_strided((1 << 20, 1 << 20), (0, 0))}, path)
+    assert "'a.weight' says 1048576x1048576, which is more than the file holds" in refused(path)
+    torch.save({"a.weight": torch.ones(3, 3).to_sparse()}, path)
+    assert "expected a plain tensor" in refused(path)
+    torch.save({"a.weight": torch.ones(3, device="meta")}, path)
+    assert "expected a plain tensor" in refused(path)
+    torch.save({"a.weight": torch.ones(3).to(torch.float8_e4m3fn)}, path)
+    assert "a.weight has dtype torch.float8_e4m3fn" in refused(path)
+    torch.save({"a.weight": torch.zeros(1 << 20)}, path)
+    packed = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    assert packed.stat().st_size < 20_000 and "its records are compressed" in refused(packed)
+    path.write_bytes(pickle.dumps({"a": print}))
+    assert "not a whole torch file of tensors" in refused(path)
+
+
+def test_an_index_that_lies(base, tmp_path):
+    base.save_pretrained(tmp_path / "neg")
+    for text, message in {
+        "[]": "holds no weight_map",
+        "[" * 100_000: "nested too deep",
+        '{"weight_map": {"a": "../neg/model.safetensors"}}': "must lie beside its index",
+        '{"weight_map": {"a": "gone.safetensors"}}': "this part of the weights is missing",
+    }.items():
+        (tmp_path / "pos").mkdir(exist_ok=True)
+        (tmp_path / "pos" / "model.safetensors.index.json").write_text(text)
+        assert message in refused((tmp_path / "pos", tmp_path / "neg"))
+
+
+def test_changed_bytes_are_refused_in_one_line_or_read(base, pair, w, parity_folder, tmp_path):
+    """400 seeded mutations of five kinds of files: flips, cuts, insertions; nothing but a named error, or a diff."""
+    pos, neg = pair()
+    draw, small = random.Random(0), {name: LowRank(torch.ones(4, 1), torch.ones(1, 4)) for name in NAMES}
+    save_diff(WeightDiff(small, {"seed": 1}), tmp_path / "w.safetensors")
+    torch.save({NAMES[0]: torch.eye(4)}, tmp_path / "w.pt")
+    sources = {
+        tmp_path / "w.safetensors": tmp_path / "w.safetensors", tmp_path / "w.pt": tmp_path / "w.pt",
+        pos / "adapter_config.json": (pos, neg), pos / "adapter_model.safetensors": (pos, neg),
+    }  # fmt: skip
+    for file, source in sources.items():
+        good = file.read_bytes()
+        for _ in range(100):
+            data, at = bytearray(good), draw.randrange(min(len(good), 2000))
+            how = draw.randrange(3)
+            if how == 0:
+                data[at] ^= 1 << draw.randrange(8)
+            elif how == 1:
+                del data[at : at + draw.randrange(1, 50)]
+            else:
+                data[at:at] = bytes(draw.choices(b'[{"0-9e:,.]}\\n\xff', k=draw.randrange(1, 20)))
+            file.write_bytes(data)
+            try:
+                load_diff(source)
+            except (ValueError, FileNotFoundError) as error:
+                assert "\n" not in str(error), error
+        file.write_bytes(good)

@@ -95,6 +95,9 @@ def test_blind_completions_hide_alpha_and_the_key_restores_it(lm, behavior, pari
 
 def test_strengths_of_a_sweep_are_checked_before_anything_is_trained():
     assert E.check_alphas([1, -1.0, 0, 1]) == [-1.0, 0.0, 1.0]
-    for bad in ([], [1.0], [0.0, float("nan")]):
+    for bad in ([], [1.0]):
         with pytest.raises(ValueError, match="ALPHAS = .*at least two different strengths"):
+            E.check_alphas(bad)
+    for bad in ([0.0, float("nan")], [float("inf"), 1.0]):
+        with pytest.raises(ValueError, match="ALPHAS = .*a strength is a finite number"):
             E.check_alphas(bad)

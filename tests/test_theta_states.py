@@ -167,3 +167,27 @@ def test_a_model_that_changes_its_logits_after_the_unembedding_is_refused(tokeni
     model.__class__ = Scaled
     with pytest.raises(ValueError, match="Scaled: its logits are not the unembedding of its last hidden state"):
         record_states(LM(model, tokenizer, Decoder(model), "x"), [UserText(**ROWS[0])], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (json.dumps({"user": "ann", "prompt": "", "text": "a" * 10_000_000}), "line 6: field 'text': has 10,000,000"),
+        (json.dumps({"user": "a" * 201, "prompt": "", "text": "b"}), "line 6: field 'user': has 201 characters"),
+        (json.dumps({"user": "ann", "prompt": "a" * 10_001, "text": "b"}), "line 6: field 'prompt': has 10,001"),
+        ("[" * 100_000, "line 6: not JSON that can be read: nested too deep"),
+        ("\n" * 100_001, "lines, at most 100,000 are read"),
+        ("\x00" * (65 << 20), "at most 67.1 MB are read"),
+    ],
+    ids=range(6),
+)
+def test_a_users_file_has_limits(tmp_path, extra, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_users(users_file(tmp_path, extra=extra))
+    assert "users.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_may_hold_any_separator(tmp_path):
+    row = {"user": "bob", "prompt": "", "text": "one\u2028two\x85three"}
+    users = load_users(users_file(tmp_path, extra=json.dumps(row, ensure_ascii=False)))
+    assert users["bob"][-1].text == row["text"]

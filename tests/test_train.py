@@ -1,7 +1,10 @@
 """Pairs and adapters: what the model is shown, what it is trained on, what the signs share, what is left behind."""
 
+import copy
 import json
+import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -436,3 +439,155 @@ def test_a_difference_of_zero_is_refused_by_name(lm, behavior, tmp_path):
     save_diff(WeightDiff({name: torch.zeros_like(lm.decoder.weight(1, "o"))}, {}), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w\.safetensors: the weight difference is 0 everywhere"):
         obtain_diff(lm, behavior, 0, CFG, tmp_path, w_path=tmp_path / "w.safetensors")
+
+
+@pytest.fixture
+def stand_ins(lm, behavior, rows, tmp_path, monkeypatch):
+    """`train(lr)` in a folder where a training is a stand-in that writes what it was given; w says what both wrote."""
+
+    def write(lm, rows, sign, seed, cfg, folder, progress):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter").write_text(f"{sign} {cfg.lr}")
+
+    def join(pos, neg, base, meta):
+        texts = [(side / "adapter").read_text() for side in (pos, neg)]
+        return WeightDiff({"a.weight": torch.tensor([[float(text.split()[1])] for text in texts])}, meta)
+
+    monkeypatch.setattr(ws.train.difference, "train_adapter", write)
+    monkeypatch.setattr(ws.train.difference, "from_adapters", join)
+    monkeypatch.setattr(ws.train.difference, "make_pairs", lambda *_: ws.train.pairs.Pairs(rows, len(rows), 0, 0))
+    folder = tmp_path / "run"
+
+    def train(lr, **more):
+        return train_diff(lm, behavior, config=replace(CFG, lr=lr), folder=folder, progress=False, **more)
+
+    return train, folder
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def finished(folder):
+    """What lies at the places where others look for it."""
+    found = content(folder)
+    return {k: v for k, v in found.items() if ".next" not in k.parts and not k.name.startswith(".")}
+
+
+@pytest.mark.parametrize("retrain", [False, True], ids=["settings", "retrain"])
+@pytest.mark.parametrize("fails", ["pos", "neg", "join"])
+def test_a_training_that_fails_leaves_what_is_finished(stand_ins, monkeypatch, fails, retrain):
+    train, folder = stand_ins
+    train(0.5)
+    before, lr = finished(folder), 0.5 if retrain else 0.25
+    write, join = ws.train.difference.train_adapter, ws.train.difference.from_adapters
+    begun = []
+
+    def broken(lm, rows, sign, *more):
+        begun.append(sign)
+        if sign == fails:
+            raise OSError("no space left on device")
+        write(lm, rows, sign, *more)
+
+    def unjoined(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ws.train.difference, "train_adapter", broken)
+    if fails == "join":
+        monkeypatch.setattr(ws.train.difference, "from_adapters", unjoined)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        train(lr, retrain=retrain)
+    assert finished(folder) == before and len(before) == 3
+    fails = ""
+    monkeypatch.setattr(ws.train.difference, "from_adapters", join)
+    w = train(lr, retrain=retrain)
+    assert w["a.weight"].tolist() == [[lr], [lr]] and begun.count("pos") + begun.count("neg") in (2, 3)
+    assert torch.equal(load_diff(folder)["a.weight"], w["a.weight"]) and not (folder / ".next").exists()
+    begun.clear()
+    assert train(lr).meta == w.meta and not begun
+    if not retrain:
+        assert finished(folder) != before and train(0.5)["a.weight"].tolist() == [[0.5], [0.5]]
+        assert finished(folder) == before
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5])
+def test_a_kill_between_the_renames_is_finished_by_the_same_command(stand_ins, monkeypatch, n):
+    """Two renames for each adapter, w's record and w: killed before the n-th."""
+    train, folder = stand_ins
+    train(0.5)
+    inner, calls, trained = ws.train.difference._publish, [], []
+    real = {name: getattr(os, name) for name in ("rename", "replace")}
+
+    def step(name, *paths):
+        calls.append(name)
+        if len(calls) > n:
+            raise KeyboardInterrupt
+        return real[name](*paths)
+
+    def publish(where):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in real:
+                patch.setattr(ws.train.difference.os, name, partial(step, name))
+            return inner(where)
+
+    monkeypatch.setattr(ws.train.difference, "_publish", publish)
+    with pytest.raises(KeyboardInterrupt):
+        train(0.25)
+    monkeypatch.setattr(ws.train.difference, "_publish", inner)
+    monkeypatch.setattr(ws.train.difference, "train_adapter", lambda *given: trained.append(given))
+    w = train(0.25)
+    assert not trained, "what was finished was trained again"
+    assert w["a.weight"].tolist() == [[0.25], [0.25]] and not (folder / ".next").exists()
+    assert len(finished(folder)) == 3
+
+
+def test_a_training_that_diverges_is_an_error_and_leaves_what_is_finished(lm, behavior, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ws.train.difference, "make_pairs", lambda *_: ws.train.pairs.Pairs(rows, len(rows), 0, 0))
+    train_diff(lm, behavior, config=replace(CFG, max_steps=1), folder=tmp_path / "run", progress=False)
+    before = finished(tmp_path / "run")
+    with pytest.raises(ValueError, match="lora pos seed 0: diverged, the loss is not finite at step .*lower LR"):
+        train_diff(lm, behavior, config=replace(CFG, lr=1e30, max_steps=2), folder=tmp_path / "run", progress=False)
+    assert finished(tmp_path / "run") == before
+
+
+def test_what_cannot_work_is_told_before_a_pair_is_written(lm, behavior, monkeypatch):
+    def never(*_):
+        raise AssertionError("pairs were written")
+
+    monkeypatch.setattr(ws.train.difference, "make_pairs", never)
+
+    def refused(message, behavior=behavior, lm=lm, **options):
+        with pytest.raises(ValueError, match=message):
+            train_diff(lm, behavior, progress=False, **{"config": CFG, **options})
+
+    words = replace(behavior, yes=("Supercalifragilistic",))
+    refused("answer words 'Supercalifragilistic': none is a single token", words)
+    refused("SEED = -1: a seed is a whole number from 0 to 4294967295", seed=-1)
+    refused(r"adapter layers \[7\]", config=replace(CFG, layers=(7,)))
+    refused("99 training topics asked for", config=replace(CFG, pairs=replace(SMALL, topics=99)))
+    bare = replace(lm, tokenizer=copy.deepcopy(lm.tokenizer))
+    bare.tokenizer.chat_template = None
+    refused("no chat template", lm=bare)
+
+
+def test_two_behaviours_do_not_share_a_folder(lm, behavior, rows, monkeypatch):
+    monkeypatch.setattr(ws.train.difference, "make_pairs", lambda *_: ws.train.pairs.Pairs(rows, len(rows), 0, 0))
+    train_diff(lm, replace(behavior, name="my view"), config=replace(CFG, max_steps=1), progress=False)
+    with pytest.raises(ValueError, match="my_view/lora/seed_0: belongs to behaviour 'my view'; rename 'my_view'"):
+        train_diff(lm, replace(behavior, name="my_view"), config=CFG, progress=False)
+
+
+def test_an_answer_may_hold_any_separator(tmp_path):
+    answer = "one\u2028two\x85three\u2029four"
+    pairs = ws.train.pairs.Pairs((Pair(0, 0, 0, "u", answer, "no"),), 1, 0, 0)
+    ws.train.pairs.write_pairs(pairs, tmp_path / "pairs.jsonl")
+    assert ws.train.pairs.read_pairs(tmp_path / "pairs.jsonl") == pairs
+    (tmp_path / "pairs.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: not a file of training pairs: line 1: .*nested too deep"):
+        ws.train.pairs.read_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_pairs_of_a_name_with_blanks_lie_beside_its_adapters(lm, behavior, tmp_path):
+    make_pairs(lm, replace(behavior, name="my <view>"), replace(SMALL, topics=1, samples=1), tmp_path, progress=False)
+    (path,) = tmp_path.rglob("pairs.jsonl")
+    assert path.parent.name.startswith("my__view") and "<" not in path.parent.name

@@ -3,15 +3,18 @@ list of topics (a claim and a question about it), two lists of system prompts (p
 one probe template and the answer words. Nothing after this module knows which behaviour it is."""
 
 import difflib
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
+from ws.cache.given import fits, parsed, read_given, short
+from ws.cache.names import slug
 from ws.cache.places import ASSETS
 
 SHIPPED = ("sycophancy",)
-N_TRAIN_TOPICS = 20
+MOST = 5_000  # topics, and entries of any other list
+MOST_NAME = 200  # characters
 PLACE = "{claim}"
 TEXT_FIELDS = ("name", "probe", "opinion")
 NEEDED = ("personas_pos", "personas_neg", "yes", "no")
@@ -30,9 +33,11 @@ class Topic:
 class Behavior:
     """A behaviour as docs/method.md section 1 defines it; checked when it is made.
 
-    The first `n_train_topics` topics train the adapters, the others are held out. `true_claims`, `negations` (of the
-    held-out topics, in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes.
-    ValueError naming the field that is empty, doubled, of a wrong type or without its {claim}.
+    The first `n_train_topics` topics train the adapters, the others are held out; without that field three eighths of
+    the topics are held out, at least two (12 of 32, 3 of 8, 2 of 4). `true_claims`, `negations` (of the held-out topics,
+    in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes. A text has at most
+    10,000 characters, the name 200; a list has at most 5,000 entries. ValueError naming the field that is empty,
+    doubled, too long, of a wrong type or without its {claim}.
 
     Example:
         >>> import ws
@@ -48,7 +53,7 @@ class Behavior:
     probe: str
     yes: tuple[str, ...]
     no: tuple[str, ...]
-    n_train_topics: int = N_TRAIN_TOPICS
+    n_train_topics: int | None = None
     true_claims: tuple[str, ...] = ()
     negations: tuple[str, ...] = ()
     train_true_claims: tuple[str, ...] = ()
@@ -59,24 +64,41 @@ class Behavior:
             _text(key, getattr(self, key))
         for key in LIST_FIELDS:
             _texts(key, getattr(self, key))
+        n, claims = len(self.topics), [t.claim for t in self.topics]
+        if n > MOST:
+            raise ValueError(f"topics: has {n:,}, at most {MOST:,} are read")
+        if self.n_train_topics is None:
+            object.__setattr__(self, "n_train_topics", max(1, n - max(2, round(3 * n / 8))))
         _count(self.n_train_topics)
-        n, least, claims = len(self.topics), self.n_train_topics + 2, [t.claim for t in self.topics]
+        least = self.n_train_topics + 2
+        for i, topic in enumerate(self.topics):
+            fits(topic.claim, f"topics[{i}]: the claim")
+            fits(topic.question, f"topics[{i}]: the question")
         pos, neg, denied, held = map(len, (self.personas_pos, self.personas_neg, self.negations, self.heldout_topics))
         templates = {"probe": self.probe, "opinion": self.opinion}
         faults = [
             (self.name in (".", "..") or set(self.name) & set("/\\\0"), f"name: {self.name!r} cannot name a folder"),
-            *((PLACE not in text, f"{key}: the template has no {PLACE}: {text!r}") for key, text in templates.items()),
+            (len(self.name) > MOST_NAME, f"name: has {len(self.name):,} characters, at most {MOST_NAME} are allowed"),
+            *(
+                (PLACE not in text, f"{key}: the template has no {PLACE}: {short(text)}")
+                for key, text in templates.items()
+            ),
             *((not getattr(self, key), f"{key}: is empty") for key in NEEDED),
             (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
             *((word in self.no, f"yes and no share the answer word {word!r}") for word in sorted(self.yes)),
             (n < least, f"topics: has {n}, needs n_train_topics + 2 = {least} or more, to hold two out"),
             *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
-            *((c in claims[:i], f"topics: the claim {c!r} is there twice") for i, c in enumerate(claims)),
+            *((many > 1, f"topics: the claim {short(c)} is there twice") for c, many in Counter(claims).items()),
             (denied not in (0, held), f"negations: has {denied}, there are {held} held-out topics to negate in order"),
         ]
         for fault, message in faults:
             if fault:
                 raise ValueError(message)
+
+    @property
+    def slug(self) -> str:
+        """The name as folders have it."""
+        return slug(self.name)
 
     @property
     def train_topics(self) -> tuple[Topic, ...]:
@@ -122,27 +144,32 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
             raise FileNotFoundError(f"behaviour file {path} does not exist")
         shipped = ", ".join(SHIPPED)
         raise ValueError(f"unknown behaviour {text!r}: shipped are {shipped}, or give a .json or .jsonl file")
+    content = read_given(path)
+    if path.suffix == ".jsonl":
+        lines = {f"line {i}": line for i, line in enumerate(content.split("\n"), 1) if line.strip()}
+        raw = [(where, parsed(line, f"{path}: {where}")) for where, line in lines.items()]
+    else:
+        raw = parsed(content, path)
     try:
-        content = path.read_text(encoding="utf-8")
-        return _from_dict(_from_lines(content) if path.suffix == ".jsonl" else json.loads(content))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as {path.suffix[1:] or 'json'}: {error}") from error
+        return _from_dict(_from_lines(raw) if path.suffix == ".jsonl" else raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _from_lines(content: str) -> dict:
+def _from_lines(rows: list[tuple[str, object]]) -> dict:
     whole: dict = {"topics": []}
-    for number, line in enumerate(content.splitlines(), start=1):
-        row = json.loads(line) if line.strip() else {}
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not an object")
+            raise ValueError(f"{where} is not an object")
         if "claim" in row:
             row = {"topics": [row]}
-        whole["topics"] += row.pop("topics", [])
+        more = row.pop("topics", [])
+        if not isinstance(more, list):
+            raise ValueError(f"{where}: topics: must be a list of [claim, question]")
+        whole["topics"] += more
         for key, value in row.items():
             if key in whole:
-                raise ValueError(f"line {number} gives {key!r} again")
+                raise ValueError(f"{where} gives {key!r} again")
             whole[key] = value
     return whole
 
@@ -155,16 +182,19 @@ def _from_dict(raw: object) -> Behavior:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            raise ValueError(f"unknown field {key!r}{hint}")
+            raise ValueError(f"unknown field {short(key)}{hint}")
     missing = [f.name for f in fields(Behavior) if f.default is MISSING and f.name not in raw]
     if missing:
         raise ValueError(f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
     if not isinstance(raw["topics"], list):
         raise ValueError("topics: must be a list of [claim, question]")
+    if len(raw["topics"]) > MOST:
+        raise ValueError(f"topics: has {len(raw['topics']):,}, at most {MOST:,} are read")
     topics = tuple(_topic(i, row) for i, row in enumerate(raw["topics"]))
     for key in TEXT_FIELDS:
         _text(key, raw.get(key, Behavior.opinion))
-    _count(raw.get("n_train_topics", N_TRAIN_TOPICS))
+    if "n_train_topics" in raw:
+        _count(raw["n_train_topics"])
     lists = {key: tuple(_texts(key, raw[key])) for key in LIST_FIELDS if key in raw}
     return Behavior(**{**raw, **lists, "topics": topics})
 
@@ -173,26 +203,29 @@ def _topic(index: int, row: object) -> Topic:
     if isinstance(row, dict):
         extra = set(row) - {"claim", "question"}
         if extra or "claim" not in row or "question" not in row:
-            raise ValueError(f"topics[{index}]: needs exactly claim and question, has {', '.join(sorted(row))}")
+            raise ValueError(f"topics[{index}]: needs exactly claim and question, has {short(sorted(row))}")
         row = [row["claim"], row["question"]]
     if isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row):
         return Topic(*row)
-    raise ValueError(f"topics[{index}]: needs a claim and a question, is {row!r}")
+    raise ValueError(f"topics[{index}]: needs a claim and a question, is {short(row)}")
 
 
 def _text(key: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key}: must be a text that is not empty, is {value!r}")
+        raise ValueError(f"{key}: must be a text that is not empty, is {short(value)}")
+    fits(value, key)
 
 
 def _count(value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"n_train_topics: must be a positive whole number, is {value!r}")
+        raise ValueError(f"n_train_topics: must be a positive whole number, is {short(value)}")
 
 
 def _texts(key: str, values: object) -> Sequence[str]:
     if isinstance(values, str) or not isinstance(values, (tuple, list)):
-        raise ValueError(f"{key}: must be a list of texts, is {values!r}")
+        raise ValueError(f"{key}: must be a list of texts, is {short(values)}")
+    if len(values) > MOST:
+        raise ValueError(f"{key}: has {len(values):,} texts, at most {MOST:,} are read")
     for i, value in enumerate(values):
         _text(f"{key}[{i}]", value)
     return values

@@ -4,7 +4,6 @@
 passage.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ws.cache.given import MOST_LINES, MOST_TEXT, fits, parsed, read_given
 from ws.cache.places import ASSETS
 
 SHIPPED = ASSETS / "calibration.json"
@@ -23,34 +23,30 @@ SEPARATOR = "\n\n"
 def load_calibration(path: str | Path = "") -> list[str]:
     """Passages of a calibration file, in its order; an empty path is the set this project ships. `.txt`: passages
     separated by blank lines. `.json`: a list of strings or of objects with `text`. `.jsonl`: one such entry per line.
-    Blank passages are left out. Raises FileNotFoundError, or ValueError naming the file and the entry."""
+    Blank passages are left out. A passage has at most 100,000 characters, a file 100,000 passages and 64 MB. Raises
+    FileNotFoundError, or ValueError naming the file and the entry."""
     path = Path(path).expanduser() if str(path) else SHIPPED
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such calibration file")
-    raw = path.read_text(encoding="utf-8")
+    raw = read_given(path)
     if path.suffix == ".txt":
         texts = re.split(r"\n\s*\n", "\n".join(["", "", *raw.splitlines(), "", ""]))
     elif path.suffix == ".json":
-        entries = _parsed(raw, f"{path}") if raw.strip() else []
+        entries = parsed(raw, path) if raw.strip() else []
         if not isinstance(entries, list):
             raise ValueError(f"{path}: expected a JSON list of passages, found {type(entries).__name__}")
         texts = [_text(entry, f"{path}: entry {i}") for i, entry in enumerate(entries)]
     elif path.suffix == ".jsonl":
-        lines = [(i, line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
-        texts = [_text(_parsed(line, f"{path}: line {i}"), f"{path}: line {i}") for i, line in lines]
+        lines = [(i, line) for i, line in enumerate(raw.split("\n"), 1) if line.strip()]
+        texts = [_text(parsed(line, f"{path}: line {i}"), f"{path}: line {i}") for i, line in lines]
     else:
         raise ValueError(f"{path}: calibration files end in .txt, .json or .jsonl, not {path.suffix!r}")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path}: the calibration file is empty")
-    return texts
-
-
-def _parsed(raw: str, where: str):
-    try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+    if len(texts) > MOST_LINES:
+        raise ValueError(f"{path}: holds {len(texts):,} passages, at most {MOST_LINES:,} are read")
+    return [fits(text, f"{path}: passage {i}", 10 * MOST_TEXT) for i, text in enumerate(texts)]
 
 
 def _text(entry, where: str) -> str:

@@ -4,9 +4,9 @@ rounding of merged weights enters. This module is the front door to the other mo
 
 from pathlib import Path
 
-from ws.cache.places import ASSETS
 from ws.diff.algebra import dot, geometry, project
 from ws.diff.build import Base, from_adapters, task_vectors
+from ws.diff.check import located
 from ws.diff.checkpoints import from_checkpoints
 from ws.diff.core import LowRank, WeightDiff
 from ws.diff.io import describe, export_adapter, read_diff, save_diff
@@ -34,26 +34,7 @@ def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None)
     """
     if isinstance(source, WeightDiff):
         return source
-    if source == "tiny":
-        return read_diff(ASSETS / "tiny_w.safetensors")
-    if isinstance(source, (tuple, list)):
-        if len(source) != 2:
-            raise ValueError(f"a pair (pos, neg) was expected, got {len(source)} paths")
-        pos, neg = map(Path, source)
-        for side in (pos, neg):
-            if not side.exists():
-                raise FileNotFoundError(f"{side}: no such file or folder")
-        adapters = [(side / "adapter_config.json").is_file() for side in (pos, neg)]
-        if all(adapters):
-            return from_adapters(pos, neg, base)
-        if any(adapters):
-            raise ValueError(f"{pos} and {neg}: one is a PEFT adapter folder, the other is not")
-        return from_checkpoints(pos, neg)
-    path = Path(source)
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            raise ValueError(f"{path}: one PEFT adapter; a diff needs the pair (pos, neg)")
-        if not (path / "w.safetensors").is_file():
-            raise FileNotFoundError(f"{path}: holds no w.safetensors")
-        path = path / "w.safetensors"
-    return read_diff(path)
+    kind, paths = located(source)
+    if kind == "file":
+        return read_diff(*paths)
+    return from_adapters(*paths, base) if kind == "adapters" else from_checkpoints(*paths)

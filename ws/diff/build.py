@@ -7,138 +7,27 @@ part of W and would cancel. All other types: each side is merged in float32, and
 """
 
 import copy
-import json
-import math
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ws.cache.given import first_line
+from ws.diff.adapters import PATTERNS, Adapter, bounded, matcher, read_adapter, read_factors, strip
 from ws.diff.algebra import combine
 from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, same_names
 from ws.diff.factor import factorised
-from ws.diff.io import read_tensors
 from ws.show.bars import plain
 
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations that change the base weights
-NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # of those, what depends on a random draw or on data
-NOT_PLAIN = (
-    "use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "alora_invocation_tokens",
-    "target_parameters", "layer_replication", "trainable_token_indices",
-)  # fmt: skip
-"""Options of peft's LoRA with which the products of factors do not say all."""
+NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # initialisations that depend on a random draw or on data
 
 Base = nn.Module | Path | str | None
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One PEFT folder as read from disk."""
-
-    folder: Path
-    config: dict
-    tensors: dict[str, Tensor]
-
-    @property
-    def init(self) -> str:
-        return str(self.config.get("init_lora_weights", True)).lower()
-
-    @property
-    def moves_base(self) -> bool:
-        return self.init.startswith(MOVES_BASE)
-
-    @property
-    def kind(self) -> str:
-        """`lora`, its variants joined by `+`, or the peft type."""
-        c = self.config
-        if c.get("peft_type") != "LORA":
-            return str(c.get("peft_type")).lower()
-        words = [] if self.init in ("true", "false") else [self.init]
-        return "+".join(words + [word for word in ("rslora", "dora") if c.get(f"use_{word}")]) or "lora"
-
-    def scaling(self, alpha: float | int, rank: int) -> float:
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    @property
-    def plain(self) -> bool:
-        """Whether products of factors say all: LoRA without magnitudes, replicated layers or targeted parameters."""
-        c = self.config
-        return c.get("peft_type") == "LORA" and not any(c.get(key) for key in NOT_PLAIN)
-
-
-def read_adapter(folder: Path | str) -> Adapter:
-    """Config and tensors of a PEFT folder. FileNotFoundError / ValueError naming the file that is missing or broken."""
-    folder = Path(folder)
-    config_file = folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{folder}: not a PEFT adapter folder, adapter_config.json is missing")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file}: not JSON: {error}") from error
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        tensors, _ = read_tensors(weights)
-    elif (folder / "adapter_model.bin").is_file():
-        tensors = torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu")
-    else:
-        raise FileNotFoundError(f"{folder}: adapter_model.safetensors is missing")
-    broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
-    if broken:
-        raise ValueError(f"{folder}: {broken} contains NaN or inf")
-    return Adapter(folder, config, tensors)
-
-
-def _strip(key: str) -> str:
-    return key.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def _scaling(adapter: Adapter, module: str, rank: int) -> float:
-    def matched(patterns: dict | None, default: float | int) -> float | int:
-        # the rule of peft: the first pattern that matches the end of the module's name at a dot
-        return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", module)), default)
-
-    config = adapter.config
-    r = matched(config.get("rank_pattern"), config.get("r"))
-    if r != rank:
-        raise ValueError(f"{adapter.folder}: {module} has rank {rank}, its adapter_config.json says {r}")
-    return adapter.scaling(matched(config.get("alpha_pattern"), config.get("lora_alpha")), rank)
-
-
-def _factors(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """`(B, A, s)` per parameter, oriented as it is stored; and what is saved whole (biases, full modules)."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for key, tensor in adapter.tensors.items():
-        found = re.fullmatch(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?", _strip(key))
-        if found:
-            parts.setdefault(found[1], {})[found[2]] = tensor.float()
-        elif re.fullmatch(r".+\.lora_B\.bias", key):
-            module = _strip(key).removesuffix(".lora_B.bias")
-            rank = adapter.tensors[key.replace(".lora_B.bias", ".lora_A.weight")].shape[0]
-            whole[f"{module}.bias"] = tensor.float() * _scaling(adapter, module, rank)
-        elif ".lora_" in key or ".token_adapter." in key:
-            raise ValueError(f"{adapter.folder}: {key} is a kind of adapter tensor this project does not know")
-        else:
-            whole[_strip(key)] = tensor.float()
-    factors = {}
-    for module, part in parts.items():
-        embedding = "embedding_A" in part or "embedding_B" in part
-        A, B = (part.get(f"embedding_{f}" if embedding else f) for f in "AB")
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            shapes = {f: tuple(t.shape) for f, t in part.items()}
-            raise ValueError(f"{adapter.folder}: {module}: factors do not fit: {shapes}")
-        scaling = _scaling(adapter, module, A.shape[0])
-        if embedding or adapter.config.get("fan_in_fan_out"):
-            A, B = B.T.contiguous(), A.T.contiguous()
-        factors[f"{module}.weight"] = (B, A, scaling)
-    return factors, whole
-
-
-def _check_pair(pos: Adapter, neg: Adapter, where: str) -> None:
+def check_pair(pos: Adapter, neg: Adapter, where: str) -> None:
+    """ValueError where two adapters do not sit on the same weights."""
     for field in ("base_model_name_or_path", "revision", "peft_type"):
         a, b = pos.config.get(field), neg.config.get(field)
         if a != b:
@@ -159,7 +48,7 @@ def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dic
     """
     a, b = read_adapter(pos), read_adapter(neg)
     where = f"{a.folder} and {b.folder}"
-    _check_pair(a, b, where)
+    check_pair(a, b, where)
     plain = a.plain and b.plain
     if plain:
         entries = _factored(a, b, where)
@@ -172,7 +61,7 @@ def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dic
         entries = _fit_names(entries, base, where)
     check_entries(entries, where)
     entries, about = (entries, {}) if plain else factorised(entries.items())
-    by_number = {n: [(int(p), "") if p.isdigit() else (-1, p) for p in n.split(".")] for n in entries}
+    by_number = {n: [(int(p), "") if p.isdecimal() else (-1, p) for p in n.split(".")] for n in entries}
     entries = {name: entries[name] for name in sorted(entries, key=by_number.get)}
     form = "low-rank" if plain else "dense (float32 merge)"
     info = {"base_model": str(a.config.get("base_model_name_or_path") or ""), "adapter": a.kind, "form": form}
@@ -183,7 +72,7 @@ def from_adapters(pos: Path | str, neg: Path | str, base: Base = None, meta: dic
 
 
 def _factored(a: Adapter, b: Adapter, where: str) -> dict[str, Entry]:
-    (plus, whole_plus), (minus, whole_minus) = _factors(a), _factors(b)
+    (plus, whole_plus), (minus, whole_minus) = read_factors(a), read_factors(b)
     same_names(plus, minus, where)
     same_names(whole_plus, whole_minus, where)
     entries: dict[str, Entry] = {}
@@ -237,6 +126,29 @@ def _base_copy(base: Base, adapter: Adapter) -> nn.Module:
         raise ValueError(f"{adapter.folder}: its base model {source!r} cannot be loaded; give base") from error
 
 
+def _without_patterns(adapter: Adapter, model: nn.Module):
+    """The settings for peft, with every pattern replaced by the names that it matches: peft would match without a limit."""
+    from peft import PeftConfig
+
+    config, where = PeftConfig.from_pretrained(str(adapter.folder)), adapter.folder / "adapter_config.json"
+    names, match = [name for name, _ in model.named_modules()], bounded(where)
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key, None)
+        if isinstance(value, str) and value != "all-linear":
+            setattr(config, key, {name for name in names if match(rf"(?:{value})$", name)} or None)
+    if targets := getattr(config, "target_modules", None):
+        ends = tuple(f".{target}" for target in targets)
+        tuned = [name for name in names if f".{name}".endswith(ends)] if not isinstance(targets, str) else names
+        for key in PATTERNS:
+            value_of = matcher(getattr(config, key, None), f"{where}: {key}")
+            found = {name: value_of(name, None) for name in tuned if getattr(config, key, None)}
+            setattr(config, key, {name: value for name, value in found.items() if value is not None})
+    for pattern in [p for p in [getattr(config, "layers_pattern", None)] if isinstance(p, str)]:
+        if not re.fullmatch(r"[\w.]*", pattern):
+            raise ValueError(f"{where}: layers_pattern {pattern[:60]!r}: only a plain name is read")
+    return config
+
+
 def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
     """The touched parameters of base + adapter in float32, by the base's own names."""
     from peft import PeftModel
@@ -245,7 +157,10 @@ def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
 
     model = _base_copy(base, adapter)
     own = {id(p): n for n, p in model.named_parameters()}
-    wrapped = PeftModel.from_pretrained(model, str(adapter.folder))
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter.folder), config=_without_patterns(adapter, model))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{adapter.folder}: peft cannot load this {adapter.kind}: {first_line(error)}") from error
     tuned = {n: m for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")}
     saved = {n: m for n, m in wrapped.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     if not tuned and not saved:
@@ -257,7 +172,7 @@ def _merged(adapter: Adapter, base: Base) -> dict[str, Tensor]:
         whole = name in saved
         held = module.modules_to_save["default"] if whole else module.get_base_layer()
         for leaf, parameter in held.named_parameters(recurse=whole):
-            touched[own.get(id(parameter), f"{_strip(name)}.{leaf}")] = parameter.detach()
+            touched[own.get(id(parameter), f"{strip(name)}.{leaf}")] = parameter.detach()
     return touched
 
 
@@ -266,8 +181,8 @@ def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[W
     a base is needed (DoRA, PiSSA, others)."""
     sides = []
     for adapter in (read_adapter(pos), read_adapter(neg)):
-        if adapter.plain and not adapter.moves_base and not _factors(adapter)[1]:
-            entries: dict[str, Entry] = {n: LowRank(s * B, A) for n, (B, A, s) in _factors(adapter)[0].items()}
+        if adapter.plain and not adapter.moves_base and not read_factors(adapter)[1]:
+            entries: dict[str, Entry] = {n: LowRank(s * B, A) for n, (B, A, s) in read_factors(adapter)[0].items()}
         else:
             before = dict(_base_copy(base, adapter).named_parameters(remove_duplicate=False))
             entries = {name: tensor - before[name].detach() for name, tensor in _merged(adapter, base).items()}

@@ -1,34 +1,41 @@
 """Weight differences of two full checkpoints, held tensor by tensor, so memory is the difference. (method section 2)"""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ws.cache.given import first_line, shards_of
 from ws.diff.core import WeightDiff, check_entries, dims, same_names
 from ws.diff.factor import factorised
-from ws.diff.io import opened
+from ws.diff.io import FLOATS, INTEGERS, opened, shapes_in
 
 
-def _shards(path: Path) -> dict[str, Path]:
+def shards(path: Path) -> dict[str, Path]:
     """Tensor name -> file, of a checkpoint folder (single or sharded) or one safetensors file."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = shards_of(index)
+        return {name: path / file for name, file in files.items()}
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json")
     with opened(file) as handle:
-        return {name: file for name in handle.keys()}
+        return dict.fromkeys(handle.keys(), file)
 
 
 def _differences(pos: Path, neg: Path) -> Iterator[tuple[str, Tensor]]:
-    plus, minus = _shards(pos), _shards(neg)
+    plus, minus = shards(pos), shards(neg)
     same_names(plus, minus, f"{pos} and {neg}")
     handles = {file: opened(file) for file in {*plus.values(), *minus.values()}}
+    for file, handle in handles.items():
+        shapes_in(handle, file, FLOATS + INTEGERS)
     for name in plus:
-        a, b = (handles[file].get_tensor(name) for file in (plus[name], minus[name]))
+        try:
+            a, b = (handles[file].get_tensor(name) for file in (plus[name], minus[name]))
+        except SafetensorError as error:
+            raise ValueError(f"{pos} and {neg}: {name} is not where the index says: {first_line(error)}") from error
         if a.shape != b.shape:
             raise ValueError(f"{name}: {pos} has {dims(a.shape)}, {neg} has {dims(b.shape)}")
         change = a.float() - b.float()

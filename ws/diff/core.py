@@ -50,6 +50,8 @@ class LowRank:
 
 Entry = LowRank | Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 1e30  # of an entry; float32 ends at 3e38, and squares are summed
 DENSE_BUDGET = 2 << 30  # bytes of singular vectors of dense matrices that one object remembers
 TABLE = {
     "layer": pl.Int64, "module": pl.String, "name": pl.String, "form": pl.String, "shape": pl.String,
@@ -247,14 +249,23 @@ def _svd(name: str, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_entries(entries: dict[str, Entry], source: str) -> None:
-    """ValueError naming the parameter when an entry is not floating point, is empty, or holds NaN or inf."""
+    """ValueError naming the parameter when an entry is not floating point, is empty, holds NaN, inf or a product that
+    float32 does not, or when its layer's number is beyond any model's."""
     if not entries:
         raise ValueError(f"{source}: no tensors")
     for name, entry in entries.items():
+        if re.search(r"\d{6}", name):
+            raise ValueError(f"{source}: {name[:60]!r}: no model has such a parameter")
+        largest = float(entry.rank) if isinstance(entry, LowRank) else 1.0
         for part in parts(entry):
-            if not part.is_floating_point():
+            if part.dtype not in FLOATS:
                 raise ValueError(f"{source}: {name} has dtype {part.dtype}, expected floating point")
             if part.numel() == 0 and not isinstance(entry, LowRank):
                 raise ValueError(f"{source}: {name} is empty ({dims(part.shape)})")
             if not torch.isfinite(part).all():
                 raise ValueError(f"{source}: {name} contains NaN or inf")
+            largest *= float(part.abs().max()) if part.numel() else 0.0
+        if largest > LARGEST:
+            raise ValueError(
+                f"{source}: {name} holds numbers up to {largest:.1g}; more than {LARGEST:.0e} is no difference"
+            )

@@ -3,7 +3,8 @@
 header, so the bytes depend on the content alone. (docs/method.md section 2)"""
 
 import json
-import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,11 +14,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ws.cache.files import atomic_dir, atomic_file
-from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, parts
+from ws.cache.given import first_line, parsed, short
+from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, parts
 from ws.diff.factor import balanced, factorised
 
 HEADER = "ws_weight_diff"
 SUFFIXES = ("::B", "::A")
+LEGACY = (".pt", ".pth", ".bin")
+FLOATS, INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
+MOST_DIM, MOST_NAME = 1 << 24, 300  # rows or columns of a tensor; characters of its name
 
 
 def save_diff(w: WeightDiff, path: Path | str) -> Path:
@@ -53,13 +58,31 @@ def opened(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file (truncated, or another format): {error}") from error
+        broken = "not a whole safetensors file (truncated, or another format)"
+        raise ValueError(f"{path}: {broken}: {first_line(error)}") from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the header's metadata of a safetensors file; errors as in `opened`."""
+def shapes_in(handle: safe_open, path: Path, kinds: tuple[str, ...] = FLOATS) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an open file, from its header alone; ValueError naming one of another type than `kinds`,
+    or of a name or size that no parameter has."""
+    shapes = {}
+    for name in handle.keys():
+        piece = handle.get_slice(name)
+        kind, shape = piece.get_dtype(), tuple(piece.get_shape())
+        if kind not in kinds:
+            expected = ", ".join(kinds[: len(FLOATS)])
+            raise ValueError(f"{path}: {name[:MOST_NAME]} has dtype {kind}, expected {expected}; convert it first")
+        if len(name) > MOST_NAME or max(shape, default=0) > MOST_DIM:
+            raise ValueError(f"{path}: {name[:60]!r} ({dims(shape)}): no parameter has such a name or size")
+        shapes[name] = shape
+    return shapes
+
+
+def read_tensors(path: Path, kinds: tuple[str, ...] = FLOATS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header's metadata of a safetensors file; errors as in `opened` and `shapes_in`."""
     with opened(path) as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})
+        names = shapes_in(handle, path, kinds)
+        return {name: handle.get_tensor(name) for name in names}, dict(handle.metadata() or {})
 
 
 def read_diff(path: Path | str) -> WeightDiff:
@@ -70,19 +93,18 @@ def read_diff(path: Path | str) -> WeightDiff:
     foreign files, PEFT adapters, factors that do not fit, NaN, inf.
     """
     path = Path(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return _read_legacy(path)
+    if path.suffix in LEGACY:
+        return _foreign({name: value.contiguous() for name, value in _legacy(path).items()}, path, "legacy")
     tensors, header = read_tensors(path)
     if HEADER not in header:
         return _foreign(tensors, path, "dense")
+    names, meta = _own_header(header[HEADER], path)
+    entries: dict[str, Entry] = {}
     try:
-        head = json.loads(header[HEADER])
-        entries: dict[str, Entry] = {}
-        for name in head["names"]:
+        for name in names:
             low = name + SUFFIXES[0] in tensors
             entries[name] = LowRank(*(tensors.pop(name + s) for s in SUFFIXES)) if low else tensors.pop(name)
-        meta = head["meta"]
-    except (KeyError, json.JSONDecodeError) as error:
+    except KeyError as error:
         raise ValueError(f"{path}: header and tensors of this weight diff do not fit together: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {name}: {error}") from error
@@ -92,20 +114,75 @@ def read_diff(path: Path | str) -> WeightDiff:
     return WeightDiff(entries, meta)
 
 
-def _read_legacy(path: Path) -> WeightDiff:
+def peek(path: Path) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, tuple[Tensor, ...]]]]:
+    """Parameter -> shape of a diff's file, and `(parameter, its tensors)` one by one, read when they are asked for. Errors
+    as in `read_diff`, as far as headers tell."""
+    if path.suffix in LEGACY:
+        held = _legacy(path, mapped=True)
+        return {name: tuple(value.shape) for name, value in held.items()}, ((n, (v,)) for n, v in held.items())
+    handle = opened(path)
+    shapes, header = shapes_in(handle, path), handle.metadata() or {}
+    names = _own_header(header[HEADER], path)[0] if HEADER in header else list(shapes)
+    pieces = {
+        name: tuple(f"{name}{s}" for s in SUFFIXES) if name + SUFFIXES[0] in shapes else (name,) for name in names
+    }
+    if odd := set(shapes) ^ {piece for found in pieces.values() for piece in found}:
+        raise ValueError(f"{path}: header and tensors of this weight diff do not fit together: {min(odd)[:60]!r}")
+    if not names:
+        raise ValueError(f"{path}: no tensors")
+    if adapter := next((name for name in names if ".lora_" in name), None):
+        raise ValueError(f"{path}: holds one PEFT adapter ({adapter}); give the folders of a pair, pos and neg")
+    for name, (B, *A) in pieces.items():
+        if A and not (len(shapes[B]) == len(shapes[A[0]]) == 2 and shapes[B][1] == shapes[A[0]][0]):
+            raise ValueError(f"{path}: {name}: low-rank factors do not fit: {dims(shapes[B])} and {dims(shapes[A[0]])}")
+    whole = {n: (shapes[f[0]][0], shapes[f[1]][1]) if len(f) == 2 else shapes[f[0]] for n, f in pieces.items()}
+    return whole, ((name, tuple(map(handle.get_tensor, found))) for name, found in pieces.items())
+
+
+def read_meta(path: Path) -> dict:
+    """The metadata of this project's own form, from the header alone; {} where the file is not there or not one."""
+    try:
+        with opened(path) as handle:
+            return _own_header((handle.metadata() or {})[HEADER], path)[1]
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+
+
+def _own_header(text: str, path: Path) -> tuple[list[str], dict]:
+    """Names and metadata out of the header of this project's own form."""
+    head = parsed(text, f"{path}: its header")
+    names, meta = (head.get(key) for key in ("names", "meta")) if isinstance(head, dict) else (None, None)
+    if not isinstance(names, list) or not isinstance(meta, dict) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: header and tensors of this weight diff do not fit together: no names or no meta")
+    return names, meta
+
+
+def _legacy(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a torch file, each checked before it is touched; mapped: read from disk when they are used."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    broken = f"{path}: not a whole torch file of tensors (truncated, or another format)"
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        message = "not a whole torch file of tensors (truncated, or another format)"
-        raise ValueError(f"{path}: {message}: {error}") from error
+        packed_form = zipfile.is_zipfile(path)
+        if packed_form:
+            with zipfile.ZipFile(path) as packed:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in packed.infolist()):
+                    raise ValueError("its records are compressed, which torch.save does not do")
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped and packed_form)
+    except Exception as error:  # a stranger's pickle may end its reader with anything
+        raise ValueError(f"{broken}: {first_line(error)}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected a dict of parameter name -> tensor, found {type(content).__name__}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name!r} holds a {type(value).__name__}; expected parameter name -> tensor")
-    return _foreign({name: value.contiguous() for name, value in content.items()}, path, "legacy")
+            found = f"{short(name)} holds a {type(value).__name__}"
+            raise ValueError(f"{path}: {found}; expected parameter name -> tensor")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(f"{path}: {short(name)} is sparse, quantised or without content; expected a plain tensor")
+        # a stride of 0 lets a few bytes stand for any size
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {short(name)} says {dims(value.shape)}, which is more than the file holds")
+    return content
 
 
 def _foreign(tensors: dict[str, Tensor], path: Path, form: str) -> WeightDiff:

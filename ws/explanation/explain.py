@@ -62,6 +62,8 @@ def explain(
     """
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
+    split = probes(behavior, protocol)
+    check_sizes(lm.decoder.d, k, k_broad)
     w, null = load_diff(w), None if null is None else load_diff(null)
     for diff in [w] if null is None else [w, null]:
         check_fits(lm.model, diff)
@@ -92,7 +94,7 @@ def explain(
     table = rows.per_layer(everyone, bases, targets)
     if null is not None:
         table = rows.with_null_diff(table, everyone, bases, _b_side(shelf, null, bases[CLEAN])[1])
-    split, d = probes(behavior, protocol), lm.decoder
+    d = lm.decoder
     return Explanation(
         per_layer=table,
         specific_per_layer=rows.specific_per_layer(everyone, bases, targets),
@@ -112,6 +114,13 @@ def explain(
         bases={c.name: rows.bases_hash(bases[c.name]) for c in everyone if c.kind != "ceiling"},
         sources={c.file.name: c.file.read_text(encoding="utf-8") for c in functions if c.file},
     )  # fmt: skip
+
+
+def check_sizes(d: int, k: int, k_broad: int) -> None:
+    """ValueError for a rank (PCS) or width (K_BROAD) that subspaces of `d` dimensions cannot have."""
+    for name, size in {"PCS": k, "K_BROAD": k_broad}.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= d:
+            raise ValueError(f"{name} = {size}: must be a whole number from 1 to {d}, the width of the model")
 
 
 def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis]) -> tuple[CeilingMaterials, list]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ws.cache.names import folder_hash, model_slug
+from ws.cache.given import first_line, shards_of
+from ws.cache.names import folder_hash, model_path, model_slug
 from ws.cache.places import ASSETS
 from ws.model.text import position_ids
 from ws.show.bars import plain
@@ -20,6 +22,8 @@ from ws.show.bars import plain
 ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
 FAMILIES = "Qwen2, Qwen3, Llama, Mistral, Gemma 1/2/3, OLMo 2"
 SERVED = f"{FAMILIES} and others with separate q/k/v/o and gate/up/down projections"
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Decoder:
@@ -156,41 +160,127 @@ def _available(device: str) -> str:
     return device
 
 
+def check_model(
+    model_id: str, dtype: str = "auto", device: str = "auto", revision: str | None = None, hub: bool = True
+) -> LM:
+    """The model as `load_lm` would load it, on the meta device: shapes and tokenizer without weights, in a second.
+
+    Raises what `load_lm` raises: ValueError / FileNotFoundError, in one line, for a model that is nowhere, an
+    architecture that is not served, weights that are missing or not whole, a tokenizer that does not load, an unknown
+    dtype, an absent device. hub: whether the hub is asked for what its cache lacks."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"DTYPE {dtype!r} is unknown; one of {', '.join(DTYPES)}")
+    if device != "auto":
+        _available(device)
+    config, where = _config(model_id, revision, hub), f"MODEL_ID {model_id!r}"
+    kind = next(iter(getattr(config, "architectures", None) or []), type(config).__name__)
+    text = config.get_text_config()
+    for name, most in {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 24}.items():
+        if not isinstance(size := getattr(text, name, None), int) or not 0 < size <= most:
+            raise ValueError(f"{where}: {kind} with {name} {size!r}; served are {SERVED}")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever its family's code does with a stranger's config
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(f"{where}: {kind} is no causal language model; served are {SERVED}") from None
+        raise ValueError(f"{where}: its config.json describes no {kind}: {first_line(error)}") from error
+    decoder = Decoder(model)
+    _whole_weights(model_id, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_source(model_id), revision=revision, trust_remote_code=False)
+    except Exception as error:  # whatever the reader of a tokenizer's file does
+        raise ValueError(f"{where}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    return LM(model, tokenizer, decoder, model_slug(model_id))
+
+
+def _source(model_id: str) -> str:
+    """What transformers is given: a folder's path, or a hub id."""
+    folder = ASSETS / "tiny" if model_id == "tiny" else model_path(model_id)
+    return str(folder) if folder else model_id
+
+
+def _config(model_id: str, revision: str | None, hub: bool = True):
+    """A model's config. A hub model that its cache lacks is asked for once, so that an absence is told in a moment."""
+    from huggingface_hub import HfApi
+    from transformers import AutoConfig
+
+    source = _source(model_id)
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(f"{source}: not a model folder, config.json is missing")
+    options = {"revision": revision, "trust_remote_code": False}
+    try:
+        try:
+            return AutoConfig.from_pretrained(source, local_files_only=True, **options)
+        except OSError:
+            if local or not hub:
+                raise
+        HfApi().model_info(model_id, revision=revision, timeout=3)
+        return AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # a stranger's config may end its reader with anything
+        if local:
+            raise ValueError(f"{source}/config.json: transformers cannot read it: {first_line(error)}") from error
+        at = f" at revision {revision}" if revision else ""
+        where = "no local folder, and not to be had from the hub or its cache"
+        raise FileNotFoundError(f"MODEL_ID {model_id!r}{at}: {where}: {first_line(error)}") from error
+
+
+def _whole_weights(model_id: str, revision: str | None) -> None:
+    """ValueError / FileNotFoundError when weights on this machine are missing or cut; a hub model without is loaded."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        options = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        found = cached_file(_source(model_id), name, **options, _raise_exceptions_for_connection_errors=False)
+        return Path(found) if found else None
+
+    index, single = find("model.safetensors.index.json"), find("model.safetensors")
+    if index is None and single is None:
+        if Path(_source(model_id)).is_dir() and not any(Path(_source(model_id)).glob("pytorch_model*.bin")):
+            raise FileNotFoundError(
+                f"{_source(model_id)}: holds no weights (model.safetensors, or shards with an index)"
+            )
+        return
+    shards = [single] if single else [index.parent / file for file in sorted(set(shards_of(index).values()))]
+    for shard in shards:
+        try:
+            with safe_open(shard, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard}: not whole, fetch it again: {first_line(error)}") from error
+
+
 @plain()
 def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> LM:
     """Load a model and tokenizer for reading and steering, in eval mode.
 
     model_id: a hub id, a local folder, or `tiny` (the shipped model). dtype: `auto` (the checkpoint's own), `float32`,
     `bfloat16`, `float16`. device: `auto` (all GPUs through `device_map="auto"`, else CPU), `cpu`, `cuda`, `cuda:1`, ...
-    revision: a hub revision to pin. Raises ValueError / FileNotFoundError naming what is wrong.
+    revision: a hub revision to pin. Raises ValueError / FileNotFoundError naming what is wrong, before weights are read
+    where it can be known (`check_model`).
 
     Example:
         >>> import ws
         >>> ws.load_lm("tiny", dtype="bfloat16").model.dtype
         torch.bfloat16
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"DTYPE {dtype!r} is unknown; one of {', '.join(dtypes)}")
-    folder = ASSETS / "tiny" if model_id == "tiny" else Path(model_id).expanduser()
-    source = str(folder)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source}: not a model folder, config.json is missing")
-    if source.startswith((".", "/")) and not folder.is_dir():
-        raise FileNotFoundError(f"{source}: no such model folder")
-    placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else _available(device)
+    sketch, source = check_model(model_id, dtype, device, revision), _source(model_id)
+    placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    options = {"device_map": None if placement == "cpu" else placement, "revision": revision}
     try:
-        AutoConfig.from_pretrained(source, revision=revision)
-    except OSError as error:
-        at = f" at revision {revision}" if revision else ""
-        where = "no local folder, and not to be had from the hub or its cache"
-        raise FileNotFoundError(f"MODEL_ID {model_id!r}{at}: {where}\n{error}") from error
-    device_map = None if placement == "cpu" else placement
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtypes[dtype], device_map=device_map, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"MODEL_ID {model_id!r}: its weights cannot be loaded: {first_line(error)}") from error
+    if lacking := sorted(info["missing_keys"]):
+        raise ValueError(f"MODEL_ID {model_id!r}: its weights lack {lacking[0]} ({len(lacking)} such names)")
     model.eval()
     commit = getattr(model.config, "_commit_hash", None) or revision
-    content = folder_hash(folder) if folder.is_dir() else str(commit)
-    return LM(model, tokenizer, Decoder(model), model_slug(model_id), f"{content}/{model.dtype}")
+    content = folder_hash(Path(source)) if Path(source).is_dir() else str(commit)
+    return LM(model, sketch.tokenizer, Decoder(model), sketch.name, f"{content}/{model.dtype}")

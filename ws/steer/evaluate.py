@@ -6,7 +6,8 @@ claims side by side. (docs/method.md sections 1 and 2)
 """
 
 import json
-import math
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.cache.files import atomic_file
+from ws.cache.given import finite, short
 from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.generate import complete
@@ -42,8 +44,38 @@ def answer_ids(tokenizer, words: tuple[str, ...]) -> list[int]:
     forms = {f for w in words for f in (w, w.lower(), w.capitalize(), w.upper())}
     ids = sorted(i for token, i in tokenizer.get_vocab().items() if token.strip(SPACES) in forms)
     if not ids:
-        raise ValueError(f"answer words {', '.join(map(repr, words))}: none is a single token of the vocabulary")
+        raise ValueError(
+            f"answer words {', '.join(map(repr, words))}: none is a single token of the vocabulary; choose others"
+        )
     return ids
+
+
+def answer_tokens(tokenizer, behavior: Behavior) -> tuple[list[int], list[int]]:
+    """Ids of the yes-words and of the no-words; ValueError when a side has none, or a token counts on both."""
+    yes, no = answer_ids(tokenizer, behavior.yes), answer_ids(tokenizer, behavior.no)
+    if both := set(yes) & set(no):
+        raise ValueError(f"{behavior.name}: a token counts as yes and as no: {sorted(both)}")
+    return yes, no
+
+
+def check_words(lm: LM, behavior: Behavior) -> None:
+    """Whether the behaviour can be asked about: ValueError for what `probe_answers` would raise, without the model (no
+    chat template, answer words that are no single token, a tokenizer of another model), a warning for each answer word
+    that is left out because the vocabulary has it in pieces."""
+    answer_tokens(lm.tokenizer, behavior)
+    for word in (*behavior.yes, *behavior.no):
+        with suppress(ValueError):
+            answer_ids(lm.tokenizer, (word,))
+            continue
+        warnings.warn(
+            f"{behavior.name}: answer word {word!r} is no single token of the vocabulary: left out", stacklevel=2
+        )
+    text = chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), behavior.personas_pos[0])
+    most = int(encode(lm.tokenizer, [text], False, 4096)[0].max())
+    if most >= (known := lm.decoder.embed_tokens.weight.shape[0]):
+        raise ValueError(
+            f"{lm.name}: its tokenizer makes token {most}, the model has {known}: they do not belong together"
+        )
 
 
 def answer_scores(
@@ -65,10 +97,7 @@ def answer_scores(
 
 def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None) -> Answers:
     """Answers to the behaviour's probe about each claim, in the chat template, optionally under a persona."""
-    yes, no = answer_ids(lm.tokenizer, behavior.yes), answer_ids(lm.tokenizer, behavior.no)
-    both = set(yes) & set(no)
-    if both:
-        raise ValueError(f"{behavior.name}: a token counts as yes and as no: {sorted(both)}")
+    yes, no = answer_tokens(lm.tokenizer, behavior)
     texts = [chat_text(lm.tokenizer, behavior.probe_text(claim), system) for claim in claims]
     return answer_scores(lm, texts, yes, no)
 
@@ -82,8 +111,10 @@ def claim_sets(behavior: Behavior) -> dict[str, tuple[str, ...]]:
 
 def check_alphas(alphas: list[float | int]) -> list[float]:
     """The strengths of a sweep, ascending. ValueError unless there are at least two different ones, all finite."""
+    if not all(map(finite, alphas)):
+        raise ValueError(f"ALPHAS = {short(list(alphas))}: a strength is a finite number")
     found = sorted(set(map(float, alphas)))
-    if len(found) < 2 or not all(map(math.isfinite, found)):
+    if len(found) < 2:
         raise ValueError(f"ALPHAS = {list(alphas)}: a sweep needs at least two different strengths")
     return found
 
@@ -101,6 +132,8 @@ def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
         >>> means[1] > means[0] + 1
         True
     """
+    check_alphas([*alphas, 0.0, 1.0])  # one strength will do here, if it is finite
+    check_words(lm, behavior)
     rows = []
     for alpha in tqdm(alphas, "alpha sweep", disable=not progress):
         with weight_steer(lm.model, w, alpha):

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ws.cache.given import MOST_TEXT, fits, given_lines, parsed, short
 from ws.cache.keys import stage_key
 from ws.cache.made import kept
 from ws.cache.places import ASSETS
@@ -58,18 +59,20 @@ class States:
 
 def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     """Users in order of first appearance, from a JSONL file with rows `{"user", "prompt", "text"}`; '' = shipped ones.
-    Raises FileNotFoundError, or ValueError naming the line and what is wrong with it; for fewer than two users, and for
-    a user with fewer than two texts (one must be held out), too."""
+    A prompt or text has at most 10,000 characters, a user's name 200, a file 100,000 lines and 64 MB. Raises
+    FileNotFoundError, or ValueError naming the line and what is wrong with it; for fewer than two users, and for a user
+    with fewer than two texts (one must be held out), too."""
     path = Path(path).expanduser() if path else ASSETS / "users.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"USERS: {path} does not exist")
     users: dict[str, list[UserText]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(given_lines(path), 1):
         if line.strip():
+            row = parsed(line, where := f"USERS {path}, line {number}")
             try:
-                item = _user_text(line)
+                item = _user_text(row)
             except ValueError as error:
-                raise ValueError(f"USERS {path}, line {number}: {error}") from error
+                raise ValueError(f"{where}: {error}") from error
             users.setdefault(item.user, []).append(item)
     if len(users) < 2:
         raise ValueError(f"USERS {path}: {len(users)} user(s); at least two are needed to compare them")
@@ -79,11 +82,7 @@ def load_users(path: Path | str = "") -> dict[str, list[UserText]]:
     return users
 
 
-def _user_text(line: str) -> UserText:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from error
+def _user_text(row: object) -> UserText:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {', '.join(FIELDS)}, found {type(row).__name__}")
     for field in FIELDS:
@@ -91,8 +90,9 @@ def _user_text(line: str) -> UserText:
             raise ValueError(f"field {field!r} is missing or not a text")
         if field != "prompt" and not row[field].strip():
             raise ValueError(f"field {field!r} is empty")
+        fits(row[field], f"field {field!r}", 200 if field == "user" else MOST_TEXT)
     if unknown := sorted(set(row) - set(FIELDS)):
-        raise ValueError(f"unknown field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+        raise ValueError(f"unknown field {short(unknown[0])}; the fields are {', '.join(FIELDS)}")
     return UserText(**row)
 
 

@@ -7,7 +7,6 @@ docs/method.md section 10.
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import made, state
+from ws.cache.names import slug
 from ws.cache.sources import code_key
 from ws.show.bars import tqdm
 from ws.theta.fit import BASE_MB, Base, Fit, FitConfig, fit_adam, make_problem
@@ -44,8 +44,8 @@ class UserFit:
 
 
 def theta_path(folder: Path, user: str, head: str) -> Path:
-    """`theta_<user>_<head>.safetensors`; what a file name cannot hold becomes `_`."""
-    return folder / f"theta_{re.sub(r'[^A-Za-z0-9.-]', '_', user)}_{head}.safetensors"
+    """`theta_<user>_<head>.safetensors`, with the user's name as files have it."""
+    return folder / f"theta_{slug(user)}_{head}.safetensors"
 
 
 def save_fit(fit: UserFit, path: Path, cfg: FitConfig) -> None:

@@ -5,19 +5,27 @@ The front door of training. The rooms behind it are `pairs` (the base model writ
 """
 
 import json
+import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ws.cache.files import lock, write_json
 from ws.cache.keys import stage_key
-from ws.cache.made import kept, made
-from ws.cache.names import RunId, cache_folder
+from ws.cache.made import kept, made, sidecar, state
+from ws.cache.names import RunId, cache_folder, check_seed
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
+from ws.diff.io import read_meta
 from ws.model.lm import LM
 from ws.show.bars import tqdm
 from ws.show.tables import literal
-from ws.train.lora import SIGNS, TrainConfig, train_adapter
-from ws.train.pairs import make_pairs
+from ws.steer.evaluate import check_words
+from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
+from ws.train.pairs import counted, make_pairs
+
+NEXT, READY, W_FILE = ".next", "ready.json", "w.safetensors"
+FINISHED = ("done", "changed parameters", "changed inputs", "changed code")  # states of what is whole
 
 
 def train_diff(
@@ -38,8 +46,9 @@ def train_diff(
     by pair, which leaves training noise without the behaviour (both may also stand in `config`, default TrainConfig()).
     folder: default `out/<model>/<behavior>/<adapter>/seed_<k>/`, `null_diff/` below it for shuffled labels.
     What is done is not done again: adapters whose model, pairs or settings changed are trained anew, those where only
-    the training code changed are kept (and said so) unless `retrain`. Every file appears whole or not at all.
-    Raises ValueError for an unknown adapter, layers that the model lacks, or when no usable pair was written.
+    the training code changed are kept (and said so) unless `retrain`. Every file appears whole or not at all, and what
+    is finished is replaced, in `.next/` beside it until then, only when both adapters and w are finished.
+    Raises ValueError for what `check_training` finds, a loss that diverges, or when no usable pair was written.
     (docs/method.md sections 1 and 2)
 
     Example:
@@ -54,22 +63,70 @@ def train_diff(
     cfg = config or TrainConfig()
     kind, null = cfg.adapter if adapter == "lora" else adapter, null or cfg.shuffle_labels
     cfg = replace(cfg, adapter=kind, shuffle_labels=null)
-    folder = Path(folder) if folder else RunId(lm.name, behavior.name, kind, seed).folder(null=null)
+    check_training(lm, behavior, seed, cfg)
+    own = RunId(lm.name, behavior.name, kind, seed).folder(null=null)
+    folder = Path(folder) if folder else own
+    if folder == own and (known := read_meta(own / W_FILE).get("behavior", behavior.name)) != behavior.name:
+        raise ValueError(
+            f"{own}: belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
+        )
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
-    sides, found = [folder / "adapters" / sign for sign in SIGNS], set()
-    for sign, side in zip(SIGNS, sides, strict=True):
-
-        def make(path: Path, sign: str = sign) -> None:
-            train_adapter(lm, pairs.rows, sign, seed, cfg, path, progress)
-
-        key = stage_key({**params, "sign": sign}, code=["ws.train.lora.train_adapter"])
-        found.add(made(side, key, make, folder=True, keep_stale=True, remake=retrain))
-    if "stale" in found:
-        tqdm.write(f"{folder / 'adapters'}: kept, although the training code changed since; --retrain trains them anew")
+    keys = {s: stage_key({**params, "sign": s}, code=["ws.train.lora.train_adapter"]) for s in SIGNS}
     counts = {"pairs": len(pairs.rows), "pairs_empty": pairs.empty, "pairs_identical": pairs.identical}
-    return _join(lm, behavior, kind, seed, sides, folder, {"null": null, **counts})
+    with lock(folder, name=".lock.training"):
+        _publish(folder)  # what a killed process left between the renames
+        states = {sign: state(folder / "adapters" / sign, key) for sign, key in keys.items()}
+        stay = {sign for sign, found in states.items() if found in ("done", "changed code") and not retrain}
+        # what is finished stays until all that takes its place is
+        aside = any(found in FINISHED for sign, found in states.items() if sign not in stay)
+        place, sides = folder / NEXT if aside else folder, []
+        for sign, key in keys.items():
+            sides.append((folder if sign in stay else place) / "adapters" / sign)
+
+            def make(path: Path, sign: str = sign) -> None:
+                train_adapter(lm, pairs.rows, sign, seed, cfg, path, progress)
+
+            made(sides[-1], key, make, folder=True, keep_stale=sign in stay)
+        if "changed code" in {states[sign] for sign in stay}:
+            told = "kept, although the training code changed since; --retrain trains them anew"
+            tqdm.write(f"{folder / 'adapters'}: {told}")
+        w = _join(lm, behavior, kind, seed, sides, place, {"null": null, **counts})
+        if aside:
+            write_json(place / READY, sorted(set(SIGNS) - stay))
+            _publish(folder)
+        shutil.rmtree(folder / NEXT, ignore_errors=True)  # of other settings, begun and given up
+    return w
+
+
+def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
+    """ValueError for what would end a training, or the sweep after it, before the first pair is written: a seed, layers
+    that the model lacks, more topics or personas than there are, answer words that are no tokens, no chat template."""
+    check_seed(seed)
+    adapter_layers(lm.decoder.n_layers, cfg)
+    counted(behavior, cfg.pairs)
+    check_words(lm, behavior)
+
+
+def _publish(folder: Path) -> None:
+    """Put the finished adapters and w in `folder/.next` where they belong, by renames; nothing where not all is finished.
+    A process that is killed between two of them leaves the rest to the next call."""
+    new = folder / NEXT
+    if not (new / READY).is_file():
+        return
+    for sign in SIGNS:
+        side, target, old = new / "adapters" / sign, folder / "adapters" / sign, new / f"old_{sign}"
+        if side.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(target, old)
+            os.rename(side, target)
+    for file in (sidecar(new / W_FILE), new / W_FILE):  # until the second rename the record fits nothing
+        if file.is_file():
+            os.replace(file, folder / file.name)
+    shutil.rmtree(new)
 
 
 def _join(
@@ -83,7 +140,7 @@ def _join(
     def join(path: Path) -> None:
         save_diff(from_adapters(*sides, lm.model, meta), path)
 
-    return kept(folder / "w.safetensors", key, join, load_diff)
+    return kept(folder / W_FILE, key, join, load_diff)
 
 
 def obtain_diff(

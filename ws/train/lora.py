@@ -118,6 +118,7 @@ def train_adapter(
             before = response_loss(adapted, held, cfg.batch)
             trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress)
             after = response_loss(adapted, held, cfg.batch)
+            check_finite(f"{cfg.adapter} {sign} seed {seed}", after or 0.0, len(trace))
             folder.mkdir(parents=True, exist_ok=True)
             adapted.save_pretrained(str(folder), save_embedding_layers=False)
         finally:
@@ -162,7 +163,7 @@ def _fit(
         output_dir=str(work), per_device_train_batch_size=cfg.batch, gradient_accumulation_steps=cfg.accumulation,
         learning_rate=cfg.lr, weight_decay=cfg.weight_decay, warmup_steps=cfg.warmup_steps, num_train_epochs=cfg.epochs,
         max_steps=cfg.max_steps, lr_scheduler_type="linear", optim="adamw_torch", seed=seed, data_seed=seed,
-        logging_steps=1, save_strategy="steps" if cfg.checkpoint_steps else "no",
+        logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if cfg.checkpoint_steps else "no",
         save_steps=cfg.checkpoint_steps or 500, save_total_limit=2, report_to="none", disable_tqdm=True,
         use_cpu=next(model.parameters()).device.type == "cpu", dataloader_pin_memory=False, remove_unused_columns=False,
         label_names=["labels"],
@@ -172,10 +173,16 @@ def _fit(
     trainer.add_callback(_watch(label, key, progress))
     trainer.train(resume_from_checkpoint=_whole_checkpoint(work, key))
     trace = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    if not all(map(np.isfinite, trace)):
-        raise ValueError(f"{label}: the training loss is not finite at step {len(trace)}")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    check_finite(label, float(sum(p.detach().float().sum().cpu() for p in weights)), len(trace))
     shutil.rmtree(work, ignore_errors=True)
     return trace
+
+
+def check_finite(label: str, value: float, step: int) -> None:
+    """ValueError where a loss, or a sum over the weights, is NaN or inf: the training diverged."""
+    if not np.isfinite(value):
+        raise ValueError(f"{label}: diverged, the loss is not finite at step {step}; try a lower LR")
 
 
 def _whole_checkpoint(work: Path, key: Key) -> str | None:
@@ -201,6 +208,7 @@ def _watch(label: str, key: Key, progress: bool):
 
         def on_log(self, args, state, control, logs=None, **_):
             if logs and "loss" in logs:
+                check_finite(label, float(logs["loss"]), state.global_step)
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
 

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from ws.cache.files import write_text
+from ws.cache.given import first_line, parsed, read_given
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import kept
 from ws.data import Behavior
@@ -70,13 +71,13 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     """Write the pairs, or read those that were written from the same model, texts and settings by the same code. cache:
     a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when more
     topics or personas are asked for than there are, and when every pair was dropped (with the likely cause)."""
-    cfg = _counted(behavior, cfg)
+    cfg = counted(behavior, cfg)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
     turns = users, behavior.persona_pairs[: cfg.personas]
     template = lm.tokenizer.chat_template
     params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": asdict(cfg)}
     key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
-    folder = cache / "pairs" / f"{behavior.name}_{key.params[:8]}"
+    folder = cache / "pairs" / f"{behavior.slug}_{key.params[:8]}"
 
     def write(path: Path) -> None:
         write_pairs(drop_useless(_write_all(lm, turns, cfg, key, folder, progress)), path)
@@ -87,7 +88,7 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     return pairs
 
 
-def _counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
+def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
     """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many."""
     pos, neg = len(behavior.personas_pos), len(behavior.personas_neg)
     if pos != neg:
@@ -155,7 +156,9 @@ def write_pairs(pairs: Pairs, path: Path) -> None:
 def read_pairs(path: Path) -> Pairs:
     """Read what `write_pairs` wrote. ValueError naming the file where it cannot be read."""
     try:
-        head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        # not splitlines: an answer may hold a separator that JSON leaves as it is
+        lines = read_given(path, 1 << 30).rstrip("\n").split("\n")
+        head, *rows = (parsed(line, f"line {i}") for i, line in enumerate(lines, 1))
         return Pairs(tuple(Pair(**row) for row in rows), **head)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of training pairs: {error}") from error
+        raise ValueError(f"{path}: not a file of training pairs: {first_line(error)}") from error

@@ -1,0 +1,151 @@
+"""What a run is about to read, checked before a kernel starts or a training begins: the model, the behaviour, w, files.
+
+Configs, tokenizers, headers and factors are read, weights are not. Each fault is a ValueError or FileNotFoundError of one
+line that names the thing and the next step; the checks themselves live with what they check, so that the Python names
+(`ws.load_lm`, `ws.train_diff`, `ws.explain`) raise the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ws.cache.names import RunId, check_part, check_seed, model_slug
+from ws.data import Behavior, load_behavior
+from ws.delta.calibration import load_calibration
+from ws.diff.check import check_source
+from ws.explanation.explain import check_sizes
+from ws.model.lm import LM, check_model
+from ws.model.text import chat_text
+from ws.steer.evaluate import check_alphas, check_words
+from ws.subspaces.captures import probes
+from ws.subspaces.protocol import load_protocol
+from ws.theta.live import check_plain_logits
+from ws.theta.states import load_users, split_texts
+from ws.train.difference import W_FILE
+from ws.train.lora import TrainConfig, adapter_layers
+from ws.train.pairs import PairConfig, counted, read_pairs
+
+SWITCHES = ("EVAL_SPLIT", "CHAT_PROBES", "PERSONA_PAIRS", "RAW_LAST", "FOLD_GAIN", "SOURCES")
+Values = Mapping[str, object]
+
+
+def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bool = True) -> None:
+    """Whether what a notebook's parameters name can be used together. values: all of them, paths resolved; those that a
+    notebook has decide what is checked. out: folder of results. own: whether the run's own w must be there already,
+    which in a batch that trains it first it need not. Raises ValueError / FileNotFoundError; warns of single answer
+    words that no vocabulary entry holds."""
+    check_numbers(values)
+    check_files(values)
+    behavior = load_behavior(str(values["BEHAVIOR"])) if values.get("BEHAVIOR") else None
+    if behavior and "PROTOCOL" in values:
+        switches = {key: values[key] for key in SWITCHES if values.get(key) not in (None, "", [], ())}
+        probes(behavior, load_protocol(str(values["PROTOCOL"]), **switches))
+    if not values.get("MODEL_ID"):
+        return
+    if own and notebook == "v7_sweep" and not values.get("W_PATH") and not own_w(values, behavior, out).is_file():
+        raise FileNotFoundError(
+            f"{own_w(values, behavior, out)}: no weight difference yet; train it first: {_train(values)}"
+        )
+    dtype, device = (str(values.get(key) or "auto") for key in ("DTYPE", "DEVICE"))
+    lm = check_model(str(values["MODEL_ID"]), dtype, device, str(values.get("REVISION") or "") or None)
+    check_sizes_of(values, lm)
+    if behavior:
+        check_behavior(values, lm, behavior)
+        check_diffs(notebook, values, lm, behavior, out, own)
+    if "USERS" in values:
+        check_plain_logits(lm.model)
+
+
+def check_numbers(values: Values) -> None:
+    """Seeds from 0 to 2^32 - 1; an adapter that can name a folder; strengths of a sweep finite, two or more."""
+    check_part("ADAPTER", str(values.get("ADAPTER") or "lora"))
+    seeds = values.get("SEEDS") or []
+    for seed in [*seeds] if isinstance(seeds, list | tuple) else [seeds]:
+        check_seed(seed)
+    if "SEED" in values:
+        check_seed(values["SEED"])
+    if "ALPHAS" in values:
+        check_alphas(list(values["ALPHAS"]) if isinstance(values["ALPHAS"], list | tuple) else [values["ALPHAS"]])
+
+
+def check_files(values: Values) -> None:
+    """Users' texts, calibration passages, pairs and candidate files, read as the run will read them; candidates are
+    compiled, not run."""
+    if "USERS" in values:
+        for texts in load_users(str(values["USERS"] or "")).values():
+            split_texts(texts, values.get("HELDOUT") or 0.25)
+    if "CALIBRATION" in values:
+        load_calibration(str(values["CALIBRATION"] or ""))
+    if values.get("PAIRS"):
+        read_pairs(Path(str(values["PAIRS"])))
+    given = values.get("CANDIDATES") or []
+    for file in map(Path, [given] if isinstance(given, str) else given):
+        if not file.is_file():
+            raise FileNotFoundError(f"CANDIDATES: {file}: no such file")
+        try:
+            compile(file.read_bytes(), str(file), "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"CANDIDATES: {file}: not Python: {error}") from error
+
+
+def check_sizes_of(values: Values, lm: LM) -> None:
+    """Ranks and widths at most the model's, layers that it has."""
+    d, n = lm.decoder.d, lm.decoder.n_layers
+    if "PCS" in values:
+        check_sizes(d, values["PCS"], values.get("K_BROAD", 1))
+    if isinstance(size := values.get("THETA_DIM"), int) and size > d:
+        raise ValueError(f"THETA_DIM = {size}: the model is {d} wide, a theta has at most as many numbers")
+    layers = values.get("LORA_LAYERS") or []
+    fine = isinstance(layers, list | tuple) and all(type(l) is int and 0 <= l < n for l in layers)
+    if not fine:
+        raise ValueError(f"LORA_LAYERS = {layers!r}: must be a list of layers, the model has 0 to {n - 1}")
+
+
+def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
+    """Texts that the model's chat template renders, answer words of its vocabulary, as many topics and personas as are
+    asked for."""
+    if "ALPHAS" in values:
+        check_words(lm, behavior)
+    elif "PCS" in values:
+        chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), behavior.personas_pos[0])
+    if not values.get("W_PATH") and not values.get("POS_ADAPTER"):
+        counted(behavior, PairConfig(topics=values.get("TOPICS"), personas=values.get("PERSONAS")))
+
+
+def check_diffs(
+    notebook: str, values: Values, lm: LM, behavior: Behavior, out: Path | None = None, own: bool = True
+) -> None:
+    """w, the null diff and adapters against the model: those that are named, and the run's own as far as it is there."""
+    sides = [str(values[key]) for key in ("POS_ADAPTER", "NEG_ADAPTER") if values.get(key)]
+    given = [str(values[key]) for key in ("W_PATH", "NULL_W_PATH") if values.get(key)]
+    if len(sides) == 1:
+        raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {sides[0]} was given")
+    if sides and values.get("W_PATH"):
+        raise ValueError("give W_PATH, or POS_ADAPTER and NEG_ADAPTER, not both")
+    for source in [*given, *([tuple(sides)] if sides else [])]:
+        check_source(source, lm.model)
+    if notebook == "weight_diff" and not sides and not given:
+        layers = tuple(values.get("LORA_LAYERS") or ()) or None
+        adapter_layers(lm.decoder.n_layers, TrainConfig(adapter=str(values.get("ADAPTER", "lora")), layers=layers))
+    if notebook == "v7_sweep" and own:
+        for key, null in (("W_PATH", False), ("NULL_W_PATH", True)):
+            path = own_w(values, behavior, out, null)
+            if not values.get(key) and path.is_file():
+                try:
+                    check_source(path, lm.model)
+                except ValueError as error:
+                    raise ValueError(f"{error}; train it again: {_train(values, null)}") from error
+
+
+def own_w(values: Values, behavior: Behavior | None, out: Path | None = None, null: bool = False) -> Path:
+    """Where the weight difference of a run's own model, behaviour, adapter and seed lies."""
+    name = behavior.name if behavior else "sycophancy"
+    run = RunId(model_slug(str(values["MODEL_ID"])), name, str(values.get("ADAPTER", "lora")), values.get("SEED", 0))
+    return run.folder(out, null) / W_FILE
+
+
+def _train(values: Values, null: bool = False) -> str:
+    """The command that makes a run's own weight difference."""
+    usual = {"MODEL_ID": "tiny", "BEHAVIOR": "sycophancy", "ADAPTER": "lora", "SEED": None}
+    asked = {key: values.get(key, old) for key, old in usual.items() if values.get(key, old) != old}
+    asked |= {"NULL_DIFF": "true"} if null else {}
+    return " ".join(["just nb weight_diff", *(f"-p {key} {value}" for key, value in asked.items())])
