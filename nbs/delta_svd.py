@@ -51,8 +51,8 @@ from ws.delta import report
 from ws.delta.calibration import load_calibration
 from ws.delta.measure import delta_svd
 from ws.delta.phases import top1_cos
+from ws.lab import begin
 from ws.model.lm import load_lm
-from ws.runs.here import begin
 from ws.show import notebook
 from ws.show.figures import save
 from ws.show.tables import as_text, write_table

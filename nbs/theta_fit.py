@@ -64,8 +64,8 @@ import polars as pl
 from IPython.display import HTML, Markdown, display
 
 from ws.cache.files import hand_over, write_text
+from ws.lab import begin
 from ws.model.lm import load_lm
-from ws.runs.here import begin
 from ws.show import notebook
 from ws.show.figures import save
 from ws.show.tables import as_text, write_table

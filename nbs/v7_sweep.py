@@ -56,7 +56,7 @@ from IPython.display import HTML, Markdown, display
 import ws
 from ws.explanation import words
 from ws.explanation.rows import null_summary
-from ws.runs.here import begin
+from ws.lab import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import write_table
 from ws.subspaces.candidate import load_candidates

@@ -44,7 +44,7 @@ DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, 
 from IPython.display import Markdown, display
 
 import ws
-from ws.runs.here import begin
+from ws.lab import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import literal, write_table
 from ws.stability import corrections

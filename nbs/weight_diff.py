@@ -64,8 +64,8 @@ from ws.data import load_behavior
 from ws.diff import describe
 from ws.diff import figures as draw
 from ws.diff.tables import diff_norms, diff_spectra, norms_by_module
+from ws.lab import begin
 from ws.model.lm import load_lm
-from ws.runs.here import begin
 from ws.show import notebook, tables
 from ws.show.figures import save
 from ws.steer import evaluate

@@ -13,7 +13,7 @@ FILES = {
 }
 # From the top; a room uses those after it. Rooms of one line do not use each other.
 FLOORS = [
-    {"cli", "demo"},
+    {"lab", "cli", "demo"},
     {"ready"},
     {"stability"},
     {"explanation"},

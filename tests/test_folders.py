@@ -143,7 +143,7 @@ def test_folders_tell_runs_apart_and_a_usual_run_has_the_plain_one(tmp_path):
     assert folder("weight_diff", SEED=1, LR=None, TOPICS=None) == f"{lora}/seed_1/weight_diff"
     assert folder("weight_diff", LR=0.5, LORA_LAYERS=[2, 3]) == f"{lora}-LORA_LAYERS2-3-LR0.5/seed_0/weight_diff"
     assert folder("delta_svd", MODE="documents") == "tiny/delta_svd_modedocuments"
-    assert folder("delta_svd", DTYPE="bfloat16", REVISION="v1/2") == "tiny@v1_2.bfloat16/delta_svd"
+    assert folder("delta_svd", DTYPE="bfloat16", REVISION="v1-2") == "tiny.v1-2.bfloat16/delta_svd"
     assert folder("theta_fit", DTYPE="float32", THETA_DIM=64, SEED=42) == "tiny/theta_fit"
     (tmp_path / "texts.txt").write_text("x")
     assert folder("delta_svd", CALIBRATION=str(tmp_path / "texts.txt")).startswith("tiny/delta_svd_calibrationtexts-")

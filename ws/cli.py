@@ -42,7 +42,7 @@ def nb(
     here = typed_in()
     name = stem(name)
     asked = {"files": [here / f for f in files], "cwd": here, "force": force, "timeout": timeout}
-    run = run_notebook(name, dict(params), **asked)
+    run = run_notebook(name, dict(params), check=check, **asked)
     if not run.ok:
         print(f"\n{name} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in run.error.splitlines()[-12:]), file=sys.stderr)
@@ -53,6 +53,29 @@ def nb(
     if run.unrendered:
         print(f"{run.unrendered}; the notebook is finished: `ws report` tries again", file=sys.stderr)
     return 0
+
+
+def check(job, place, own: bool = True) -> None:
+    """What a run is about to read, looked at before its kernel starts; a fault in one line that names the notebook."""
+    from ws.ready import check_inputs
+
+    try:
+        check_inputs(job.notebook, job.values, place.out, own)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{job.notebook}: {error}") from None
+
+
+def check_steps(steps: list, place) -> None:
+    """The same for a batch: once per notebook, model, behaviour and adapter of what has to run, and where it goes."""
+    from ws.runs.once import check_target
+
+    looked = set()
+    for step in (step for step in steps if step.run):
+        check_target(step.job, place)
+        run = step.job.identity
+        if (alike := (step.job.notebook, run.model, run.behavior, run.adapter)) not in looked:
+            check(step.job, place, own=not any(step.job.needs))
+            looked.add(alike)
 
 
 def stem(notebook: str) -> str:
@@ -139,9 +162,11 @@ def batch(
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
     jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here), here)
     if dry_run:
-        print(plan_text(plan(jobs, retrain)))
+        steps = plan(jobs, retrain)
+        check_steps(steps, Place())
+        print(plan_text(steps))
         return 0
-    endings, summary = run_jobs(jobs, Place(), settings, retrain)
+    endings, summary = run_jobs(jobs, Place(), settings, retrain, check_steps)
     print(f"\n{summary}", flush=True)
     return 0 if all(ending.ok for ending in endings.values()) else 1
 

@@ -8,19 +8,20 @@ line that names the thing and the next step; the checks themselves live with wha
 from collections.abc import Mapping
 from pathlib import Path
 
-from ws.cache.names import RunId, check_part, check_seed, model_slug
+from ws.cache.names import check_part, check_seed
+from ws.cache.places import out_folder
 from ws.data import Behavior, load_behavior
 from ws.delta.calibration import load_calibration
 from ws.diff.check import check_source
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
 from ws.model.text import chat_text
+from ws.runs.folders import own_w
 from ws.steer.evaluate import check_alphas, check_words
 from ws.subspaces.captures import probes
 from ws.subspaces.protocol import load_protocol
 from ws.theta.live import check_plain_logits
 from ws.theta.states import load_users, split_texts
-from ws.train.difference import W_FILE
 from ws.train.lora import TrainConfig, adapter_layers
 from ws.train.pairs import PairConfig, counted, read_pairs
 
@@ -41,9 +42,14 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
         probes(behavior, load_protocol(str(values["PROTOCOL"]), **switches))
     if not values.get("MODEL_ID"):
         return
-    if own and notebook == "v7_sweep" and not values.get("W_PATH") and not own_w(values, behavior, out).is_file():
+    if (
+        own
+        and notebook == "v7_sweep"
+        and not values.get("W_PATH")
+        and not own_w(dict(values), out or out_folder()).is_file()
+    ):
         raise FileNotFoundError(
-            f"{own_w(values, behavior, out)}: no weight difference yet; train it first: {_train(values)}"
+            f"{own_w(dict(values), out or out_folder())}: no weight difference yet; train it first: {_train(values)}"
         )
     dtype, device = (str(values.get(key) or "auto") for key in ("DTYPE", "DEVICE"))
     lm = check_model(str(values["MODEL_ID"]), dtype, device, str(values.get("REVISION") or "") or None)
@@ -128,19 +134,12 @@ def check_diffs(
         adapter_layers(lm.decoder.n_layers, TrainConfig(adapter=str(values.get("ADAPTER", "lora")), layers=layers))
     if notebook == "v7_sweep" and own:
         for key, null in (("W_PATH", False), ("NULL_W_PATH", True)):
-            path = own_w(values, behavior, out, null)
+            path = own_w({**values, "NULL_DIFF": null}, out or out_folder())
             if not values.get(key) and path.is_file():
                 try:
                     check_source(path, lm.model)
                 except ValueError as error:
                     raise ValueError(f"{error}; train it again: {_train(values, null)}") from error
-
-
-def own_w(values: Values, behavior: Behavior | None, out: Path | None = None, null: bool = False) -> Path:
-    """Where the weight difference of a run's own model, behaviour, adapter and seed lies."""
-    name = behavior.name if behavior else "sycophancy"
-    run = RunId(model_slug(str(values["MODEL_ID"])), name, str(values.get("ADAPTER", "lora")), values.get("SEED", 0))
-    return run.folder(out, null) / W_FILE
 
 
 def _train(values: Values, null: bool = False) -> str:

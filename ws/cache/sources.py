@@ -28,7 +28,7 @@ from ws.cache.syntax import FUNCTIONS, Imports, Scope, digest, imported, module_
 STARTED = time.time()
 SILENT = ("figures", "words", "candidate")  # modules of any room that only show or describe
 # rooms that decide how things look, where they lie and when they run
-BESIDE = tuple(f"{PACKAGE.name}.{room}" for room in ("show", "cache", "runs"))
+BESIDE = tuple(f"{PACKAGE.name}.{room}" for room in ("show", "cache", "runs", "lab"))
 _KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
 FOREIGN = tuple({str(Path(sysconfig.get_paths()[kind]).resolve()) for kind in _KINDS})
 

@@ -248,12 +248,20 @@ def _stop(client, batch: str, futures: list) -> None:
     psutil.wait_procs(here, timeout=20)
 
 
-def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = False) -> tuple[dict[str, Ending], str]:
-    """A whole batch: plan, run, results.parquet. Returns how each job ended and the summary. Raises
-    ws.cache.files.Locked when another batch works on the same folder."""
+def run_jobs(
+    jobs: list[Job],
+    place: Place,
+    settings: Settings,
+    retrain: bool = False,
+    check: Callable[[list[Step], Place], None] | None = None,
+) -> tuple[dict[str, Ending], str]:
+    """A whole batch: plan, run, results.parquet. check: looks at the plan before anything runs, and raises. Returns how
+    each job ended and the summary. Raises ws.cache.files.Locked when another batch works on the same folder."""
     with terminable(), lock(place.out, None if settings.wait else 0, LOCK):
         sweep(place.out)
         steps = plan(jobs, retrain, place)
+        if check:
+            check(steps, place)
         started = time.monotonic()
         board = Board([step.job.name for step in steps if step.run], len(steps))
         try:

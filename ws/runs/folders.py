@@ -2,7 +2,7 @@
 
     out/<model>/<behavior>/<adapter>/seed_<k>/<run>
 
-    model      a hub id with `__` for `/`, or a folder's name and 8 digits; `@revision`, `.dtype` where they were asked for
+    model      a hub id with `__` for `/`, or a folder's name and 8 digits; `.revision`, `.dtype` where they were asked for
     adapter    its kind; trained by a recipe that is not the model's own: `lora-LR0.001`; a given w: `w-<file>-<8 digits>`
     run        `v7`; another width, protocol switch, seed set or text file: `v7_pcs16`, `v7b_seeds5-6`
 
@@ -10,17 +10,15 @@ What does not change the identity (draws of a null, a batch size) does not chang
 replaced by the next finished one.
 """
 
-import json
 import re
 from pathlib import Path
 
 from ws.cache.keys import file_key
-from ws.cache.names import RunId, model_slug, slug
+from ws.cache.names import RunId, behavior_name, model_slug, slug
 from ws.cache.places import ASSETS
 from ws.cache.syntax import digest
 from ws.runs.sets import Params, own_set
 
-BY_HAND = "by_hand"  # what notebooks that are run by hand make anew: out/by_hand/
 LONGEST = 64  # characters of a name; a longer one ends in 8 digits of what was cut
 # What decides how adapters are trained, with the values that stand for "the usual"; a model's own win (nbs/params).
 RECIPE: Params = {
@@ -30,24 +28,17 @@ RECIPE: Params = {
 
 
 def behavior_slug(behavior: str) -> str:
-    """Folder-safe name of a behaviour: a shipped one's name, or the `name` in a user's file, else the file's name."""
-    path = Path(behavior)
-    if path.suffix != ".json" or not path.is_file():
-        return slug(path.stem if path.is_file() else behavior)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    name = slug(str((content.get("name") if isinstance(content, dict) else "") or path.stem))
-    # a user's file under a shipped name must not take the shipped behaviour's folder
-    return f"{name}-{file_key(path)[:8]}" if (ASSETS / f"{name}.json").is_file() else name
+    """Folder-safe name of a behaviour. A user's file under a shipped name must not take the shipped one's folder."""
+    name = slug(behavior_name(behavior))
+    shipped = Path(behavior).is_file() and (ASSETS / f"{name}.json").is_file()
+    return f"{name}-{file_key(Path(behavior))[:8]}" if shipped else name
 
 
 def run_id(params: Params, dtype: str = "auto") -> RunId:
     """Identity of a run from a notebook's parameters; `dtype`: what its notebook uses where nothing else is asked."""
     model = model_slug(str(params.get("MODEL_ID", "tiny")))
     if revision := str(params.get("REVISION") or ""):
-        model += f"@{slug(revision)}"
+        model += f".{slug(revision)}"
     if (asked := params.get("DTYPE", dtype)) not in (dtype, "auto"):
         model += f".{asked}"
     adapter = slug(str(params.get("ADAPTER", "lora"))) + recipe(params)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ws.cache.files import settled
-from ws.cache.names import RunId, cache_folder
+from ws.cache.names import BY_HAND, RunId, cache_folder
 from ws.cache.places import out_folder, root
 from ws.runs import parameters
-from ws.runs.folders import BY_HAND, Params, run_id, seed_folder
+from ws.runs.folders import Params, run_id, seed_folder
 from ws.runs.notebooks import Notebook, Place, notebook_of
 
 SWEPT = "explanation.json"  # the last file that a sweep writes

@@ -9,10 +9,11 @@ from tabulate import tabulate
 
 from ws.cache.files import sweep, write_text
 from ws.cache.made import intact, read_sidecar
+from ws.cache.names import BY_HAND
 from ws.cache.places import out_folder
 from ws.runs import html, parameters
 from ws.runs.failed import FAILED, tries
-from ws.runs.folders import BY_HAND, Params
+from ws.runs.folders import Params
 from ws.runs.identity import record_of, run_state, shown
 from ws.runs.notebooks import Place, notebook_of
 from ws.runs.once import Job, rendering

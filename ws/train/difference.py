@@ -11,9 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ws.cache.files import lock, write_json
-from ws.cache.keys import stage_key
-from ws.cache.made import kept, made, sidecar, state
-from ws.cache.names import RunId, cache_folder, check_seed
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import kept, made, read_sidecar, sidecar, state
+from ws.cache.names import BY_HAND, RunId, cache_folder, check_seed
+from ws.cache.places import out_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
 from ws.diff.io import read_meta
@@ -37,6 +38,7 @@ def train_diff(
     config: TrainConfig | None = None,
     *,
     folder: Path | str | None = None,
+    finished: Path | str | None = None,
     retrain: bool = False,
     progress: bool = True,
 ) -> WeightDiff:
@@ -44,7 +46,9 @@ def train_diff(
 
     behavior: a Behavior, a shipped name or a file. adapter: lora, rslora, pissa or dora. null: shuffle the labels pair
     by pair, which leaves training noise without the behaviour (both may also stand in `config`, default TrainConfig()).
-    folder: default `out/<model>/<behavior>/<adapter>/seed_<k>/`, `null_diff/` below it for shuffled labels.
+    folder: default `out/<model>/<behavior>/<adapter>/seed_<k>/`, `null_diff/` below it for shuffled labels; where that
+    holds the difference of other settings, the same below `out/by_hand/`. finished: where to look first; what is
+    finished there under these very settings is read, and nothing is written.
     What is done is not done again: adapters whose model, pairs or settings changed are trained anew, those where only
     the training code changed are kept (and said so) unless `retrain`. Every file appears whole or not at all, and what
     is finished is replaced, in `.next/` beside it until then, only when both adapters and w are finished.
@@ -59,12 +63,31 @@ def train_diff(
         >>> w.meta["adapter"], w.meta["seed"], w.layers()
         ('lora', 0, [2, 3, 4, 5])
     """
+    kind = adapter if adapter != "lora" or config is None else config.adapter
+    cfg = replace(
+        config or TrainConfig(), adapter=kind, shuffle_labels=null or (config or TrainConfig()).shuffle_labels
+    )
+    return _trained(lm, behavior, seed, cfg, folder, finished, retrain, progress)[0]
+
+
+def _trained(
+    lm: LM,
+    behavior: Behavior | str | Path,
+    seed: int,
+    cfg: TrainConfig,
+    folder: Path | str | None,
+    finished: Path | str | None,
+    retrain: bool,
+    progress: bool = True,
+) -> tuple[WeightDiff, Path]:
+    """The difference, and the folder that holds it and its adapters."""
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
-    cfg = config or TrainConfig()
-    kind, null = cfg.adapter if adapter == "lora" else adapter, null or cfg.shuffle_labels
-    cfg = replace(cfg, adapter=kind, shuffle_labels=null)
+    kind, null = cfg.adapter, cfg.shuffle_labels
     check_training(lm, behavior, seed, cfg)
     own = RunId(lm.name, behavior.name, kind, seed).folder(null=null)
+    if folder is None and not retrain and (own / W_FILE).is_file():  # what else is finished there stays
+        finished = finished or own
+        folder = RunId(lm.name, behavior.name, kind, seed).folder(out_folder() / BY_HAND, null)
     folder = Path(folder) if folder else own
     if folder == own and (known := read_meta(own / W_FILE).get("behavior", behavior.name)) != behavior.name:
         raise ValueError(
@@ -74,6 +97,8 @@ def train_diff(
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
     keys = {s: stage_key({**params, "sign": s}, code=["ws.train.lora.train_adapter"]) for s in SIGNS}
+    if finished and not retrain and _finished(Path(finished), keys):
+        return load_diff(Path(finished) / W_FILE), Path(finished)
     counts = {"pairs": len(pairs.rows), "pairs_empty": pairs.empty, "pairs_identical": pairs.identical}
     with lock(folder, name=".lock.training"):
         _publish(folder)  # what a killed process left between the renames
@@ -97,7 +122,15 @@ def train_diff(
             write_json(place / READY, sorted(set(SIGNS) - stay))
             _publish(folder)
         shutil.rmtree(folder / NEXT, ignore_errors=True)  # of other settings, begun and given up
-    return w
+    return w, folder
+
+
+def _finished(folder: Path, keys: dict[str, Key]) -> bool:
+    """Whether both adapters of these keys, and w of these adapters, are finished in a folder."""
+    w, known = folder / W_FILE, read_sidecar(folder / W_FILE).get("key", {})
+    sides = [folder / "adapters" / sign for sign in SIGNS]
+    whole = all(state(side, keys[sign]) in ("done", "changed code") for sign, side in zip(SIGNS, sides, strict=True))
+    return whole and w.is_file() and known.get("inputs") == stage_key({}, inputs=sides, sources="-").inputs
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
@@ -155,10 +188,10 @@ def obtain_diff(
     finished: Path | None = None,
 ) -> tuple[WeightDiff, dict]:
     """The run's weight difference and how it came about: read from `w_path`, formed from two adapters, or trained.
-    folder: where `w.safetensors` and `adapters/` go. The difference of own `adapters` (pos, neg) is saved there too, so
-    that the sweep finds it. The record holds the source, norms and geometry of the pair and, where this project trained
-    it, pairs and held-out losses. Raises ValueError when only one adapter is given, both a diff and adapters, or when w
-    is 0."""
+    folder: where `w.safetensors` and `adapters/` go; finished: where they are read, if they are finished there. The
+    difference of own `adapters` (pos, neg) is saved in `folder` too, so that the sweep finds it. The record holds the
+    source, norms and geometry of the pair and, where this project trained it, pairs and held-out losses. Raises
+    ValueError when only one adapter is given, both a diff and adapters, or when w is 0."""
     own = [Path(side) for side in adapters if side]
     if len(own) == 1:
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {own[0]} was given")
@@ -171,7 +204,8 @@ def obtain_diff(
         w = _join(lm, behavior, config.adapter, seed, own, folder)
         record = {"source": f"{own[0].name} - {own[1].name}"}
     else:
-        w = train_diff(lm, behavior, seed=seed, config=config, folder=folder, retrain=retrain)
+        w, where = _trained(lm, behavior, seed, config, folder, finished, retrain)
+        sides = [where / "adapters" / sign for sign in SIGNS]
         record = {"source": "trained, labels shuffled" if config.shuffle_labels else "trained"}
         for sign, side in zip(SIGNS, sides, strict=True):
             log = json.loads((side / "training.json").read_text(encoding="utf-8"))
