@@ -210,7 +210,7 @@ def test_a_bar_is_plain_in_a_notebook_and_usual_elsewhere(monkeypatch, capsys):
         print("of a library", file=sys.stderr)
     shown = capsys.readouterr()
     assert not shown.err and shown.out.endswith("\nof a library\n")
-    assert "inner: 100%" in shown.out and "\x1b" not in shown.out and shown.out.count("\n") == 2
+    assert "inner:   0%" in shown.out and "\x1b" not in shown.out and shown.out.count("\n") == 2
     assert last_of_line(shown.out).startswith("outer: 100%")
 
 
