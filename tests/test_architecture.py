@@ -13,7 +13,8 @@ FILES = {
 }
 # From the top; a room uses those after it. Rooms of one line do not use each other.
 FLOORS = [
-    {"lab", "cli", "demo"},
+    {"cli", "demo"},
+    {"lab"},
     {"ready"},
     {"stability"},
     {"explanation"},

@@ -15,6 +15,7 @@ import torch
 from test_batch import write_notebook
 
 from ws import cli
+from ws.lab import check_job
 from ws.runs import once
 from ws.runs.notebooks import Place
 
@@ -48,6 +49,7 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
     assert call("nb", "probe.ipynb", *args) == 0
     name, params, timeout, options = calls[0]
     assert (name, params, timeout) == ("probe", {"ALPHAS": "-1,1", "NAME": "two words"}, 9)
+    assert options.pop("check") is check_job
     assert options == {"files": [tmp_path / "set.yaml"], "force": True, "cwd": tmp_path}
     assert "probe: ran in 2 s (new)" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ import ws.train.lora
 import ws.train.pairs
 from tests.harm import HARMS, cut, flip
 from ws.cache.names import RunId
+from ws.cache.places import out_folder
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff, save_diff
 from ws.model.generate import complete, turn_end, write_answers
@@ -391,8 +392,11 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     w = train_diff(lm, behavior, config=CFG, progress=False)
     train_diff(lm, behavior, config=CFG, progress=False)
     assert made == ["pos", "neg", "neg"]
+    elsewhere = out_folder() / "by_hand" / folder.relative_to(out_folder())
     train_diff(lm, behavior, config=replace(CFG, max_steps=2), progress=False)
-    assert made == ["pos", "neg", "neg", "pos", "neg"]
+    assert (
+        made == ["pos", "neg", "neg", "pos", "neg"] and (elsewhere / "w.safetensors").is_file()
+    )  # the first one stays
     null = train_diff(lm, behavior, null=True, config=CFG, progress=False)
     assert null.meta["null"] and (folder / "null_diff" / "w.safetensors").is_file()
     assert not torch.equal(null.dense(w.names[0]), w.dense(w.names[0]))
@@ -400,7 +404,7 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     assert record["n_train"] + record["n_heldout"] == w.meta["pairs"]
     again = load_diff((folder / "adapters" / "pos", folder / "adapters" / "neg"))
     flip(folder / "w.safetensors")
-    stored = train_diff(lm, behavior, config=replace(CFG, max_steps=2), progress=False)
+    stored = train_diff(lm, behavior, config=CFG, folder=folder, progress=False)
     assert all(torch.equal(again.dense(n), stored.dense(n)) for n in stored.names) and len(made) == 7
 
 

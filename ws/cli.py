@@ -37,12 +37,13 @@ def nb(
         force: run even if the run is done.
         timeout: seconds that one cell may take.
     """
+    from ws.lab import check_job
     from ws.runs.once import run_notebook
 
     here = typed_in()
     name = stem(name)
     asked = {"files": [here / f for f in files], "cwd": here, "force": force, "timeout": timeout}
-    run = run_notebook(name, dict(params), check=check, **asked)
+    run = run_notebook(name, dict(params), check=check_job, **asked)
     if not run.ok:
         print(f"\n{name} failed after {run.seconds:.0f} s; the end of its traceback:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in run.error.splitlines()[-12:]), file=sys.stderr)
@@ -53,29 +54,6 @@ def nb(
     if run.unrendered:
         print(f"{run.unrendered}; the notebook is finished: `ws report` tries again", file=sys.stderr)
     return 0
-
-
-def check(job, place, own: bool = True) -> None:
-    """What a run is about to read, looked at before its kernel starts; a fault in one line that names the notebook."""
-    from ws.ready import check_inputs
-
-    try:
-        check_inputs(job.notebook, job.values, place.out, own)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{job.notebook}: {error}") from None
-
-
-def check_steps(steps: list, place) -> None:
-    """The same for a batch: once per notebook, model, behaviour and adapter of what has to run, and where it goes."""
-    from ws.runs.once import check_target
-
-    looked = set()
-    for step in (step for step in steps if step.run):
-        check_target(step.job, place)
-        run = step.job.identity
-        if (alike := (step.job.notebook, run.model, run.behavior, run.adapter)) not in looked:
-            check(step.job, place, own=not any(step.job.needs))
-            looked.add(alike)
 
 
 def stem(notebook: str) -> str:
@@ -142,6 +120,7 @@ def batch(
             asked for); replacements (10): lost jobs replaced in the whole batch; may be repeated.
         timeout: seconds that one cell may take.
     """
+    from ws.lab import check_steps
     from ws.runs.engine import Settings, run_jobs
     from ws.runs.grid import make_jobs, plan, plan_text, read_options
     from ws.runs.notebooks import Place

@@ -1,7 +1,11 @@
-"""The first line of a notebook: `run = begin("v7_sweep", globals())`."""
+"""What is looked at before a notebook works: its first line, `run = begin("v7_sweep", globals())`, and the same for the
+commands that start it."""
 
 from ws.runs import here
+from ws.runs.grid import Step
 from ws.runs.here import Here, Refused
+from ws.runs.notebooks import Place
+from ws.runs.once import Job, check_target
 
 
 def begin(name: str, cells: dict[str, object]) -> Here:
@@ -17,3 +21,24 @@ def begin(name: str, cells: dict[str, object]) -> Here:
         except (ValueError, FileNotFoundError) as error:
             raise Refused(f"{name}: {error}") from None
     return run
+
+
+def check_job(job: Job, place: Place, own: bool = True) -> None:
+    """What a run is about to read, looked at before its kernel starts. own: whether its w must be there already."""
+    from ws.ready import check_inputs
+
+    try:
+        check_inputs(job.notebook, job.values, place.out, own)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{job.notebook}: {error}") from None
+
+
+def check_steps(steps: list[Step], place: Place) -> None:
+    """The same for a batch: once per notebook, model, behaviour and adapter of what has to run, and where it goes."""
+    looked = set()
+    for step in (step for step in steps if step.run):
+        check_target(step.job, place)
+        run = step.job.identity
+        if (alike := (step.job.notebook, run.model, run.behavior, run.adapter)) not in looked:
+            check_job(step.job, place, own=not any(step.job.needs))
+            looked.add(alike)

@@ -84,15 +84,14 @@ def _trained(
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     kind, null = cfg.adapter, cfg.shuffle_labels
     check_training(lm, behavior, seed, cfg)
-    own = RunId(lm.name, behavior.name, kind, seed).folder(null=null)
-    if folder is None and not retrain and (own / W_FILE).is_file():  # what else is finished there stays
-        finished = finished or own
-        folder = RunId(lm.name, behavior.name, kind, seed).folder(out_folder() / BY_HAND, null)
-    folder = Path(folder) if folder else own
-    if folder == own and (known := read_meta(own / W_FILE).get("behavior", behavior.name)) != behavior.name:
-        raise ValueError(
-            f"{own}: belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
-        )
+    run = RunId(lm.name, behavior.name, kind, seed)
+    own = run.folder(null=null)
+    if folder in (None, own) and (known := read_meta(own / W_FILE).get("behavior", behavior.name)) != behavior.name:
+        whose = f"belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
+        raise ValueError(f"{own}: {whose}")
+    if folder is None and not retrain and (own / W_FILE).is_file():  # whatever else is finished there stays
+        finished, folder = finished or own, run.folder(out_folder() / BY_HAND, null)
+    folder = Path(folder or own)
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
