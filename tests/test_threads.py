@@ -44,7 +44,9 @@ def behavior():
     """The shipped behaviour with twelve of its training topics and one persona pair."""
     b = load_behavior("sycophancy")
     topics = (*b.topics[:12], *b.topics[b.n_train_topics :])
-    return replace(b, topics=topics, n_train_topics=12, personas_pos=b.personas_pos[:1], personas_neg=b.personas_neg[:1])
+    return replace(
+        b, topics=topics, n_train_topics=12, personas_pos=b.personas_pos[:1], personas_neg=b.personas_neg[:1]
+    )
 
 
 def defects(a: dict[str, list[Basis]], b: dict[str, list[Basis]]) -> dict[str, float]:

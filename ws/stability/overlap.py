@@ -105,19 +105,17 @@ def seed_overlaps(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl
     under 1 - 1e-6 at a layer where neither basis is `ill_conditioned`: rounding does not explain it, so the candidate saw
     what differs between the seeds.
     """
-    first, *others = found.values()
-    doubted = ("layer", "subspace")
-    doubtful = {s: set(run.per_layer.filter("ill_conditioned").select(doubted).rows()) for s, run in found.items()}
+    first = next(iter(found.values()))
+    doubts = [set(r.per_layer.filter("ill_conditioned").select("layer", "subspace").rows()) for r in found.values()]
     rows = []
     for name in first.bases:
         least, depends = 1.0, False
         if len({run.bases.get(name) for run in found.values()}) > 1:
             spans = [_spans(run.tensors[f"sketch/{name}"], layers) for run in found.values()]
-            for span, doubts in zip(spans[1:], list(doubtful.values())[1:], strict=True):
+            for span, doubt in zip(spans[1:], doubts[1:], strict=True):
                 for l, A, B in zip(layers, spans[0], span, strict=True):
-                    value = same_span(A, B)
-                    known = (l, name) not in doubts | next(iter(doubtful.values()))
-                    least, depends = min(least, value), depends or (known and value < 1 - SAME)
+                    least = min(least, value := same_span(A, B))
+                    depends |= value < 1 - SAME and (l, name) not in doubts[0] | doubt
         rows.append((name, least, depends))
     return pl.DataFrame(rows, SHARED, orient="row")
 

@@ -65,8 +65,8 @@ def layer_clean_resid_pca(m: Materials, l: int) -> Basis:
     return pca(m.base.clean.resid[l], m.k)
 
 
-def _sides(m: Materials, l: int) -> tuple[Tensor, Tensor]:
-    return m.base.pos.resid[l].double(), m.base.neg.resid[l].double()
+def _sides(m: Materials, l: int, what: str = "resid") -> list[Tensor]:
+    return [getattr(acts, what)[l].double() for acts in (m.base.pos, m.base.neg)]
 
 
 @candidate(name="TaskDiff_contrast", family="act:persona", source="v5", sees=PROMPTS)
@@ -128,11 +128,7 @@ def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
 @candidate(family="act:up_proj", source="v5", sees=PROMPTS)
 def up_proj_input_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the input of up_proj."""
-    return _centred(m, *_up_sides(m, l))
-
-
-def _up_sides(m: Materials, l: int) -> tuple[Tensor, Tensor]:
-    return m.base.pos.up_in[l].double(), m.base.neg.up_in[l].double()
+    return _centred(m, *_sides(m, l, "up_in"))
 
 
 @candidate(family="act:up_proj", source="v5", sees=PROMPTS)
@@ -143,7 +139,7 @@ def up_proj_output_written_contrast(m: Materials, l: int) -> Basis:
 
 def _up_written(m: Materials, l: int) -> list[Tensor]:
     w = m.layer(l)
-    return [(x.to(w.up.device) @ w.up.T.double()) @ w.down.T.double() for x in _up_sides(m, l)]
+    return [(x.to(w.up.device) @ w.up.T.double()) @ w.down.T.double() for x in _sides(m, l, "up_in")]
 
 
 @candidate(family="act:MLP", source="external-v6-plan", sees=PROMPTS)
@@ -158,18 +154,16 @@ def gate_active_written(m: Materials, l: int) -> Basis:
 def chars_clusters(m: Materials, l: int) -> Basis:
     """PCA of 8 k-means centroids of the clean and persona rows minus their mean (rank 7: the eighth direction is
     arbitrary)."""
-    rows, noise = _cluster_rows(m, l)
+    return _clusters(m, l, cut=False)
+
+
+def _clusters(m: Materials, l: int, cut: bool) -> Basis:
+    rows = torch.cat([m.base.clean.resid[l], m.base.pos.resid[l], m.base.neg.resid[l]]).double()
+    noise = rounding(rows.norm(dim=1).topk(min(8, len(rows))).values)
     centroids, margin = kmeans(rows - rows.mean(dim=0))
     basis = pca(centroids, m.k, noise)
-    if margin > noise:
-        return basis
-    return replace(basis, ill_conditioned=True, turn=1.0, note="; ".join(filter(None, (basis.note, TIED))))
-
-
-def _cluster_rows(m: Materials, l: int) -> tuple[Tensor, float]:
-    """What is clustered, and the noise of 8 of these rows."""
-    rows = torch.cat([m.base.clean.resid[l], m.base.pos.resid[l], m.base.neg.resid[l]]).double()
-    return rows, rounding(rows.norm(dim=1).topk(min(8, len(rows))).values)
+    basis = cut_at_rank(basis, noise) if cut else basis
+    return basis if margin > noise else replace(basis, ill_conditioned=True, turn=1.0, note=TIED)
 
 
 def kmeans(rows: Tensor) -> tuple[Tensor, float]:
@@ -248,7 +242,7 @@ def _uncentred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
 def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred. Mends
     up_proj_input_contrast."""
-    return _uncentred(m, *_up_sides(m, l))
+    return _uncentred(m, *_sides(m, l, "up_in"))
 
 
 @candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
@@ -295,9 +289,7 @@ def attn_diff_common(m: Materials, l: int) -> Basis:
 @candidate(family="act:cluster", source="v7b", sees=PROMPTS)
 def chars_clusters_cut(m: Materials, l: int) -> Basis:
     """chars_clusters cut at the numerical rank of its centroids. Mends the arbitrary eighth direction."""
-    basis, noise = m.of("chars_clusters", l), _cluster_rows(m, l)[1]
-    cut = cut_at_rank(basis, noise)
-    return replace(cut, ill_conditioned=True, turn=1.0, note=f"{cut.note}; {TIED}") if TIED in basis.note else cut
+    return _clusters(m, l, cut=True)
 
 
 @candidate(family="act:rotation", source="v7b", sees=PROMPTS)
