@@ -60,8 +60,8 @@ log = start_log("v7b_stability", run.folder)
 # %% [markdown]
 # ## Are the bases themselves stable?
 #
-# A basis built without `w` must not depend on the seed at all; the runs share them. Whether its *data* determine it is
-# another question: here every basis that depends on prompts is built again from half of the probes, and from one persona
+# A basis built without `w` must not depend on the seed at all; the runs share them, and one that differs is named here and
+# cannot win. Whether its *data* determine it is another question: here every basis that depends on prompts is built again from half of the probes, and from one persona
 # pair at a time. The energy-weighted overlap says how much of the one's signal the other holds; under 0.5 a candidate
 # counts as unstable and cannot win.
 

@@ -238,9 +238,11 @@ def test_kmeans_finds_separated_clusters_and_keeps_empty_ones():
     centres = 50 * torch.eye(8, 12, dtype=torch.float64)
     rows = torch.cat([c + torch.randn(5, 12, generator=g, dtype=torch.float64) for c in centres])
     rows = rows - rows.mean(dim=0)
-    found = kmeans(rows)
+    found, margin = kmeans(rows)
+    assert margin > 0.001
     assert found.shape == (8, 12)
-    assert kmeans(torch.zeros(9, 3, dtype=torch.float64)).abs().sum() == 0
+    still, margin = kmeans(torch.zeros(9, 3, dtype=torch.float64))
+    assert still.abs().sum() == 0 and margin == 0
 
 
 def test_repeat_is_row_by_row():
@@ -248,8 +250,8 @@ def test_repeat_is_row_by_row():
     assert repeat(M, 4)[:, 0].tolist() == [0, 0, 2, 2] and repeat(M, 3).shape == (3, 2)
 
 
-def test_ill_conditioned_ones_change_with_rounding_noise_and_their_v7b_forms_do_not(lm, behavior):
-    """Noise at float32's resolution on the captures: what rotation_contrast spans changes, rotation_cut does not."""
+def test_rounding_noise_turns_neither_ill_conditioned_ones_nor_their_v7b_forms(lm, behavior):
+    """Noise at float32's resolution on the captures: directions that no data determine are the same all the same."""
     from dataclasses import replace
 
     protocol = load_protocol("v7")
@@ -267,7 +269,7 @@ def test_ill_conditioned_ones_change_with_rounding_noise_and_their_v7b_forms_do_
         cut_a, cut_b = a.of(stable, 3), b.of(stable, 3)
         assert cut_a.rank == cut_b.rank and same_span(cut_a.B, cut_b.B) < 1e-2, stable
         assert a.of(unstable, 3).ill_conditioned and not cut_a.ill_conditioned
-    assert same_span(a.of("rotation_contrast", 3).B, b.of("rotation_contrast", 3).B) > 0.5
+        assert same_span(a.of(unstable, 3).B, b.of(unstable, 3).B) < 1e-3
     assert a.of("attention_sink", 3).ill_conditioned and a.of("attention_sink_cut", 3).rank == 3
 
 

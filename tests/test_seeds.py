@@ -17,11 +17,11 @@ from ws.model.lm import load_lm
 from ws.show import notebook, tables
 from ws.stability import corrections
 from ws.stability.compare import _joined, compare_seeds
-from ws.stability.overlap import same_bases
+from ws.stability.overlap import same_bases, seed_overlaps
 from ws.stability.scores import per_seed_table
 from ws.stability.seeds import doubts, load_seeds, seed_folders
 from ws.steer.evaluate import side_by_side
-from ws.subspaces.algebra import random_basis
+from ws.subspaces.algebra import left_svd, random_basis
 from ws.subspaces.build import candidates as candidates_of
 from ws.subspaces.candidate import as_candidate
 from ws.subspaces.kept import make_shelf, part_bases
@@ -143,17 +143,57 @@ def test_a_seed_is_named_once(tmp_path):
         seed_folders([], tmp_path)
 
 
-def test_equal_bases_are_said_and_different_ones_refused(runs, lm):
-    assert "All 2 seeds used the same A-side bases" in same_bases(runs)
+def test_equal_bases_are_said_and_different_ones_are_named_flagged_and_cannot_win(runs, lm):
+    def said(found):
+        return same_bases(found, seed_overlaps(found, LAYERS))
+
+    assert "All 2 seeds used the same A-side bases" in said(runs)
     turned = replace(runs[1], bases={n: "other" for n in runs[1].bases})
-    assert "differ in bytes but not in span: least overlap 1.0" in same_bases({0: runs[0], 1: turned})
+    assert "differ in bytes but not in span: least overlap 1.0" in said({0: runs[0], 1: turned})
     g = torch.Generator().manual_seed(9)
     bases = {c.name: [random_basis(D, 8, g)] * 6 for c in candidates_of("v7b")}
     other = explanation(lm, bases, g)
-    with pytest.raises(ValueError, match="must not depend on the LoRA seed"):
-        same_bases({0: runs[0], 1: other})
-    doubtful = replace(runs[0], per_layer=runs[0].per_layer.with_columns(ill_conditioned=pl.lit(True)))
-    assert "Not determined by their data and so not compared: lm_head_read" in same_bases({0: doubtful, 1: other})
+    assert "**Depend on the LoRA seed** though an A-side basis must not depend on" in said({0: runs[0], 1: other})
+    # the flag of either seed counts, at the layers that count, and rounding excuses no other layer
+    for seed, layers, dependent in ((0, LAYERS, False), (1, LAYERS, False), (1, LAYERS[:1], True), (1, [5], True)):
+        found = {0: runs[0], 1: other}
+        flags = (pl.col("subspace") == "write") & pl.col("layer").is_in(layers)
+        found[seed] = replace(found[seed], per_layer=found[seed].per_layer.with_columns(ill_conditioned=flags))
+        row = seed_overlaps(found, LAYERS).row(by_predicate=pl.col("candidate") == "write", named=True)
+        assert row["depends_on_seed"] == dependent and row["seed_overlap"] < 0.5
+        assert ("so no winner: write (least overlap" in said(found)) != dependent
+
+
+def test_a_candidate_that_peeks_at_w_is_named_and_cannot_win(lm, parity_folder, tmp_path):
+    """Ready bases computed from each seed's w: the best scores, on another subspace for every seed."""
+    from ws.explanation.explain import explain
+
+    behavior, found = load_behavior(parity_folder / "behavior.json"), {}
+    for seed in (0, 1, 2):
+        g = torch.Generator().manual_seed(seed)
+        entries = {}
+        for l in LAYERS:
+            for role in ("o", "down"):
+                width = lm.decoder.weight(l, role).shape[1]
+                entries[lm.decoder.param_name(l, role)] = LowRank(
+                    0.01 * torch.randn(D, 4, generator=g), torch.randn(4, width, generator=g)
+                )
+        w = WeightDiff(entries, {})
+        names = [[lm.decoder.param_name(l, role) for role in ("o", "down")] for l in LAYERS]
+        peek = {
+            l: left_svd(torch.cat([w[n].float() for n in both], dim=1), 8).B
+            for l, both in zip(LAYERS, names, strict=True)
+        }
+        chosen = {"candidates": ["write", "mlp_write"], "extra": {"peeks": peek}}
+        found[seed] = explain(lm, w, behavior, **chosen, cache=tmp_path, progress=False)
+    report = compare_seeds(found, lm, behavior, boot=50, n_null=50, cache=tmp_path)
+    rows = {row["candidate"]: row for row in report.summary.iter_rows(named=True)}
+    assert rows["peeks"]["kind"] == "seed-dependent" and rows["peeks"]["depends_on_seed"]
+    assert rows["peeks"]["R_w_geomean"] > 3 * rows["write"]["R_w_geomean"]  # it would have won
+    assert rows["write"]["seed_overlap"] == 1 and not rows["write"]["depends_on_seed"]
+    assert report.verdict.winner != "peeks" and "peeks" not in report.verdict.rivals["rival"].to_list()
+    assert report.per_seed.filter(candidate="peeks")["rank_in_seed"].to_list() == [None] * 3
+    assert "**Depend on the LoRA seed**" in report.conclusion() and "peeks (least overlap 0." in report.conclusion()
 
 
 def test_variants_change_one_thing_at_a_time():

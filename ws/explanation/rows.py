@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import polars as pl
 import torch
@@ -135,7 +136,8 @@ def kept_tensors(candidates: list[Candidate], bases: Bases, targets: Targets, k:
 
     `act_topics (C, L, n)` float64: R_act of every EVAL row by itself. Per layer l: `act_oracle/<l>`, `weight_oracle/<l>`:
     top-k oracles `(d, <= k)`; `act_factor/<l> (d, n)` and `weight_factor/<l>/{oproj,downproj} (d, r)`: scaled factors.
-    Per candidate `sketch/<name> (L, r, 64)`: `B^T S` with one random S, enough to tell whether two runs' bases agree.
+    Per candidate `sketch/<name> (L, r, 64)` (wider for r > 32): `B^T S` with one random S, enough to tell whether two runs'
+    bases agree.
     """
     rows = [torch.stack([sc.topic_terms(t.act, bases[c.name][l].B) for l, t in enumerate(targets)]) for c in candidates]
     tensors = {"act_topics": torch.stack(rows)}
@@ -145,13 +147,19 @@ def kept_tensors(candidates: list[Candidate], bases: Bases, targets: Targets, k:
         tensors[f"weight_oracle/{l}"] = sc.oracle_basis(both, k) if both else torch.zeros(len(t.dw_left), 0)
         known = {name: t.weights[name] for name in ("oproj", "downproj") if t.weights[name]}
         tensors |= {f"weight_factor/{l}/{name}": target.F for name, target in known.items()}
-    generator = torch.Generator().manual_seed(0)
-    S = torch.randn(len(targets[0].dw_left), SKETCH, generator=generator, dtype=torch.float64)
     for c in candidates:
-        rows = [bases[c.name][l].B.double().T @ S for l in range(len(targets))]
-        widest = max(map(len, rows))
+        widest = max(b.rank for b in bases[c.name])
+        S = _sketch(len(targets[0].dw_left), 2 * widest)  # one no wider than the basis would span all that there is
+        rows = [b.B.double().T @ S for b in bases[c.name]]
         tensors[f"sketch/{c.name}"] = torch.stack([pad(C, (0, 0, 0, widest - len(C))) for C in rows]).float()
     return {name: x.contiguous() for name, x in tensors.items()}
+
+
+@cache
+def _sketch(d: int, least: int) -> Float[Tensor, "d m"]:
+    """Seeded noise with `least` columns, rounded up to blocks of 64."""
+    blocks = (torch.Generator().manual_seed(i) for i in range(max(1, -(-least // SKETCH))))
+    return torch.cat([torch.randn(d, SKETCH, generator=g, dtype=torch.float64) for g in blocks], dim=1)
 
 
 def bases_hash(rows: Sequence[Basis]) -> str:

@@ -1,7 +1,7 @@
 """`compare_seeds`: which ranking survives another LoRA seed? One report from the sweeps of several. (section 7)"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -27,7 +27,8 @@ from ws.subspaces.protocol import Protocol
 class Stability:
     """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
     candidates their own data determine. significance: R_w against random subspaces. verdict: the winner, or why there
-    is none. bases: a sentence on whether the seeds share their A-side bases."""
+    is none. bases: a sentence on whether the seeds share their A-side bases. A candidate whose bases depend on the seed
+    though its data determine them is of kind `seed-dependent` in every table, and in no ranking."""
 
     runs: SeedRuns
     summary: pl.DataFrame
@@ -46,7 +47,7 @@ class Stability:
     def conclusion(self) -> str:
         """The verdict and every claim beside its chance level (Markdown)."""
         return words.conclusion(
-            self.verdict, self.summary, self.ranks, self.significance, self.subspaces, self.unstable
+            self.verdict, self.summary, self.ranks, self.significance, self.subspaces, self.unstable, self.bases
         )
 
     def save(self, folder: Path | str) -> Path:
@@ -75,9 +76,9 @@ def compare_seeds(
 
     folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default
     theirs) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
-    one that its data do not determine cannot win. own: the caller's candidates among those swept. boot, n_null, seed:
-    draws of the bootstrap and of random subspaces, and their generator. Raises FileNotFoundError / ValueError naming
-    the run that is missing or does not fit. (docs/method.md section 7)
+    one that its data do not determine cannot win, nor one whose bases differ between the seeds. own: the caller's
+    candidates among those swept. boot, n_null, seed: draws of the bootstrap and of random subspaces, their generator.
+    Raises FileNotFoundError / ValueError naming the run that is missing or does not fit. (docs/method.md section 7)
 
     Example:
         >>> import torch, ws
@@ -93,6 +94,11 @@ def compare_seeds(
     """
     found = {s: f if isinstance(f, Explanation) else Explanation.load(f) for s, f in folders.items()}
     runs = load_seeds(found)
+    shared = overlap.seed_overlaps(found, runs.scores.layers)
+    depend = set(shared.filter("depends_on_seed")["candidate"])
+    named = zip(runs.scores.candidates, runs.scores.kinds, strict=True)
+    kinds = ["seed-dependent" if name in depend else kind for name, kind in named]
+    runs = replace(runs, scores=replace(runs.scores, kinds=kinds))
     scores, device = runs.scores, "cpu" if lm is None else lm.device.type
     rows = []
     if lm is not None:
@@ -119,7 +125,8 @@ def compare_seeds(
     subspaces = pl.concat(rows)
     a_side = overlap.a_side_stability(subspaces)
     significance = significance_table(scores, runs.factors, runs.one_basis, seed, n_null, device)
-    doubtful = doubts(found, scores.layers)
+    doubtful = doubts(found, scores.layers).join(shared, on="candidate", how="left", maintain_order="left")
+    turned = shared.filter(pl.col("seed_overlap") < 1 - overlap.SAME)["candidate"].to_list()
     unstable = a_side.filter("unstable")["candidate"].to_list()
     summary = _joined(summary_table(scores, seed, boot), significance, a_side)
     return Stability(
@@ -130,8 +137,8 @@ def compare_seeds(
         subspaces=subspaces,
         a_side=a_side,
         significance=significance,
-        verdict=verdict(scores, unstable, significance["q_R_w"].to_numpy()),
-        bases=overlap.same_bases(found),
+        verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy()),
+        bases=overlap.same_bases(found, shared),
     )
 
 

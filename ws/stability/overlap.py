@@ -2,7 +2,7 @@
 
 `overlap = |A^T B|_F^2 / min(a, b)` (chance `max(a, b) / d`), the smallest principal cosine, and the energy-weighted
 overlap: a low-rank signal filled up with noise directions still counts as stable there. A-side bases do not depend on
-the seed at all, which is asserted. (docs/method.md section 7)
+the seed at all, which is checked: one that does is named, and no hypothesis. (docs/method.md section 7)
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.explanation.result import Explanation
-from ws.explanation.rows import bases_hash
 from ws.subspaces.algebra import Basis, overlap
 
 UNSTABLE = 0.5  # energy-weighted overlap below which a candidate cannot win
 WHY = "an A-side basis must not depend on the LoRA seed"
 SAME = 1e-6  # overlap of a basis with itself, recomputed: at least 1 - SAME
+SHARED = {"candidate": pl.String, "seed_overlap": pl.Float64, "depends_on_seed": pl.Boolean}
 SCHEMA = dict.fromkeys(("side", "object", "compared", "layer", "a", "b"), pl.String)
 SCHEMA |= dict.fromkeys(("layer", "rank_a", "rank_b"), pl.Int64)
 SCHEMA |= dict.fromkeys(("overlap", "smallest_cos", "energy_overlap", "chance", "chance_sd"), pl.Float64)
@@ -97,50 +97,58 @@ def a_side_stability(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def assert_same_bases(by_seed: Mapping[int, Sequence[Basis]], candidate: str) -> tuple[bool, float]:
-    """Assert that an A-side candidate has the same bases for every seed: equal hashes, else overlap >= 1 - 1e-6.
-    Returns (all hashes equal, smallest overlap with the first seed). Raises ValueError naming candidate, seed and layer
-    where rank or subspace differ."""
-    if len({bases_hash(bases) for bases in by_seed.values()}) == 1:
-        return True, 1.0
-    first, *others = by_seed
-    smallest, own = 1.0, by_seed[first]
-    for seed in others:
-        if len(by_seed[seed]) != len(own):
-            raise ValueError(f"{candidate}: {len(own)} layers at seed {first}, {len(by_seed[seed])} at {seed}")
-        for layer, (A, B) in enumerate(zip(own, by_seed[seed], strict=True)):
-            where = f"{candidate}, layer {layer}"
-            if A.rank != B.rank:
-                raise ValueError(f"{where}: rank {A.rank} at seed {first}, {B.rank} at seed {seed}; {WHY}")
-            value = overlap(A.B, B.B) if A.rank else 1.0
-            if not value >= 1 - SAME:
-                raise ValueError(f"{where}: overlap {value:.8f} between seeds {first} and {seed}; {WHY}")
-            smallest = min(smallest, value)
-    return False, smallest
+def seed_overlaps(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl.DataFrame:
+    """One row per A-side candidate: do its bases span the same on every seed?
 
-
-def same_bases(found: Mapping[int, Explanation]) -> str:
-    """Assert that every seed's sweep used the same A-side bases, and say so.
-
-    Equal hashes pass at once; otherwise the sketches `B^T S` are compared, whose row spaces agree exactly where the bases
-    do (overlap >= 1 - 1e-6). A basis that its data do not determine (`ill_conditioned`) is named instead. Raises
-    ValueError naming candidate, seed and layer where others differ.
+    seed_overlap: least `|A^T B|_F^2 / max(a, b)` of the first seed's basis with another's over `layers`, 1 where their
+    hashes agree; else from the sketches `B^T S`, whose row spaces agree exactly where the bases do. depends_on_seed: it is
+    under 1 - 1e-6 at a layer where neither basis is `ill_conditioned`: rounding does not explain it, so the candidate saw
+    what differs between the seeds.
     """
     first = next(iter(found.values()))
-    differ = [name for name in first.bases if len({run.bases.get(name) for run in found.values()}) > 1]
-    if not differ:
-        return f"All {len(found)} seeds used the same A-side bases."
-    doubtful = set(first.per_layer.filter("ill_conditioned")["subspace"])
-    least = 1.0
-    for name in differ:
-        if name not in doubtful:
-            spans = {seed: _spans(run.tensors[f"sketch/{name}"]) for seed, run in found.items()}
-            least = min(least, assert_same_bases(spans, name)[1])
-    text = f"The A-side bases of {len(found)} seeds differ in bytes but not in span: least overlap {least:.9f}."
-    odd = ", ".join(name for name in differ if name in doubtful)
-    return text + (f" Not determined by their data and so not compared: {odd}." if odd else "")
+    doubts = [set(r.per_layer.filter("ill_conditioned").select("layer", "subspace").rows()) for r in found.values()]
+    rows = []
+    for name in first.bases:
+        least, depends = 1.0, False
+        if len({run.bases.get(name) for run in found.values()}) > 1:
+            spans = [_spans(run.tensors[f"sketch/{name}"], layers) for run in found.values()]
+            for span, doubt in zip(spans[1:], doubts[1:], strict=True):
+                for l, A, B in zip(layers, spans[0], span, strict=True):
+                    least = min(least, value := same_span(A, B))
+                    depends |= value < 1 - SAME and (l, name) not in doubts[0] | doubt
+        rows.append((name, least, depends))
+    return pl.DataFrame(rows, SHARED, orient="row")
 
 
-def _spans(sketch: Float[Tensor, "L r m"]) -> list[Basis]:
-    rows = [C[C.abs().sum(dim=1) > 0] for C in sketch.double()]
-    return [Basis(torch.linalg.qr(C.T).Q.float() if len(C) else torch.zeros(C.shape[1], 0)) for C in rows]
+def same_span(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
+    """`|A^T B|_F^2 / max(a, b)` of orthonormal columns: 1 only where both span the same; as `1 - |(I - A A^T) B|^2 / b`
+    for equal ranks, which is exact near 1."""
+    if A.shape[1] == B.shape[1]:
+        return 1.0 - float((B - A @ (A.T @ B)).square().sum()) / max(B.shape[1], 1)
+    return float((A.T @ B).square().sum()) / max(A.shape[1], B.shape[1])
+
+
+def _spans(sketch: Float[Tensor, "L r m"], layers: Sequence[int]) -> list[Float[Tensor, "m r"]]:
+    rows = (sketch[l].double() for l in layers)
+    return [torch.linalg.qr(C[C.abs().sum(dim=1) > 0].T).Q for C in rows]
+
+
+def same_bases(found: Mapping[int, Explanation], table: pl.DataFrame) -> str:
+    """What `seed_overlaps` found, in words: the same, the same span, or which differ and what follows."""
+    S, moved = len(found), table.filter(pl.col("seed_overlap") < 1 - SAME)
+    if len({tuple(sorted(run.bases.items())) for run in found.values()}) == 1:
+        return f"All {S} seeds used the same A-side bases."
+    rest = table.filter(pl.col("seed_overlap") >= 1 - SAME)["seed_overlap"].min()
+    text = f"The A-side bases of {S} seeds differ in bytes but not in span: least overlap {1 if rest is None else rest:.9f}"
+    turned, depend = (", ".join(_named(moved, which)) for which in (False, True))
+    text += ", but for those named here." if turned or depend else "."
+    if turned:
+        text += f" Not determined by their data, other on other seeds, and so no winner: {turned}."
+    if depend:
+        text += f" **Depend on the LoRA seed** though {WHY}, and so out of ranking and verdict: {depend}."
+    return text
+
+
+def _named(moved: pl.DataFrame, depends: bool) -> list[str]:
+    part = moved.filter(pl.col("depends_on_seed") == depends)
+    return [f"{name} (least overlap {value:.3f})" for name, value in part.select("candidate", "seed_overlap").rows()]

@@ -26,7 +26,8 @@ class SeedScores:
     """Scores of one (model, behaviour, adapter) over its seeds, checked when they are made.
 
     act: per-topic activation concentration; w: weight concentration; both on the LoRA layers named by `layers`. ranks:
-    of the bases. kinds: "A-hypothesis" (default), "ceiling" or "control". axis_kinds: read, write (default), mixed,
+    of the bases. kinds: "A-hypothesis" (default), "ceiling", "control" or
+    "seed-dependent" (in no ranking). axis_kinds: read, write (default), mixed,
     ceiling. null_act, null_w: R_act and R_w of the same candidates on the null diff, NaN where not run. Raises
     ValueError naming the axis whose length disagrees, a repeated seed or candidate, or a negative score.
     """

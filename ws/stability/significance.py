@@ -124,7 +124,7 @@ def significance_table(
     if lengths != [L] * S:
         raise ValueError(f"factors: {len(factors)} seeds x {lengths} layers, scores have {S} x {L}")
     observed = np.log(np.where(scores.w == 0, np.nan, scores.w)).mean(axis=(0, 2))
-    tested = np.array([kind != "ceiling" for kind in scores.kinds]) & ~np.isnan(observed)
+    tested = np.array([kind in ("A-hypothesis", "control") for kind in scores.kinds]) & ~np.isnan(observed)
     layer_ranks = scores.ranks.astype(int)
     ranks = np.unique(layer_ranks[tested]).tolist()
     draws = random_log_concentration(factors, ranks, n_draws, seed, device) if ranks else None

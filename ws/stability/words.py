@@ -129,13 +129,14 @@ def conclusion(
     significance: pl.DataFrame | None = None,
     subspace: pl.DataFrame | None = None,
     unstable: Sequence[str] = (),
+    bases: str = "",
 ) -> str:
     """`v7b_conclusion.md`: the verdict and every claim beside its chance level, all computed from the tables given."""
     sections = {
         "Verdict": _winner_lines(v),
         "Agreement between seeds": _agreement_lines(summary, ranks, v.S),
         "Against chance": [*_significance_lines(significance), _null_diff_line(summary)],
-        "Subspaces": _subspace_lines(subspace, unstable),
+        "Subspaces": [*filter(None, [bases]), *_subspace_lines(subspace, unstable)],
         f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v),
     }
     if v.undefined:

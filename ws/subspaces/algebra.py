@@ -3,6 +3,9 @@
 A basis is a `d x r` matrix with orthonormal columns, `P = B B^T`. Everything is computed in float64 and stored in
 float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvectors of its Gram `M M^T` (the same
 subspace, cheaper), and only the leading eigenpairs are computed. (docs/method.md section 4)
+
+Activations come from float32 arithmetic, whose last bits depend on the thread count and the processor. Noise of spectral
+norm E turns the top k singular vectors by at most `E / (s_k - s_{k+1})` rad (Wedin), which every basis carries along.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +17,10 @@ from torch import Tensor
 QR_TOLERANCE = 1e-5  # columns of a QR with |R_ii| at or below this are dropped
 RANK_TOLERANCE = 1e-5  # singular values below this fraction of the largest are rounding noise of float32 samples
 FLOAT32_EPS = 2.0**-23
+ROUNDING = 2 * FLOAT32_EPS  # noise of captures over their norm: measured 0.6 to 2.1 eps (docs/reliability.md)
+MOST_TURN = 1e-3  # rad; a turn of each direction by this takes 1e-6 off the overlap
 WITHIN_ROUNDING = "the gap at the cut is within rounding"
+TURNS = "rounding may turn it by {:.1g} rad"
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
 
 
@@ -24,8 +30,9 @@ class Basis:
 
     B: `(d, r)` float32. s: `(r,)` singular values behind the columns, empty for composed bases. gap: relative gap
     `(s_r - s_{r+1}) / s_r` at the cut, NaN where nothing was cut. ill_conditioned: the data do not determine the
-    subspace (beyond their rank, or the perturbation bound `eps s_1 / (s_r - s_{r+1})` exceeds 0.01 rad). note: why a
-    basis is empty or arbitrary.
+    subspace (beyond their rank, `eps s_1 / (s_r - s_{r+1})` exceeds 0.01 rad, or `turn` 0.001). note: why a basis is
+    empty or arbitrary. turn: bound in rad on what rounding of the activations behind it turns it by, 0 where there are
+    none.
 
     Example:
         >>> import torch, ws
@@ -38,6 +45,7 @@ class Basis:
     gap: float = float("nan")
     ill_conditioned: bool = False
     note: str = ""
+    turn: float = 0.0
 
     @property
     def d(self) -> int:
@@ -71,45 +79,60 @@ def top_eigh(G: Float[Tensor, "d d"], k: int) -> tuple[Float[Tensor, " q"], Floa
     return values.flip(0), vectors.flip(1)[:, : min(k, d)]
 
 
-def _cut(s: Float[Tensor, " q"], k: int) -> tuple[float, bool, str]:
-    """gap, ill_conditioned and note of keeping k directions of a spectrum s (largest first, at least one past the cut)."""
+def rounding(*parts: Tensor) -> float:
+    """Bound on the spectral norm of what rounding does to what was computed from these float32 activations."""
+    return ROUNDING * sum(float(x.double().square().sum()) for x in parts) ** 0.5
+
+
+def _cut(s: Float[Tensor, " q"], k: int, d: int, noise: float) -> tuple[int, float, bool, str, float]:
+    """rank, gap, ill_conditioned, note and turn of keeping k of d directions of a spectrum s (largest first, with one past
+    the cut where there is one)."""
     if k == 0 or len(s) == 0 or float(s[0]) <= 0:
-        return float("nan"), k > 0, "no signal: the directions are arbitrary" if k else ""
-    rank = int((s > RANK_TOLERANCE * s[0]).sum())
+        return 0, float("nan"), k > 0, "no signal: the directions are arbitrary" if k else "", float(k > 0)
+    rank = int((s[:k] > RANK_TOLERANCE * s[0]).sum())
     if rank < k:
-        return 0.0, True, f"data of rank {rank}: {k - rank} of {k} directions are arbitrary"
-    if len(s) <= k:
-        return float("nan"), False, ""
-    distance = float(s[k - 1] - s[k])
-    ill = FLOAT32_EPS * float(s[0]) > 0.01 * distance
-    return distance / float(s[k - 1]), ill, WITHIN_ROUNDING if ill else ""
+        return rank, 0.0, True, f"data of rank {rank}: {k - rank} of {k} directions are arbitrary", 1.0
+    if k == d:
+        return k, float("nan"), False, "", 0.0
+    cut = len(s) > k
+    distance = float(s[k - 1] - s[k]) if cut else float(s[k - 1])
+    turn = min(noise / distance, 1.0) if distance > 0 else 1.0
+    ill = FLOAT32_EPS * float(s[0]) > 0.01 * distance or turn > MOST_TURN
+    gap = distance / float(s[k - 1]) if cut else float("nan")
+    return k, gap, ill, TURNS.format(turn) if turn > MOST_TURN else WITHIN_ROUNDING if ill else "", turn
 
 
-def _basis(B: Tensor, s: Tensor, k: int) -> Basis:
-    """A basis of the first k columns; s holds one value past the cut where there is one."""
-    gap, ill, note = _cut(s, k)
-    return Basis(B[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, note)
+def _basis(B: Tensor, s: Tensor, k: int, noise: float) -> Basis:
+    """A basis of the first k columns; s holds one value past the cut where there is one. Directions past the rank are not
+    what a decomposition leaves there, which rounding decides, but those of `complement`."""
+    rank, gap, ill, note, turn = _cut(s, k, len(B), noise)
+    if rank < k:
+        B = torch.cat([B[:, :rank], complement(B[:, :rank], k - rank)], dim=1)
+    return Basis(B[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, note, turn)
 
 
-def gram_basis(G: Float[Tensor, "d d"], k: int, bottom: bool = False) -> Basis:
+def gram_basis(G: Float[Tensor, "d d"], k: int, bottom: bool = False, noise: float = 0.0) -> Basis:
     """Top-k eigenvectors of a positive semidefinite matrix; `s` are the square roots of its eigenvalues. bottom: the k
-    of least eigenvalues instead, smallest first; the gap is `(s_{k+1} - s_k) / s_{k+1}`."""
+    of least eigenvalues instead, smallest first; the gap is `(s_{k+1} - s_k) / s_{k+1}`. noise: of what G is the Gram
+    of, spectral norm (`rounding`); weights have none."""
     d = G.shape[0]
     if not bottom:
         values, vectors = top_eigh(G, k)
-        return _basis(vectors, values.clamp(min=0).sqrt(), min(k, d))
+        return _basis(vectors, values.clamp(min=0).sqrt(), min(k, d), noise)
     values, vectors = _eigh(G.double(), 0, min(k, d - 1))
     s = values.clamp(min=0).sqrt()
     if k >= d:
         return Basis(vectors.float().cpu(), s.float().cpu())
     distance = float(s[k] - s[k - 1])
-    ill = FLOAT32_EPS * float(top_eigh(G, 1)[0][0].clamp(min=0).sqrt()) > 0.01 * distance
+    turn = min(noise / distance, 1.0) if distance > 0 else float(noise > 0)
+    ill = FLOAT32_EPS * float(top_eigh(G, 1)[0][0].clamp(min=0).sqrt()) > 0.01 * distance or turn > MOST_TURN
     gap = distance / float(s[k]) if s[k] > 0 else float("nan")
-    return Basis(vectors[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, WITHIN_ROUNDING if ill else "")
+    return Basis(vectors[:, :k].float().cpu(), s[:k].float().cpu(), gap, ill, WITHIN_ROUNDING if ill else "", turn)
 
 
-def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
-    """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal.
+def left_svd(M: Float[Tensor, "d m"], k: int, noise: float | None = None) -> Basis:
+    """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal. noise: of
+    M, spectral norm: `rounding` of the activations it was computed from (default of itself), 0 for weights.
 
     Example:
         >>> import torch, ws
@@ -122,21 +145,20 @@ def left_svd(M: Float[Tensor, "d m"], k: int) -> Basis:
     k = min(k, d, m)
     if k == 0:
         return empty(d, "no data")
+    noise = rounding(M) if noise is None else noise
     if min(d, m) <= SMALL:
-        return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k)
+        return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k, noise)
     if d <= m:
-        return gram_basis(M @ M.T, k)
+        return gram_basis(M @ M.T, k, noise=noise)
     values, V = top_eigh(M.T @ M, k)
     s = values.clamp(min=0).sqrt()
     keep = s[:k] > 1e-7 * s[0]
-    U = torch.linalg.qr((M @ V)[:, keep] / s[:k][keep]).Q
-    if U.shape[1] < k:
-        U = torch.cat([U, complement(U, k - U.shape[1])], dim=1)
-    return _basis(U, s, k)
+    return _basis(torch.linalg.qr((M @ V)[:, keep] / s[:k][keep]).Q, s, k, noise)
 
 
-def pca(X: Float[Tensor, "n d"], k: int) -> Basis:
-    """Top `min(k, n, d)` principal directions of the rows (centred); empty for one row or none.
+def pca(X: Float[Tensor, "n d"], k: int, noise: float | None = None) -> Basis:
+    """Top `min(k, n, d)` principal directions of the rows (centred); empty for one row or none. noise: of X, spectral
+    norm; default `rounding(X)`, too little where X is a difference.
 
     Past the rank of the centred samples the directions are arbitrary but orthonormal, and `note` says so.
 
@@ -148,25 +170,31 @@ def pca(X: Float[Tensor, "n d"], k: int) -> Basis:
     if len(X) <= 1:
         return empty(X.shape[1], f"{len(X)} sample(s): nothing to centre")
     X = X.double()
-    return left_svd((X - X.mean(dim=0)).T, k)
+    return left_svd((X - X.mean(dim=0)).T, k, rounding(X) if noise is None else noise)
 
 
-def uncentred(X: Float[Tensor, "n d"], k: int) -> Basis:
-    """Top-k directions of the rows, each scaled to unit length, without centring; zero rows are left out."""
+def uncentred(X: Float[Tensor, "n d"], k: int, size: Float[Tensor, " n"] | None = None) -> Basis:
+    """Top-k directions of the rows, each scaled to unit length, without centring; zero rows are left out. size: norm of
+    the activations behind each row, default the row's own (too little where it is a difference)."""
     X = X.double()
     norms = X.norm(dim=1)
-    rows = X[norms > 0] / norms[norms > 0, None]
-    return left_svd(rows.T, k) if len(rows) else empty(X.shape[1], "all differences are zero")
+    some = norms > 0
+    if not some.any():
+        return empty(X.shape[1], "all differences are zero")
+    noise = rounding((norms if size is None else size)[some] / norms[some])
+    return left_svd((X[some] / norms[some, None]).T, k, noise)
 
 
-def cut_at_rank(basis: Basis) -> Basis:
-    """The directions that the samples determine: those with `s_i > 1e-5 s_1`."""
+def cut_at_rank(basis: Basis, noise: float = 0.0) -> Basis:
+    """The directions that the samples determine: those with `s_i > 1e-5 s_1`. noise: of the samples, as in `left_svd`."""
     if basis.rank == 0 or float(basis.s[0]) <= 0:
         return empty(basis.d, "no signal")
     rank = int((basis.s > RANK_TOLERANCE * basis.s[0]).sum())
     if rank == basis.rank:
         return basis
-    return Basis(basis.B[:, :rank], basis.s[:rank], 1.0, False, f"cut at the samples' rank {rank}")
+    _, _, ill, why, turn = _cut(basis.s.double(), rank, basis.d, noise)
+    note = "; ".join(filter(None, (f"cut at the samples' rank {rank}", why)))
+    return Basis(basis.B[:, :rank], basis.s[:rank], 1.0, ill, note, turn)
 
 
 def orthonormalize(M: Float[Tensor, "d m"]) -> Float[Tensor, "d r"]:
@@ -184,12 +212,16 @@ def orthonormalize(M: Float[Tensor, "d m"]) -> Float[Tensor, "d r"]:
     return M.float()
 
 
-def compose(M: Float[Tensor, "d m"], *parts: Basis, k: int | None = None) -> Basis:
-    """`orthonormalize(M)[:, :k]` as a basis that inherits the weakest gap and every doubt of its parts."""
+def compose(M: Float[Tensor, "d m"], *parts: Basis, k: int | None = None, least: float = 1.0) -> Basis:
+    """`orthonormalize(M)[:, :k]` as a basis that inherits the weakest gap and every doubt of its parts. least: what the
+    parts' turns are divided by where M was computed from them; so they are by M's least singular value."""
     gap = min((p.gap for p in parts if p.gap == p.gap), default=float("nan"))
     note = "; ".join(dict.fromkeys(p.note for p in parts if p.note))
     B, doubted = orthonormalize(M)[:, :k], any(p.ill_conditioned for p in parts)
-    return Basis(B, gap=gap, ill_conditioned=doubted, note=note or ("" if B.shape[1] else "nothing is left"))
+    turn, s = sum(p.turn for p in parts), torch.linalg.svdvals(M.double())[: B.shape[1]]
+    turn = min(turn / max(min(least, float(s.min()), 1.0), 1e-30), 1.0) if turn and len(s) else 0.0
+    note = note or (TURNS.format(turn) if turn > MOST_TURN else "" if B.shape[1] else "nothing is left")
+    return Basis(B, gap=gap, ill_conditioned=doubted or turn > MOST_TURN, note=note, turn=turn)
 
 
 def union(*bases: Basis) -> Basis:
@@ -202,15 +234,16 @@ def bisector(A: Basis, B: Basis, k: int) -> Basis:
     vectors. Not a strict intersection: two subspaces that share nothing still have bisectors."""
     if A.rank == 0 or B.rank == 0:
         return empty(A.d, "one side is empty")
-    U, _, Vh = torch.linalg.svd(A.B.double().T @ B.B.double(), full_matrices=False)
-    k = min(k, U.shape[1])
-    return compose(A.B.double() @ U[:, :k] + B.B.double() @ Vh.T[:, :k], A, B, k=k)
+    U, S, Vh = torch.linalg.svd(A.B.double().T @ B.B.double(), full_matrices=False)
+    k = min(k, len(S))
+    distance = float(S[k - 1] - (S[k] if k < len(S) else 0.0))  # of two that share nothing, the pairing is arbitrary
+    return compose(A.B.double() @ U[:, :k] + B.B.double() @ Vh.T[:, :k], A, B, k=k, least=distance)
 
 
 def project_away(B: Basis, F: Basis) -> Basis:
     """`orthonormalize((I - F F^T) B)`: B without what it shares with F."""
     X, Q = B.B.double(), F.B.double()
-    return compose(X - Q @ (Q.T @ X), B)
+    return compose(X - Q @ (Q.T @ X), B, Basis(F.B, turn=F.turn))
 
 
 def write_away(G: Float[Tensor, "d d"], F: Basis, k: int) -> Basis:
@@ -218,18 +251,17 @@ def write_away(G: Float[Tensor, "d d"], F: Basis, k: int) -> Basis:
     G, Q = G.double(), F.B.to(G.device).double()
     GQ = G @ Q
     left = G - GQ @ Q.T - Q @ GQ.T + Q @ (Q.T @ GQ) @ Q.T
-    return gram_basis((left + left.T) / 2, k)
+    return gram_basis((left + left.T) / 2, k, noise=F.turn * float(G.trace().clamp(min=0)) ** 0.5)
 
 
 def complement(F: Float[Tensor, "d r"], k: int) -> Float[Tensor, "d k"]:
-    """k orthonormal columns orthogonal to the orthonormal F; the same ones for the same F."""
+    """k orthonormal columns orthogonal to the orthonormal F. Seeded noise without its part in F: they depend on F's span
+    alone, and turn with it as little as it turns."""
     d, r = F.shape
     if r + k > d:
         raise ValueError(f"no {k} directions are orthogonal to a rank-{r} subspace of R^{d}")
     F = F.double()
-    start = F.square().sum(dim=1).argsort(stable=True)[:k]  # unit vectors that F covers least
-    E = torch.zeros(d, k, dtype=torch.float64, device=F.device)
-    E[start, torch.arange(k, device=F.device)] = 1.0
+    E = torch.randn(d, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(F.device)
     for _ in range(2):
         E = torch.linalg.qr(E - F @ (F.T @ E)).Q
     return E

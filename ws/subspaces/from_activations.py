@@ -3,17 +3,19 @@ rotations. A contrast is `persona_pos - persona_neg`, probe by probe, at the las
 those of source v7b mend one named defect each, section 7)"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ws.subspaces.algebra import Basis, cut_at_rank, empty, left_svd, orthonormalize, pca, uncentred
+from ws.subspaces.algebra import Basis, compose, cut_at_rank, empty, left_svd, pca, rounding, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
 TINY = 1e-12
+TIED = "two distances that decide the clusters are the same within rounding"
 PROMPTS = ("weights", "prompts")
 Weight = Callable[[Tensor, Tensor], Tensor]  # of both attention rows
 
@@ -29,20 +31,20 @@ def suppressed(m: Materials) -> Basis:
     """PCA over clean probes of min(sum_l relu(D), sum_l relu(-D)), D the growth of |h| from layer to layer: what is
     written and then erased."""
     D = _growth(m)
-    return pca(torch.minimum(D.relu().sum(dim=0), (-D).relu().sum(dim=0)), m.k)
+    return pca(torch.minimum(D.relu().sum(dim=0), (-D).relu().sum(dim=0)), m.k, rounding(m.base.clean.resid))
 
 
 @candidate(family="act:clean", source="v5", sees=PROMPTS, shared=True)
 def amplified(m: Materials) -> Basis:
     """PCA over clean probes of relu(|h_last| - |h_first|)."""
     size = m.base.clean.resid.double().abs()
-    return pca((size[-1] - size[0]).relu(), m.k)
+    return pca((size[-1] - size[0]).relu(), m.k, rounding(size[-1], size[0]))
 
 
 @candidate(family="act:clean", source="external-v6-plan", sees=PROMPTS, shared=True)
 def added_features(m: Materials) -> Basis:
     """PCA over clean probes of sum_l relu(D), D the growth of |h| from layer to layer."""
-    return pca(_growth(m).relu().sum(dim=0), m.k)
+    return pca(_growth(m).relu().sum(dim=0), m.k, rounding(m.base.clean.resid))
 
 
 @candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
@@ -63,26 +65,33 @@ def layer_clean_resid_pca(m: Materials, l: int) -> Basis:
     return pca(m.base.clean.resid[l], m.k)
 
 
-def _contrast(m: Materials, l: int) -> Tensor:
-    return m.base.pos.resid[l].double() - m.base.neg.resid[l].double()
+def _sides(m: Materials, l: int, what: str = "resid") -> list[Tensor]:
+    return [getattr(acts, what)[l].double() for acts in (m.base.pos, m.base.neg)]
 
 
 @candidate(name="TaskDiff_contrast", family="act:persona", source="v5", sees=PROMPTS)
 def task_diff(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the last token."""
-    return pca(_contrast(m, l), m.k)
+    return _centred(m, *_sides(m, l))
 
 
-def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`D = pos - neg` per token `(n, T, d)` and both attention rows `(n, T)`, aligned at the right edge."""
+def _centred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
+    return pca(pos - neg, m.k, rounding(pos, neg))
+
+
+def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`D = pos - neg` per token `(n, T, d)`, both attention rows `(n, T)`, aligned at the right edge, and what rounding of
+    D is measured by: `sqrt(|pos|^2 + |neg|^2)` per token."""
     width = max(m.base.pos.tokens.shape[2], m.base.neg.tokens.shape[2])
     sides = [(acts, width - acts.tokens.shape[2]) for acts in (m.base.pos, m.base.neg)]
     pos, neg = (pad(acts.tokens[l].double(), (0, 0, missing, 0)) for acts, missing in sides)
-    return pos - neg, *(pad(acts.attn[l].double(), (missing, 0)) for acts, missing in sides)
+    size = (pos.square().sum(dim=2) + neg.square().sum(dim=2)).sqrt()
+    return pos - neg, *(pad(acts.attn[l].double(), (missing, 0)) for acts, missing in sides), size
 
 
-def _attention_selected(m: Materials, D: Tensor, a: Tensor, b: Tensor, weight: Weight) -> Basis:
-    return pca((D * (weight(a, b) + TINY).sqrt()[:, :, None]).flatten(0, 1), m.k)
+def _attention_selected(m: Materials, D: Tensor, a: Tensor, b: Tensor, size: Tensor, weight: Weight) -> Basis:
+    weights = (weight(a, b) + TINY).sqrt()
+    return pca((D * weights[:, :, None]).flatten(0, 1), m.k, rounding(size * weights))
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -110,77 +119,85 @@ def attn_diff_taskdiff(m: Materials, l: int) -> Basis:
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
 def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     """As attn_min_taskdiff with the weight times the contrast's norm over its mean non-zero norm at the layer."""
-    D, a, b = _token_contrast(m, l)
+    D, a, b, size = _token_contrast(m, l)
     norm = D.norm(dim=2)
     scale = norm.sum() / ((norm > 0).sum() + TINY)
-    return _attention_selected(m, D, a, b, lambda a, b: torch.minimum(a, b) * norm / (scale + TINY))
+    return _attention_selected(m, D, a, b, size, lambda a, b: torch.minimum(a, b) * norm / (scale + TINY))
 
 
 @candidate(family="act:up_proj", source="v5", sees=PROMPTS)
 def up_proj_input_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the input of up_proj."""
-    return pca(_up_contrast(m, l), m.k)
-
-
-def _up_contrast(m: Materials, l: int) -> Tensor:
-    return m.base.pos.up_in[l] - m.base.neg.up_in[l]
+    return _centred(m, *_sides(m, l, "up_in"))
 
 
 @candidate(family="act:up_proj", source="v5", sees=PROMPTS)
 def up_proj_output_written_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast of W_down W_up x, the MLP's output without its gate."""
-    return pca(_up_written(m, l), m.k)
+    return _centred(m, *_up_written(m, l))
 
 
-def _up_written(m: Materials, l: int) -> Tensor:
+def _up_written(m: Materials, l: int) -> list[Tensor]:
     w = m.layer(l)
-    x = _up_contrast(m, l).to(w.up.device).double()
-    return (x @ w.up.T.double()) @ w.down.T.double()
+    return [(x.to(w.up.device) @ w.up.T.double()) @ w.down.T.double() for x in _sides(m, l, "up_in")]
 
 
 @candidate(family="act:MLP", source="external-v6-plan", sees=PROMPTS)
 def gate_active_written(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the MLP writes, (act(W_gate x) * (W_up x)) W_down^T."""
     w = m.layer(l)
-    x = m.base.clean.up_in[l].to(w.up.device)
-    return pca((m.decoder.act(x @ w.gate.T) * (x @ w.up.T)) @ w.down.T, m.k)
+    x = m.base.clean.up_in[l].to(w.up.device).double()
+    return pca((m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double(), m.k)
 
 
 @candidate(family="act:cluster", source="external-v6-plan", sees=PROMPTS)
 def chars_clusters(m: Materials, l: int) -> Basis:
     """PCA of 8 k-means centroids of the clean and persona rows minus their mean (rank 7: the eighth direction is
     arbitrary)."""
+    return _clusters(m, l, cut=False)
+
+
+def _clusters(m: Materials, l: int, cut: bool) -> Basis:
     rows = torch.cat([m.base.clean.resid[l], m.base.pos.resid[l], m.base.neg.resid[l]]).double()
-    return pca(kmeans(rows - rows.mean(dim=0)), m.k)
+    noise = rounding(rows.norm(dim=1).topk(min(8, len(rows))).values)
+    centroids, margin = kmeans(rows - rows.mean(dim=0))
+    basis = pca(centroids, m.k, noise)
+    basis = cut_at_rank(basis, noise) if cut else basis
+    return basis if margin > noise else replace(basis, ill_conditioned=True, turn=1.0, note=TIED)
 
 
-def kmeans(rows: Tensor) -> Tensor:
-    """8 centroids after 8 Lloyd steps from the 8 rows of largest norm; an empty cluster keeps its centroid."""
-    start = rows.norm(dim=1).argsort(descending=True, stable=True)[:8]
-    centroids = rows[start].clone()
+def kmeans(rows: Tensor) -> tuple[Tensor, float]:
+    """8 centroids after 8 Lloyd steps from the 8 rows of largest norm; an empty cluster keeps its centroid. And the least
+    difference of two distances (of two norms, at the start) that decided."""
+    norms, order = rows.norm(dim=1).sort(descending=True, stable=True)
+    margin = float(norms[7] - norms[8]) if len(rows) > 8 else float("inf")
+    centroids = rows[order[:8]].clone()
     for _ in range(8):
-        nearest = torch.cdist(rows, centroids).argmin(dim=1)
+        distances = torch.cdist(rows, centroids)
+        first = distances.topk(min(2, len(centroids)), dim=1, largest=False).values
+        margin = min(margin, float((first[:, -1] - first[:, 0]).min()))
+        nearest = distances.argmin(dim=1)
         for c in nearest.unique():
             centroids[c] = rows[nearest == c].mean(dim=0)
-    return centroids
+    return centroids, margin
 
 
 @candidate(family="act:clean", source="v5", sees=PROMPTS)
 def churn(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the next block adds (nothing after the last: its directions are arbitrary)."""
-    clean = m.base.clean.resid
-    return pca(clean[min(l + 1, m.n_layers - 1)] - clean[l], m.k)
+    clean = m.base.clean.resid.double()
+    return _centred(m, clean[min(l + 1, m.n_layers - 1)], clean[l])
 
 
 @candidate(family="act:rotation", source="v5", sees=PROMPTS)
 def rotation_contrast(m: Materials, l: int) -> Basis:
     """Planes of the Procrustes rotation from negative- to positive-persona states: top 8 left singular vectors of
-    R - R^T inside the joint PCA (arbitrary on the null space of the cross-covariance)."""
+    R - R^T inside the joint PCA (arbitrary on the null space of the cross-covariance: turned as little as can be)."""
     return _rotation(m, l, determined=False)
 
 
 def _rotation(m: Materials, l: int, determined: bool) -> Basis:
-    X, Y = m.base.neg.resid[l].double(), m.base.pos.resid[l].double()
+    Y, X = _sides(m, l)
     J = pca(torch.cat([X, Y]), min(32, 2 * len(X) - 2, m.d))
     if J.rank < 2:
         return empty(m.d, "the joint PCA has under 2 directions")
@@ -188,15 +205,23 @@ def _rotation(m: Materials, l: int, determined: bool) -> Basis:
     X_r, Y_r = (X - X.mean(dim=0)) @ frame, (Y - Y.mean(dim=0)) @ frame
     U, s, Vh = torch.linalg.svd(X_r.T @ Y_r)
     q = int((s > 1e-5 * s[0]).sum()) if float(s[0]) > 0 else 0
-    if determined and q == 0:
+    if q == 0 and determined:
         return empty(m.d, "the cross-covariance is zero")
-    R = U[:, :q] @ Vh[:q] if determined else U @ Vh
-    turn = left_svd(R - R.T, m.k)
-    turn = cut_at_rank(turn) if determined else turn
-    B = orthonormalize(frame @ turn.B.double())
+    R = U[:, :q] @ Vh[:q]
+    if q < J.rank and not determined:  # between both null spaces: the turn nearest to none, whatever bases span them
+        A, _, Bh = torch.linalg.svd(U[:, q:].T @ Vh[q:].T)
+        R = R + U[:, q:] @ A @ Bh @ Vh[q:]
+    # noise of u_i^T X_r^T Y_r v_j, and what it does to R: over s_i + s_j inside the rank, s_i - s_j across its edge
+    noise = rounding(X) * (Y_r @ Vh.T).norm(dim=0)[None] + rounding(Y) * (X_r @ U).norm(dim=0)[:, None]
+    noise = noise / (len(X) ** 0.5 + m.d**0.5)  # one entry's, where all together have that spectral norm
+    apart = torch.where(torch.arange(len(s)) < q, s, -s)
+    noise = 2 * float((noise[:q] / (s[:q, None] + apart).clamp(min=1e-30)).norm())
+    turn = left_svd(R - R.T, m.k, noise)
+    turn = cut_at_rank(turn, noise) if determined else turn
+    found = compose(frame @ turn.B.double(), turn, Basis(J.B, turn=J.turn))
     arbitrary = not determined and q < J.rank
-    note = f"cross-covariance of rank {q} under {J.rank}: R is arbitrary on its null space" if arbitrary else turn.note
-    return Basis(B, turn.s, turn.gap, turn.ill_conditioned or arbitrary, note)
+    note = f"cross-covariance of rank {q} under {J.rank}: R is arbitrary on its null space" if arbitrary else found.note
+    return replace(found, s=turn.s, ill_conditioned=found.ill_conditioned or arbitrary, note=note)
 
 
 # What the sound protocol adds. Each says which defect of the one above it mends.
@@ -206,21 +231,25 @@ def _rotation(m: Materials, l: int, determined: bool) -> Basis:
 def task_diff_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast, not centred. Mends TaskDiff_contrast, whose centring
     removes the mean difference: the steering direction itself."""
-    return uncentred(_contrast(m, l), m.k)
+    return _uncentred(m, *_sides(m, l))
+
+
+def _uncentred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
+    return uncentred(pos - neg, m.k, (pos.square().sum(dim=1) + neg.square().sum(dim=1)).sqrt())
 
 
 @candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
 def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred. Mends
     up_proj_input_contrast."""
-    return uncentred(_up_contrast(m, l), m.k)
+    return _uncentred(m, *_sides(m, l, "up_in"))
 
 
 @candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
 def up_written_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised contrast of W_down W_up x, not centred. Mends
     up_proj_output_written_contrast."""
-    return uncentred(_up_written(m, l), m.k)
+    return _uncentred(m, *_up_written(m, l))
 
 
 def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -229,11 +258,13 @@ def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def _common_selected(m: Materials, l: int, weight: Weight) -> Basis:
-    D, a, b = _token_contrast(m, l)
+    D, a, b, size = _token_contrast(m, l)
     shared = [common_suffix(p, q) for p, q in zip(m.base.pos.ids, m.base.neg.ids, strict=True)]
     keep = torch.arange(-D.shape[1], 0)[None, :] >= -torch.tensor(shared)[:, None]
-    rows = D[keep] * (weight(a, b)[keep] + TINY).sqrt()[:, None]
-    return left_svd(rows.T, m.k) if len(rows) else empty(m.d, "the persona texts share no token at their end")
+    weights = (weight(a, b)[keep] + TINY).sqrt()
+    if not len(weights):
+        return empty(m.d, "the persona texts share no token at their end")
+    return left_svd((D[keep] * weights[:, None]).T, m.k, rounding(size[keep] * weights))
 
 
 @candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
@@ -258,7 +289,7 @@ def attn_diff_common(m: Materials, l: int) -> Basis:
 @candidate(family="act:cluster", source="v7b", sees=PROMPTS)
 def chars_clusters_cut(m: Materials, l: int) -> Basis:
     """chars_clusters cut at the numerical rank of its centroids. Mends the arbitrary eighth direction."""
-    return cut_at_rank(m.of("chars_clusters", l))
+    return _clusters(m, l, cut=True)
 
 
 @candidate(family="act:rotation", source="v7b", sees=PROMPTS)

@@ -102,21 +102,21 @@ def repeat(M: Tensor, rows: int) -> Tensor:
 def attn_ov_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_o repeat(W_v), the value rows repeated one by one to W_o's columns."""
     w = m.layer(l)
-    return left_svd(w.o @ repeat(w.v, w.o.shape[1]), m.k)
+    return left_svd(w.o.double() @ repeat(w.v, w.o.shape[1]).double(), m.k, noise=0.0)
 
 
 @candidate(family="W:MLP", source="v5")
 def mlp_roundtrip_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down W_up: the MLP with its gate held open."""
     w = m.layer(l)
-    return left_svd(w.down @ w.up, m.k)
+    return left_svd(w.down.double() @ w.up.double(), m.k, noise=0.0)
 
 
 @candidate(family="W:QK", source="external-v6-plan")
 def qk_circuit(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_q^T repeat(W_k), the key rows repeated one by one to W_q's rows."""
     w = m.layer(l)
-    return left_svd(w.q.T @ repeat(w.k, w.q.shape[0]), m.k)
+    return left_svd(w.q.T.double() @ repeat(w.k, w.q.shape[0]).double(), m.k, noise=0.0)
 
 
 @candidate(family="W:read", source="external-v6-plan")
@@ -135,22 +135,22 @@ def kv_super(m: Materials, l: int) -> Basis:
 def gate_kernel(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down diag(g) W_up, g the mean activated gate over the clean probes."""
     w = m.layer(l)
-    g = m.decoder.act(m.base.clean.up_in[l].to(w.gate.device) @ w.gate.T).mean(dim=0)
-    return left_svd((w.down * g) @ w.up, m.k)
+    gate = m.decoder.act(m.base.clean.up_in[l].to(w.gate.device).double() @ w.gate.T.double())
+    return left_svd((w.down * gate.mean(dim=0)) @ w.up.double(), m.k)
 
 
 @candidate(family="W:OV", source="external-v6-plan")
 def attention_sink(m: Materials, l: int) -> Basis:
     """PCA over heads of what each writes when it attends to the BOS embedding alone (EOS where there is no BOS)."""
-    return pca(_sink_writes(m, l), m.k)
+    return pca(_sink_writes(m, l), m.k, noise=0.0)
 
 
 def _sink_writes(m: Materials, l: int) -> Tensor:
     """`W_o[:, h] (v[kv(h)] e)` for every head h, `(H, d)`."""
     w, dec = m.layer(l), m.decoder
-    e = dec.embed_tokens.weight[m.sink_token].detach().float().to(w.v.device)
-    values = (w.v @ e).reshape(dec.n_kv, dec.head_dim)[_kv_of_heads(m)]
-    return torch.einsum("dhe,he->hd", w.o.reshape(m.d, dec.n_heads, dec.head_dim), values)
+    e = dec.embed_tokens.weight[m.sink_token].detach().double().to(w.v.device)
+    values = (w.v.double() @ e).reshape(dec.n_kv, dec.head_dim)[_kv_of_heads(m)]
+    return torch.einsum("dhe,he->hd", w.o.double().reshape(m.d, dec.n_heads, dec.head_dim), values)
 
 
 @candidate(family="W:write-not-read", source="external-v6-plan")
