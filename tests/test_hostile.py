@@ -205,6 +205,20 @@ def test_markdown_shows_a_literal_and_a_code_span_as_they_are(text):
     assert [tag for tag, _ in page.elements] == ["main", "p", "code"] and page.text.strip() == f"Behaviour {seen}, all"
 
 
+def test_figures_show_dollar_signs():
+    from matplotlib.figure import Figure
+
+    from ws.explanation.figures import family_styles
+    from ws.theta.figures import cosine_heatmap
+
+    for text in (PAYLOADS[12], "$x^$", "a $ b $", "\\$", "$"):
+        cosine_heatmap({"cvh": torch.eye(2)}, [text, "other"]).canvas.draw()
+        figure = Figure()
+        drawn = figure.text(0, 0, family_styles([text])[text]["label"])
+        figure.canvas.draw()
+        assert drawn._preprocess_math(drawn.get_text()) == (text, False)
+
+
 def raw(payload: str, folder) -> str:
     """A page of a notebook that takes no care: the payload as it is in every kind of cell and output."""
     cells = [
