@@ -13,7 +13,7 @@ import papermill
 import polars as pl
 import pytest
 import torch
-from hostile import CHROMIUM, PAYLOADS, browser
+from hostile import CHROMIUM, PAYLOADS, RUN, browser
 from test_report import PIXEL, code, notebook
 from test_verdict import planted
 
@@ -421,7 +421,7 @@ def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
             folder.mkdir()
             make(payload, folder)
             pages.append(folder / "run.html")
-    (tmp_path / "out" / "javascript:document.documentElement.dataset.ran=1").mkdir()
+    (tmp_path / "out" / f"javascript:{RUN}").mkdir()
     shutil.copytree(tmp_path / "out/tiny/delta_svd", tmp_path / "out" / PAYLOADS[0].replace("/", "") / "delta_svd")
     pages.append(report.report(tmp_path / "out"))
     with browser(tmp_path / "profile") as chromium:
@@ -434,7 +434,7 @@ def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
         for i, payload in enumerate(PAYLOADS):
             page = tmp_path / f"control_{i}.html"
             page.write_text(f"<!DOCTYPE html><html><body><p>{payload}</p></body></html>")
-            seen = chromium.visit(page)
+            seen = chromium.visit(page, leaves=True)
             control.append(seen["ran"] or bool(seen["asked"]))
         assert sum(control) >= 17, control
         # without cleaning the policy alone still holds
