@@ -349,7 +349,7 @@ def hostile_inputs(folder) -> dict[str, dict]:
     w = folder / f"{line(PAYLOADS[2]).replace('/', '')}.safetensors"
     save_file(load_file(ASSETS / "tiny_w.safetensors"), w, metadata=w_metadata())
     rows = [
-        {"user": PAYLOADS[i], "prompt": PAYLOADS[-i], "text": f"{PAYLOADS[i]} said {j}."}
+        {"user": PAYLOADS[i][:180], "prompt": PAYLOADS[-i], "text": f"{PAYLOADS[i]} said {j}."}
         for i in range(20)
         for j in range(2)
     ]
