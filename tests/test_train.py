@@ -397,6 +397,8 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     assert (
         made == ["pos", "neg", "neg", "pos", "neg"] and (elsewhere / "w.safetensors").is_file()
     )  # the first one stays
+    read = train_diff(lm, behavior, config=CFG, folder=tmp_path / "by hand", finished=folder, progress=False)
+    assert len(made) == 5 and not (tmp_path / "by hand").exists() and read.fingerprint == w.fingerprint
     null = train_diff(lm, behavior, null=True, config=CFG, progress=False)
     assert null.meta["null"] and (folder / "null_diff" / "w.safetensors").is_file()
     assert not torch.equal(null.dense(w.names[0]), w.dense(w.names[0]))
