@@ -4,6 +4,7 @@ rounding of merged weights enters. This module is the front door to the other mo
 
 from pathlib import Path
 
+from ws.cache.made import verified
 from ws.cache.places import ASSETS
 from ws.diff.algebra import dot, geometry, project
 from ws.diff.build import Base, from_adapters, task_vectors
@@ -56,4 +57,4 @@ def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None)
         if not (path / "w.safetensors").is_file():
             raise FileNotFoundError(f"{path}: holds no w.safetensors")
         path = path / "w.safetensors"
-    return read_diff(path)
+    return read_diff(verified(path))

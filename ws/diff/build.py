@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ws.cache.made import verified
 from ws.diff.algebra import combine
 from ws.diff.core import Entry, LowRank, WeightDiff, check_entries, dims, same_names
 from ws.diff.factor import factorised
@@ -70,7 +71,7 @@ class Adapter:
 
 def read_adapter(folder: Path | str) -> Adapter:
     """Config and tensors of a PEFT folder. FileNotFoundError / ValueError naming the file that is missing or broken."""
-    folder = Path(folder)
+    folder = verified(folder)
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder}: not a PEFT adapter folder, adapter_config.json is missing")

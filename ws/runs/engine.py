@@ -25,6 +25,7 @@ from ws.cache.places import logs_folder, root
 from ws.runs import need
 from ws.runs.execute import terminable
 from ws.runs.grid import Job, Step, plan
+from ws.runs.mend import mend
 from ws.runs.notebooks import Place
 from ws.runs.once import Ending
 from ws.runs.parameters import parse
@@ -224,5 +225,7 @@ def run_jobs(jobs: list[Job], place: Place, settings: Settings, retrain: bool = 
             board.close()
             sweep(place.out)  # a worker that was killed cannot have tidied up
         write_results(place.out)
+        for job in (step.job for step in steps if not step.run):
+            mend(job.notebook, job.folder)
         after = plan(jobs, False, place)
         return endings, summary_text(after, endings, board.restarts, time.monotonic() - started)

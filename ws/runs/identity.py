@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from ws.cache import syntax
-from ws.cache.files import files_in, read_json
+from ws.cache.files import files_in
 from ws.cache.keys import Key, file_key, stage_key
 from ws.cache.made import read_sidecar, sidecar, state
 from ws.cache.places import out_folder
+from ws.cache.records import broken, read_record
 from ws.cache.sources import code_key, text_key
 from ws.runs import parameters
 from ws.runs.folders import seed_folder
@@ -56,7 +57,8 @@ def record_of(notebook: str, folder: Path) -> dict:
 def own_files(notebook: str, folder: Path) -> set[str]:
     """Names of the files in a folder that belong to its finished run of a notebook."""
     made = record_of(notebook, folder).get("outputs", {})
-    return {*made, f"{notebook}.ipynb", f"{notebook}.html", "params.json", sidecar(Path(f"{notebook}.ipynb")).name}
+    written = (f"{notebook}.ipynb", f"{notebook}.html")
+    return {*made, *written, "params.json", *(sidecar(Path(name)).name for name in written)}
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -69,19 +71,23 @@ def outputs(folder: Path) -> dict[str, str]:
 def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, str]:
     """`{name relative to the run's folder: hash}` of what a run made for others, outside its folder."""
     made = notebook_of(notebook).products(params, out)
-    return {os.path.relpath(path, folder): file_key(path) for path in made if path.is_file()}
+    return {os.path.relpath(path, folder): file_key(path) for path in made if path.exists()}
 
 
 def missing_output(notebook: str, folder: Path) -> str:
     """The first file of a finished run that is gone or is not what it was when the run ended, '' when all are whole. A run
-    without a record has none of its files: its notebook is named."""
+    without a record has none of its files: its notebook is named, or the record where that is what is damaged."""
     target = folder / f"{notebook}.ipynb"
+    if broken(sidecar(target)):
+        return str(sidecar(target))
     about = record_of(notebook, folder)
     if not isinstance(about.get("outputs"), dict) or not target.is_file():
         return str(target)
     for name, known in {**about["outputs"], **about.get("products", {})}.items():
-        if not (folder / name).is_file() or file_key(folder / name) != known:
+        if not (folder / name).exists() or file_key(folder / name) != known:
             return os.path.normpath(folder / name)
+        if name in about.get("products", {}) and broken(sidecar(folder / name)):
+            return os.path.normpath(sidecar(folder / name))
     return ""
 
 
@@ -122,8 +128,17 @@ def input_keys(notebook: str, params: dict, out: Path) -> dict[str, str]:
 
 def tries(folder: Path, notebook: str = "") -> list[dict]:
     """The failed tries kept in a run's folder, oldest first: what `failure.json` says, and the `folder` of each."""
-    found = [{**read_json(file), "folder": file.parent} for file in sorted(folder.glob(f"{FAILED}/*/failure.json"))]
-    return [one for one in found if one.get("reason") and notebook in ("", one.get("notebook"))]
+    found = [{**_failure(file), "folder": file.parent} for file in sorted(folder.glob(f"{FAILED}/*/failure.json"))]
+    return [one for one in found if notebook in ("", one["notebook"])]
+
+
+def _failure(file: Path) -> dict:
+    """What is told of a failed try; that its record is damaged where it is."""
+    told, kinds = read_record(file), {"notebook": str, "reason": str, "at": int | float}
+    if all(isinstance(told.get(name), kind) for name, kind in kinds.items()):
+        return told
+    notebook = next((path.stem for path in sorted(file.parent.glob("*.ipynb"))), "")
+    return {"notebook": notebook, "reason": f"damaged: {file.name}", "at": file.stat().st_mtime}
 
 
 def stale_adapters(notebook: str, params: dict, out: Path) -> list[Path]:

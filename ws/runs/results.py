@@ -4,18 +4,20 @@ Columns: model, behavior, adapter, seed, protocol, then those of `v7_summary.tsv
 runs' own folders and is written anew, whole, by every batch. (docs/method.md section 7)
 """
 
+import logging
 import re
 from pathlib import Path
 
 import polars as pl
 
 from ws.cache.files import atomic_file
-from ws.cache.made import read_sidecar
+from ws.cache.made import Damaged, read_sidecar, verified
 from ws.cache.places import out_folder
 from ws.runs.notebooks import TABLE
 from ws.runs.parameters import suggest
 from ws.show.tables import as_text, read_table, sort_nan_last
 
+log = logging.getLogger(__name__)
 KEYS = ["model", "behavior", "adapter", "seed", "protocol"]
 SHOWN = [*KEYS, "subspace", "kind", "mean_conc_act", "mean_conc_w_combined", "joint_score", "ill_conditioned"]
 
@@ -28,6 +30,11 @@ def collect(out: Path) -> pl.DataFrame:
         (e, path) for e in TABLE.values() if e.scores for home in homes for path in out.glob(f"{home}/{e.scores}")
     ]
     for entry, scores in sorted(scored, key=lambda found: found[1]):
+        try:
+            verified(scores)
+        except Damaged as error:
+            log.warning("left out of the results: %s", error)
+            continue
         if not read_sidecar(scores.with_name(f"{entry.name}.ipynb")):
             continue  # no finished run
         values: list = list(scores.parent.relative_to(out).parts)

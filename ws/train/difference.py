@@ -11,10 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ws.cache.keys import stage_key
-from ws.cache.made import kept, made
+from ws.cache.made import kept, made, state
 from ws.cache.names import RunId, cache_folder
 from ws.data import Behavior, load_behavior
-from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
+from ws.diff import WeightDiff, from_adapters, geometry, load_diff, read_diff, save_diff, task_vectors
 from ws.model.lm import LM
 from ws.train.lora import SIGNS, TrainConfig, train_adapter
 from ws.train.pairs import make_pairs
@@ -59,13 +59,16 @@ def train_diff(
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
     sides, found = [folder / "adapters" / sign for sign in SIGNS], set()
-    for sign, side in zip(SIGNS, sides, strict=True):
+    keys = [stage_key({**params, "sign": sign}, code=["ws.train.lora.train_adapter"]) for sign in SIGNS]
+    states = [state(side, key) for side, key in zip(sides, keys, strict=True)]
+    for sign, side, key, known in zip(SIGNS, sides, keys, states, strict=True):
 
         def make(path: Path, sign: str = sign) -> None:
             train_adapter(lm, pairs.rows, sign, seed, cfg, path, progress)
 
-        key = stage_key({**params, "sign": sign}, code=["ws.train.lora.train_adapter"])
-        found.add(made(side, key, make, folder=True, keep_stale=True, remake=retrain))
+        # a stale side is kept beside another stale one, never beside one that is of today's code
+        remake = retrain or (known == "changed code" and len(set(states)) > 1)
+        found.add(made(side, key, make, folder=True, keep_stale=True, remake=remake))
     if "stale" in found:
         tqdm.write(f"{folder / 'adapters'}: kept, although the training code changed since; --retrain trains them anew")
     counts = {"pairs": len(pairs.rows), "pairs_empty": pairs.empty, "pairs_identical": pairs.identical}
@@ -83,7 +86,7 @@ def _join(
     def join(path: Path) -> None:
         save_diff(from_adapters(*sides, lm.model, meta), path)
 
-    return kept(folder / "w.safetensors", key, join, load_diff)
+    return kept(folder / "w.safetensors", key, join, read_diff)
 
 
 def obtain_diff(

@@ -1,0 +1,89 @@
+"""Damage of runs: what of a finished run is not what it was, what a run would read that is not, and what can be mended
+without running anything: a page from its notebook, `params.json` from the run's record.
+"""
+
+import json
+import logging
+import os
+import shlex
+from pathlib import Path
+
+from ws.cache.files import read_json, write_json
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import Damaged, intact, mark_made, read_sidecar, sidecar, state, verified
+from ws.cache.records import broken, read_record
+from ws.runs import Missing, html
+from ws.runs.identity import missing_output, record_of
+from ws.runs.notebooks import notebook_of
+
+log = logging.getLogger(__name__)
+
+
+def damage(name: str, folder: Path) -> str:
+    """The first file of a finished run that is not what it was, '' when all are whole or the run never finished."""
+    file = folder / f"{name}.ipynb"
+    if broken(sidecar(file)):
+        return str(sidecar(file))
+    record = read_sidecar(file)
+    if not record.get("about"):
+        return ""
+    return missing_output(name, folder) if intact(file, record) else str(file)
+
+
+def damaged_input(notebook: str, params: dict, out: Path) -> str:
+    """What a run would read that is not what this project wrote, in a line with the command that makes it anew; '' when
+    all is whole. Bytes are read now, whatever is remembered of a file."""
+    for path in notebook_of(notebook).run_inputs(params, out):
+        try:
+            verified(path)
+        except Damaged as error:
+            file, again = error.args
+            return str(Damaged(file, maker(file) or again))
+    return ""
+
+
+def maker(path: Path) -> str:
+    """The command of the finished run that made a file or folder, '' where none says so."""
+    for record in (f for above in list(path.parents)[:3] for f in above.glob("**/.made.*.ipynb.json")):
+        about = read_record(record).get("about", {})
+        names = {
+            os.path.normpath(record.parent / name) for key in ("outputs", "products") for name in about.get(key, {})
+        }
+        if {str(path), str(path.parent), str(path.with_name(path.name[6:-5]))} & names:  # or its sidecar
+            words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.get("given", {}).items()}
+            return f"just nb {about['notebook']}" + "".join(f" -p {k} {shlex.quote(v)}" for k, v in words.items() if v)
+    return ""
+
+
+def mend(notebook: str, folder: Path) -> str:
+    """Have the page and `params.json` of a finished run as they were, from its notebook and its record; '' when the page
+    is there, else why it cannot be made."""
+    about = record_of(notebook, folder)
+    if (told := about.get("told")) and read_json(folder / "params.json") != told:
+        log.warning("damaged: %s is not what was written; it is written anew", folder / "params.json")
+        write_json(folder / "params.json", told)
+    return rendering(folder / f"{notebook}.ipynb", about.get("title", notebook))
+
+
+def rendering(target: Path, title: str) -> str:
+    """Have a finished notebook's page; '' when it is there, else why it cannot be made. The notebook is not touched."""
+    page = target.with_suffix(".html")
+    if (found := state(page, key := page_key(target))) != "done":
+        if found == "damaged":
+            log.warning("damaged: %s is not what was written; it is rendered anew", page)
+        try:
+            html.render(target, page, title=title)
+        except (html.NotRendered, Missing) as error:
+            return f"{error}"
+        mark_made(page, key, {})
+    return ""
+
+
+def page_key(target: Path) -> Key:
+    """Key of an executed notebook's page: it belongs to that very notebook, whatever style it was rendered in."""
+    return stage_key({}, [target], sources="page")
+
+
+def page_is_whole(target: Path) -> bool:
+    page = target.with_suffix(".html")
+    return target.is_file() and state(page, page_key(target)) == "done"
