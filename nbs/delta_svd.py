@@ -23,20 +23,24 @@
 # overlap.
 
 # %% tags=["parameters"]
+# model and texts
 MODEL_ID = "tiny"  # hub id, local folder, or tiny
 REVISION = ""  # pin of a hub model
 CALIBRATION = ""  # .txt (passages between blank lines), .json or .jsonl; empty: the shipped passages
+OUT_DIR = ""  # empty: out/<model>/delta_svd
+# reading
 MODE = "stream"  # stream: the passages as one sequence; documents: a sequence per passage
 FINAL_NORM = False  # last layer's output after the final norm instead of the block's own
 MAX_LENGTH = 2048  # tokens per sequence; the rest is cut off and counted
+BATCH_SIZE = 8  # sequences per pass in mode documents
+# statistics
 TOP_K = 8  # singular values to report
 BOOT = 200  # bootstrap draws over passages; 0: no intervals
 SEED = 0  # of the bootstrap
-BATCH_SIZE = 8  # sequences per pass in mode documents
 COMPARE = []  # result folders of other models; relative ones are seen from the project's root
-OUT_DIR = ""  # empty: out/<model>/delta_svd
-DEVICE = "auto"
-DTYPE = "auto"
+# the machine
+DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
+DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
 
 # %%
 from IPython.display import HTML, Markdown, display

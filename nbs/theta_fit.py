@@ -25,33 +25,37 @@
 # have taught it; and does gating by the hidden state beat the plain bias?
 
 # %% tags=["parameters"]
+# model and users
 MODEL_ID = "tiny"  # hub id, local folder, or tiny
 REVISION = ""  # pin of a hub model
 USERS = ""  # JSONL with user, prompt, text; empty: the shipped users
 OUT_DIR = ""  # empty: out/<model>/theta_fit
+HELDOUT = 0.25  # share of each user's texts, the last ones, that no fit sees
+MASK_PROMPT = True  # only the user's own words count
+MAX_LENGTH = 256  # tokens per text
+BATCH_SIZE = 16  # texts per pass
+# heads and fits
 THETA_DIM = 64  # D, numbers per user
 ALPHA = 0.1  # strength of a head at the default scale
 GAMMA = 0.5  # share of the head's effect that is added to the logits
 BETA = 0.05  # weight of KL(base || steered) in the loss
 LAM = 1e-4  # weight of |theta|^2
 LR = 0.05  # Adam
-STEPS = 30
-GRAD_CLIP = 5.0
-THETA_CLIP = 5.0
+STEPS = 30  # of Adam
+GRAD_CLIP = 5.0  # largest norm of a gradient
+THETA_CLIP = 5.0  # largest norm of a theta
 SEED = 42  # of the random bases; the controls' draws start from it
-HELDOUT = 0.25  # share of each user's texts, the last ones, that no fit sees
-MASK_PROMPT = True  # only the user's own words count
-MAX_LENGTH = 256  # tokens per text
 MATCHED_KL = 0.01  # nats per token that a random theta of norm 1 costs at the matched scale
-GAMMAS = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
-BETAS = [0.0, 0.05, 0.25, 1.0]
+# what is compared
+GAMMAS = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]  # at which the fitted thetas are worn
+BETAS = [0.0, 0.05, 0.25, 1.0]  # with which thetas are fitted again
 CONTROL_HEADS = []  # of the beta sweep, the control and the samples; empty: the head that gains most
 PERMUTATIONS = 19  # deals of the training texts to random users
 BOOT = 2000  # bootstrap draws over held-out texts
 SAMPLE_TOKENS = 24  # of generated text per sample
-BATCH_SIZE = 16
-DEVICE = "auto"
-DTYPE = "float32"
+# the machine
+DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
+DTYPE = "float32"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
 
 # %%
 from dataclasses import replace

@@ -22,30 +22,33 @@
 # could go.
 
 # %% tags=["parameters"]
+# model and behaviour
 MODEL_ID = "tiny"  # hub id, local folder, or tiny
 REVISION = ""  # pin of a hub model
 BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
-ADAPTER = "lora"
+OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
+# the weight difference
+ADAPTER = "lora"  # folder of the trained runs: lora, rslora, pissa, dora, or one with a recipe in its name
 SEED = 0  # LoRA seed
 W_PATH = ""  # weight difference; empty: the one of this run
-NULL_W_PATH = (
-    ""  # difference of adapters with shuffled labels, for the *_vs_null_diff columns; empty: the run's, if any
-)
-CANDIDATES = []  # Python files with candidates of one's own
-OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
-PROTOCOL = "v7"  # v7 or v7b; what follows is the protocol's where it is empty
-EVAL_SPLIT = ""  # half, held_out
-CHAT_PROBES = ""  # true, false
+NULL_W_PATH = ""  # difference of adapters with shuffled labels, to compare with; empty: the run's, if any
+# the protocol
+PROTOCOL = "v7"  # v7 or v7b; of these switches an empty one is the protocol's
+EVAL_SPLIT = ""  # probes that scores are taken on: half, held_out
+CHAT_PROBES = ""  # every probe in the chat template: true, false
 PERSONA_PAIRS = ""  # 1, all
-RAW_LAST = ""  # true, false
-FOLD_GAIN = ""  # true, false
+RAW_LAST = ""  # last layer's states before the final norm: true, false
+FOLD_GAIN = ""  # fold a norm's gain into what its block writes: true, false
 SOURCES = []  # which candidates take part, by source
-LORA_LAYERS = []  # layers the summary averages over; empty: those that w touches
+# scores
+CANDIDATES = []  # Python files with candidates of one's own
+LORA_LAYERS = []  # layers the summary averages over, as [2, 3, 4] or 2-4; empty: those that w touches
 PCS = 8  # rank of a basis
 K_BROAD = 64  # width of what "not read" projects out
 N_NULL = 120  # Monte-Carlo draws that check the closed-form null; 0: none
-DEVICE = "auto"
-DTYPE = "auto"
+# the machine
+DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
+DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
 
 # %%
 from IPython.display import HTML, Markdown, display

@@ -20,21 +20,25 @@
 # than the luck of a seed, of a probe, or of a random subspace, and says "no winner" where that is the answer.
 
 # %% tags=["parameters"]
-MODEL_ID = "tiny"
-REVISION = ""
-BEHAVIOR = "sycophancy"
-ADAPTER = "lora"
-SEEDS = [0, 1, 2]
+# model and behaviour
+MODEL_ID = "tiny"  # hub id, local folder, or tiny
+REVISION = ""  # pin of a hub model
+BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
+OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/v7b
+# the sweeps
+ADAPTER = "lora"  # folder of the trained runs: lora, rslora, pissa, dora, or one with a recipe in its name
+SEEDS = [0, 1, 2]  # LoRA seeds that are compared, as [0, 1, 2] or 0-2; one has no spread and so no winner
 PROTOCOL = "v7b"  # whose runs are compared: seed_<k>/<protocol>
 RUNS_DIR = ""  # folder that holds seed_<k>/<protocol>; empty: out/<model>/<behavior>/<adapter>
-OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/v7b
+CANDIDATES = []  # files with candidates of one's own; empty: those kept with the sweeps
+# statistics
 BOOT = 20000  # bootstrap draws
 N_NULL = 10000  # random subspaces behind the p-values
 STAT_SEED = 0  # of bootstrap and nulls
-CANDIDATES = []  # files with candidates of one's own; empty: those kept with the sweeps
 CORRECTIONS = True  # run v7 again with one correction at a time
-DEVICE = "auto"
-DTYPE = "auto"
+# the machine
+DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
+DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
 
 # %%
 from IPython.display import Markdown, display

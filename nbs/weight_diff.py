@@ -21,33 +21,40 @@
 # seed (or reuses it), looks at `w`, and measures what it does on claims that no adapter saw.
 
 # %% tags=["parameters"]
+# model and behaviour
 MODEL_ID = "tiny"  # hub id, local folder, or tiny
 REVISION = ""  # pin of a hub model
 BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
+OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff, with w and adapters one level up
+# what is trained
 ADAPTER = "lora"  # lora, rslora, pissa, dora
 SEED = 0  # LoRA seed: initialisation, data order, split
 NULL_DIFF = False  # shuffle the labels pair by pair: training noise without the behaviour
-W_PATH = ""  # a weight difference to look at instead of training one
-POS_ADAPTER = ""  # own PEFT folders instead of training
-NEG_ADAPTER = ""
-OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff, with w and adapters one level up
-LORA_LAYERS = []  # empty: from 30 % to 80 % of the depth
-TOPICS = 20  # training topics, persona pairs and samples per pair
-PERSONAS = 5
-SAMPLES = 10
-MAX_NEW_TOKENS = 128
-R = 32
-LORA_ALPHA = 64
-LR = 2e-4
-EPOCHS = 1.0
-MAX_STEPS = -1  # a limit on optimizer steps; -1: whole epochs
-BATCH = 4
-ACCUMULATION = 4
-CHECKPOINT_STEPS = 0  # save every so many steps what a killed long run needs to go on
 RETRAIN = False  # train adapters anew whose training code changed
-ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]
-DEVICE = "auto"
-DTYPE = "auto"
+# instead of training
+W_PATH = ""  # a weight difference to look at
+POS_ADAPTER = ""  # own PEFT folder for the behaviour, together with NEG_ADAPTER
+NEG_ADAPTER = ""  # own PEFT folder for its opposite
+# training pairs
+TOPICS = None  # training topics, from the first on; None: all that the behaviour has
+PERSONAS = None  # persona pairs, from the first on; None: all that the behaviour has
+SAMPLES = None  # answers per topic and persona; None: the model's own, nbs/params/models.yaml (10 where it has none)
+MAX_NEW_TOKENS = 128  # tokens of an answer
+# training
+LORA_LAYERS = []  # layers that get an adapter, as [2, 3, 4] or 2-4; empty: from 30 % to 80 % of the depth
+R = 32  # rank
+LORA_ALPHA = 64  # scale: an adapter counts LORA_ALPHA / R times
+LR = None  # learning rate; None: the model's own, nbs/params/models.yaml (2e-4 where it has none)
+EPOCHS = 1.0  # times through the pairs
+MAX_STEPS = -1  # a limit on optimizer steps; -1: whole epochs
+BATCH = 4  # pairs per pass
+ACCUMULATION = 4  # passes per optimizer step
+CHECKPOINT_STEPS = 0  # save every so many steps what a killed long run needs to go on; 0: never
+# steering
+ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]  # strengths at which w is added
+# the machine
+DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
+DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
 
 # %%
 from IPython.display import HTML, Markdown, display

@@ -15,6 +15,7 @@ import pytest
 from ws.cache.names import RunId
 from ws.cache.places import root
 from ws.runs import identity, once
+from ws.runs.failed import tries
 from ws.runs.notebooks import Place
 
 HOME = root()
@@ -113,7 +114,7 @@ def test_a_failed_run_is_kept_apart_and_told(place):
     assert [p.name for p in failed.folder.iterdir()] == ["failed"] and failed.kept.parent == failed.folder / "failed"
     kept = nbformat.read(failed.kept / "probe.ipynb", as_version=4)
     assert kept.metadata.papermill.exception is True
-    told = identity.tries(failed.folder, "probe")[0]
+    told = tries(failed.folder, "probe")[0]
     assert told["error"] == failed.error and told["reason"] == "RuntimeError: planted at seed 3"
     write_notebook(place.nbs, "probe", "print(SEED)")
     again = run("probe", {"SEED": 3}, place=place)

@@ -1,6 +1,7 @@
 """ws.cli: thin commands, exit codes, and where relative paths are seen from."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -53,10 +54,16 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
 
 def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path, capsys):
     _, answers = asked
-    answers["run"] = once.Ending("failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path, kept=tmp_path / "failed" / "1")
+    answers["run"] = once.Ending(
+        "failed", "new", 2.0, "long\n" * 50 + "ValueError: layer 3 is NaN", tmp_path, kept=tmp_path / "failed" / "1"
+    )
     assert call("nb", "probe") == 1
     told = capsys.readouterr().err
-    assert "ValueError: layer 3 is NaN" in told and f"kept in {tmp_path / 'failed' / '1'}" in told and told.count("long") == 11
+    assert (
+        "ValueError: layer 3 is NaN" in told
+        and f"kept in {tmp_path / 'failed' / '1'}" in told
+        and told.count("long") == 11
+    )
 
 
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):
@@ -66,6 +73,99 @@ def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, cap
     assert "unknown parameter SEDE; did you mean SEED?" in capsys.readouterr().err
     assert call("nb", "other") == 2 and "no such notebook" in capsys.readouterr().err
     assert call("nb", "probe", "-p", "SEED") == 2 and call("nonsense") == 2 and call() == 2
+
+
+MISTAKES = [
+    "nb weight_diff -p SEED -1",
+    "nb weight_diff -p SEED 4294967296",
+    "nb weight_diff -p ALPHAS [nan]",
+    "nb weight_diff -p ALPHAS 1",
+    "nb weight_diff -p LORA_LAYERS 2-x",
+    "nb weight_diff -p LORA_LAYERS 5-2",
+    "nb weight_diff -p ADAPTER lorra",
+    "nb weight_diff -p LR 0",
+    "nb weight_diff -p MAX_STEPS 0",
+    "nb weight_diff -p POS_ADAPTER x",
+    "nb weight_diff -p W_PATH w.pt -p POS_ADAPTER x -p NEG_ADAPTER y",
+    "nb weight_diff -p MODEL_ID ./nothing",
+    "nb weight_diff -p BEHAVIOR flattery",
+    "nb weight_diff -f tag.yaml",
+    "nb weight_diff -f broken.yaml",
+    "nb v7_sweep -p PCS 0",
+    "nb v7_sweep -p N_NULL -5",
+    "nb v7_sweep -p ADAPTER ../../../tmp/x",
+    "nb v7_sweep -p PROTOCOL v8",
+    "nb v7_sweep -p SOURCES v99",
+    "nb v7b_stability -p SEEDS []",
+    "nb v7b_stability -p SEEDS 0,0",
+    "nb delta_svd -p MODE flood",
+    "nb theta_fit -p HELDOUT 1",
+    "nb theta_fit -p DEVICE gpu",
+    "batch --seeds 0 --set PCS 0 --dry-run",
+    "batch --seeds 0-4294967296 --dry-run",
+    "batch --seeds 4294967296 --dry-run",
+    "batch --seeds 5-2 --dry-run",
+    "batch --adapters lorra --dry-run",
+    "batch --models ./nothing --dry-run",
+    "batch --behaviors none.json --dry-run",
+    "batch --set LR fast",
+]
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_costs_one_line_and_no_time(line, tmp_path, monkeypatch, capsys):
+    for name in ("WS_OUT", "WS_TYPED_IN"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (tmp_path / "WS_TYPED_IN").mkdir()
+    (tmp_path / "WS_TYPED_IN" / "tag.yaml").write_text(f"SEED: !!python/object/apply:os.mkdir ['{tmp_path}/WS_OUT']")
+    (tmp_path / "WS_TYPED_IN" / "broken.yaml").write_text("SEED: [1")
+    start = time.process_time()  # of this process: what else the machine does is not the message's fault
+    assert call(*line.split()) == 2
+    took, told = time.process_time() - start, capsys.readouterr()
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and len(told.err) < 300 and not told.out
+    assert not (tmp_path / "WS_OUT").exists() and not (tmp_path / "logs").exists()
+    assert took < 3, took
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (HOME / "nbs").glob("*.ipynb")))
+def test_a_notebooks_help_lists_all_its_parameters(name, capsys):
+    from ws.runs.rules import RULES
+
+    assert call("nb", f"nbs/{name}.py", "-p", "SEED", "3", "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and f"usage: ws nb {name} " in "\n".join(lines)
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
+    assert sorted(listed) == sorted(RULES[name])
+    shown = " ".join(" ".join(lines).split())
+    told = {
+        "weight_diff": ("LR None learning rate; None: the model's own", "a number above 0; default: 0.0002, tiny: 0.002]",
+                        "ALPHAS [-1.0, -0.5, 0.0, 0.5, 1.0] strengths at which w is added", "ADAPTER \"lora\" lora, rslora"),
+        "theta_fit": ("LAM 1e-4 weight", "[a number between 0 and 1]", "2.0] at which the fitted thetas are worn"),
+        "v7b_stability": ("PROTOCOL \"v7b\"", "[one of v7, v7b]"),
+    }  # fmt: skip
+    assert all(words in shown for words in told.get(name, ()))
+
+
+def test_help_reads_any_cell_and_names_an_unknown_notebook(tmp_path, capsys):
+    from ws.runs.manual import manual
+
+    cell = 'A = [  # the first\n    1, 2,\n]\n# a heading\n# of two lines\nB = (\n    ""  # of the second\n)\nC = 3\nOUT_DIR = ""'
+    write_notebook(tmp_path, "probe", "print(1)", parameters_cell=cell)
+    text = manual("probe", Place(nbs=tmp_path))
+    assert "  A        [1, 2]        the first [a list such as [1, 2]]\n\na heading of two lines\n  B " in text
+    assert "of the second\n  C        3             [int]\n" in text
+    assert call("nb", "wieght_diff", "-h") == 2 and "did you mean weight_diff?" in capsys.readouterr().err
+    assert call("nb", "--help") == 0 and "--timeout" in capsys.readouterr().out
+
+
+def test_help_needs_no_kernel_and_no_time():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, "-X", "importtime", "-m", "ws", "nb", "weight_diff", "--help"]
+    done = subprocess.run(words, cwd=HOME, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert "LORA_LAYERS" in done.stdout and took < 1.5, took
+    assert not any(f" {heavy}\n" in done.stderr for heavy in ("torch", "papermill", "jupyter_client", "polars"))
 
 
 def test_inspect_prints_a_diff_and_names_a_missing_one(tmp_path, monkeypatch, capsys):
@@ -118,7 +218,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     assert counts == {"weight_diff": 4, "v7_sweep": 4, "v7b_stability": 1, "theta_fit": 1, "delta_svd": 1}
     assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
     assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2}
-    assert all(job.values["LR"] == 2e-3 for job in jobs if job.notebook == "weight_diff")
+    assert all((job.values["LR"], job.values["SAMPLES"]) == (2e-3, 4) for job in jobs if job.notebook == "weight_diff")
     monkeypatch.setattr("ws.runs.engine.run_jobs", fake("failed"))
     assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import pytest
 from stubs import LORA, RUN, stub_jobs, write_project
 
 from ws.cache import keys, made
-from ws.runs import grid, identity, once, parameters, results
+from ws.runs import failed, grid, identity, parameters, results
 from ws.runs.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
 
 
@@ -116,7 +116,7 @@ def test_changed_code_reruns_its_notebook_and_a_failure_is_told(place):
     (jobs[-1].folder / "v7b_stability.ipynb").unlink()
     work = jobs[-1].folder / "work"
     work.mkdir()
-    once.keep_failed(jobs[-1], work, "Traceback\nValueError: x")
+    failed.keep_failed("v7b_stability", {}, jobs[-1].folder, work, "Traceback\nValueError: x")
     assert states(place, jobs) == {"all seeds: v7b_stability": "failed before"}
     text = plan_text(plan(stub_jobs(place, SCALE=2), place=place))
     assert text.count("changed parameters: SCALE 1 -> 2") == 3

@@ -79,7 +79,7 @@ def test_a_file_of_candidates_is_an_input_wherever_it_lies(tmp_path):
         first = identity.run_key("v7_sweep", content, values, tmp_path)
         file.write_text(file.read_text() + "# more\n")
         assert first.differs(identity.run_key("v7_sweep", content, values, tmp_path)) == "changed inputs"
-    assert parameters.checked("CANDIDATES", "mine.py", []) == ["mine.py"]
+    assert parameters.parse("CANDIDATES", "mine.py", []) == ["mine.py"]
 
 
 def test_a_sixth_notebook_is_one_entry(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def typed_in() -> Path:
 def nb(
     name: Positional[str], /, params: Pairs = (), files: Files = (), force: bool = False, timeout: int | None = None
 ) -> int:
-    """Run one notebook headless with papermill, unless that very run is done.
+    """Run one notebook headless with papermill, unless that very run is done. `ws nb NAME --help` lists its parameters.
 
     Args:
         name: a notebook of nbs/, without its suffix.
@@ -40,7 +40,7 @@ def nb(
     from ws.runs.once import run_notebook
 
     here = typed_in()
-    name = name.removesuffix(".ipynb").removesuffix(".py")
+    name = stem(name)
     asked = {"files": [here / f for f in files], "cwd": here, "force": force, "timeout": timeout}
     run = run_notebook(name, dict(params), **asked)
     if not run.ok:
@@ -53,6 +53,11 @@ def nb(
     if run.unrendered:
         print(f"{run.unrendered}; the notebook is finished: `ws report` tries again", file=sys.stderr)
     return 0
+
+
+def stem(notebook: str) -> str:
+    """A notebook's name, however it was typed: v7_sweep, nbs/v7_sweep.ipynb."""
+    return Path(notebook).name.removesuffix(".ipynb").removesuffix(".py")
 
 
 def demo() -> int:
@@ -225,18 +230,31 @@ def clean(failed: bool = False, yes: bool = False) -> int:
     return 0
 
 
+def told(args: list[str]) -> int | None:
+    """Print a notebook's own help where that is asked for (`nb NAME --help`); None where it is not."""
+    command, name, *rest = [*args, "", ""]
+    if command != "nb" or not name or name.startswith("-") or not {"-h", "--help"} & {*rest}:
+        return None
+    from ws.runs.manual import manual
+
+    print(manual(stem(name)))
+    return 0
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of `ws` and `python -m ws`."""
     commands = {"nb": nb, "batch": batch, "results": results, "demo": demo, "inspect": inspect, "report": report}
     commands |= {"status": status, "clean": clean}
     try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="ws",
-            description="Weight steering, and the subspaces that explain it.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        code = told(sys.argv[1:] if args is None else args)
+        if code is None:
+            code = tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="ws",
+                description="Weight steering, and the subspaces that explain it.",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except (ValueError, FileNotFoundError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

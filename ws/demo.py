@@ -6,18 +6,15 @@ Three LoRA seeds and a null diff, the sweep under both protocols, the stability 
 from dataclasses import replace
 
 from ws.cache.names import RunId
-from ws.cache.places import notebooks_folder
 from ws.runs.grid import Grid, Job, make_jobs
 from ws.runs.once import prepare
-from ws.runs.parameters import read_set
 
 SEEDS = (0, 1, 2)
 
 
 def demo_jobs() -> list[Job]:
-    """The batch of the shipped model with the parameters of nbs/params/tiny.yaml, and the notebooks beside it."""
-    given = {k: v for k, v in read_set(notebooks_folder() / "params" / "tiny.yaml").items() if k != "MODEL_ID"}
-    batch = make_jobs(Grid(seeds=SEEDS, set=given))
+    """The batch of the shipped model, as `ws batch` makes it, and the notebooks beside it."""
+    batch = make_jobs(Grid(seeds=SEEDS))
     alone = [replace(prepare(n, {"MODEL_ID": "tiny"}), name=f"tiny: {n}") for n in ("theta_fit", "delta_svd")]
     v7 = prepare("v7_sweep", {"MODEL_ID": "tiny", "SEED": 0, "PROTOCOL": "v7"})
     trained = tuple(job.name for job in batch if job.notebook == "weight_diff")[:2]  # the first seed, its null diff

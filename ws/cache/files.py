@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -72,6 +72,9 @@ def sweep(folder: Path | str, name: str = "*", below: bool = True) -> list[Path]
         if path.name.startswith(".was-") and not settled(path).exists():
             os.rename(path, settled(path))
         _remove(path)
+    for path in Path(folder).glob("**/.lock*") if below else ():
+        with suppress(Locked), lock(path.parent, 0, path.name):
+            pass  # nobody holds it: it goes when it is let go
     return left
 
 

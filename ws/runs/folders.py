@@ -14,14 +14,12 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
 from ws.cache.keys import file_key
 from ws.cache.names import RunId, model_slug, slug
-from ws.cache.places import ASSETS, notebooks_folder
+from ws.cache.places import ASSETS
 from ws.cache.syntax import digest
+from ws.runs.sets import Params, own_set
 
-Params = dict[str, object]
 BY_HAND = "by_hand"  # what notebooks that are run by hand make anew: out/by_hand/
 LONGEST = 64  # characters of a name; a longer one ends in 8 digits of what was cut
 # What decides how adapters are trained, with the values that stand for "the usual"; a model's own win (nbs/params).
@@ -66,15 +64,8 @@ def recipe(params: Params) -> str:
     if params.get("POS_ADAPTER"):
         pair = [Path(str(params[side])) for side in ("POS_ADAPTER", "NEG_ADAPTER") if params.get(side)]
         return shortened(f"-own-{pair[0].name}-{digest(''.join(map(file_key, pair)).encode())[:8]}")
-    usual = RECIPE | model_params(str(params.get("MODEL_ID", "tiny")))
+    usual = RECIPE | own_set(str(params.get("MODEL_ID") or "tiny")).get("weight_diff", {})
     return shortened("".join(f"-{key}{told(key, params[key])}" for key in RECIPE if differs(params, key, usual[key])))
-
-
-def model_params(model_id: str) -> Params:
-    """A model's own parameters of training, from `nbs/params/models.yaml`."""
-    file = notebooks_folder() / "params" / "models.yaml"
-    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {**(known.get("default") or {}), **(known.get(model_id) or {})}
 
 
 def differs(params: Params, key: str, usual: object) -> bool:

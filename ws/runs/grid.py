@@ -13,13 +13,14 @@ from itertools import product
 from pathlib import Path
 
 from ws.cache.places import ASSETS
-from ws.runs import parameters
-from ws.runs.identity import record_of, run_state, stale_adapters, tries
+from ws.runs import parameters, rules
+from ws.runs.failed import tries
+from ws.runs.identity import record_of, run_state, stale_adapters
 from ws.runs.notebooks import TABLE, Notebook, Place, paths_in
 from ws.runs.once import Job, prepare
 from ws.runs.pairing import check_pair
+from ws.runs.rules import ADAPTERS
 
-ADAPTERS = ("lora", "rslora", "pissa", "dora")
 # What tells the jobs of a grid apart, and what would take a job out of it.
 OWNED = "MODEL_ID BEHAVIOR ADAPTER SEED SEEDS NULL_DIFF NULL_W_PATH OUT_DIR PROTOCOL RETRAIN".split()
 FOREIGN = "W_PATH POS_ADAPTER NEG_ADAPTER".split()
@@ -51,13 +52,14 @@ class Step:
 
 def parse_seeds(words: tuple[str, ...] | list[str | int]) -> tuple[int, ...]:
     """Seeds from words: `0 1 2`, `0-9`, `0,1,2`. Raises ValueError that names the word."""
-    seeds: list[int] = []
-    for word in [part for text in words for part in str(text).split(",") if part]:
-        first, _, last = word.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or word.endswith("-"):
-            raise ValueError(f"seeds: expects numbers and ranges such as 0 1 2 or 0-9, got {word!r}")
-        seeds.extend(range(int(first), int(last or first) + 1))
-    return tuple(sorted(set(seeds)))
+    rule = rules.listed(rules.SEED, f"numbers and ranges such as 0 1 2 or 0-9, from 0 to {rules.TOP_SEED}")
+    seeds: set[int] = set()
+    for word in map(str, words):
+        try:
+            seeds.update(rules.read(rule, word))
+        except ValueError as error:
+            raise ValueError(f"seeds: {error}, got {rules.shown(word)}") from None
+    return tuple(sorted(seeds))
 
 
 def read_grid(path: Path) -> Grid:
@@ -108,8 +110,6 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     place = place or Place()
     entries = [entry for entry in TABLE.values() if entry.batch is not None]
     known = {e.name: parameters.defaults(parameters.read_notebook(place.notebook(e.name)), e.name) for e in entries}
-    for entry in entries:
-        check_pair(place.notebook(entry.name), edited=True)
     everything = sorted({key for values in known.values() for key in values} - {*OWNED, *FOREIGN})
     for key in grid.set:
         if key in OWNED + FOREIGN:
@@ -156,6 +156,8 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                     null.append(add(entry, {**own, "SEED": null_seed(job, place, seed), "NULL_DIFF": True}, []))
             if entry.trains:
                 trained = {**own, "ADAPTER": jobs[made[entry.name][0]].identity.adapter}
+    for entry in entries:  # last: it may have to load jupytext, and a mistake in a parameter should cost less
+        check_pair(place.notebook(entry.name), edited=True)
     return list(jobs.values())
 
 

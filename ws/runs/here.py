@@ -117,9 +117,8 @@ def begin(name: str, cells: dict[str, object]) -> Here:
     try:
         known = parameters.defaults(parameters.read_notebook(Place().notebook(name)), name)
         given = {key: cells[key] for key in known if key in cells}
-        values = parameters.complete(
-            name, {key: parameters.located(key, value, root()) for key, value in given.items()}
-        )
+        values = {key: parameters.located(key, value, root()) for key, value in given.items()}
+        values |= parameters.filled(name, values)
         cells.update(values)
         entry, out_dir = notebook_of(name), str(values.get("OUT_DIR") or "")
         by_hand = not (out_dir and Path(out_dir) != settled(Path(out_dir)))  # a run is made under a temporary name

@@ -8,17 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from ws.cache import syntax
-from ws.cache.files import files_in
+from ws.cache.files import HIDDEN, files_in
 from ws.cache.keys import Key, file_key, stage_key
 from ws.cache.made import read_sidecar, sidecar, state
 from ws.cache.places import out_folder
-from ws.cache.records import broken, read_record
+from ws.cache.records import broken
 from ws.cache.sources import code_key, text_key
 from ws.runs import parameters
+from ws.runs.failed import FAILED, tries
 from ws.runs.folders import seed_folder
 from ws.runs.notebooks import MAYBE_PATHS, notebook_of, path_names, paths_in
-
-FAILED = "failed"  # a run's failed tries: <its folder>/failed/<time>/
 
 
 def hub_revision(model_id: str, revision: str = "main") -> str:
@@ -126,19 +125,16 @@ def input_keys(notebook: str, params: dict, out: Path) -> dict[str, str]:
     return {str(path): file_key(path) for path in notebook_of(notebook).run_inputs(params, out)}
 
 
-def tries(folder: Path, notebook: str = "") -> list[dict]:
-    """The failed tries kept in a run's folder, oldest first: what `failure.json` says, and the `folder` of each."""
-    found = [{**_failure(file), "folder": file.parent} for file in sorted(folder.glob(f"{FAILED}/*/failure.json"))]
-    return [one for one in found if notebook in ("", one["notebook"])]
-
-
-def _failure(file: Path) -> dict:
-    """What is told of a failed try; that its record is damaged where it is."""
-    told, kinds = read_record(file), {"notebook": str, "reason": str, "at": int | float}
-    if all(isinstance(told.get(name), kind) for name, kind in kinds.items()):
-        return told
-    notebook = next((path.stem for path in sorted(file.parent.glob("*.ipynb"))), "")
-    return {"notebook": notebook, "reason": f"damaged: {file.name}", "at": file.stat().st_mtime}
+def others(notebook: str, folder: Path) -> list[str]:
+    """Names of the files in a run's folder that are not of its notebook: they stay when the folder is replaced."""
+    if not folder.is_dir():
+        return []
+    gone = own_files(notebook, folder)
+    tried = tuple(f"{FAILED}/{one['folder'].name}/" for one in tries(folder, notebook))
+    hidden = tuple(kind for kind in HIDDEN if kind != ".made")
+    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()]
+    kept = [n for n in found if n not in gone and not any(part.startswith(hidden) for part in n.split("/"))]
+    return [n for n in kept if not tried or not n.startswith(tried)]
 
 
 def stale_adapters(notebook: str, params: dict, out: Path) -> list[Path]:

@@ -11,8 +11,9 @@ from ws.cache.files import sweep, write_text
 from ws.cache.made import read_sidecar
 from ws.cache.places import out_folder
 from ws.runs import html, parameters
+from ws.runs.failed import FAILED, tries
 from ws.runs.folders import BY_HAND, Params
-from ws.runs.identity import FAILED, record_of, run_state, shown, tries
+from ws.runs.identity import record_of, run_state, shown
 from ws.runs.mend import damage, mend, page_is_whole
 from ws.runs.notebooks import Place, notebook_of
 from ws.runs.once import Job

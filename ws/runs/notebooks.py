@@ -4,13 +4,14 @@ A further notebook is one entry of TABLE. A notebook without an entry runs as on
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
 from ws.cache.syntax import is_candidate, read_scope
-from ws.runs.folders import Params, differs, own_w, run_id, seed_folder, shortened, told
+from ws.runs.folders import differs, own_w, run_id, seed_folder, shortened, told
+from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
 MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
@@ -61,12 +62,13 @@ class Notebook:
         home = {"adapter": run.adapter_folder(out), "model": out / run.model}
         home["seed"] = seed_folder(params, out, self.dtype)
         name = (self.folder or self.name).format(**{"PROTOCOL": "v7", **params})
-        apart = (
-            f"_{key.lower()}{told(key, params[key])}"
-            for key, usual in self.usual.items()
-            if differs(params, key, usual)
-        )
+        apart = (f"_{key.lower()}{told(key, params[key])}" for key in self.apart(params))
         return home[self.level] / shortened(name + "".join(apart))
+
+    def apart(self, params: Params) -> Iterator[str]:
+        """The parameters by which a run is none of the usual ones; a switch as the protocol has it is usual."""
+        usual = self.usual | {key: value for key, value in protocol_set(params).items() if key in self.usual}
+        return (key for key, value in usual.items() if differs(params, key, value))
 
     def title_of(self, params: Params) -> str:
         """A run's identity in words, for its report."""
@@ -80,8 +82,7 @@ class Notebook:
             words += [f"seeds {told('SEEDS', params['SEEDS'])}"]
         words += ["shuffled labels (null diff)"] if params.get("NULL_DIFF") else []
         words += [str(params["PROTOCOL"])] if params.get("PROTOCOL") else []
-        apart = {key: usual for key, usual in self.usual.items() if key not in ("SEEDS", "PROTOCOL")}
-        words += [f"{key} {told(key, params[key])}" for key, usual in apart.items() if differs(params, key, usual)]
+        words += [f"{key} {told(key, params[key])}" for key in self.apart(params) if key not in ("SEEDS", "PROTOCOL")]
         return ", ".join(words)
 
     def run_inputs(self, params: Params, out: Path) -> list[Path]:
@@ -117,13 +118,19 @@ def protocol_file(params: Params) -> Path:
     return notebooks_folder() / "params" / f"{params.get('PROTOCOL')}.yaml"
 
 
+def protocol_set(params: Params) -> Params:
+    """The parameters of a run's protocol; {} where it has none."""
+    file = protocol_file(params)
+    return (
+        {k: v for k, v in read_set(file).items() if k != "PROTOCOL"}
+        if params.get("PROTOCOL") and file.is_file()
+        else {}
+    )
+
+
 def protocol_sources(params: Params) -> list[str] | None:
     """The sources of candidates that take part in a sweep: SOURCES, else the protocol's; None when nothing says so."""
-    import yaml
-
-    file = protocol_file(params)
-    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return params.get("SOURCES") or known.get("SOURCES")
+    return params.get("SOURCES") or protocol_set(params).get("SOURCES")
 
 
 def candidate_code(sources: list[str] | None) -> list[str]:

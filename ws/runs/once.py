@@ -15,36 +15,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 
-from ws.cache.files import HIDDEN, link, lock, publish_dir, scratch, write_json
+from ws.cache.files import link, lock, publish_dir, scratch, write_json
 from ws.cache.keys import Key, file_key
 from ws.cache.made import mark_made
 from ws.cache.names import RunId
 from ws.cache.places import CLONE
-from ws.cache.records import write_record
 from ws.runs import need
 from ws.runs.execute import Hear, execute, terminable
+from ws.runs.failed import keep_failed
 from ws.runs.folders import Params, run_id
 from ws.runs.identity import (
-    FAILED,
     input_keys,
+    others,
     outputs,
-    own_files,
     products,
     record_of,
     run_key,
     run_state,
     told_why,
-    tries,
 )
 from ws.runs.mend import damaged_input, mend, rendering
 from ws.runs.notebooks import Place, notebook_of
 from ws.runs.pairing import check_pair
 from ws.runs.parameters import read_notebook, read_set, resolve
 
-KEPT = 3  # failed tries of a run
 SHARED = 1000  # files of others that a run's folder may hold: they are carried over when the folder is replaced
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "polars", "papermill")
 
@@ -164,7 +160,7 @@ def check_target(job: Job, place: Place) -> None:
         raise ValueError(
             f"{folder}: holds the finished run of {theirs}; give the behaviour in {own} another name than {name}"
         )
-    if len(_others(job, folder)) > SHARED:
+    if len(others(job.notebook, folder)) > SHARED:
         raise ValueError(f"{folder}: holds more than {SHARED} files of others; give the run a folder of its own")
 
 
@@ -239,7 +235,7 @@ def _execute(
         told = {**about, "timings": {**timing, "cells": cells}}
         write_json(work / "params.json", told)
         if error:
-            return Ending("failed", found, seconds, error, folder, why, keep_failed(job, work, error))
+            return Ending("failed", found, seconds, error, folder, why, keep_failed(name, values, folder, work, error))
         unrendered = rendering(target, job.title)
         # The run itself may have fetched a hub model; inputs and sources count as they were when it started.
         key = replace(key, params=job.key(place, content).params)
@@ -253,42 +249,10 @@ def _execute(
         record |= {"given": job.given, "told": told}
         record |= {"inputs": input_keys(name, values, place.out), "outputs": outputs(work)}
         mark_made(target, key, {**record, "products": products(name, folder, values, place.out)})
-        for other in _others(job, folder):
+        for other in others(job.notebook, folder):
             link(folder / other, work / other)
         publish_dir(work, folder)
     return Ending("ran", found, seconds, folder=folder, why=why, unrendered=unrendered)
-
-
-def keep_failed(job: Job, work: Path, error: str) -> Path:
-    """Keep a failed try in `failed/<time>/` of the run's folder, and of such tries the last few."""
-    stamp, home = time.strftime("%Y%m%d-%H%M%S"), job.folder / FAILED
-    kept = next(p for n in count() if not (p := home / (f"{stamp}-{n}" if n else stamp)).exists())
-    reason = next((line.strip() for line in reversed(error.splitlines()) if line.strip()), "no word of why")
-    about = {
-        "notebook": job.notebook,
-        "reason": reason[:300],
-        "error": error,
-        "parameters": job.values,
-        "at": time.time(),
-    }
-    write_record(work / "failure.json", about)
-    home.mkdir(parents=True, exist_ok=True)
-    os.rename(work, kept)
-    for old in tries(job.folder, job.notebook)[:-KEPT]:
-        shutil.rmtree(old["folder"], ignore_errors=True)
-    return kept
-
-
-def _others(job: Job, folder: Path) -> list[str]:
-    """Names of the files in a run's folder that are not of its notebook: they stay when the folder is replaced."""
-    if not folder.is_dir():
-        return []
-    gone = own_files(job.notebook, folder)
-    tried = [f"{FAILED}/{one['folder'].name}/" for one in tries(folder, job.notebook)]
-    hidden = tuple(kind for kind in HIDDEN if kind != ".made")
-    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()]
-    kept = [n for n in found if n not in gone and not any(part.startswith(hidden) for part in n.split("/"))]
-    return [n for n in kept if not n.startswith(tuple(tried)) or not tried]
 
 
 def _settle(target: Path, notebook: Path, work: Path, folder: Path) -> list[float]:

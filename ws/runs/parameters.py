@@ -1,27 +1,25 @@
 """A notebook's parameters: the literals in its cell tagged `parameters`, and the values a run gives them.
 
-    value = default  <  parameter files, in order  <  KEY VALUE pairs
+    value = default  <  the model's and the protocol's own  <  parameter files, in order  <  KEY VALUE pairs
 
-A text from the command line becomes the type of the default; a path is resolved against the folder it was typed in.
+A text becomes what its rule says (`ws.runs.rules`); a path is resolved against the folder it was typed in.
 """
 
 import ast
 import difflib
 import json
+import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from ws.cache.places import ASSETS
-from ws.runs.notebooks import MAYBE_PATHS, Params, path_names
+from ws.cache.places import ASSETS, root
+from ws.runs import rules
+from ws.runs.notebooks import MAYBE_PATHS, Params, path_names, protocol_file
+from ws.runs.rules import MODELS_OWN, RULES, rule_of, shown
+from ws.runs.sets import own_set, read_set
 
-WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
-READERS = {
-    bool: ("true or false", lambda text: WORDS[text.strip().lower()]),
-    int: ("int", int),
-    float: ("float", float),
-}
+UNNAMED = ("OUT_DIR", "RETRAIN")  # no part of what is asked for
 
 
 def read_notebook(path: Path) -> dict:
@@ -84,59 +82,12 @@ def suggest(word: str, known: list[str]) -> str:
     return f"; did you mean {best}? Known: {names}" if best else f"; known: {names}"
 
 
-def parse(key: str, text: str, default: object) -> object:
-    """The text of one parameter as the type of its default (None: JSON where it is JSON, else the text). Lists: JSON, or
-    elements separated by commas. ValueError names the parameter and what it expects."""
-    if isinstance(default, str):
-        return text
-    if isinstance(default, list | tuple):
-        return _parse_list(key, text, default)
-    if default is None and text.strip().lower() == "none":
-        return None
-    expected, read = READERS.get(type(default), (f"JSON ({type(default).__name__})", json.loads))
+def parse(key: str, given: object, default: object) -> object:
+    """A value as the type of a default. ValueError names the key and what it expects."""
     try:
-        value = read(text)
-    except (KeyError, ValueError):
-        if default is None:
-            return text
-        raise ValueError(f"{key}: expects {expected}, got {text!r}") from None
-    return checked(key, value, default)
-
-
-def _parse_list(key: str, text: str, default: list | tuple) -> object:
-    with suppress(json.JSONDecodeError):
-        if isinstance(value := json.loads(text), list):
-            return checked(key, value, default)
-    items = [item.strip() for item in text.strip().strip("[]()").split(",") if item.strip()]
-    return checked(key, [parse(key, item, default[0] if default else None) for item in items], default)
-
-
-def checked(key: str, value: object, default: object) -> object:
-    """A typed value (of a file) against the default's type; ValueError names the parameter. An int passes for a float, one
-    text for a list of it, and any single value where the default is an empty text, which means "not given"."""
-    if default is None or value is None or (default == "" and isinstance(value, str | int | float)):
-        return value
-    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
-        return [checked(key, item, default[0]) for item in value] if default else list(value)
-    if isinstance(default, list) and isinstance(value, str):
-        return checked(key, [value], default)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise ValueError(f"{key}: expects {type(default).__name__}, got {value!r}")
-    return value
-
-
-def read_set(path: Path) -> dict[str, object]:
-    """A YAML (or JSON) file of parameters."""
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such parameter file")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expects a mapping of parameters, got {type(values).__name__}")
-    return values
+        return rules.read(rule_of(default), given)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}, got {shown(given)}") from None
 
 
 def located(key: str, value: object, folder: Path) -> object:
@@ -155,28 +106,118 @@ def located(key: str, value: object, folder: Path) -> object:
 def resolve(
     name: str, notebook: dict, explicit: Params, files: Sequence[Path] = (), folder: Path | None = None
 ) -> Params:
-    """All parameters of a run. Texts in `explicit` are parsed, paths in it are seen from `folder` (default: here).
-    Paths in a parameter file are seen from that file. Raises ValueError for a parameter that the notebook does not
-    define or a value of the wrong type."""
+    """All parameters of a run. Paths in `explicit` are seen from `folder` (default: here), those in a parameter file from
+    that file. Raises ValueError with all that is wrong, one line each: a parameter that the notebook does not define, a
+    value that its rule refuses, a model or behaviour that is not there."""
     known = defaults(notebook, name)
-    given = [(file.parent, f", {file.name}", read_set(file)) for file in files]
-    given.append((folder or Path.cwd(), "", explicit))
-    values = dict(known)
-    for seen_from, where, layer in given:
-        for key, value in layer.items():
+    by_name = {key: RULES.get(name, {}).get(key) or rule_of(default) for key, default in known.items()}
+    layers = [(file.parent, f", {file.name}", read_set(file)) for file in files]
+    layers.append((folder or Path.cwd(), "", explicit))
+    values, faults = dict(known), []
+    for seen_from, where, layer in layers:
+        for key, given in layer.items():
             if key not in known:
-                raise ValueError(f"{name}{where}: unknown parameter {key}{suggest(key, list(known))}")
-            parsed = parse(key, value, known[key]) if where == "" and isinstance(value, str) else value
-            values[key] = located(key, checked(key, parsed, known[key]), seen_from)
-    return values
+                key = key if key.isidentifier() else shown(key)
+                faults.append(f"{name}{where}: unknown parameter {key}{suggest(key, list(known))}")
+                continue
+            # a file's text is one element, whatever it holds
+            whole = where and by_name[key].item and by_name[key].item.kind not in ("whole", "number", "flag")
+            try:
+                value = rules.read(by_name[key], [given] if whole and isinstance(given, str) else given)
+                values[key] = located(key, value, seen_from)
+            except ValueError as error:
+                faults.append(f"{name}{where}: {key}: {error}, got {shown(given)}")
+    faults = faults or rules.faults(name, values)
+    if name in RULES and not faults:
+        faults = [f"{name}: {fault}" for fault in _absent(values)]
+    if faults:
+        raise ValueError("\n".join(faults))
+    return values | filled(name, values)
 
 
-def changes(old: dict, new: dict) -> list[str]:
-    return [
-        f"{k} {old.get(k)} -> {new.get(k)}" for k in new if k not in ("OUT_DIR", "RETRAIN") and old.get(k) != new.get(k)
-    ]
+def _absent(values: Params) -> list[str]:
+    """What is wrong with a model or a behaviour that can only be a path, and with a behaviour that is nothing."""
+    model, behavior = (str(values.get(key) or "") for key in MAYBE_PATHS)
+    path, found = Path(model), []
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        if not path.exists():
+            found.append(f"MODEL_ID: {model}: no such model folder")
+        elif not (path / "config.json").is_file():
+            found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")
+    if behavior and not (ASSETS / f"{behavior}.json").is_file() and not Path(behavior).is_file():
+        found.append(f"BEHAVIOR: {shown(behavior)} is neither a shipped behaviour (sycophancy) nor a file")
+    return found
 
 
-def complete(name: str, values: Params) -> Params:
-    """What a notebook's cells have set, with the model's own values filled in; checked."""
-    return values
+def model_defaults(notebook: str, values: Params) -> dict[str, object]:
+    """The model's own values of those parameters that are None."""
+    own = own_set(str(values.get("MODEL_ID") or "tiny")).get(notebook, {})
+    return {key: value for key, value in own.items() if key in values and values[key] is None}
+
+
+def protocol_defaults(values: Params) -> dict[str, object]:
+    """The protocol's values of those of its switches that are empty."""
+    file = protocol_file(values)
+    own = read_set(file) if "PROTOCOL" in values and file.is_file() else {}
+    return {key: value for key, value in own.items() if key in values and values[key] in ("", [], ())}
+
+
+def filled(notebook: str, values: Params) -> dict[str, object]:
+    """All values that a notebook's rules know, as a run uses them: checked, each of its type (1 as 1.0, "2-5" as a list),
+    None replaced by the model's own and an empty switch by the protocol's. For a first cell: `values` may be its globals.
+    ValueError as `rules.check`; {} for a notebook without rules."""
+    known = {key: rule for key, rule in RULES.get(notebook, {}).items() if key in values}
+    if not known:
+        return {}
+    if found := rules.faults(notebook, values, typed=True):
+        raise ValueError("\n".join(found))
+    used = {key: rules.read(rule, values[key]) for key, rule in known.items()}
+    used |= model_defaults(notebook, used) | protocol_defaults(used)
+    lacks = [key for key, rule in known.items() if rule.none == MODELS_OWN and used[key] is None]
+    found = [f"{notebook}: {key}: nbs/params/models.yaml has no value for it; give one" for key in lacks]
+    if found := found or rules.faults(notebook, used, typed=True):
+        raise ValueError("\n".join(found))
+    return {key: rules.read(rule, used[key]) for key, rule in known.items()}
+
+
+def changes(old: Params, new: Params) -> list[str]:
+    """Which parameters differ, as "LR 0.002 -> 0.0002", in the order of `new`. What means the same is not named: a value and
+    the None that stands for it, 1 and 1.0, a path written otherwise; nor are OUT_DIR and RETRAIN."""
+    sides, found = (old, new), []
+    meant = [_meant_all(side) for side in sides]
+    for key in (key for key in dict.fromkeys((*new, *old)) if key not in UNNAMED):
+        if not all(key in side for side in sides):
+            before, after = (_short(side[key]) if key in side else "" for side in sides)
+            found.append(f"{key} {before or '(new)'} -> {after or '(gone)'}")
+        elif meant[0][key] != meant[1][key]:
+            before, after = (_short(side[key]) for side in sides)
+            if before == after:  # they differ in what was left out
+                before, after = (_short(side[key], 2000) for side in sides)
+            found.append(f"{key} {before} -> {after}")
+    return found
+
+
+def _meant_all(values: Params) -> dict[str, object]:
+    """What values stand for, comparable: with the model's and the protocol's own, of which the notebook is not known here."""
+    if model := str(values.get("MODEL_ID") or ""):
+        for notebook in own_set(model) if None in values.values() else ():
+            values = {**values, **model_defaults(notebook, values)}
+    return {key: _meant(key, value) for key, value in {**values, **protocol_defaults(values)}.items()}
+
+
+def _meant(key: str, value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_meant(key, item) for item in value]
+    if isinstance(value, str) and value and key in (*path_names(), *MAYBE_PATHS):
+        return os.path.realpath(root() / value)
+    return str(value).lower() if isinstance(value, bool) or value != value else value
+
+
+def _short(value: object, width: int = 40) -> str:
+    """A value for a reader: on one line; a long path by its end, a long list by its first elements and its length."""
+    if isinstance(value, str) and value.isprintable() and value.strip():
+        return value if len(value) <= width else f"...{value[3 - width :]}"
+    said = repr(list(value) if isinstance(value, tuple) else value)
+    if len(said) <= width:
+        return said
+    return f"{said[: width - 12]}... ({len(value)})" if isinstance(value, list | tuple) else shown(value, width)

@@ -13,8 +13,8 @@ from io import TextIOBase
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ws.runs.failed import tries
 from ws.runs.grid import Step
-from ws.runs.identity import tries
 from ws.runs.once import Ending
 
 SHOWN = 14  # lines of a traceback in the summary

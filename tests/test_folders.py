@@ -1,0 +1,259 @@
+"""Nothing finished is ever lost: a run's folder belongs to its identity, a failed try stands beside it, what is done by hand
+goes elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from stubs import stub_jobs, write_project
+from test_batch import DRIVER, HOME, write_notebook
+
+from ws.cache import files
+from ws.runs import failed, folders, here, html, index, notebooks, once, parameters
+from ws.runs.grid import plan, plan_text
+from ws.runs.notebooks import Place, notebook_of
+
+run = partial(once.run_notebook, quiet=True)
+BODY = """
+from pathlib import Path
+(Path(OUT_DIR) / "result.txt").write_text(f"of {SEED} at {RATE}")
+if RATE < 0:
+    raise ValueError("RATE must not be negative")
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    place = Place(tmp_path / "nbs", tmp_path / "out")
+    write_notebook(place.nbs, "probe", BODY)
+    return place
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but those of failed tries, byte for byte."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if "failed/" not in name}
+
+
+def test_a_typo_after_a_finished_run_leaves_it_and_is_told(place, monkeypatch):
+    done = run("probe", {"SEED": 3}, place=place)
+    before = content(place.out)
+    for rate in ("-1", "-2", "-3", "-4"):
+        tried = run("probe", {"SEED": 3, "RATE": rate}, place=place)
+        assert tried.state == "failed" and tried.kept.is_dir() and content(place.out) == before
+    assert len(list(done.folder.glob("failed/*"))) == failed.KEPT  # the last few
+    assert run("probe", {"SEED": 3}, place=place).state == "done"
+    (row,) = index.runs(place.out, place)
+    assert row["state"] == "done" and "RATE 0.5 -> -4" in row["note"] and row["note"].endswith("must not be negative")
+    text = index.report(place.out).read_text()
+    assert "RATE must not be negative" in text and 'class="state-done"' in text
+    told = index.status(done.folder, {"RATE": "0.75"}, place.out, place)
+    assert "changed parameters: RATE 0.5 -> 0.75" in told and told.count("failed 20") == failed.KEPT
+    assert len(index.clear_failed(place.out)) == failed.KEPT and list(done.folder.glob("failed/*"))  # says, does not do
+    index.clear_failed(place.out, really=True)
+    assert not (done.folder / "failed").exists() and content(place.out / "tiny") == {
+        name.removeprefix("tiny/"): data for name, data in before.items()
+    }
+
+
+def test_a_finished_run_is_replaced_by_the_next_finished_one_in_one_step(place, monkeypatch):
+    done = run("probe", {"SEED": 3}, place=place)
+    seen = []
+    publish = files.publish_dir
+
+    def watched(work: Path, folder: Path) -> Path:
+        seen.append((folder / "result.txt").read_text())
+        result = publish(work, folder)
+        seen.append((folder / "result.txt").read_text())
+        return result
+
+    monkeypatch.setattr(once, "publish_dir", watched)
+    again = run("probe", {"SEED": 3, "RATE": 0.75}, place=place)
+    assert again.why == "changed parameters: RATE 0.5 -> 0.75" and again.folder == done.folder
+    assert seen == ["of 3 at 0.5", "of 3 at 0.75"]
+    run("probe", {"SEED": 3, "RATE": -1}, place=place)
+    assert run("probe", {"SEED": 3, "RATE": 1}, place=place).ok and not (done.folder / "failed").exists()
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_folder_is_exchanged_and_where_the_system_cannot_it_is_set_aside(tmp_path, monkeypatch, can):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("old")
+    if not can:
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    with files.atomic_dir(tmp_path / "a") as work:
+        (work / "new").write_text("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "new"]
+
+
+def test_a_folder_that_was_set_aside_when_its_process_died_gets_its_name_back(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("old")
+    code = "import os, sys; from pathlib import Path; from ws.cache import files; files.exchange = lambda a, b: False\n"
+    code += "rename = os.rename\ndef dying(a, b):\n    rename(a, b)\n    os._exit(9)\nfiles.os.rename = dying\n"
+    code += "with files.atomic_dir(Path(sys.argv[1])) as work: (work / 'new').write_text('new')"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], cwd=HOME, check=False).returncode == 9
+    assert not (tmp_path / "a").exists()
+    files.sweep(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "old"]
+
+
+def test_a_killed_run_leaves_what_was_finished(place, tmp_path):
+    done = run("probe", {"SEED": 3}, place=place)
+    write_notebook(
+        place.nbs, "probe", BODY, "import os, signal; os.kill(os.getppid(), signal.SIGKILL)\nwhile True: pass"
+    )
+    before = content(done.folder)
+    driver = [sys.executable, "-c", DRIVER.format(base=str(tmp_path))]
+    ended = subprocess.run(driver, cwd=HOME, capture_output=True, start_new_session=True, check=False)
+    assert ended.returncode == -signal.SIGKILL and content(done.folder) == before
+    write_notebook(place.nbs, "probe", BODY)
+    assert run("probe", {"SEED": 3}, place=place).state == "done"
+    index.report(place.out)
+    assert not [p for p in place.out.rglob(".*") if p.name.startswith((".tmp", ".was", ".lock"))]
+
+
+def test_another_w_is_another_run_and_the_title_names_it(place, tmp_path):
+    found = {}
+    for name, text in (("mine.pt", "one"), ("other.pt", "two"), ("mine.pt", "three")):
+        (tmp_path / name).write_text(text)
+        found[text] = run("probe", {"W_PATH": name}, cwd=tmp_path, place=place)
+    homes = [done.folder.parent.name for done in found.values()]
+    assert len(set(homes)) == 3 and [h[:7] for h in homes] == ["w-mine-", "w-other", "w-mine-"]
+    record = json.loads((found["one"].folder / ".made.probe.ipynb.json").read_text())["about"]
+    assert record["title"] == f"tiny, sycophancy, w from mine.pt ({homes[0][-8:]})" and "seed" not in record["title"]
+    assert {row["seed"] for row in index.runs(place.out, place)} == {""}
+
+
+def test_folders_tell_runs_apart_and_a_usual_run_has_the_plain_one(tmp_path):
+    def folder(name: str, **params) -> str:
+        return notebook_of(name).own_folder(params, tmp_path).relative_to(tmp_path).as_posix()
+
+    lora = "tiny/sycophancy/lora"
+    assert folder("v7_sweep", PCS=8, K_BROAD=64, SOURCES=[], FOLD_GAIN="") == f"{lora}/seed_0/v7"
+    assert folder("v7_sweep", PCS=16, FOLD_GAIN="true") == f"{lora}/seed_0/v7_pcs16_fold_gaintrue"
+    assert folder("v7b_stability", SEEDS=[0, 1, 2]) == f"{lora}/v7b"
+    assert folder("v7b_stability", SEEDS=[5, 6]) == f"{lora}/v7b_seeds5-6"
+    assert folder("v7b_stability", SEEDS=[5, 7], PROTOCOL="v7") == f"{lora}/v7b_seeds5.7_protocolv7"
+    assert folder("weight_diff", SEED=1, LR=None, TOPICS=None) == f"{lora}/seed_1/weight_diff"
+    assert folder("weight_diff", LR=0.5, LORA_LAYERS=[2, 3]) == f"{lora}-LORA_LAYERS2-3-LR0.5/seed_0/weight_diff"
+    assert folder("delta_svd", MODE="documents") == "tiny/delta_svd_modedocuments"
+    assert folder("delta_svd", DTYPE="bfloat16", REVISION="v1/2") == "tiny@v1_2.bfloat16/delta_svd"
+    assert folder("theta_fit", DTYPE="float32", THETA_DIM=64, SEED=42) == "tiny/theta_fit"
+    (tmp_path / "texts.txt").write_text("x")
+    assert folder("delta_svd", CALIBRATION=str(tmp_path / "texts.txt")).startswith("tiny/delta_svd_calibrationtexts-")
+    many = folder("weight_diff", **{key: 7 for key in folders.RECIPE}).split("/")[2]
+    assert len(many) <= folders.LONGEST + len("lora") and many != folder("weight_diff", LR=7).split("/")[2]
+    file = tmp_path / "mine.json"
+    file.write_text('{"name": "sycophancy"}')
+    assert folder("weight_diff", BEHAVIOR=str(file)).split("/")[1].startswith("sycophancy-")  # not the shipped one's
+
+
+def test_what_goes_without_saying_is_what_the_notebooks_say():
+    for name, entry in notebooks.TABLE.items():
+        known = parameters.defaults(parameters.read_notebook(Place().notebook(name)), name)
+        said = {key: usual for key, usual in entry.usual.items() if folders.differs(known, key, usual)}
+        assert not said and set(entry.usual) <= set(known) and known["DTYPE"] == entry.dtype
+
+
+def test_a_dry_run_names_the_parameter_and_a_recipe_has_its_own_runs(tmp_path):
+    place = write_project(tmp_path)
+    jobs = stub_jobs(place)
+    text = plan_text(plan(stub_jobs(place, SCALE=2), place=place))
+    assert text.count("new") == 6 and jobs[-1].folder.name == "v7b_seeds0-1"
+
+
+def test_files_of_others_stay_when_a_run_is_replaced(place, tmp_path):
+    out = tmp_path / "mine"
+    (out / "sub").mkdir(parents=True)
+    (out / "sub" / "notes.md").write_text("mine")
+    for rate in (0.5, 0.75):
+        assert run("probe", {"OUT_DIR": str(out), "RATE": rate}, place=place).ok
+        assert (out / "sub" / "notes.md").read_text() == "mine" and (
+            out / "result.txt"
+        ).read_text() == f"of 0 at {rate}"
+    with pytest.raises(ValueError, match="holds the finished run of tiny, sycophancy, lora, seed 0, not of .* seed 1"):
+        run("probe", {"OUT_DIR": str(out), "SEED": 1}, place=place)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"file is a file, no folder; choose another folder with -p OUT_DIR"):
+        run("probe", {"OUT_DIR": str(tmp_path / "file" / "x")}, place=place)
+
+    def refuse(dir: Path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(once.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); choose another"):
+        run("probe", {}, place=place)
+    assert not place.logs.exists()
+
+
+def test_a_notebook_is_not_lost_to_its_rendering(place, monkeypatch):
+    def broken(*args: object, **options: object):
+        raise html.NotRendered("probe.ipynb: SelectorSyntaxError")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(html, "render", broken)
+        done = run("probe", {"SEED": 3}, place=place)
+        assert done.ok and "SelectorSyntaxError" in done.unrendered and (done.folder / "probe.ipynb").is_file()
+        index.report(place.out)
+        assert index.runs(place.out, place)[0]["note"] == "its page could not be rendered"
+    for damage in (lambda page: None, lambda page: page.write_text(""), lambda page: page.write_text("<html>")):
+        damage(done.folder / "probe.html")
+        index.report(place.out)
+        assert html.rendered(done.folder / "probe.html") and not index.runs(place.out, place)[0]["note"]
+    assert run("probe", {"SEED": 3}, place=place).state == "done"
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def cells(name: str, **changed: object) -> dict[str, object]:
+    """What the parameters cell of a shipped notebook sets."""
+    return parameters.defaults(parameters.read_notebook(Place().notebook(name)), name) | changed
+
+
+def test_by_hand_reads_what_is_finished_and_writes_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    seed = tmp_path / "out/tiny/sycophancy/lora/seed_0"
+    with pytest.raises(here.Refused, match=r"w.safetensors: is not there; make it first: just nb weight_diff"):
+        _ = here.begin("v7_sweep", cells("v7_sweep")).w
+    files.write_text(seed / "w.safetensors", "finished")
+    hand = here.begin("v7_sweep", cells("v7_sweep"))
+    own = tmp_path / "out/by_hand/tiny/sycophancy/lora/seed_0"
+    assert hand.by_hand and hand.w == seed / "w.safetensors" and hand.folder == own / "v7" and hand.null is None
+    trained = here.begin("weight_diff", cells("weight_diff"))
+    assert (trained.folder, trained.home, trained.finished_home) == (own / "weight_diff", own, seed)
+    files.write_text(own.with_name("seed_7") / "w.safetensors", "by hand")
+    assert here.begin("v7_sweep", cells("v7_sweep", SEED=7)).w == own.with_name("seed_7") / "w.safetensors"
+    chosen = here.begin("weight_diff", cells("weight_diff", OUT_DIR=str(tmp_path / "mine")))
+    assert chosen.folder == chosen.home == tmp_path / "mine"
+    with pytest.raises(
+        here.Refused, match=r"seed_0/v7b/explanation.json: is not there; make it first: just nb v7_sweep"
+    ):
+        _ = here.begin("v7b_stability", cells("v7b_stability")).sweeps
+
+
+def test_a_run_works_in_a_scratch_folder_and_trains_into_its_seeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    seed = tmp_path / "out/tiny/sycophancy/lora/seed_0"
+    with files.scratch(seed / "weight_diff") as work:
+        run = here.begin("weight_diff", cells("weight_diff", OUT_DIR=str(work)))
+        assert not run.by_hand and run.folder == work and run.home == seed
+    with files.scratch(tmp_path / "chosen") as work:
+        run = here.begin("weight_diff", cells("weight_diff", OUT_DIR=str(work)))
+        assert not run.by_hand and run.home == work
+
+
+def test_a_refusal_is_one_line_in_a_notebook(place):
+    write_notebook(place.nbs, "probe", "from ws.runs.here import Refused\nraise Refused('SEED -1: no seed')")
+    failed = run("probe", {}, place=place)
+    assert failed.error.splitlines()[-1] == "Refused: SEED -1: no seed" and len(failed.error.splitlines()) <= 3
+    assert os.listdir(failed.folder) == ["failed"]
