@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 
 from ws.cache.files import files_in
 from ws.cache.places import out_folder
-from ws.cache.records import read_record, write_record
+from ws.cache.records import broken, read_record, write_record
 from ws.cache.sources import code_key
 from ws.cache.syntax import digest
 
+log = logging.getLogger(__name__)
 LARGE = 64 << 20  # bytes; the hash of a larger file is remembered on disk, by the file's identity
 
 
@@ -64,6 +66,8 @@ def _file_key(path: Path, identity: tuple[int, ...]) -> str:
     if identity[0] <= LARGE:
         return read_hash(path)
     note = _note(path)
+    if broken(note):
+        log.warning("damaged: %s; %s is read again", note, path)
     known = read_record(note)
     if known.get("identity") == list(identity) and "hash" in known:
         return known["hash"]

@@ -44,12 +44,14 @@ def damaged_input(notebook: str, params: dict, out: Path) -> str:
 
 def maker(path: Path) -> str:
     """The command of the finished run that made a file or folder, '' where none says so."""
+    if path.name.startswith(".made.") and path.name != sidecar(path.parent).name:
+        path = path.with_name(path.name.removeprefix(".made.").removesuffix(".json"))  # what it is the record of
     for record in (f for above in list(path.parents)[:3] for f in above.glob("**/.made.*.ipynb.json")):
         about = read_record(record).get("about", {})
         names = {
             os.path.normpath(record.parent / name) for key in ("outputs", "products") for name in about.get(key, {})
         }
-        if {str(path), str(path.parent), str(path.with_name(path.name[6:-5]))} & names:  # or its sidecar
+        if {str(path), str(path.parent)} & names:
             words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.get("given", {}).items()}
             return f"just nb {about['notebook']}" + "".join(f" -p {k} {shlex.quote(v)}" for k, v in words.items() if v)
     return ""
