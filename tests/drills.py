@@ -5,7 +5,6 @@ else is the command's own way, its plans, checks, folders and words.
 """
 
 import io
-import logging
 import os
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,11 +19,11 @@ from ws.runs.parameters import is_tagged, read_notebook, source_of
 
 
 def cells_here(path, values, target, out, log, timeout, quiet, on_stage) -> str:
-    """In place of `ws.runs.execute.execute`."""
+    """In place of `ws.runs.execute.execute`. What the cells say on stderr is heard, too (a batch has it in the run's log)."""
     content, names, error, before = read_notebook(path), {"__name__": "__main__"}, "", Path.cwd()
     os.chdir(root())
     try:
-        with redirect_stdout(log), redirect_stderr(log):
+        with redirect_stdout(log):
             for cell in (c for c in content["cells"] if c["cell_type"] == "code"):
                 exec(compile(source_of(cell), path.name, "exec"), names)
                 if is_tagged(cell):
@@ -63,11 +62,8 @@ def stand_in(monkeypatch) -> None:
 
 
 def ws_command(*words: str) -> tuple[int, str]:
-    """Exit code of a command and all it says: on its two streams and in the log of this package."""
+    """Exit code of a command and all it says on its two streams."""
     said = io.StringIO()
-    heard = logging.StreamHandler(said)
-    heard.setLevel(logging.WARNING)
-    logging.getLogger("ws").addHandler(heard)
     keys._file_key.cache_clear()  # as a process of its own: what it remembers of files is on disk
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -77,6 +73,4 @@ def ws_command(*words: str) -> tuple[int, str]:
     except Exception:
         said.write(traceback.format_exc())
         code = 99
-    finally:
-        logging.getLogger("ws").removeHandler(heard)
     return code, said.getvalue()

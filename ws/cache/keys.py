@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +10,10 @@ from pathlib import Path
 
 from ws.cache.files import files_in
 from ws.cache.places import out_folder
-from ws.cache.records import broken, read_record, write_record
+from ws.cache.records import broken, read_record, tell, write_record
 from ws.cache.sources import code_key
 from ws.cache.syntax import digest
 
-log = logging.getLogger(__name__)
 LARGE = 64 << 20  # bytes; the hash of a larger file is remembered on disk, by the file's identity
 
 
@@ -67,7 +65,7 @@ def _file_key(path: Path, identity: tuple[int, ...]) -> str:
         return read_hash(path)
     note = _note(path)
     if broken(note):
-        log.warning("damaged: %s; %s is read again", note, path)
+        tell(f"damaged: {note} is not what was written; {path} is read again")
     known = read_record(note)
     if known.get("identity") == list(identity) and "hash" in known:
         return known["hash"]

@@ -9,7 +9,6 @@ by whoever makes it (`made`, `kept`) and refused by whoever only reads it (`veri
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,12 +17,11 @@ from typing import TypeVar
 
 from ws.cache.files import atomic_dir, atomic_file, files_in, lock
 from ws.cache.keys import Key, forget, read_hash
-from ws.cache.records import broken, read_record, write_record
+from ws.cache.records import broken, read_record, tell, write_record
 
 STATES = ("done", "new", "failed before", "damaged", "changed parameters", "changed inputs", "changed code")
 T = TypeVar("T")
 Make = Callable[[Path], object]
-log = logging.getLogger(__name__)
 
 
 class Damaged(ValueError):
@@ -154,7 +152,7 @@ def made(
         if found == "changed code" and keep_stale and not remake:
             return "stale"
         if found == "damaged":
-            log.warning("damaged: %s is not what was written; it is made anew", target)
+            tell(f"damaged: {target} is not what was written; it is made anew")
         opened = atomic_dir(target) if folder else atomic_file(target)
         try:
             with opened as temporary:
@@ -175,7 +173,7 @@ def kept(target: Path | str, key: Key, make: Make, read: Callable[[Path], T], *,
     except Exception as error:
         if found != "done":
             raise  # it was made just now
-        log.warning("unreadable: %s (%s: %s); it is made anew", target, type(error).__name__, error)
+        tell(f"unreadable: {target} ({type(error).__name__}: {error}); it is made anew")
     made(target, key, make, folder=folder, remake=True)
     return read(Path(target))
 

@@ -1,7 +1,10 @@
 """JSON records that tell whether they are what was written: each carries a seal, the hash of the rest of it."""
 
 import json
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ws.cache.files import read_json, write_json
 from ws.cache.syntax import digest
@@ -23,6 +26,11 @@ def read_record(path: Path) -> dict:
 def broken(path: Path) -> bool:
     """Whether a record is there that cannot be read, or is not what was written."""
     return path.exists() and not read_record(path)
+
+
+def tell(text: str) -> None:
+    """Say what was found and done about it where a reader sees it: in the terminal, and in a notebook's report and log."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def _seal(value: dict) -> str:

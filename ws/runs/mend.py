@@ -3,7 +3,6 @@ without running anything: a page from its notebook, `params.json` from the run's
 """
 
 import json
-import logging
 import os
 import shlex
 from pathlib import Path
@@ -11,12 +10,10 @@ from pathlib import Path
 from ws.cache.files import read_json, write_json
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import Damaged, intact, mark_made, read_sidecar, sidecar, state, verified
-from ws.cache.records import broken, read_record
+from ws.cache.records import broken, read_record, tell
 from ws.runs import Missing, html
 from ws.runs.identity import missing_output, record_of
 from ws.runs.notebooks import notebook_of
-
-log = logging.getLogger(__name__)
 
 
 def damage(name: str, folder: Path) -> str:
@@ -62,7 +59,7 @@ def mend(notebook: str, folder: Path) -> str:
     is there, else why it cannot be made."""
     about = record_of(notebook, folder)
     if (told := about.get("told")) and read_json(folder / "params.json") != told:
-        log.warning("damaged: %s is not what was written; it is written anew", folder / "params.json")
+        tell(f"damaged: {folder / 'params.json'} is not what was written; it is written anew")
         write_json(folder / "params.json", told)
     return rendering(folder / f"{notebook}.ipynb", about.get("title", notebook))
 
@@ -72,7 +69,7 @@ def rendering(target: Path, title: str) -> str:
     page = target.with_suffix(".html")
     if (found := state(page, key := page_key(target))) != "done":
         if found == "damaged":
-            log.warning("damaged: %s is not what was written; it is rendered anew", page)
+            tell(f"damaged: {page} is not what was written; it is rendered anew")
         try:
             html.render(target, page, title=title)
         except (html.NotRendered, Missing) as error:

@@ -4,7 +4,6 @@ Columns: model, behavior, adapter, seed, protocol, then those of `v7_summary.tsv
 runs' own folders and is written anew, whole, by every batch. (docs/method.md section 7)
 """
 
-import logging
 import re
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import polars as pl
 from ws.cache.files import atomic_file
 from ws.cache.made import Damaged, read_sidecar, verified
 from ws.cache.places import out_folder
+from ws.cache.records import tell
 from ws.runs.notebooks import TABLE
 from ws.runs.parameters import suggest
 from ws.show.tables import as_text, read_table, sort_nan_last
 
-log = logging.getLogger(__name__)
 KEYS = ["model", "behavior", "adapter", "seed", "protocol"]
 SHOWN = [*KEYS, "subspace", "kind", "mean_conc_act", "mean_conc_w_combined", "joint_score", "ill_conditioned"]
 
@@ -33,7 +32,7 @@ def collect(out: Path) -> pl.DataFrame:
         try:
             verified(scores)
         except Damaged as error:
-            log.warning("left out of the results: %s", error)
+            tell(f"left out of the results: {error}")
             continue
         if not read_sidecar(scores.with_name(f"{entry.name}.ipynb")):
             continue  # no finished run
