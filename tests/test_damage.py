@@ -79,7 +79,7 @@ def cases(kind: str, file: str, harms: str, *args, **more) -> list[Case]:
 
 
 TRAINED, SWEPT = (f"{SEED}/weight_diff",), (SWEEP,)
-FITTED = ("tiny/theta_fit",)
+FITTED = ("tiny/theta_fit*",)
 CACHE, ADAPTER = "tiny/cache", f"{SEED}/adapters/pos"
 PAIRS, BASIS = f"{CACHE}/pairs/*", f"{CACHE}/bases/TaskDiff_contrast_*.safetensors"
 CASES = [
@@ -105,7 +105,7 @@ CASES = [
     *cases("theta states", "tiny/cache/theta_fit/*/states.safetensors", "bit", "theta_fit", undone=FITTED),
     *cases("record of states", "tiny/cache/theta_fit/*/.made.states.safetensors.json", "high", "theta_fit", undone=FITTED),
     *cases("theta fit", "tiny/cache/theta_fit/*/fits/theta_*_cvh.safetensors", "bit half empty rot", "theta_fit", undone=FITTED),
-    *cases("theta file of a run", "tiny/theta_fit/theta_*_cvh.safetensors", "half", "theta_fit"),
+    *cases("theta file of a run", "tiny/theta_fit*/theta_*_cvh.safetensors", "half", "theta_fit"),
     *cases("scores.safetensors", f"{SWEEP}/scores.safetensors", "bit"),
     *cases("scores.safetensors", f"{SWEEP}/scores.safetensors", "bit half empty rot", "v7b_stability", undone=(f"{LORA}/v7b*",)),
     *cases("v7_per_layer.csv", f"{SWEEP}/v7_per_layer.csv", "bit high empty", "v7b_stability", undone=(f"{LORA}/v7b*",)),
@@ -182,9 +182,9 @@ def prepare(case: Case, out: Path, whole: Path, monkeypatch) -> Path:
     if case.harm == "rot":  # the file changes and the system does not say so
         monkeypatch.setattr(keys, "_identity", lambda path: (path.stat().st_size, path.stat().st_mtime_ns))
         assert ws_command(*words_of("dry run", out))[0] == 0
-    found = [
-        p for p in sorted(out.glob(case.file)) if case.kind != "note of a hash" or b"tiny/model.safe" in p.read_bytes()
-    ]
+    found = sorted(out.glob(case.file), key=lambda path: path.stat().st_mtime)  # of several, what was made first
+    if case.kind == "note of a hash":
+        found = [path for path in found if b"tiny/model.safe" in path.read_bytes()]
     HARMS[case.harm](found[0])
     return found[0]
 

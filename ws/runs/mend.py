@@ -10,10 +10,11 @@ from pathlib import Path
 from ws.cache.files import read_json, write_json
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import Damaged, intact, mark_made, read_sidecar, sidecar, state, verified
+from ws.cache.places import out_folder
 from ws.cache.records import broken, read_record, tell
-from ws.runs import Missing, html
+from ws.runs import Missing, html, parameters
 from ws.runs.identity import missing_output, record_of
-from ws.runs.notebooks import notebook_of
+from ws.runs.notebooks import Place, notebook_of
 
 
 def damage(name: str, folder: Path) -> str:
@@ -49,9 +50,17 @@ def maker(path: Path) -> str:
             os.path.normpath(record.parent / name) for key in ("outputs", "products") for name in about.get(key, {})
         }
         if {str(path), str(path.parent)} & names:
-            words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.get("given", {}).items()}
-            return f"just nb {about['notebook']}" + "".join(f" -p {k} {shlex.quote(v)}" for k, v in words.items() if v)
+            return f"just nb {about['notebook']}{_typed(about, record.is_relative_to(out_folder()))}"
     return ""
+
+
+def _typed(about: dict, at_home: bool) -> str:
+    """The parameters of a finished run as they are typed, those that are not its notebook's own defaults."""
+    name, given = about["notebook"], about.get("given", {})
+    usual = parameters.defaults(parameters.read_notebook(Place().notebook(name)), name)
+    words = {k: v for k, v in given.items() if v != usual.get(k) and not (k == "OUT_DIR" and at_home)}
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in words.items()}
+    return "".join(f" -p {k} {shlex.quote(text)}" for k, text in texts.items())
 
 
 def mend(notebook: str, folder: Path) -> str:
