@@ -13,7 +13,7 @@ import papermill
 import polars as pl
 import pytest
 import torch
-from hostile import CHROMIUM, PAYLOADS, browser
+from hostile import CHROMIUM, PAYLOADS, RUN, browser
 from test_report import PIXEL, code, notebook
 from test_verdict import planted
 
@@ -206,6 +206,20 @@ def test_markdown_shows_a_literal_and_a_code_span_as_they_are(text):
     assert [tag for tag, _ in page.elements] == ["main", "p", "code"] and page.text.strip() == f"Behaviour {seen}, all"
 
 
+def test_figures_show_dollar_signs():
+    from matplotlib.figure import Figure
+
+    from ws.explanation.figures import family_styles
+    from ws.theta.figures import cosine_heatmap
+
+    for text in (PAYLOADS[12], "$x^$", "a $ b $", "\\$", "$"):
+        cosine_heatmap({"cvh": torch.eye(2)}, [text, "other"]).canvas.draw()
+        figure = Figure()
+        drawn = figure.text(0, 0, family_styles([text])[text]["label"])
+        figure.canvas.draw()
+        assert drawn._preprocess_math(drawn.get_text()) == (text, False)
+
+
 def raw(payload: str, folder) -> str:
     """A page of a notebook that takes no care: the payload as it is in every kind of cell and output."""
     cells = [
@@ -336,7 +350,7 @@ def hostile_inputs(folder) -> dict[str, dict]:
     w = folder / f"{line(PAYLOADS[2]).replace('/', '')}.safetensors"
     save_file(load_file(ASSETS / "tiny_w.safetensors"), w, metadata=w_metadata())
     rows = [
-        {"user": PAYLOADS[i], "prompt": PAYLOADS[-i], "text": f"{PAYLOADS[i]} said {j}."}
+        {"user": PAYLOADS[i][:180], "prompt": PAYLOADS[-i], "text": f"{PAYLOADS[i]} said {j}."}
         for i in range(20)
         for j in range(2)
     ]
@@ -386,6 +400,7 @@ def w_metadata() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
     """Real notebooks on hostile files, everything that is said with payloads in it, and cells that take no care: nothing
@@ -407,17 +422,20 @@ def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
             folder.mkdir()
             make(payload, folder)
             pages.append(folder / "run.html")
-    (tmp_path / "out" / "javascript:document.documentElement.dataset.ran=1").mkdir()
+    (tmp_path / "out" / f"javascript:{RUN}").mkdir()
     shutil.copytree(tmp_path / "out/tiny/delta_svd", tmp_path / "out" / PAYLOADS[0].replace("/", "") / "delta_svd")
     pages.append(report.report(tmp_path / "out"))
     with browser(tmp_path / "profile") as chromium:
         for page in pages:
-            assert chromium.visit(page) == {"ran": False, "errors": [], "asked": []}, page
+            seen = chromium.visit(page)
+            if page.parent.name.startswith("raw_"):  # its broken picture is data, and no URL
+                seen["errors"] = [e for e in seen["errors"] if "ERR_INVALID_URL" not in e]
+            assert seen == {"ran": False, "errors": [], "asked": []}, page
         control = []
         for i, payload in enumerate(PAYLOADS):
             page = tmp_path / f"control_{i}.html"
             page.write_text(f"<!DOCTYPE html><html><body><p>{payload}</p></body></html>")
-            seen = chromium.visit(page)
+            seen = chromium.visit(page, leaves=True)
             control.append(seen["ran"] or bool(seen["asked"]))
         assert sum(control) >= 17, control
         # without cleaning the policy alone still holds

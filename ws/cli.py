@@ -51,6 +51,8 @@ def nb(
         return 1
     how = "already done" if run.state == "done" else f"ran in {run.seconds:.0f} s ({run.why or run.found})"
     print(f"{name}: {how}, {run.folder / name}.{'ipynb' if run.unrendered else 'html'}", flush=True)
+    if run.next:
+        print(f"next: {run.next}", flush=True)
     if run.unrendered:
         print(f"{run.unrendered}; the notebook is finished: `ws report` tries again", file=sys.stderr)
     return 0

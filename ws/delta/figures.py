@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ws.delta.phases import RANK, bands, expected_cos
-from ws.show.figures import PALETTE, plain_log_ticks
+from ws.show.figures import PALETTE, plain, plain_log_ticks
 
 BAND = {"A": "#56B4E9", "B": "#E69F00", "C": "#009E73", "D": "#CC79A7", "E": "#D55E00", "tail": "#7F7F7F"}
 
@@ -127,8 +127,8 @@ def comparison(table: pl.DataFrame) -> Figure:
     for i, model in enumerate(table["model"].unique(maintain_order=True)):
         part, color = table.filter(pl.col("model") == model), PALETTE[i % len(PALETTE)]
         depth = part["depth"].to_numpy()
-        left.plot(depth, part["rel_step_mean"], "o-", color=color, markersize=3, label=model)
-        _with_interval(right, depth, part, "eff_rank", color, model)
+        left.plot(depth, part["rel_step_mean"], "o-", color=color, markersize=3, label=plain(model))
+        _with_interval(right, depth, part, "eff_rank", color, plain(model))
     for ax, label in (left, "relative step |delta| / |h|"), (right, "effective rank (directions)"):
         _log_scale(ax)
         ax.set(xlabel="relative depth (layer / layers)", xlim=(0, 1), ylabel=label)

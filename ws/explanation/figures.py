@@ -5,7 +5,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws.show.figures import MARKERS, PALETTE, plain_log_ticks
+from ws.show.figures import MARKERS, PALETTE, plain, plain_log_ticks
 
 ACT, W = "mean_conc_act", "mean_conc_w_combined"
 POINTS_SHARE = 0.66  # of the width of a panel; names stand in the rest
@@ -16,7 +16,7 @@ def family_styles(families: list[str]) -> dict[str, dict[str, str]]:
     """A colour and a marker per family, in order of first appearance."""
     n, m = len(PALETTE), len(MARKERS)
     unique = enumerate(dict.fromkeys(families))
-    return {f: {"c": PALETTE[i % n], "marker": MARKERS[(i // n + i) % m], "label": f} for i, f in unique}
+    return {f: {"c": PALETTE[i % n], "marker": MARKERS[(i // n + i) % m], "label": plain(f)} for i, f in unique}
 
 
 def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list[float]:
@@ -68,7 +68,7 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     axes[0].set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
     hidden = len(summary) - len(shown)
     note = f"; {hidden} with an undefined score not drawn" if hidden else ""
-    figure.suptitle((title or "What each subspace recovers, mean over the LoRA layers") + note)
+    figure.suptitle((plain(title) or "What each subspace recovers, mean over the LoRA layers") + note)
     return figure
 
 
@@ -83,7 +83,7 @@ def _name_points(axis: Axes, points: pl.DataFrame) -> None:
     column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
     line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
     for (name, x, y), at in zip(points.select("subspace", ACT, W).rows(), np.exp(placed), strict=True):
-        axis.annotate(name, (x, y), (column, at), fontsize=7, va="center", zorder=2, arrowprops=line)
+        axis.annotate(plain(name), (x, y), (column, at), fontsize=7, va="center", zorder=2, arrowprops=line)
 
 
 def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) -> Figure:
@@ -96,7 +96,7 @@ def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) 
             part = table.filter(pl.col("subspace") == name).sort("layer")
             style = {"c": "black", "ls": ":"} if part["kind"][0] == "ceiling" else {"c": PALETTE[i % len(PALETTE)]}
             values = np.where(part[column] > 0, part[column], np.nan)
-            axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.3, label=name, **style)
+            axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.3, label=plain(name), **style)
         if layers:
             axis.axvspan(min(layers) - 0.5, max(layers) + 0.5, color="0.93", zorder=0)
         axis.axhline(1, **CHANCE)

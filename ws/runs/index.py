@@ -1,6 +1,7 @@
 """All runs below a folder of results: the table behind `out/index.html` and `ws status`, and what clears failed tries."""
 
 import shutil
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from ws.cache.made import intact, read_sidecar
 from ws.cache.names import BY_HAND
 from ws.cache.places import out_folder
 from ws.runs import html, parameters
+from ws.runs.execute import TEMPORARY
 from ws.runs.failed import FAILED, tries
 from ws.runs.folders import Params
 from ws.runs.identity import record_of, run_state, shown
@@ -117,6 +119,7 @@ def report(out: Path | None = None) -> Path:
 
     out = out or out_folder()
     sweep(out)
+    sweep(tempfile.gettempdir(), TEMPORARY, below=False)
     for folder, name in homes(out):
         if about := record_of(name, folder):
             rendering(folder / f"{name}.ipynb", about.get("title", name))

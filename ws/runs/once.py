@@ -47,7 +47,8 @@ VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy
 @dataclass(frozen=True)
 class Ending:
     """How a run ended. state: "done" (nothing to do), "ran", "failed", "skipped"; found: what was found before;
-    why: the same with what changed; kept: where a failed try lies; unrendered: why the finished notebook has no page."""
+    why: the same with what changed; kept: where a failed try lies; unrendered: why the finished notebook has no page;
+    next: the command that uses what was made, where that is not the usual one."""
 
     state: str
     found: str = ""
@@ -57,6 +58,7 @@ class Ending:
     why: str = ""
     kept: Path | None = None
     unrendered: str = ""
+    next: str = ""
 
     @property
     def ok(self) -> bool:
@@ -86,6 +88,16 @@ class Job:
     def title(self) -> str:
         """Whose run it is, in words."""
         return notebook_of(self.notebook).title_of(self.values)
+
+    @property
+    def next(self) -> str:
+        """How the weight difference is swept that was not trained in the usual way; '' for the usual one."""
+        if not notebook_of(self.notebook).trains or self.values.get("W_PATH") or self.values.get("NULL_DIFF"):
+            return ""
+        usual = {"MODEL_ID": "tiny", "BEHAVIOR": "sycophancy", "ADAPTER": self.values.get("ADAPTER"), "SEED": 0}
+        values = {**self.values, "ADAPTER": self.identity.adapter}
+        words = [f"-p {key} {values[key]}" for key in usual if key in values and values[key] != usual[key]]
+        return " ".join(["just nb v7_sweep", *words]) if values["ADAPTER"] != usual["ADAPTER"] else ""
 
     def key(self, place: Place, content: dict | None = None) -> Key:
         """Its key now; `content` is the notebook's where it was read before: it may be edited while it runs."""
@@ -207,7 +219,7 @@ def _done(job: Job, place: Place, found: str) -> Ending | None:
     """How a run ended that need not run: its page is made where it is missing."""
     if found != "done":
         return None
-    return Ending("done", found, folder=job.folder, unrendered=rendering(job.target, job.title))
+    return Ending("done", found, folder=job.folder, unrendered=rendering(job.target, job.title), next=job.next)
 
 
 def rendering(target: Path, title: str, page: Path | None = None) -> str:
@@ -262,7 +274,7 @@ def _execute(
         for other in others(job.notebook, folder):
             link(folder / other, work / other)
         publish_dir(work, folder)
-    return Ending("ran", found, seconds, folder=folder, why=why, unrendered=unrendered)
+    return Ending("ran", found, seconds, folder=folder, why=why, unrendered=unrendered, next=job.next)
 
 
 def _settle(target: Path, notebook: Path, work: Path, folder: Path) -> list[float]:

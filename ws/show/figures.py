@@ -29,6 +29,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
+def plain(text: str) -> str:
+    """Text from outside as a figure shows it letter by letter: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def plain_log_ticks(axis: Axis) -> None:
     """Names 1, 2, 5, 10, 20 and so on as plain numbers on an axis (`ax.xaxis`, `ax.yaxis`) of log scale."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

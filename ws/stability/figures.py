@@ -6,6 +6,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ws.show.figures import plain
+
 AXIS_COLOURS = {"write": "#0b6e99", "mixed": "#c8641e", "read": "#5a7d2a", "ceiling": "#222222"}
 OTHER = "#777777"
 GRID = {"color": "#e4e4e4", "linewidth": 0.6, "zorder": 0}
@@ -78,10 +80,10 @@ def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | Non
         panel.tick_params(axis="x", labelsize=8)
         _plain(panel)
     first = axes[0]
-    first.set_yticks(range(count - 1, -1, -1), summary["candidate"].to_list(), fontsize=7.5)
-    for label, axis_kind in zip(first.get_yticklabels(), summary["axis_kind"], strict=True):
+    first.set_yticks(range(count - 1, -1, -1), list(map(plain, summary["candidate"])), fontsize=7.5)
+    for label, name, axis_kind in zip(first.get_yticklabels(), *summary["candidate", "axis_kind"], strict=True):
         label.set_color(AXIS_COLOURS.get(axis_kind, OTHER))
-        label.set_fontweight("bold" if label.get_text() == winner else "normal")
+        label.set_fontweight("bold" if name == winner else "normal")
     first.set_ylim(-0.6, count - 0.4)
     kinds = [kind for kind in AXIS_COLOURS if kind in set(summary["axis_kind"])]
     styles = {kind: {"color": AXIS_COLOURS[kind], "marker": "o", "markersize": 4.5, "linestyle": ""} for kind in kinds}
@@ -92,7 +94,7 @@ def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | Non
         "null diff": {"markeredgecolor": "#555555", "markersize": 3.5, **DIAMOND},
     }
     _legend_below(figure, [first.plot([], [], **style)[0] for style in styles.values()], list(styles))
-    said = f"winner: {winner}" if winner else "no winner"
+    said = f"winner: {plain(winner)}" if winner else "no winner"
     figure.suptitle(f"Concentration over {S} seeds, sorted by joint score ({said})", fontsize=11, x=0.01, ha="left")
     return figure
 
@@ -128,7 +130,7 @@ def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> 
         for place, (name, y) in enumerate(zip(ranks, heights, strict=True)):
             colour = coloured[place] if place < len(coloured) else "#6d6d6d"
             style = {"color": colour, "fontsize": 7, "ha": side, "va": "center", "annotation_clip": False}
-            axes.annotate(name, (at, y), (shift, 0), textcoords="offset points", **style)
+            axes.annotate(plain(name), (at, y), (shift, 0), textcoords="offset points", **style)
     axes.set_xticks(x, [f"seed {k}" for k in seeds], fontsize=9)
     axes.set_xlim(-0.15, last + 0.15)
     axes.set_ylim(count + 0.8, 0.2)

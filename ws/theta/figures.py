@@ -7,7 +7,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ws.show.figures import MARKERS, PALETTE
+from ws.show.figures import MARKERS, PALETTE, plain
 from ws.theta.fitted import ThetaFits
 
 
@@ -80,7 +80,7 @@ def cross_heatmap(cross: pl.DataFrame, heads: list[str], users: list[str]) -> Fi
 
 def _matrices(matrices: dict, users: list[str], x: str, y: str, unit: str, colours: str, limits: tuple) -> Figure:
     """One panel per matrix, two beside each other: the numbers in the cells are to be read."""
-    columns = min(2, len(matrices))
+    columns, users = min(2, len(matrices)), list(map(plain, users))
     rows = -(-len(matrices) // columns)
     figure = Figure(figsize=(4.6 * columns + 0.8, 4.3 * rows), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(matrices))]
