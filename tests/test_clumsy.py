@@ -99,8 +99,9 @@ def table() -> str:
     if not early:
         return text
     seconds, lines = ([row[i] for row in early] for i in (2, 3))
-    return f"{text}\n\n{len(ROWS)} mistakes, {len(early)} refused: processor time {statistics.median(seconds):.2f} s" + (
-        f" (worst {max(seconds):.2f}), lines {statistics.median(lines):.0f} (worst {max(lines)})"
+    return (
+        f"{text}\n\n{len(ROWS)} mistakes, {len(early)} refused: processor time {statistics.median(seconds):.2f} s"
+        + (f" (worst {max(seconds):.2f}), lines {statistics.median(lines):.0f} (worst {max(lines)})")
     )
 
 
@@ -120,9 +121,9 @@ def write_wrong_files(typed: Path) -> None:
     (typed / "sub").mkdir(parents=True)
     texts = {
         "broken.yaml": "SEED: [1", "list.yaml": "- SEED", "grid.yaml": "seedz: [0]", "tag.yaml": "SEED: !!python/name:os.mkdir",
-        "sede.yaml": "SEDE: 3", "text.txt": "no weights", "syntax.py": "def candidate(:\n", "empty.jsonl": "", "users.csv": "a,b\n",
+        "sede.yaml": "SEDE: 3", "text.txt": "no weights", "syntax.py": "def candidate(:\n", "empty.jsonl": "",
+        "users.csv": "a,b\n",
         "text.pt": "no weights", "broken.json": "{", "bare.json": "{}", "notes.md": "mine",
-        "raises.py": "raise RuntimeError('no such idea')\n",
     }  # fmt: skip
     for name, text in texts.items():
         (typed / name).write_text(text)
@@ -185,8 +186,8 @@ REFUSED = [  # (what is typed, what the message must say)
     ("nb weight_diff -p SEED 4294967296", "4294967295"),
     ("nb weight_diff -p SEED three", "SEED"),
     ("nb weight_diff -p SEDE 3", "did you mean SEED"),
-    ("nb weight_diff -p SEED", "-p"),
-    ("nb weight_diff -p SEED=3", "-p"),
+    ("nb weight_diff -p SEED", "-p.*KEY VALUE"),
+    ("nb weight_diff -p SEED=3", "-p.*KEY VALUE"),
     ("nb weight_diff -p ALPHAS [nan]", "ALPHAS"),
     ("nb weight_diff -p ALPHAS 1", "ALPHAS"),
     ("nb weight_diff -p LORA_LAYERS 2-x", "LORA_LAYERS"),
@@ -213,8 +214,8 @@ REFUSED = [  # (what is typed, what the message must say)
     ("nb weight_diff -f tag.yaml", "tag.yaml.*not YAML"),
     ("nb weight_diff -f binary.yaml", "binary.yaml.*not YAML"),
     ("nb weight_diff -f sede.yaml", "did you mean SEED"),
-    ("nb v7_sweep -p W_PATH none.pt", "none.pt: no such file"),
-    ("nb v7_sweep -p W_PATH sub/mine.safetensors", "mine.safetensors: no such file"),
+    ("nb v7_sweep -p W_PATH none.pt", "none.pt: no such"),
+    ("nb v7_sweep -p W_PATH sub/mine.safetensors", "mine.safetensors: no such"),
     ("nb v7_sweep -p W_PATH text.pt", "text.pt"),
     ("nb v7_sweep -p W_PATH text.txt", "text.txt"),
     ("nb v7_sweep -p W_PATH shape.pt", "shape.pt"),
@@ -224,13 +225,13 @@ REFUSED = [  # (what is typed, what the message must say)
     ("nb v7_sweep -p W_PATH cut.safetensors", "cut.safetensors"),
     ("nb v7_sweep -p W_PATH emptyfolder", "emptyfolder"),
     ("nb v7_sweep -p NULL_W_PATH text.pt", "text.pt"),
-    ("nb v7_sweep -p CANDIDATES none.py", "none.py: no such file"),
+    ("nb v7_sweep -p CANDIDATES none.py", "none.py: no such"),
     ("nb v7_sweep -p CANDIDATES syntax.py", "syntax.py: not Python"),
     ("nb v7_sweep -p CANDIDATES text.txt", "text.txt"),
-    ("nb theta_fit -p USERS none.jsonl", "none.jsonl: no such file"),
+    ("nb theta_fit -p USERS none.jsonl", "none.jsonl: no such"),
     ("nb theta_fit -p USERS empty.jsonl", "empty.jsonl"),
     ("nb theta_fit -p USERS users.csv", "users.csv"),
-    ("nb delta_svd -p CALIBRATION none.txt", "none.txt: no such file"),
+    ("nb delta_svd -p CALIBRATION none.txt", "none.txt: no such"),
     ("nb delta_svd -p CALIBRATION empty.jsonl", "empty.jsonl"),
     ("nb delta_svd -p COMPARE emptyfolder", "emptyfolder"),
     # models, adapters, behaviours
@@ -272,7 +273,6 @@ REFUSED = [  # (what is typed, what the message must say)
     ("nb weight_diff --timeout soon", "timeout"),
     ("batch --seed 0", "--seeds"),
     ("batch --seeds 5-2", "5-2"),
-    ("batch --seeds", "seeds"),
     ("batch --workers two", "workers"),
     ("batch --workers -1", "workers"),
     ("batch --threads -4", "threads"),
@@ -288,7 +288,7 @@ REFUSED = [  # (what is typed, what the message must say)
     ("batch --set PSC 3", "did you mean PCS"),
     ("batch --slurm --scheduler tcp://x", "choose one"),
     ("batch --slurm-set gpus 0", "--slurm"),
-    ("batch --scheduler tcp://127.0.0.1:1", "tls"),
+    ("batch --seeds 7 --scheduler tcp://127.0.0.1:1", "tls"),
     ("status none", "holds no run"),
     ("status notes.md", "holds no run"),
     ("status {out}", "holds no run"),
@@ -315,3 +315,327 @@ def test_a_mistake_is_refused_in_a_line_and_touches_nothing(home, line, says):
     assert "Traceback" not in text and len(told.said) <= (1 if line.startswith("nb ") else LINES), text
     assert re.search(says, text, re.DOTALL) and len(text) < 700, text
     assert told.cpu < SECONDS, told.cpu
+
+
+HARMLESS = [  # (what is typed, what is said)
+    ("batch", "8 done|8 are done|0 ran"),
+    ("batch --seeds", "done"),
+    ("batch --seeds 0-2 --dry-run", "0 would run, 0 would be looked at again, 8 are done"),
+    ("batch --seeds 0-1 --dry-run", "run .*all seeds +v7b_stability +new\n.*1 would run, 0 would be looked at again, 5 are done"),
+    ("batch --seeds 1-2 --dry-run", "1 would run, 0 would be looked at again, 5 are done"),
+    ("batch --seeds 5-6 --dry-run", "5 would run, 0 would be looked at again, 1 are done"),
+    ("batch --set LR 0.001 --dry-run", "lora-LR0.001 seed 0 .*8 would run"),
+    ("batch --retrain --dry-run", "0 would run"),
+    ("batch --behaviors shipped.json --dry-run", "tiny sycophancy-.*8 would run"),
+    ("batch --behaviors eight.json --dry-run", "tiny eight_topics lora.*8 would run"),
+    ("nb weight_diff", "already done"),
+    ("nb weight_diff -p LR 0.002 -p TOPICS none", "already done"),
+    ("nb v7_sweep -p PCS 8", "already done"),
+    ("nb v7b_stability -p SEEDS 2,1,0", "already done"),
+    ("nb nbs/theta_fit.ipynb", "already done"),
+    ("status", "v7b_stability"),
+    ("status {out}/" + LORA + "/seed_0/v7", "done"),
+    ("status {out}/" + LORA + "/seed_0/v7 -p PCS 16", "another run, in .*v7_pcs16"),
+    ("status {out}/" + LORA + "/seed_0/v7 -p N_NULL 5", "changed parameters: N_NULL 50 -> 5|N_NULL \\d+ -> 5"),
+    ("clean --failed", "0 failed tries"),
+    ("clean --failed --yes", "0 failed tries removed"),
+    ("inspect {out}/" + LORA + "/seed_0", "norm"),
+    ("results --candidate none", "0 of"),
+    ("report", "report:"),
+    ("nb weight_diff --help", "LORA_LAYERS"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "says"), HARMLESS, ids=[line for line, _ in HARMLESS])
+def test_what_is_done_is_said_to_be_and_stays(home, line, says):
+    before = content(home.base)
+    told = home.ws(line.format(out=home.out))
+    note(line, told)
+    after = content(home.base)
+    assert not lost(before, after, ("out/index.html", "out/results.parquet"))
+    assert sorted(set(after) - set(before)) in ([], ["out/index.html"], ["out/results.parquet"])
+    assert told.code == 0 and "Traceback" not in told.err, told.err
+    assert re.search(says, told.out, re.DOTALL), told.out
+
+
+def test_a_relative_path_is_seen_from_where_it_was_typed(home):
+    for cwd, line in ((home.out, f"status {LORA}/seed_0/v7"), (home.out / LORA, "inspect seed_0")):
+        told = home.ws(line, cwd)
+        note(f"{line} (typed in {cwd.name}/)", told)
+        assert told.code == 0
+
+
+# --- what starts a kernel -------------------------------------------------------------------------------------------------
+
+
+def finished(home: Home, *free: str) -> list[str]:
+    """What was lost of the demo as it was finished; `free`: what was meant to be replaced."""
+    return lost(home.kept, content(home.out), free)
+
+
+def by_hand(name: str, home: Home, **cells: object) -> str:
+    """Run a shipped notebook's cells in a kernel as Lab does, with these values typed into its parameters' cell. Returns how it
+    ended: '' or the error that is shown."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    book = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4)
+    (own,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+    own.source += "".join(f"\n{key} = {value!r}" for key, value in cells.items())
+    env = {**os.environ, "WS_OUT": str(home.out), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("WS_TYPED_IN", None)
+    kernel = NotebookClient(book, timeout=1200, resources={"metadata": {"path": str(ROOT / "nbs")}})
+    start = time.monotonic()
+    try:
+        kernel.execute(env=env)
+        shown = ""
+    except CellExecutionError:
+        errors = [out for cell in book.cells for out in cell.get("outputs", []) if out.output_type == "error"]
+        shown = "\n".join(errors[0].traceback)
+    said = "".join(f" {key}={value}" for key, value in cells.items())
+    ROWS.append(
+        (f"Lab: {name}{said}", 1 if shown else 0, time.monotonic() - start, len(shown.splitlines()), shown[:200])
+    )
+    return shown
+
+
+def test_a_notebook_that_is_run_in_lab_writes_elsewhere(home):
+    for name, cells in {
+        "weight_diff": {"SEED": -1},
+        "v7_sweep": {"PCS": 0},
+        "v7b_stability": {"SEEDS": [0, 9]},
+    }.items():
+        shown = by_hand(name, home, **cells)
+        assert shown.startswith("Refused: ") and len(shown.splitlines()) == 1, shown
+    assert not finished(home)
+    before = set(content(home.out))
+    assert by_hand("weight_diff", home) == "" and by_hand("v7b_stability", home) == ""
+    new = set(content(home.out)) - before
+    assert not finished(home) and new and all(n.startswith("by_hand/") or "/cache/" in n for n in new), new
+    assert not any("adapters" in name for name in new)  # nothing was trained: the finished difference was read
+
+
+FAILING = {
+    "raises.py": "raise RuntimeError('no such idea')\n",
+    "dies.py": "import os\nos._exit(7)\n",
+    "wrong.py": "from ws import candidate\n\n\n@candidate(family='mine')\ndef mine(ctx):\n    return {}['nothing']\n",
+}
+
+
+@pytest.mark.parametrize("file", FAILING)
+def test_a_candidate_that_fails_leaves_what_is_finished(home, file):
+    (home.typed / file).write_text(FAILING[file])
+    told = home.ws(f"nb v7_sweep -p CANDIDATES {file}")
+    note(f"nb v7_sweep -p CANDIDATES {file}", told)
+    assert told.code == 1 and not finished(home) and len(told.said) <= 20, told.err
+    assert "kept in" in told.err and list((home.out / LORA / "seed_0/v7/failed").iterdir())
+    assert home.ws("nb v7_sweep").out.startswith("v7_sweep: already done")
+    told = home.ws("clean --failed --yes")
+    note("clean --failed --yes", told)
+    assert "1 failed tries removed" in told.out and not finished(home)
+    assert set(content(home.out)) - set(home.kept) <= {
+        n for n in content(home.out) if n.startswith("by_hand/") or "/cache/" in n
+    }
+
+
+def test_eight_topics_just_work(home):
+    line = "nb weight_diff -p BEHAVIOR eight.json -p MAX_STEPS 2 -p SAMPLES 1 -p MAX_NEW_TOKENS 8 -p ALPHAS 0,1"
+    told = home.ws(line)
+    note(line, told)
+    assert told.code == 0 and not finished(home), told.err
+    assert list((home.out / "tiny/eight_topics").glob("lora-*/seed_0/w.safetensors"))
+
+
+def test_another_w_is_another_run(home):
+    for name in ("mine", "other"):
+        line = f"nb v7_sweep -p W_PATH {name}.safetensors -p SOURCES v5 -p N_NULL 2"
+        told = home.ws(line)
+        note(line, told)
+        assert told.code == 0 and not finished(home, "results.parquet"), told.err
+    assert len(list((home.out / LORA).parent.glob("w-*/v7_sources*/v7_summary.tsv"))) == 2
+
+
+def wait_for_a_kernel(home: Home, seconds: float) -> None:
+    logs, end = home.base / "logs", time.monotonic() + 300
+    before = set(logs.iterdir())
+    while not set(logs.iterdir()) - before and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_what_is_finished(home, sign):
+    process, base = home.start("nb v7_sweep --force")
+    wait_for_a_kernel(home, 6)
+    assert process.is_alive()
+    os.kill(process.pid, sign)
+    told = home.type.end(process, base)
+    note(f"nb v7_sweep --force, {sign.name} in the middle", told)
+    assert told.code == (None if sign == signal.SIGKILL else 130), told
+    assert not finished(home) and len(told.said) <= LINES and "Traceback" not in told.err, told.err
+    told = home.ws("nb v7_sweep")
+    assert told.out.startswith("v7_sweep: already done")
+
+
+def test_two_at_once_end_well(home):
+    import ws.cache.files as files
+
+    with files.lock(home.out, 0, ".lock.batch"):
+        told = home.ws("batch")
+        note("batch, while another one works", told)
+        assert told.code == 3 and len(told.said) == 1 and "--wait" in told.err
+    pair = [home.start("nb delta_svd --force") for _ in range(2)]
+    for process, base in pair:
+        told = home.type.end(process, base)
+        note("nb delta_svd --force, twice at once", told)
+        assert told.code == 0, told.err
+    gone = finished(home)
+    assert all(name.startswith("tiny/delta_svd/") and name.endswith((".ipynb", ".html", "params.json", ".ipynb.json"))
+               for name in gone), gone  # fmt: skip
+    home.kept.update({name: data for name, data in content(home.out).items() if name.startswith("tiny/delta_svd/")})
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "says"),
+    [
+        ("tiny/delta_svd/delta_svd_per_layer.tsv", "nb delta_svd", "damaged: tiny/delta_svd/delta_svd_per_layer.tsv"),
+        ("tiny/delta_svd/delta_svd.html", "nb delta_svd", "already done"),
+    ],
+)
+def test_a_file_that_was_deleted_by_hand_comes_back(home, file, line, says):
+    (home.out / file).unlink()
+    told = home.ws(f"status {(home.out / file).parent}")
+    assert told.code == 0
+    told = home.ws(line)
+    note(f"rm {Path(file).name}; {line}", told)
+    assert told.code == 0 and says in told.out, told.out + told.err
+    own = tuple(f"tiny/delta_svd/{name}" for name in ("delta_svd.ipynb", ".made", "params.json", "delta_svd.html"))
+    assert not finished(home, *own) and (home.out / file).is_file()
+    home.kept.update({name: data for name, data in content(home.out).items() if name.startswith(own)})
+
+
+def test_what_a_batch_made_is_named_when_it_was_deleted(home, tmp_path):
+    w = home.out / LORA / "seed_2/w.safetensors"
+    shutil.move(w, tmp_path / "w")
+    told = home.ws("batch --dry-run")
+    note("rm seed_2/w.safetensors; batch --dry-run", told)
+    shutil.move(tmp_path / "w", w)
+    assert told.code == 0 and "damaged: tiny/sycophancy/lora/seed_2/w.safetensors" in told.out, told.out + told.err
+    assert not finished(home)
+
+
+def test_out_may_be_renamed(home):
+    other = home.out.with_name("results of mine")
+    home.out.rename(other)
+    try:
+        for line in (
+            "batch --dry-run",
+            "nb weight_diff",
+            "nb v7_sweep",
+            "nb theta_fit",
+            "nb delta_svd",
+            f"status '{other}/{LORA}/v7b'",
+        ):
+            told = home.ws(line, WS_OUT=str(other))
+            note(f"mv out 'results of mine'; {line}", told)
+            assert told.code == 0 and re.search("8 are done|already done|done", told.out), told.out + told.err
+    finally:
+        other.rename(home.out)
+    assert not finished(home)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone somewhere else: its code and notebooks."""
+    base = tmp_path_factory.mktemp("moved")
+    for name in ("ws", "nbs"):
+        shutil.copytree(ROOT / name, base / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", base)
+    return base
+
+
+def elsewhere(home: Home, clone: Path, line: str, before: tuple[str, ...] = (), **env: str) -> Told:
+    """`ws` of another clone, in a process of its own, after the words of `before`."""
+    env = {**os.environ, "PYTHONPATH": str(clone), "WS_OUT": str(home.out), "OMP_NUM_THREADS": "1", **env}
+    env.pop("WS_TYPED_IN", None)
+    start = time.monotonic()
+    words = [*before, sys.executable, "-m", "ws", *shlex.split(line)]
+    done = subprocess.run(words, cwd=clone, env=env, capture_output=True, text=True, timeout=900, check=False)
+    return Told(done.returncode, 0.0, time.monotonic() - start, done.stdout, done.stderr)
+
+
+def test_the_clone_may_be_moved_and_a_cell_edited_without_sync_is_told(home, clone):
+    told = elsewhere(home, clone, "batch --dry-run")
+    note("mv the clone; batch --dry-run", told)
+    assert told.code == 0 and "8 are done" in told.out, told.out + told.err
+    for name in ("v7_sweep.py", "v7_sweep.ipynb"):
+        file = clone / "nbs" / name
+        text = file.read_text()
+        file.write_text(text.replace("protocol = load_protocol(", "protocol  = load_protocol("))
+        assert file.read_text() != text
+        for line in ("nb v7_sweep", "batch --dry-run"):
+            told = elsewhere(home, clone, line)
+            note(f"edit a cell of {name}, no sync; {line}", told)
+            assert told.code == 2 and len(told.said) == 1 and "sync" in told.err, told.err
+        file.write_text(text)
+    assert not finished(home)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs setpriv and root")
+@pytest.mark.parametrize("what", ["out", "logs", "OUT_DIR", "WS_OUT a file", "WS_OUT nowhere"])
+def test_what_cannot_be_written_is_told(home, what):
+    bound = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
+    shut = {"out": home.out, "logs": home.base / "logs", "OUT_DIR": home.typed / "sub"}.get(what)
+    line = "nb delta_svd --force" if what in ("out", "logs") else "nb delta_svd -p SEED 5"
+    env = {"WS OUT a file": {}}.get(what, {})
+    if what == "OUT_DIR":
+        line = f"nb delta_svd -p OUT_DIR {home.typed}/sub/mine"
+    if what == "WS_OUT a file":
+        env = {"WS_OUT": str(home.typed / "notes.md")}
+    if what == "WS_OUT nowhere":
+        env = {"WS_OUT": "/proc/nothing/out"}
+    changed = [shut, *(p for p in shut.rglob("*") if p.is_dir() and what == "out")] if shut else []
+    for folder in changed:
+        folder.chmod(0o555)
+    try:
+        told = elsewhere(home, ROOT, line, bound, **env)
+    finally:
+        for folder in changed:
+            folder.chmod(0o755)
+    note(f"{what} cannot be written; {line}", told)
+    assert told.code == 2 and len(told.said) == 1 and "Traceback" not in told.err, told.err
+    assert not finished(home)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk_leaves_what_is_finished(home, tmp_path):
+    disk, kept = tmp_path / "disk", content(home.out)
+    disk.mkdir()
+    size = sum(-(-len(data) // 4096) * 4096 + 1024 for data in kept.values())
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size + (3 << 19)}", "tmpfs", str(disk)], check=False)
+    if made.returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        shutil.copytree(home.out, disk / "out")
+        for line in ("nb v7_sweep --force", "nb theta_fit -p SEED 1 -p STEPS 5"):
+            told = home.ws(line, WS_OUT=str(disk / "out"))
+            note(f"disk full; {line}", told)
+            assert told.code in (1, 2) and "No space left" in told.err, told.err
+            assert not lost(kept, content(disk / "out"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_another_thread_count_does_not_stop_the_stability_report(home):
+    lines = {
+        "nb v7_sweep -p SEED 1 -p PROTOCOL v7b --force": "2",
+        "nb v7b_stability": "1",
+        "batch": "1",
+    }
+    for line, threads in lines.items():
+        told = home.ws(line, OMP_NUM_THREADS=threads)
+        note(f"{line} ({threads} threads)", told)
+        assert told.code == 0, told.err
+    assert not finished(home, f"{LORA}/seed_1/v7b/", f"{LORA}/v7b/", "results.parquet")
+    assert set(home.kept) <= set(content(home.out))
