@@ -9,6 +9,13 @@ def flip(path: Path) -> None:
     _write(path, lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
 
 
+def high(path: Path) -> None:
+    """The high bit of the middle byte, or of the next one without: a text is no UTF-8 any more."""
+    data = path.read_bytes()
+    at = next(i for i in range(len(data) // 2, len(data)) if data[i] < 128)
+    _write(path, lambda _: data[:at] + bytes([data[at] ^ 128]) + data[at + 1 :])
+
+
 def cut(path: Path) -> None:
     """The second half gone; a text ends with a whole line."""
     _write(path, lambda data: data[: data.find(b"\n", len(data) // 2) + 1 or len(data) // 2])

@@ -220,4 +220,11 @@ def test_a_killed_run_ends_its_kernel_and_the_next_one_completes(place, tmp_path
     done = subprocess.run(driver, cwd=HOME, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "new True", done.stdout + done.stderr
     left = sorted(p.name for p in folder.iterdir())
-    assert left == [".made.probe.ipynb.json", "params.json", "probe.html", "probe.ipynb", "whole"]
+    assert left == [
+        ".made.probe.html.json",
+        ".made.probe.ipynb.json",
+        "params.json",
+        "probe.html",
+        "probe.ipynb",
+        "whole",
+    ]

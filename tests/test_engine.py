@@ -14,7 +14,7 @@ import psutil
 import pytest
 from stubs import LORA, RUN, copy_project, counts, running_cluster, stub_jobs, tables, write_project
 
-from ws import cli
+from ws import cli, lab
 from ws.cache import files
 from ws.runs import engine, grid, progress, work
 from ws.runs.engine import Settings, run_jobs
@@ -203,8 +203,9 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
     place = write_project(tmp_path)
     asked, answer = [], {"a": Ending("ran")}
 
-    def run_jobs(jobs, place, settings, retrain):
+    def run_jobs(jobs, place, settings, retrain, check):
         asked.append((jobs, settings, retrain))
+        assert check is lab.check_steps
         return answer, "THE SUMMARY"
 
     monkeypatch.setattr(engine, "run_jobs", run_jobs)
@@ -224,6 +225,12 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
     assert settings == Settings(2, 0, "tcp://h:1", None, False, 9, files, True)
     monkeypatch.setattr(grid, "make_jobs", lambda chosen, here: stub_jobs(place))
     monkeypatch.setattr(grid, "plan", lambda jobs, retrain: [grid.Step(jobs[0], "new", "new", True)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["batch", "--dry-run"])
+    assert (
+        ended.value.code == 2 and "stub.json: missing fields" in capsys.readouterr().err
+    )  # looked at before anything runs
+    monkeypatch.setattr(lab, "check_steps", lambda steps, place: None)
     with pytest.raises(SystemExit) as ended:
         cli.main(["batch", "--dry-run"])
     assert ended.value.code == 0 and "1 would run" in capsys.readouterr().out and len(asked) == 3

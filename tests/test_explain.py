@@ -7,9 +7,12 @@ from dataclasses import replace
 import polars as pl
 import pytest
 import torch
+from harm import flip
 from polars.testing import assert_frame_equal
 
 import ws
+from ws.cache import keys
+from ws.cache.made import Damaged
 from ws.explanation.result import Explanation
 from ws.explanation.scores import activation_target, score
 from ws.subspaces.algebra import Basis, pca
@@ -136,11 +139,20 @@ def test_damaged_files_of_a_run_are_named(given, tmp_path, name):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 64
     file.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match=f"{name}.*run this v7_sweep again"):
+    with pytest.raises(Damaged, match=f"{name}: damaged, .*; running this v7_sweep again makes it anew") as refused:
         Explanation.load(folder)
-        json.loads(file.read_text(encoding="utf-8"))["nothing"]
+    assert refused.value._render_traceback_() == [f"Damaged: {refused.value}"]  # a notebook shows no more
     (folder / "explanation.json").unlink()
     with pytest.raises(FileNotFoundError, match="explanation.json is missing"):
+        Explanation.load(folder)
+
+
+def test_scores_that_changed_without_a_trace_are_refused(given, tmp_path, monkeypatch):
+    folder = given().save(tmp_path)
+    monkeypatch.setattr(keys, "_identity", lambda path: (path.stat().st_size,))  # as on a disk that loses bits
+    keys.file_key(folder / "scores.safetensors")
+    flip(folder / "scores.safetensors")
+    with pytest.raises(Damaged, match="scores.safetensors"):
         Explanation.load(folder)
 
 

@@ -228,14 +228,20 @@ def sweep(out, seed: int, scores: dict[str, float], protocol: str = "v7b", **mor
     return folder
 
 
-def test_results_hold_every_finished_sweep_and_are_filtered(tmp_path):
+def test_results_hold_every_finished_sweep_and_are_filtered(tmp_path, capsys):
     assert results.collect(tmp_path).is_empty()
     sweep(tmp_path, 10, {"a_pca": 2.0, "b": float("nan")})
     sweep(tmp_path, 2, {"a_pca": 3.0, "b": 1.0}, gap=0.5)
     sweep(tmp_path, 2, {"a_pca": 9.0}, protocol="v7")
     unfinished = sweep(tmp_path, 3, {"a_pca": 7.0})
     made.sidecar(unfinished / "v7_sweep.ipynb").unlink()
+    damaged = sweep(tmp_path, 4, {"a_pca": 5222.0})
+    made.mark_made(damaged / "v7_sweep.ipynb", keys.Key("p", "i", "s"), {"outputs": {"v7_summary.tsv": "another"}})
+    unreadable = sweep(tmp_path, 5, {"a_pca": 5222.0})
+    made.sidecar(unreadable / "v7_sweep.ipynb").write_bytes(b"\xff{")
     path = results.write_results(tmp_path)
+    said = capsys.readouterr().err
+    assert "seed_4/v7b/v7_summary.tsv: damaged" in said and "seed_5/v7b/.made.v7_sweep.ipynb.json: damaged" in said
     first = path.read_bytes()
     assert results.write_results(tmp_path).read_bytes() == first
     table = pl.read_parquet(path)

@@ -238,6 +238,6 @@ def test_the_science_needs_no_extra_and_a_missing_one_is_named(tmp_path, parity_
     done = bare("ws.cli.main(['nb', 'delta_svd'])", tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "is missing: pip install 'weight-steering[notebooks]'" in done.stderr
-    done = bare("from ws.runs.engine import Settings, connect; connect(Settings(), 1).__enter__()", tmp_path)
+    done = bare("from ws.runs.engine import Settings, connect; connect(Settings(), 1, 'x', None).__enter__()", tmp_path)
     assert "distributed is missing: pip install 'weight-steering[batch]'" in done.stderr, done.stderr
     assert not any(tmp_path.iterdir())

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from harm import cut, empty, flip, high
 
-from ws.cache import keys, syntax
+from ws.cache import keys, records, syntax
 from ws.cache import made as store
 from ws.cache.sources import Unkeyed, code_key, text_key
 
@@ -189,7 +190,7 @@ def test_made_runs_once_and_says_why_it_runs_again(package, tmp_path):
     os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert ask({"a": 2}) == "damaged" and target.read_text() == "run 6"  # same size, same time
     store.sidecar(target).write_bytes(b"\xff\xfe")
-    assert ask({"a": 2}) == "new"
+    assert ask({"a": 2}) == "damaged"
     target.unlink()
     assert ask({"a": 2}) == "new"
     assert names(target.parent) == [".made.x.txt.json", "x.txt"]
@@ -216,6 +217,78 @@ def test_made_folder_and_failure(tmp_path):
     assert store.read_failure(target) == {}
     (target / "w").write_text("who")
     assert store.state(target, key) == "damaged"
+
+
+@pytest.mark.parametrize("harm", [flip, high, cut, empty])
+def test_a_damaged_record_is_damage_and_not_a_raw_error(tmp_path, harm):
+    target, key = tmp_path / "x", keys.stage_key({"a": 1})
+    assert store.made(target, key, lambda path: path.write_text("x")) == "new"
+    harm(store.sidecar(target))
+    assert store.read_sidecar(target) == {} and store.state(target, key) == "damaged"
+    with pytest.raises(store.Damaged, match=r"\.made\.x\.json: damaged, .* makes it anew"):
+        store.verified(target)
+    assert store.made(target, key, lambda path: path.write_text("x")) == "damaged"
+    assert store.made(target, key, lambda path: pytest.fail("it is done")) == "done"
+
+
+def test_every_bit_of_a_record_counts(tmp_path):
+    path = tmp_path / "r.json"
+    records.write_record(path, {"title": "lora, seed 0", 1: [0.1, None]})
+    data, known = path.read_bytes(), records.read_record(path)
+    assert known == {"title": "lora, seed 0", "1": [0.1, None]}
+    for at in range(8 * len(data)):
+        path.write_bytes(data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :])
+        without_seal = {k: v for k, v in records.read_record(path).items() if k in known}
+        assert without_seal in ({}, known)  # a flipped seal leaves what it seals
+
+
+@pytest.fixture
+def rotting(monkeypatch):
+    """A disk that changes bits by itself: no time, size or inode says so."""
+    monkeypatch.setattr(keys, "_identity", lambda path: (path.stat().st_size,))
+
+
+def test_what_is_asked_for_is_read_whatever_is_remembered_of_it(tmp_path, rotting, monkeypatch):
+    monkeypatch.setattr(keys, "LARGE", 0)
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
+    target, key = tmp_path / "x", keys.stage_key({"a": 1})
+    store.made(target, key, lambda path: path.write_text("whole"))
+    known = keys.file_key(target)
+    flip(target)
+    assert keys.file_key(target) == known  # nothing tells that it was written
+    assert store.state(target, key) == "damaged" and keys.file_key(target) != known
+    with pytest.raises(store.Damaged, match="x: damaged"):
+        store.verified(target)
+    assert store.kept(target, key, lambda path: path.write_text("whole"), Path.read_text) == "whole"
+    assert store.verified(target) == target
+
+
+def test_a_damaged_note_of_a_hash_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "LARGE", 0)
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
+    (tmp_path / "x").write_text("content")
+    known = keys.file_key(tmp_path / "x")
+    (note,) = (tmp_path / ".hashes").iterdir()
+    note.write_text(note.read_text().replace(known, known[::-1]))
+    keys._file_key.cache_clear()
+    assert keys.file_key(tmp_path / "x") == known
+
+
+def test_what_cannot_be_read_is_not_done(tmp_path):
+    target, key, made = tmp_path / "x", keys.stage_key({"a": 1}), []
+
+    def make(path: Path) -> None:
+        made.append(path)
+        path.write_text("half" if len(made) == 1 else "whole")
+
+    store.made(target, key, make)
+    assert store.kept(target, key, make, lambda path: {"whole": 1}[path.read_text()]) == 1 and len(made) == 2
+
+
+def test_files_of_others_are_as_they_are(tmp_path):
+    (tmp_path / "w.pt").write_text("mine")
+    assert store.verified(tmp_path / "w.pt") == tmp_path / "w.pt" and store.verified(tmp_path) == tmp_path
+    assert store.verified(tmp_path / "missing") == tmp_path / "missing"  # the reader says so in its own words
 
 
 def test_two_processes_make_one_target_once(tmp_path):

@@ -14,6 +14,8 @@ import ws.train.difference
 import ws.train.lora
 import ws.train.pairs
 from tests.harm import HARMS, cut, flip
+from ws.cache import files
+from ws.cache.made import Damaged
 from ws.cache.names import RunId
 from ws.cache.places import out_folder
 from ws.data import load_behavior
@@ -115,11 +117,17 @@ def test_a_killed_run_of_pairs_continues(lm, behavior, tmp_path, monkeypatch):
 
 def test_a_damaged_chunk_is_written_again(lm, behavior, tmp_path, monkeypatch):
     whole = make_pairs(lm, behavior, SMALL, tmp_path / "a", progress=False)
-    drop = ws.train.pairs.Pair
-    monkeypatch.setattr(ws.train.pairs, "Pair", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    publish = files.publish
+
+    def stopped(temporary, path):
+        if path.name == "pairs.jsonl":
+            raise KeyboardInterrupt
+        return publish(temporary, path)
+
+    monkeypatch.setattr(files, "publish", stopped)
     with pytest.raises(KeyboardInterrupt):
         make_pairs(lm, behavior, SMALL, tmp_path / "b", progress=False)
-    monkeypatch.setattr(ws.train.pairs, "Pair", drop)
+    monkeypatch.undo()
     chunks = sorted((tmp_path / "b").rglob("chunk_*"))
     flip(chunks[0])
     cut(chunks[1])
@@ -397,6 +405,8 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     assert (
         made == ["pos", "neg", "neg", "pos", "neg"] and (elsewhere / "w.safetensors").is_file()
     )  # the first one stays
+    read = train_diff(lm, behavior, config=CFG, folder=tmp_path / "by hand", finished=folder, progress=False)
+    assert len(made) == 5 and not (tmp_path / "by hand").exists() and read.fingerprint == w.fingerprint
     null = train_diff(lm, behavior, null=True, config=CFG, progress=False)
     assert null.meta["null"] and (folder / "null_diff" / "w.safetensors").is_file()
     assert not torch.equal(null.dense(w.names[0]), w.dense(w.names[0]))
@@ -435,7 +445,23 @@ def test_adapters_follow_model_and_pairs_survive_new_code_and_notice_damage(lm, 
     capfd.readouterr()
     monkeypatch.setattr(ws.train.lora, "_wrap", lambda *_: None)
     assert steps() == [] and "training code changed" in "".join(capfd.readouterr())
+    flip(tmp_path / "run" / "adapters" / "neg" / "adapter")
+    assert steps() == ["pos", "neg"]  # not an adapter of today's code beside one of yesterday's
     assert steps(retrain=True) == ["pos", "neg"] and steps() == []
+
+
+def test_a_damaged_diff_or_adapter_is_not_read(lm, behavior, tmp_path):
+    train_diff(lm, behavior, config=CFG, folder=tmp_path, progress=False)
+    whole, sides = (tmp_path / "w.safetensors").read_bytes(), (tmp_path / "adapters/pos", tmp_path / "adapters/neg")
+    flip(tmp_path / "w.safetensors")
+    with pytest.raises(Damaged, match="w.safetensors: damaged"):
+        load_diff(tmp_path)
+    flip(sides[0] / "adapter_model.safetensors")
+    with pytest.raises(Damaged, match="adapters/pos: damaged"):
+        obtain_diff(lm, behavior, 0, CFG, tmp_path / "own", adapters=sides)
+    assert not (tmp_path / "own" / "w.safetensors").exists()
+    train_diff(lm, behavior, config=CFG, folder=tmp_path, progress=False)
+    assert (tmp_path / "w.safetensors").read_bytes() == whole and load_diff(sides).names
 
 
 def test_a_difference_of_zero_is_refused_by_name(lm, behavior, tmp_path):

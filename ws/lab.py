@@ -1,6 +1,8 @@
 """What is looked at before a notebook works: its first line, `run = begin("v7_sweep", globals())`, and the same for the
 commands that start it."""
 
+from dataclasses import replace
+
 from ws.runs import here
 from ws.runs.grid import Step
 from ws.runs.here import Here, Refused
@@ -42,5 +44,7 @@ def check_steps(steps: list[Step], place: Place) -> None:
         check_target(step.job, place)
         run = step.job.identity
         if (alike := (step.job.notebook, run.model, run.behavior, run.adapter)) not in looked:
-            check_job(step.job, place, own=not any(step.job.needs))
+            made = [key for key in ("NULL_W_PATH",) if step.job.needs]  # by a run before it
+            values = {key: value for key, value in step.job.values.items() if key not in made}
+            check_job(replace(step.job, values=values), place, own=not step.job.needs)
             looked.add(alike)

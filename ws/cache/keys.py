@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ws.cache.files import files_in, read_json, write_json
+from ws.cache.files import files_in
 from ws.cache.places import out_folder
+from ws.cache.records import broken, read_record, tell, write_record
 from ws.cache.sources import code_key
 from ws.cache.syntax import digest
 
@@ -40,29 +41,49 @@ class Key:
 
 def file_key(path: Path | str) -> str:
     """Hash of all bytes of a file, or of a folder's files with their relative names (hidden files left out). Read once
-    per identity of a file (place, size, times, inode). Raises FileNotFoundError when there is nothing at `path`."""
+    per identity of a file (place, size, times, inode): a disk that changes bits by itself shows none of these, so what is
+    read as an input is verified from its bytes (`ws.cache.made.verified`). Raises FileNotFoundError when there is nothing
+    at `path`."""
     path = Path(path)
     if path.is_dir():
         return digest("\n".join(f"{name} {file_key(file)}" for name, file in files_in(path).items()).encode())
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such input file or folder")
     path = path.resolve()
+    return _file_key(path, _identity(path))
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells that a file was written since; size first."""
     stat = path.stat()
-    return _file_key(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 @lru_cache(maxsize=16384)
 def _file_key(path: Path, identity: tuple[int, ...]) -> str:
     if identity[0] <= LARGE:
         return read_hash(path)
-    note = out_folder() / ".hashes" / f"{digest(str(path).encode())}.json"
-    known = read_json(note)
+    note = _note(path)
+    if broken(note):
+        tell(f"damaged: {note} is not what was written; {path} is read again")
+    known = read_record(note)
     if known.get("identity") == list(identity) and "hash" in known:
         return known["hash"]
     found = read_hash(path)
     if os.access(note.parent if note.parent.is_dir() else out_folder(), os.W_OK):
-        write_json(note, {"file": str(path), "identity": list(identity), "hash": found})
+        write_record(note, {"file": str(path), "identity": list(identity), "hash": found})
     return found
+
+
+def _note(path: Path) -> Path:
+    return out_folder() / ".hashes" / f"{digest(str(path).encode())}.json"
+
+
+def forget(path: Path) -> None:
+    """Remember nothing of a file, or of a folder's files: what is on disk is not what it was, whatever its times say."""
+    _file_key.cache_clear()
+    for file in files_in(path).values() if path.is_dir() else [path]:
+        _note(file.resolve()).unlink(missing_ok=True)
 
 
 def read_hash(path: Path) -> str:

@@ -3,6 +3,9 @@
 A stage's key is `(hash(parameters), hash(inputs), hash(code))`, kept apart in a sidecar, so that a difference can be told:
 
     done  <=>  sidecar.key == key  and  the target on disk has the content that the sidecar describes
+
+The content is hashed from the bytes on disk each time, whatever is remembered of the file. What is damaged is made anew
+by whoever makes it (`made`, `kept`) and refused by whoever only reads it (`verified`).
 """
 
 import json
@@ -12,12 +15,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from ws.cache.files import atomic_dir, atomic_file, files_in, lock, read_json, write_json
-from ws.cache.keys import Key, file_key
+from ws.cache.files import atomic_dir, atomic_file, files_in, lock
+from ws.cache.keys import Key, forget, read_hash
+from ws.cache.records import broken, read_record, tell, write_record
 
 STATES = ("done", "new", "failed before", "damaged", "changed parameters", "changed inputs", "changed code")
 T = TypeVar("T")
 Make = Callable[[Path], object]
+
+
+class Damaged(ValueError):
+    """A file that this project wrote is not what was written. A notebook shows the one line and no traceback."""
+
+    def __init__(self, path: Path, again: str = "the command that made it"):
+        super().__init__(path, again)
+
+    def __str__(self) -> str:
+        path, again = self.args
+        return f"{path}: damaged, it is not what was written; {again} makes it anew"
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
 
 
 def sidecar(target: Path | str) -> Path:
@@ -33,28 +51,57 @@ def _failure(target: Path) -> Path:
 def describe(target: Path) -> dict:
     """What lets a later look tell that a target is the one that was finished: its content hash, file by file."""
     if target.is_dir():
-        return {"files": {name: file_key(file) for name, file in files_in(target).items()}}
-    return {"size": target.stat().st_size, "hash": file_key(target)}
+        return {"files": {name: read_hash(file) for name, file in files_in(target).items()}}
+    return {"size": target.stat().st_size, "hash": read_hash(target)}
 
 
 def intact(target: Path, about: dict) -> bool:
-    """Whether `target` still is what `describe` saw."""
+    """Whether `target` still is what `describe` saw, by its bytes as they are now."""
     try:
         if target.is_dir():
-            return all(file_key(target / name) == known for name, known in about["files"].items())
-        return target.stat().st_size == about["size"] and file_key(target) == about["hash"]
+            whole = all(read_hash(target / name) == known for name, known in about["files"].items())
+        else:
+            whole = target.stat().st_size == about["size"] and read_hash(target) == about["hash"]
     except (OSError, KeyError, AttributeError):
-        return False
+        whole = False
+    if not whole:
+        forget(target)
+    return whole
+
+
+def verified(path: Path | str) -> Path:
+    """`path`, a file or folder that this project made, once its bytes are found to be those that were recorded: by its own
+    sidecar, or by that of a target beside it (in it, for a folder) whose `about` lists it among its `outputs`. What nothing
+    is recorded of is a caller's own. Raises Damaged, which names the file."""
+    path = Path(path)
+    own = sidecar(path)
+    if broken(own):
+        raise Damaged(own)
+    if path.exists() and own.exists():
+        if not intact(path, read_record(own)):
+            raise Damaged(path)
+        return path
+    folder = path if path.is_dir() else path.parent
+    for record in sorted(folder.glob(".made.*.ipynb.json")):
+        if broken(record):
+            raise Damaged(record)
+        outputs = read_record(record).get("about", {}).get("outputs", {})
+        for name, known in outputs.items() if path.is_dir() else [(path.name, outputs.get(path.name))]:
+            file = folder / name
+            if known and not (file.is_file() and read_hash(file) == known):
+                forget(file)
+                raise Damaged(file)
+    return path
 
 
 def read_sidecar(target: Path | str) -> dict:
     """What is recorded of a target; {} when nothing readable is."""
-    return read_json(sidecar(target))
+    return read_record(sidecar(target))
 
 
 def read_failure(target: Path | str) -> dict:
     """What `mark_failed` recorded, {} when nothing."""
-    return read_json(_failure(Path(target)))
+    return read_record(_failure(Path(target)))
 
 
 def state(target: Path | str, key: Key) -> str:
@@ -63,6 +110,8 @@ def state(target: Path | str, key: Key) -> str:
     record = read_sidecar(target) if target.exists() else {}
     known = record.get("key")
     if not isinstance(known, dict) or set(known) != {"params", "inputs", "sources"}:
+        if target.exists() and sidecar(target).exists():
+            return "damaged"
         return "failed before" if _failure(target).exists() else "new"
     if not intact(target, record):
         return "damaged"
@@ -74,14 +123,14 @@ def mark_made(target: Path | str, key: Key, about: dict, where: Path | None = No
     target = Path(target)
     content = where or target
     record = {"key": asdict(key), **describe(content), "about": about, "made_at": time.time()}
-    write_json(sidecar(content) if content.is_dir() else sidecar(target), record)
+    write_record(sidecar(content) if content.is_dir() else sidecar(target), record)
     _failure(target).unlink(missing_ok=True)
 
 
 def mark_failed(target: Path | str, key: Key, error: str) -> None:
     """Record that making `target` under `key` ended with `error`."""
     target = Path(target)
-    write_json(_failure(target), {"key": asdict(key), "error": error, "failed_at": time.time()})
+    write_record(_failure(target), {"key": asdict(key), "error": error, "failed_at": time.time()})
 
 
 def made(
@@ -102,6 +151,8 @@ def made(
             return found
         if found == "changed code" and keep_stale and not remake:
             return "stale"
+        if found == "damaged":
+            tell(f"damaged: {target} is not what was written; it is made anew")
         opened = atomic_dir(target) if folder else atomic_file(target)
         try:
             with opened as temporary:
@@ -115,8 +166,15 @@ def made(
 
 
 def kept(target: Path | str, key: Key, make: Make, read: Callable[[Path], T], *, folder: bool = False) -> T:
-    """`read(target)` of what is made under `key`, made first where it is absent, damaged or another's."""
-    made(target, key, make, folder=folder)
+    """`read(target)` of what is made under `key`, made first where it is absent, damaged, another's or unreadable."""
+    found = made(target, key, make, folder=folder)
+    try:
+        return read(Path(target))
+    except Exception as error:
+        if found != "done":
+            raise  # it was made just now
+        tell(f"unreadable: {target} ({type(error).__name__}: {error}); it is made anew")
+    made(target, key, make, folder=folder, remake=True)
     return read(Path(target))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ws.cache.files import atomic_file, write_json, write_text
+from ws.cache.made import verified
 from ws.delta.bootstrap import Interval
 from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
 from ws.show.tables import literal, read_table, write_table
@@ -201,7 +202,7 @@ def setting(run: DeltaRun, n_texts: int) -> str:
 def read_folder(folder: str | Path) -> tuple[dict, pl.DataFrame]:
     """The JSON and the per-layer table of a result folder. Raises FileNotFoundError / ValueError naming the file that
     is missing or foreign."""
-    folder = Path(folder).expanduser()
+    folder = verified(Path(folder).expanduser())
     path, table = folder / "delta_svd.json", folder / "delta_svd_per_layer.tsv"
     if missing := [file for file in (path, table) if not file.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: not a delta SVD result folder, this file is missing")

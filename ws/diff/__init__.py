@@ -4,6 +4,7 @@ rounding of merged weights enters. This module is the front door to the other mo
 
 from pathlib import Path
 
+from ws.cache.made import verified
 from ws.diff.algebra import dot, geometry, project
 from ws.diff.build import Base, from_adapters, task_vectors
 from ws.diff.check import located
@@ -36,5 +37,5 @@ def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None)
         return source
     kind, paths = located(source)
     if kind == "file":
-        return read_diff(*paths)
+        return read_diff(verified(*paths))
     return from_adapters(*paths, base) if kind == "adapters" else from_checkpoints(*paths)

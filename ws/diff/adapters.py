@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ws.cache.given import finite, first_line, parsed, read_given, short
+from ws.cache.made import verified
 from ws.diff.io import FLOATS, INTEGERS, read_tensors
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations that change the base weights
@@ -67,7 +68,7 @@ class Adapter:
 def read_adapter(folder: Path | str) -> Adapter:
     """Config and tensors of a PEFT folder. FileNotFoundError / ValueError naming the file that is missing or broken, the
     setting or the tensor that cannot be: sizes, types, finiteness."""
-    folder = Path(folder)
+    folder = verified(folder)
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder}: not a PEFT adapter folder, adapter_config.json is missing")

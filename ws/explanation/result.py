@@ -1,7 +1,6 @@
 """`Explanation`: what a sweep found, as tables, figures and words, and as the files of a run (docs/method.md section 6):
 `v7_*.csv, .tsv, .md`, `scores.safetensors` (what statistics over seeds start from), `explanation.json` (the rest)."""
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +10,11 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ws.cache.files import atomic_file, write_json, write_text
-from ws.cache.keys import file_key
-from ws.cache.made import read_safetensors
+from ws.cache.files import atomic_file, write_text
+from ws.cache.keys import read_hash
+from ws.cache.made import Damaged, read_safetensors
 from ws.cache.places import ASSETS
-from ws.cache.syntax import digest
+from ws.cache.records import read_record, write_record
 from ws.explanation import words
 from ws.explanation.figures import joint_scatter, recovery_by_layer
 from ws.explanation.rows import null_check
@@ -25,6 +24,7 @@ from ws.show.tables import read_table, write_table
 
 CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
 RECORD = "explanation.json"
+AGAIN = "running this v7_sweep again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,27 +125,24 @@ class Explanation:
             save_file(self.tensors, tmp)
         record = {f: getattr(self, f) for f in ("setting", "candidates", "checks", "bases")}
         record["sources"] = list(self.sources)
-        record["files"] = {file.name: file_key(file) for file in [*files, folder / "scores.safetensors"]}
-        write_json(folder / RECORD, record | {"hash": _hash(record)})
+        record["files"] = {file.name: read_hash(file) for file in [*files, folder / "scores.safetensors"]}
+        write_record(folder / RECORD, record)
         return folder
 
     @classmethod
     def load(cls, folder: Path | str) -> "Explanation":
-        """Read what `save` wrote. FileNotFoundError where there is none, ValueError naming a file that is damaged."""
+        """Read what `save` wrote. FileNotFoundError where there is none, Damaged naming a file that is."""
         folder = Path(folder)
         path = folder / RECORD
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: run the v7_sweep of this folder first")
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record.pop("hash") != _hash(record):
-                raise ValueError("its content is not what was written")
-            hashes, sources = record.pop("files"), record.pop("sources")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged ({error}); run this v7_sweep again") from error
+        record = read_record(path)
+        if not {"files", "sources"} <= set(record):
+            raise Damaged(path, AGAIN)
+        hashes, sources = record.pop("files"), record.pop("sources")
         for name, known in hashes.items():
-            if not (folder / name).is_file() or file_key(folder / name) != known:
-                raise ValueError(f"{folder / name}: not what this run wrote; run this v7_sweep again")
+            if not (folder / name).is_file() or read_hash(folder / name) != known:
+                raise Damaged(folder / name, AGAIN)
         rows = read_table(folder / "v7_per_layer.csv")
         return cls(
             per_layer=rows.with_columns(pl.col("note").cast(pl.String).fill_null("")),
@@ -161,7 +158,3 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self.top(style="html")
-
-
-def _hash(record: dict) -> str:
-    return digest(json.dumps(record, sort_keys=True).encode())

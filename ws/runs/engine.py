@@ -26,6 +26,7 @@ from ws.cache.files import lock, scratch, sweep
 from ws.runs import need, slurm
 from ws.runs.execute import TEMPORARY, temporary_folder, terminable
 from ws.runs.grid import Job, Step, plan
+from ws.runs.mend import mend
 from ws.runs.notebooks import Place
 from ws.runs.once import Ending
 from ws.runs.progress import Board, summary_text
@@ -276,5 +277,7 @@ def run_jobs(
             sweep(place.out)  # a worker that was killed cannot have tidied up
             sweep(tempfile.gettempdir(), TEMPORARY, below=False)
         write_results(place.out)
+        for job in (step.job for step in steps if not step.run):
+            mend(job.notebook, job.folder)
         after = plan(jobs, False, place)
         return endings, summary_text(after, endings, board.restarts, time.monotonic() - started)

@@ -6,7 +6,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from ws.cache.files import read_json, write_json
+from ws.cache.records import read_record, write_record
 
 FAILED = "failed"
 KEPT = 3  # of a run
@@ -14,8 +14,17 @@ KEPT = 3  # of a run
 
 def tries(folder: Path, notebook: str = "") -> list[dict]:
     """The failed tries kept in a run's folder, oldest first: what `failure.json` says, and the `folder` of each."""
-    found = [{**read_json(file), "folder": file.parent} for file in sorted(folder.glob(f"{FAILED}/*/failure.json"))]
-    return [one for one in found if one.get("reason") and notebook in ("", one.get("notebook"))]
+    found = [{**_told(file), "folder": file.parent} for file in sorted(folder.glob(f"{FAILED}/*/failure.json"))]
+    return [one for one in found if notebook in ("", one["notebook"])]
+
+
+def _told(file: Path) -> dict:
+    """What is recorded of a failed try, or that its record is damaged."""
+    told, kinds = read_record(file), {"notebook": str, "reason": str, "at": int | float}
+    if all(isinstance(told.get(name), kind) for name, kind in kinds.items()):
+        return told
+    notebook = next((path.stem for path in sorted(file.parent.glob("*.ipynb"))), "")
+    return {"notebook": notebook, "reason": f"damaged: {file.name}", "at": file.stat().st_mtime}
 
 
 def keep_failed(notebook: str, values: dict, folder: Path, work: Path, error: str) -> Path:
@@ -24,7 +33,7 @@ def keep_failed(notebook: str, values: dict, folder: Path, work: Path, error: st
     kept = next(p for n in count() if not (p := home / (f"{stamp}-{n}" if n else stamp)).exists())
     reason = next((line.strip() for line in reversed(error.splitlines()) if line.strip()), "no word of why")
     about = {"notebook": notebook, "reason": reason[:300], "error": error, "parameters": values, "at": time.time()}
-    write_json(work / "failure.json", about)
+    write_record(work / "failure.json", about)
     home.mkdir(parents=True, exist_ok=True)
     os.rename(work, kept)
     for old in tries(folder, notebook)[:-KEPT]:

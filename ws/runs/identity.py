@@ -12,6 +12,7 @@ from ws.cache.files import HIDDEN, files_in
 from ws.cache.keys import Key, file_key, stage_key
 from ws.cache.made import read_sidecar, sidecar, state
 from ws.cache.places import out_folder
+from ws.cache.records import broken
 from ws.cache.sources import code_key, text_key
 from ws.runs import parameters
 from ws.runs.failed import FAILED, tries
@@ -55,7 +56,8 @@ def record_of(notebook: str, folder: Path) -> dict:
 def own_files(notebook: str, folder: Path) -> set[str]:
     """Names of the files in a folder that belong to its finished run of a notebook."""
     made = record_of(notebook, folder).get("outputs", {})
-    return {*made, f"{notebook}.ipynb", f"{notebook}.html", "params.json", sidecar(Path(f"{notebook}.ipynb")).name}
+    written = (f"{notebook}.ipynb", f"{notebook}.html")
+    return {*made, *written, "params.json", *(sidecar(Path(name)).name for name in written)}
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -68,19 +70,23 @@ def outputs(folder: Path) -> dict[str, str]:
 def products(notebook: str, folder: Path, params: dict, out: Path) -> dict[str, str]:
     """`{name relative to the run's folder: hash}` of what a run made for others, outside its folder."""
     made = notebook_of(notebook).products(params, out)
-    return {os.path.relpath(path, folder): file_key(path) for path in made if path.is_file()}
+    return {os.path.relpath(path, folder): file_key(path) for path in made if path.exists()}
 
 
 def missing_output(notebook: str, folder: Path) -> str:
     """The first file of a finished run that is gone or is not what it was when the run ended, '' when all are whole. A run
-    without a record has none of its files: its notebook is named."""
+    without a record has none of its files: its notebook is named, or the record where that is what is damaged."""
     target = folder / f"{notebook}.ipynb"
+    if broken(sidecar(target)):
+        return str(sidecar(target))
     about = record_of(notebook, folder)
     if not isinstance(about.get("outputs"), dict) or not target.is_file():
         return str(target)
     for name, known in {**about["outputs"], **about.get("products", {})}.items():
-        if not (folder / name).is_file() or file_key(folder / name) != known:
+        if not (folder / name).exists() or file_key(folder / name) != known:
             return os.path.normpath(folder / name)
+        if name in about.get("products", {}) and broken(sidecar(folder / name)):
+            return os.path.normpath(sidecar(folder / name))
     return ""
 
 

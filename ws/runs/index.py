@@ -9,7 +9,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ws.cache.files import sweep, write_text
-from ws.cache.made import intact, read_sidecar
+from ws.cache.made import read_sidecar
 from ws.cache.names import BY_HAND
 from ws.cache.places import out_folder
 from ws.runs import html, parameters
@@ -17,8 +17,9 @@ from ws.runs.execute import TEMPORARY
 from ws.runs.failed import FAILED, tries
 from ws.runs.folders import Params
 from ws.runs.identity import record_of, run_state, shown
+from ws.runs.mend import damage, mend, page_is_whole
 from ws.runs.notebooks import Place, notebook_of
-from ws.runs.once import Job, rendering
+from ws.runs.once import Job
 
 COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds", "note")
 
@@ -44,7 +45,7 @@ def runs(out: Path, place: Place | None = None) -> list[dict]:
 
 def _row(folder: Path, name: str, out: Path, place: Place) -> dict:
     entry, file = notebook_of(name), folder / f"{name}.ipynb"
-    about, failures, page = record_of(name, folder), tries(folder, name), file.with_suffix(".html")
+    about, failures = record_of(name, folder), tries(folder, name)
     run, below = about.get("run", {}), folder.relative_to(out)
     model, behavior, adapter, seed, variant = [*below.parts, *[""] * 5][:5]
     row = {"model": run.get("model", model), "notebook": name, "seconds": about.get("seconds", ""), "folder": folder}
@@ -57,21 +58,20 @@ def _row(folder: Path, name: str, out: Path, place: Place) -> dict:
         row["variant"] = (seed if given else variant) if entry.folder else ""
     if "null_diff" in below.parts:
         row["variant"] = "null diff"
-    record = read_sidecar(file)
-    row["state"] = (
-        ("done" if intact(file, record) else "damaged") if about else "unfinished" if file.is_file() else "failed"
-    )
+    record, lost = read_sidecar(file), damage(name, folder)
+    row["state"] = "damaged" if lost else "done" if about else "unfinished" if file.is_file() else "failed"
     at = record.get("made_at") or (failures[-1]["at"] if failures else file.stat().st_mtime)
     row["finished"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-    row["note"] = "; ".join(filter(None, [*_notes(name, about, failures, place), html_note(page, about)]))
+    notes = [f"damaged: {shown(lost)}; the same command makes it anew"] if lost else []
+    row["note"] = "; ".join(filter(None, [*notes, *_notes(name, about, failures, place), html_note(file, about, lost)]))
     named = {f"{name}.html": entry.title or "report", "params.json": "parameters", file.name: "notebook", ".": "files"}
     named |= {f"{FAILED}/{one['folder'].name}/{name}.ipynb": "failed try" for one in failures[-1:]}
     row["links"] = [((below / at).as_posix(), text) for at, text in named.items() if (folder / at).exists()]
     return dict.fromkeys(COLUMNS, "") | row
 
 
-def html_note(page: Path, about: dict) -> str:
-    return "" if not about or html.rendered(page) else "its page could not be rendered"
+def html_note(notebook: Path, about: dict, lost: str) -> str:
+    return "" if lost or not about or page_is_whole(notebook) else "its page could not be rendered"
 
 
 def _notes(name: str, about: dict, failures: list[dict], place: Place) -> list[str]:
@@ -121,8 +121,8 @@ def report(out: Path | None = None) -> Path:
     sweep(out)
     sweep(tempfile.gettempdir(), TEMPORARY, below=False)
     for folder, name in homes(out):
-        if about := record_of(name, folder):
-            rendering(folder / f"{name}.ipynb", about.get("title", name))
+        if record_of(name, folder) and not damage(name, folder):
+            mend(name, folder)
     look = Environment(loader=FileSystemLoader(html.PARTS), autoescape=True, trim_blocks=True)
     body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
     return write_text(out / "index.html", html._page("Runs", body))

@@ -148,7 +148,8 @@ def candidate_code(sources: list[str] | None) -> list[str]:
 def _made_w(params: Params, out: Path) -> list[Path]:
     w = own_w(params, out)  # in a folder of its own choice a run keeps everything there
     chosen = str(params.get("OUT_DIR") or "") not in ("", str(w.with_name("weight_diff")))
-    return [] if params.get("W_PATH") or chosen else [w]
+    sides = [w.parent / "adapters" / sign for sign in ("pos", "neg")]
+    return [] if params.get("W_PATH") or chosen else [w, *sides]
 
 
 def _swept_w(params: Params, out: Path) -> list[Path]:
@@ -159,7 +160,7 @@ def _swept_w(params: Params, out: Path) -> list[Path]:
 
 def _swept_seeds(params: Params, out: Path) -> list[Path]:
     home = next(iter(paths_in(params, "RUNS_DIR")), run_id(params).adapter_folder(out))
-    tables = ("v7_per_layer.csv", "v7_specific_per_layer.csv", "scores.safetensors", "*.py")
+    tables = ("explanation.json", "v7_per_layer.csv", "v7_specific_per_layer.csv", "scores.safetensors", "*.py")
     files = ["w.safetensors", *(f"{params.get('PROTOCOL') or 'v7*'}/{name}" for name in tables)]
     return [p for s in params.get("SEEDS") or ["*"] for f in files for p in sorted(home.glob(f"seed_{s}/{f}"))]
 

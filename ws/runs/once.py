@@ -22,7 +22,7 @@ from ws.cache.keys import Key, file_key
 from ws.cache.made import mark_made
 from ws.cache.names import RunId
 from ws.cache.places import CLONE
-from ws.runs import Missing, html, need
+from ws.runs import need
 from ws.runs.execute import Hear, execute, terminable
 from ws.runs.failed import keep_failed
 from ws.runs.folders import Params, run_id
@@ -36,6 +36,7 @@ from ws.runs.identity import (
     run_state,
     told_why,
 )
+from ws.runs.mend import damaged_input, mend, rendering
 from ws.runs.notebooks import Place, notebook_of
 from ws.runs.pairing import check_pair
 from ws.runs.parameters import read_notebook, read_set, resolve
@@ -204,6 +205,8 @@ def run_notebook(
     need("papermill", "notebooks")
     check_pair(place.notebook(name))
     check_target(job, place)
+    if damaged := damaged_input(name, job.values, place.out):
+        raise ValueError(damaged)
     if check:
         check(job, place)
     with terminable(), lock(job.folder.parent, name=f".lock.{job.folder.name}"):
@@ -216,21 +219,11 @@ def run_notebook(
 
 
 def _done(job: Job, place: Place, found: str) -> Ending | None:
-    """How a run ended that need not run: its page is made where it is missing."""
+    """How a run ended that need not run: what can be made from its notebook and its record is made where it is missing."""
     if found != "done":
         return None
-    return Ending("done", found, folder=job.folder, unrendered=rendering(job.target, job.title), next=job.next)
-
-
-def rendering(target: Path, title: str, page: Path | None = None) -> str:
-    """Have a finished notebook's page; '' when it is there, else why it cannot be made. The notebook is not touched."""
-    page = page or target.with_suffix(".html")
-    if not html.rendered(page):
-        try:
-            html.render(target, page, title=title)
-        except (html.NotRendered, Missing) as error:
-            return f"{error}"
-    return ""
+    unrendered = mend(job.notebook, job.folder)
+    return Ending("done", found, folder=job.folder, unrendered=unrendered, next=job.next)
 
 
 def _execute(
@@ -255,7 +248,8 @@ def _execute(
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
         about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
         about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
-        write_json(work / "params.json", {**about, "timings": {**timing, "cells": cells}})
+        told = {**about, "timings": {**timing, "cells": cells}}
+        write_json(work / "params.json", told)
         if error:
             return Ending("failed", found, seconds, error, folder, why, keep_failed(name, values, folder, work, error))
         unrendered = rendering(target, job.title)
@@ -268,7 +262,7 @@ def _execute(
             "seconds": seconds,
             "parameters": values,
         }
-        record |= {"given": job.given}
+        record |= {"given": job.given, "told": told}
         record |= {"inputs": input_keys(name, values, place.out), "outputs": outputs(work)}
         mark_made(target, key, {**record, "products": products(name, folder, values, place.out)})
         for other in others(job.notebook, folder):

@@ -29,7 +29,7 @@ def read_notebook(path: Path) -> dict:
         raise FileNotFoundError(f"{path.stem}: no such notebook in {path.parent.name}/{suggest(path.stem, known)}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, not UTF-8
         raise ValueError(f"{path.name}: not a notebook: {error}") from None
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import polars as pl
 
 from ws.cache.files import atomic_file
-from ws.cache.made import read_sidecar
+from ws.cache.made import Damaged, read_sidecar, verified
 from ws.cache.places import out_folder
+from ws.cache.records import tell
 from ws.runs.notebooks import TABLE
 from ws.runs.parameters import suggest
 from ws.show.tables import as_text, read_table, sort_nan_last
@@ -28,6 +29,11 @@ def collect(out: Path) -> pl.DataFrame:
         (e, path) for e in TABLE.values() if e.scores for home in homes for path in out.glob(f"{home}/{e.scores}")
     ]
     for entry, scores in sorted(scored, key=lambda found: found[1]):
+        try:
+            verified(scores)
+        except Damaged as error:
+            tell(f"left out of the results: {error}")
+            continue
         if not read_sidecar(scores.with_name(f"{entry.name}.ipynb")):
             continue  # no finished run
         values: list = list(scores.parent.relative_to(out).parts)

@@ -117,8 +117,10 @@ class Shelf:
                 materials = Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
                 fresh = build(materials, todo, progress)
                 for c in (c for c in todo if c.name in keys):
+                    # read back, not used as built: a cut basis lies otherwise in memory, and its last digits with it
                     if materials.asked.get(c.name, set()) <= {part.name for part in composed_of(c)[0]}:
                         made(paths[c.name], keys[c.name], lambda path, c=c: save_bases(fresh[c.name], path))
+                        fresh[c.name] = load_bases(paths[c.name])
             if progress:
                 tqdm.write(f"bases: {len(todo)} built, {len(chosen) - len(todo)} kept")
         return {c.name: fresh[c.name] if c.name in fresh else load_bases(paths[c.name]) for c in chosen}

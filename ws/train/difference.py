@@ -16,7 +16,7 @@ from ws.cache.made import kept, made, read_sidecar, sidecar, state
 from ws.cache.names import BY_HAND, RunId, cache_folder, check_seed
 from ws.cache.places import out_folder
 from ws.data import Behavior, load_behavior
-from ws.diff import WeightDiff, from_adapters, geometry, load_diff, save_diff, task_vectors
+from ws.diff import WeightDiff, from_adapters, geometry, load_diff, read_diff, save_diff, task_vectors
 from ws.diff.io import read_meta
 from ws.model.lm import LM
 from ws.show.bars import tqdm
@@ -102,7 +102,10 @@ def _trained(
     with lock(folder, name=".lock.training"):
         _publish(folder)  # what a killed process left between the renames
         states = {sign: state(folder / "adapters" / sign, key) for sign, key in keys.items()}
-        stay = {sign for sign, found in states.items() if found in ("done", "changed code") and not retrain}
+        # a stale side is kept beside another stale one, never beside one that is of today's code
+        mixed = len(set(states.values())) > 1
+        keeps = ("done",) if mixed else ("done", "changed code")
+        stay = {sign for sign, found in states.items() if found in keeps and not retrain}
         # what is finished stays until all that takes its place is
         aside = any(found in FINISHED for sign, found in states.items() if sign not in stay)
         place, sides = folder / NEXT if aside else folder, []
@@ -172,7 +175,7 @@ def _join(
     def join(path: Path) -> None:
         save_diff(from_adapters(*sides, lm.model, meta), path)
 
-    return kept(folder / W_FILE, key, join, load_diff)
+    return kept(folder / W_FILE, key, join, read_diff)
 
 
 def obtain_diff(

@@ -190,6 +190,7 @@ def _whole_checkpoint(work: Path, key: Key) -> str | None:
     found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [folder for folder in found if state(folder, key) == "done"]
     for folder in set(found) - set(whole):
+        tqdm.write(f"{state(folder, key)}: {folder}; training does not go on from it")
         shutil.rmtree(folder)
     return str(whole[-1]) if whole else None
 
