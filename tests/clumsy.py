@@ -45,8 +45,9 @@ class Told:
 
     @property
     def said(self) -> list[str]:
-        """The lines of the message: of stderr, or of stdout where it says nothing there."""
-        return [line for line in (self.err.strip() or self.out.strip()).splitlines() if line.strip()]
+        """The lines of the message, without bars: of stderr, or of stdout where it says nothing there."""
+        sides = ([x for x in side.splitlines() if x.strip() and "%|" not in x] for side in (self.err, self.out))
+        return next(filter(None, sides), [])
 
 
 def cpu() -> float:
