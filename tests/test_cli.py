@@ -16,6 +16,7 @@ from test_batch import write_notebook
 
 from ws import cli
 from ws.lab import check_job
+from ws.ready import check_inputs  # noqa: F401  a mistake's time is counted beyond loading
 from ws.runs import once
 from ws.runs.notebooks import Place
 
@@ -111,6 +112,10 @@ MISTAKES = [
     "batch --models ./nothing --dry-run",
     "batch --behaviors none.json --dry-run",
     "batch --set LR fast",
+    "batch --workers -1",
+    "batch --threads -4",
+    "batch --timeout 0",
+    "nb delta_svd -p COMPARE .",
 ]
 
 
@@ -127,6 +132,32 @@ def test_a_mistake_costs_one_line_and_no_time(line, tmp_path, monkeypatch, capsy
     assert told.err.startswith("error: ") and told.err.count("\n") == 1 and len(told.err) < 300 and not told.out
     assert not (tmp_path / "WS_OUT").exists() and not (tmp_path / "logs").exists()
     assert took < 3, took
+
+
+def test_a_batch_that_has_everything_before_it_is_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    assert call("batch", "--seeds", "0-1", "--dry-run") == 0
+    assert "6 would run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    {
+        "nb weight_diff -p SEED": "Missing value for argument '-p/--params'. Expected 2 values: KEY VALUE; see ws nb --help",
+        "nb weight_diff --forse": "Unrecognized options: --forse; did you mean --force?; see ws nb --help",
+        "batch --seed 0": "--seed (applied to ws batch) 0 (applied to ws batch); did you mean --seeds?; see ws batch",
+        "batch --workers two": "--workers: invalid literal for int() with base 10: 'two'; see ws batch --help",
+        "nonsense": "Unrecognized options: nonsense; Available subcommands: nb, batch, ",
+        "nb": "a notebook of nbs/, without its suffix. (required); see ws nb --help",
+        "": "Expected one of {nb, batch, results, demo, inspect, report, status, clean}; see ws --help",
+    }.items(),
+)
+@pytest.mark.parametrize("columns", ["40", "120"])
+def test_a_command_that_is_none_is_told_in_a_line(line, said, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert call(*line.split()) == 2
+    told = capsys.readouterr()
+    assert said in told.err and told.err.startswith("error: ") and told.err.count("\n") == 1 and not told.out
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (HOME / "nbs").glob("*.ipynb")))

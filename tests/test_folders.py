@@ -186,6 +186,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(place, 
     with pytest.raises(ValueError, match=r"file is a file, no folder; choose another folder with -p OUT_DIR"):
         run("probe", {"OUT_DIR": str(tmp_path / "file" / "x")}, place=place)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(once.os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(ValueError, match="the folder of logs, cannot be written; change that, or WS_OUT"):
+            run("probe", {}, place=place)
+
     def refuse(dir: Path):
         raise PermissionError(13, "Permission denied")
 

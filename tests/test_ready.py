@@ -18,8 +18,11 @@ from ws.cache.names import RunId, behavior_name, model_slug, slug
 from ws.cache.places import ASSETS
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, save_diff
+from ws.lab import check_job
 from ws.model.lm import check_model, load_lm
 from ws.ready import check_inputs
+from ws.runs.notebooks import Place
+from ws.runs.once import prepare
 from ws.runs.parameters import defaults, read_notebook
 from ws.subspaces.captures import probes
 from ws.subspaces.protocol import load_protocol
@@ -146,6 +149,34 @@ def test_models_are_told_by_name(ask, broken_model, tmp_path):
     for made, message in faults:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ask("weight_diff", MODEL_ID=broken_model(**made))
+
+
+def test_a_chat_template_alone_is_no_tokenizer(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny", copy)
+    for file in copy.glob("tok*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded: it holds no vocabulary"):
+        check_model(str(copy))
+
+
+def test_sweeps_of_all_seeds_are_there_before_a_kernel_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
+    place = Place(out=tmp_path)
+    for given, said in (({}, r"v7b_stability: .*seed_0/v7b/explanation.json: is not there; make it first: just nb v7_sweep"),
+                        ({"RUNS_DIR": str(tmp_path)}, "RUNS_DIR must hold a sweep of every seed")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            check_job(prepare("v7b_stability", given, place=place), place)
+
+
+def test_a_batch_waits_for_its_null_diff(ask, tmp_path):
+    values = {
+        **defaults(read_notebook(NBS / "v7_sweep.ipynb"), "v7_sweep"),
+        "NULL_W_PATH": str(tmp_path / "w.safetensors"),
+    }
+    check_inputs("v7_sweep", values, tmp_path, own=False)
+    with pytest.raises(FileNotFoundError, match="no weight difference yet"):
+        check_inputs("v7_sweep", values, tmp_path)
 
 
 def test_a_shard_that_is_missing_or_elsewhere_is_named(broken_model, folder):

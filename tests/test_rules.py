@@ -194,3 +194,10 @@ def test_it_costs_no_time():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_seeds_are_a_set():
+    from ws.runs.rules import RULES, read
+
+    assert read(RULES["v7b_stability"]["SEEDS"], "2,0-1") == [0, 1, 2]
+    assert read(RULES["theta_fit"]["CONTROL_HEADS"], "unconditional,cvh") == ["unconditional", "cvh"]

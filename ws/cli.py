@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ws.cache.files import Locked
 from ws.runs import Missing
+from ws.runs.typed import parsed
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -265,14 +265,7 @@ def main(args: list[str] | None = None) -> None:
     commands |= {"status": status, "clean": clean}
     try:
         code = told(sys.argv[1:] if args is None else args)
-        if code is None:
-            code = tyro.extras.subcommand_cli_from_dict(
-                commands,
-                prog="ws",
-                description="Weight steering, and the subspaces that explain it.",
-                args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        code = parsed(commands, args)() if code is None else code
     except (ValueError, FileNotFoundError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

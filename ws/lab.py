@@ -6,7 +6,7 @@ from dataclasses import replace
 from ws.runs import here
 from ws.runs.grid import Step
 from ws.runs.here import Here, Refused
-from ws.runs.notebooks import Place
+from ws.runs.notebooks import Place, notebook_of
 from ws.runs.once import Job, check_target
 
 
@@ -30,6 +30,8 @@ def check_job(job: Job, place: Place, own: bool = True) -> None:
     from ws.ready import check_inputs
 
     try:
+        if own and job.values.get("SEEDS"):
+            _ = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False).sweeps
         check_inputs(job.notebook, job.values, place.out, own)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{job.notebook}: {error}") from None

@@ -12,6 +12,7 @@ from ws.cache.names import check_part, check_seed
 from ws.cache.places import out_folder
 from ws.data import Behavior, load_behavior
 from ws.delta.calibration import load_calibration
+from ws.delta.report import read_folder
 from ws.diff.check import check_source
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
@@ -81,6 +82,8 @@ def check_files(values: Values) -> None:
             split_texts(texts, values.get("HELDOUT") or 0.25)
     if "CALIBRATION" in values:
         load_calibration(str(values["CALIBRATION"] or ""))
+    for folder in values.get("COMPARE") or []:
+        read_folder(Path(str(folder)))
     if values.get("PAIRS"):
         read_pairs(Path(str(values["PAIRS"])))
     given = values.get("CANDIDATES") or []
@@ -122,7 +125,8 @@ def check_diffs(
 ) -> None:
     """w, the null diff and adapters against the model: those that are named, and the run's own as far as it is there."""
     sides = [str(values[key]) for key in ("POS_ADAPTER", "NEG_ADAPTER") if values.get(key)]
-    given = [str(values[key]) for key in ("W_PATH", "NULL_W_PATH") if values.get(key)]
+    # in a batch that trains first both are its own: they may not be there yet, or are damaged and made anew
+    given = [str(values[key]) for key in ("W_PATH", "NULL_W_PATH") if values.get(key)] if own else []
     if len(sides) == 1:
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {sides[0]} was given")
     if sides and values.get("W_PATH"):

@@ -191,6 +191,8 @@ def check_model(
     _whole_weights(model_id, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(model_id), revision=revision, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what a chat template alone becomes
+            raise ValueError("it holds no vocabulary; fetch tokenizer.json again")
     except Exception as error:  # whatever the reader of a tokenizer's file does
         raise ValueError(f"{where}: its tokenizer cannot be loaded: {first_line(error)}") from error
     return LM(model, tokenizer, decoder, model_slug(model_id))

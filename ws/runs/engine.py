@@ -51,6 +51,11 @@ class Settings:
     tls: tuple[Path, Path, Path] | None = None
     insecure: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in {"workers": 0, "threads": 0, "timeout": 1}.items():
+            if (given := getattr(self, name)) is not None and given < least:
+                raise ValueError(f"--{name} {given}: expects a whole number, {least} or more")
+
 
 def visible_gpus() -> list[str]:
     """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them; what is hidden there stays hidden."""

@@ -163,6 +163,9 @@ def check_target(job: Job, place: Place) -> None:
                 pass
         except OSError as error:
             raise ValueError(f"{job.notebook}: {needed} cannot be written ({error.strerror}); {advice}") from None
+    logs = next(p for p in (place.logs, *place.logs.parents) if p.exists())
+    if not logs.is_dir() or not os.access(logs, os.W_OK | os.X_OK):
+        raise ValueError(f"{job.notebook}: {logs}, the folder of logs, cannot be written; change that, or WS_OUT")
     if not folder.is_dir():
         return
     record = record_of(job.notebook, folder)

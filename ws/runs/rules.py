@@ -102,7 +102,8 @@ def _read_list(rule: Rule, given: object, typed: bool) -> list:
         raise ValueError(f"{twice} stands there twice; expects {rule.expects}")
     if len(different) < rule.least:
         raise ValueError(f"expects {rule.expects}")
-    return values
+    # a set has no order: seeds 2, 1, 0 are seeds 0, 1, 2
+    return sorted(values) if rule.once and rule.item.kind == "whole" else values
 
 
 def _split(item: Rule, text: str) -> list:
