@@ -112,7 +112,7 @@ display(embedded(found.conclusion()))
 
 # %%
 if CORRECTIONS:
-    diffs = {seed: ws.load_diff(folder.parent / "w.safetensors") for seed, folder in sweeps.items()}
+    diffs = {seed: ws.load_diff(run.w_of(seed)) for seed in sweeps}
     moved, behind = corrections.capture_corrections(lm, behavior, diffs)
     write_table(moved, run.folder / "v7b_capture_corrections.tsv")
     write_table(behind, run.folder / "v7b_capture_corrections_scores.csv")

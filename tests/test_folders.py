@@ -277,3 +277,51 @@ def test_a_sweep_is_compared_with_its_adapters_null_diff_whoever_asks(tmp_path, 
     assert here.begin("v7_sweep", cells("v7_sweep", SEED=1)).null == found
     chosen = once.prepare("v7_sweep", {"NULL_W_PATH": str(found)}, cwd=tmp_path)
     assert chosen.values["NULL_W_PATH"] == str(found)
+
+
+def test_another_notebook_does_not_go_into_a_finished_runs_folder(place):
+    done = run("probe", {"SEED": 3}, place=place)
+    write_notebook(place.nbs, "second", "open(OUT_DIR + '/result.txt', 'w').write('b')")
+    with pytest.raises(
+        ValueError, match="holds the finished run of tiny, sycophancy, lora, seed 3 .probe.; choose another"
+    ):
+        run("second", {"OUT_DIR": str(done.folder)}, place=place)
+
+
+def test_a_file_of_ones_own_is_kept_beside_a_runs_of_the_same_name(place, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "result.txt").write_text("mine")
+    assert run("probe", {"OUT_DIR": str(tmp_path / "mine")}, place=place).ok
+    assert (tmp_path / "mine" / "result.txt.before").read_text() == "mine"
+    assert (tmp_path / "mine" / "result.txt").read_text() == "of 0 at 0.5"
+
+
+def test_a_behaviour_may_be_called_failed(place, tmp_path):
+    (tmp_path / "b.json").write_text('{"name": "failed"}')
+    write_notebook(place.nbs, "probe", BODY, parameters_cell='SEED = 0\nRATE = 0.5\nBEHAVIOR = ""\nOUT_DIR = ""')
+    assert run("probe", {"BEHAVIOR": str(tmp_path / "b.json")}, place=place).ok
+    assert [row["state"] for row in index.runs(place.out, place)] == ["done"]
+    moved = tmp_path / "b.json.moved"
+    (tmp_path / "b.json").rename(moved)
+    (tmp_path / "c.json").write_text('{"name": "failed", "topics": []}')
+    with pytest.raises(
+        ValueError, match=r"holds the finished run of .*b.json; give the behaviour in .*c.json another name"
+    ):
+        run("probe", {"BEHAVIOR": str(tmp_path / "c.json")}, place=place)
+
+
+def test_what_is_handed_over_is_what_is_there_now(tmp_path):
+    for text in ("one", "two"):
+        files.write_text(tmp_path / "cache" / "a" / "theta", text)
+        files.hand_over(tmp_path / "cache", tmp_path / "run")
+        assert (tmp_path / "run" / "a" / "theta").read_text() == text
+
+
+def test_a_batch_refuses_a_width_that_its_report_would_not_read(tmp_path):
+    place = write_project(tmp_path)
+    cell = 'MODEL_ID = "tiny"\nBEHAVIOR = ""\nADAPTER = "lora"\nSEED = 0\nNULL_W_PATH = ""\nPROTOCOL = "v7"\nPCS = 8\n'
+    cell += 'OUT_DIR = ""'
+    write_notebook(place.nbs, "v7_sweep", "1", parameters_cell=cell)
+    assert stub_jobs(place, PCS=8)
+    with pytest.raises(ValueError, match="PCS: the report over seeds compares sweeps of the usual width"):
+        stub_jobs(place, PCS=16)

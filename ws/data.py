@@ -89,7 +89,10 @@ class Behavior:
             (n < least, f"topics: has {n}, needs n_train_topics + 2 = {least} or more, to hold two out"),
             *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
             *((many > 1, f"topics: the claim {short(c)} is there twice") for c, many in Counter(claims).items()),
-            (denied not in (0, held), f"negations: has {denied}, there are {held} held-out topics to negate in order"),
+            (
+                denied not in (0, held),
+                f"negations: has {denied}, there are {held} held-out topics, to negate in order; n_train_topics sets them",
+            ),
         ]
         for fault, message in faults:
             if fault:

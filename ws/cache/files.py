@@ -196,14 +196,13 @@ def read_json(path: Path) -> dict:
 
 
 def link(file: Path, to: Path) -> None:
-    """Have a file under another name too, as the same file where the file system can; what is there already stays."""
-    if to.exists():
-        return
-    to.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, to, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(file, to, follow_symlinks=False)
+    """Have a file under another name too, as the same file where the file system can; it replaces what is there."""
+    with scratch(to) as temporary:
+        try:
+            os.link(file, temporary, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(file, temporary, follow_symlinks=False)
+        os.replace(temporary, to)
 
 
 def hand_over(source: Path, target: Path) -> None:

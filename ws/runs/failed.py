@@ -31,7 +31,9 @@ def keep_failed(notebook: str, values: dict, folder: Path, work: Path, error: st
     """Keep what a try left in `work`, with why it failed; of such tries the last few. Returns where it lies."""
     stamp, home = time.strftime("%Y%m%d-%H%M%S"), folder / FAILED
     kept = next(p for n in count() if not (p := home / (f"{stamp}-{n}" if n else stamp)).exists())
-    reason = next((line.strip() for line in reversed(error.splitlines()) if line.strip()), "no word of why")
+    reason = next(
+        (line.strip() for line in reversed(error.splitlines()) if any(map(str.isalpha, line))), "no word of why"
+    )
     about = {"notebook": notebook, "reason": reason[:300], "error": error, "parameters": values, "at": time.time()}
     write_record(work / "failure.json", about)
     home.mkdir(parents=True, exist_ok=True)

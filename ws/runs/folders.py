@@ -71,7 +71,7 @@ def told(key: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value).replace("+", "")
     if isinstance(value, str) and Path(value).is_absolute():
         path = Path(value)
         content = digest(value.encode()) if key.endswith("_DIR") else file_key(path)

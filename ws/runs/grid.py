@@ -16,7 +16,7 @@ from ws.cache.places import ASSETS
 from ws.runs import parameters, rules
 from ws.runs.failed import tries
 from ws.runs.identity import record_of, run_state, stale_adapters
-from ws.runs.notebooks import TABLE, Notebook, Place, paths_in
+from ws.runs.notebooks import TABLE, Notebook, Place, notebook_of, paths_in
 from ws.runs.once import Job, prepare
 from ws.runs.pairing import check_pair
 from ws.runs.rules import ADAPTERS
@@ -156,6 +156,12 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                     null.append(add(entry, {**own, "SEED": null_seed(job, place, seed), "NULL_DIFF": True}, []))
             if entry.trains:
                 trained = {**own, "ADAPTER": jobs[made[entry.name][0]].identity.adapter}
+    for job in jobs.values():
+        if apart := [key for key in notebook_of(job.notebook).apart(job.values) if key in grid.set]:
+            alone = f"sweep each seed by `just nb {job.notebook} -p {apart[0]} ...`"
+            raise ValueError(
+                f"{apart[0]}: the report over seeds compares sweeps of the usual width and protocol; {alone}"
+            )
     for entry in entries:  # last: it may have to load jupytext, and a mistake in a parameter should cost less
         check_pair(place.notebook(entry.name), edited=True)
     return list(jobs.values())

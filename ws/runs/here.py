@@ -4,14 +4,17 @@ A run by papermill is told a folder (OUT_DIR). A notebook that is run by hand re
 what it makes anew goes to `out/by_hand/`, in the same order of folders, unless OUT_DIR says otherwise.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ws.cache.files import settled
 from ws.cache.names import BY_HAND, RunId, cache_folder
 from ws.cache.places import out_folder, root
+from ws.cache.syntax import digest
 from ws.runs import parameters
 from ws.runs.folders import Params, null_w, run_id, seed_folder
+from ws.runs.identity import record_of
 from ws.runs.notebooks import Notebook, Place, notebook_of
 
 SWEPT = "explanation.json"  # the last file that a sweep writes
@@ -97,10 +100,17 @@ class Here:
             found[seed] = Path(base) / below if base else self.find(f"{below}/{SWEPT}", f"{command}{seed}").parent
         return found
 
+    def w_of(self, seed: int) -> Path:
+        """The weight difference that the sweep of a seed is of."""
+        homes = [self.sweeps[seed].parent, *(seed_folder({**self.params, "SEED": seed}, out) for out in self.outs)]
+        return next((home / "w.safetensors" for home in homes if (home / "w.safetensors").is_file()), homes[0])
+
     @property
     def cache(self) -> Path:
-        """Where this run keeps what it goes on with when it was stopped."""
-        return cache_folder(self.id.model) / self.notebook.name / settled(self.folder).name
+        """Where this run keeps what it goes on with when it was stopped; by hand and by a batch the same."""
+        name = self.notebook.own_folder({**self.params, "OUT_DIR": ""}, out_folder()).name
+        told = digest(json.dumps([self.params.get(key) for key in self.notebook.kept]).encode())[:8]
+        return cache_folder(self.id.model) / self.notebook.name / f"{name}-{told}"
 
     def words(self, *names: str) -> str:
         """Parameters as they are typed, those that are not the notebook's own defaults."""
@@ -122,6 +132,8 @@ def begin(name: str, cells: dict[str, object]) -> Here:
         entry, out_dir = notebook_of(name), str(values.get("OUT_DIR") or "")
         by_hand = not (out_dir and Path(out_dir) != settled(Path(out_dir)))  # a run is made under a temporary name
         folder = Path(out_dir) if out_dir else entry.own_folder(values, out_folder() / BY_HAND)
+        if by_hand and out_dir and record_of(name, folder):
+            raise ValueError(f"OUT_DIR {folder}: holds a finished run; choose another folder, or none")
     except (ValueError, FileNotFoundError) as error:
         raise Refused(str(error)) from None
     told = {**values, "OUT_DIR": "" if out_dir and not by_hand else out_dir}

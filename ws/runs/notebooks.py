@@ -44,6 +44,7 @@ class Notebook:
     folder: str = ""  # the run's folder below that, a template of its parameters
     usual: Params = field(default_factory=dict)  # parameters that tell its runs apart, with what needs no mention
     dtype: str = "auto"  # the DTYPE that needs no mention
+    kept: tuple[str, ...] = ()  # parameters that decide what a stopped run goes on with
     inputs: Callable[[Params, Path], list[Path]] = lambda params, out: []  # further files it reads, there or not
     products: Callable[[Params, Path], list[Path]] = lambda params, out: []  # what it makes outside its folder
     roots: Callable[[Params], list[str]] = lambda params: []  # code behind it that its cells do not name
@@ -189,6 +190,7 @@ _ENTRIES = (
     Notebook(
         "theta_fit", "What a small vector per user teaches", ("USERS",), level="model", dtype="float32",
         usual={"USERS": "", "THETA_DIM": 64, "MAX_LENGTH": 256, "SEED": 42},
+        kept=("ALPHA", "GAMMA", "BETA", "LAM", "LR", "STEPS", "GRAD_CLIP", "THETA_CLIP", "HELDOUT", "MASK_PROMPT", "MATCHED_KL"),
     ),
 )  # fmt: skip
 TABLE = {entry.name: entry for entry in _ENTRIES}

@@ -171,12 +171,21 @@ def check_target(job: Job, place: Place) -> None:
     record = record_of(job.notebook, folder)
     if (title := record.get("title", job.title)) != job.title:
         raise ValueError(f"{folder}: holds the finished run of {title}, not of {job.title}; {advice}")
+    for other in folder.glob(".made.*.ipynb.json"):  # another notebook's run, in its own place
+        name = other.name.removeprefix(".made.").removesuffix(".ipynb.json")
+        its = record_of(name, folder)
+        if (
+            name != job.notebook
+            and folder == notebook_of(name).own_folder(its.get("parameters", {}), place.out).resolve()
+        ):
+            raise ValueError(f"{folder}: holds the finished run of {its.get('title', name)} ({name}); {advice}")
     theirs, own = (str(values.get("BEHAVIOR", "")) for values in (record.get("parameters", {}), job.values))
-    if theirs != own and Path(theirs).is_file() and not (Path(own).is_file() and file_key(theirs) == file_key(own)):
-        name = job.identity.behavior
-        raise ValueError(
-            f"{folder}: holds the finished run of {theirs}; give the behaviour in {own} another name than {name}"
-        )
+    if (
+        theirs != own
+        and Path(theirs).is_absolute()
+        and record.get("inputs", {}).get(theirs) != (Path(own).is_file() and file_key(own))
+    ):
+        raise ValueError(f"{folder}: holds the finished run of {theirs}; give the behaviour in {own} another name")
     if len(others(job.notebook, folder)) > SHARED:
         raise ValueError(f"{folder}: holds more than {SHARED} files of others; give the run a folder of its own")
 
@@ -271,7 +280,8 @@ def _execute(
         record |= {"inputs": input_keys(name, values, place.out), "outputs": outputs(work)}
         mark_made(target, key, {**record, "products": products(name, folder, values, place.out)})
         for other in others(job.notebook, folder):
-            link(folder / other, work / other)
+            clash = (work / other).exists()  # a file of somebody's own under a name of this run's
+            link(folder / other, work / (f"{other}.before" if clash else other))
         publish_dir(work, folder)
     return Ending("ran", found, seconds, folder=folder, why=why, unrendered=unrendered, next=job.next)
 

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.cache.names import model_folder
+from ws.cache.names import BY_HAND, model_folder
+from ws.cache.places import out_folder
 from ws.model.lm import LM
 from ws.theta.compare import Heldout, by_user, make_heldout, score
 from ws.theta.fit import FitConfig
@@ -116,7 +117,7 @@ def fit_theta(
 
     users: a JSONL file with user, prompt, text; '' for the shipped users; or `{user: [(prompt, text), ...]}`. heads:
     names out of `all_heads`, all of them by default. dim: D. heldout: the last part of each user's texts, kept out of
-    the fit. folder: of one file per user and head, and of the recorded states; default `out/<model>/theta_fit`. What
+    the fit. folder: of one file per user and head, and of the recorded states; default `out/by_hand/<model>/theta_fit`. What
     is there, whole and of the same model, texts, parameters and code, is read. seed: of the random bases.
     Raises ValueError for an unknown head, a user with fewer than two texts, a model whose logits are not `W h + b`.
     (docs/method.md section 10)
@@ -136,7 +137,7 @@ def fit_theta(
     known = all_heads(W, dim, float(alpha), seed)
     if unknown := [name for name in heads or () if name not in known]:
         raise ValueError(f"head {unknown[0]!r} is unknown; one of {', '.join(known)}")
-    folder = Path(folder) if folder else model_folder(lm.name) / "theta_fit"
+    folder = Path(folder) if folder else model_folder(lm.name, out_folder() / BY_HAND) / "theta_fit"
     train, rest = record_users(lm, texts, heldout, path=folder / "states.safetensors", progress=progress)
     chosen = {name: known[name] for name in heads or known}
     config, bias = config or FitConfig(), lm.decoder.unembed_bias()

@@ -13,12 +13,12 @@ from pathlib import Path
 from ws.cache.files import lock, write_json
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import kept, made, read_sidecar, sidecar, state
-from ws.cache.names import BY_HAND, RunId, cache_folder, check_seed
-from ws.cache.places import out_folder
+from ws.cache.names import RunId, cache_folder, check_seed
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, read_diff, save_diff, task_vectors
 from ws.diff.io import read_meta
 from ws.model.lm import LM
+from ws.runs.folders import recipe
 from ws.show.bars import tqdm
 from ws.show.tables import literal
 from ws.steer.evaluate import check_words
@@ -46,8 +46,8 @@ def train_diff(
 
     behavior: a Behavior, a shipped name or a file. adapter: lora, rslora, pissa or dora. null: shuffle the labels pair
     by pair, which leaves training noise without the behaviour (both may also stand in `config`, default TrainConfig()).
-    folder: default `out/<model>/<behavior>/<adapter>/seed_<k>/`, `null_diff/` below it for shuffled labels; where that
-    holds the difference of other settings, the same below `out/by_hand/`. finished: where to look first; what is
+    folder: default `out/<model>/<behavior>/<adapter>/seed_<k>/`, `null_diff/` below it for shuffled labels; of settings
+    that are not the model's own (nbs/params/models.yaml) the adapter's folder says which. finished: where to look first; what is
     finished there under these very settings is read, and nothing is written.
     What is done is not done again: adapters whose model, pairs or settings changed are trained anew, those where only
     the training code changed are kept (and said so) unless `retrain`. Every file appears whole or not at all, and what
@@ -84,13 +84,10 @@ def _trained(
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     kind, null = cfg.adapter, cfg.shuffle_labels
     check_training(lm, behavior, seed, cfg)
-    run = RunId(lm.name, behavior.name, kind, seed)
-    own = run.folder(null=null)
+    own = RunId(lm.name, behavior.name, kind + recipe(_typed(lm, cfg)), seed).folder(null=null)
     if folder in (None, own) and (known := read_meta(own / W_FILE).get("behavior", behavior.name)) != behavior.name:
         whose = f"belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
         raise ValueError(f"{own}: {whose}")
-    if folder is None and not retrain and (own / W_FILE).is_file():  # whatever else is finished there stays
-        finished, folder = finished or own, run.folder(out_folder() / BY_HAND, null)
     folder = Path(folder or own)
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
@@ -133,6 +130,14 @@ def _finished(folder: Path, keys: dict[str, Key]) -> bool:
     sides = [folder / "adapters" / sign for sign in SIGNS]
     whole = all(state(side, keys[sign]) in ("done", "changed code") for sign, side in zip(SIGNS, sides, strict=True))
     return whole and w.is_file() and known.get("inputs") == stage_key({}, inputs=sides, sources="-").inputs
+
+
+def _typed(lm: LM, cfg: TrainConfig) -> dict[str, object]:
+    """A training's settings as the notebook's parameters of the same meaning: they name its folder."""
+    pairs = {"TOPICS": cfg.pairs.topics, "PERSONAS": cfg.pairs.personas, "SAMPLES": cfg.pairs.samples}
+    pairs |= {"MAX_NEW_TOKENS": cfg.pairs.max_new_tokens, "LORA_LAYERS": list(cfg.layers or ()), "R": cfg.r}
+    steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
+    return {"MODEL_ID": lm.name, **pairs, **steps, "LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation}
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
