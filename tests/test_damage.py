@@ -170,8 +170,9 @@ def prepare(case: Case, out: Path, whole: Path, monkeypatch) -> Path:
     for run in (r for where in case.undone for r in out.glob(where)):
         shutil.rmtree(run)
     if case.before == "bases":
-        for file in out.glob(BASIS):
-            file.unlink()
+        min(
+            out.glob(BASIS), key=lambda path: path.stat().st_mtime
+        ).unlink()  # the sweep's, not those from half the prompts
     elif case.before:  # stopped where the last file of the stage was to appear
         first = {"chunks": f"{PAIRS}/pairs.jsonl", "checkpoint": ADAPTER}[case.before]
         (gone,) = out.glob(first)

@@ -10,6 +10,7 @@ from conftest import random_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ws.cache import keys, made
 from ws.delta import figures as draw
 from ws.delta import report
 from ws.delta.bootstrap import UNKNOWN, bootstrap, bootstrap_weights, group_parts, sketch_basis
@@ -618,6 +619,15 @@ def test_comparison(folder, model_folder, tmp_path):
     assert table["model"].n_unique() == 2
     shutil.copytree(folder, tmp_path / "again")
     assert report.compare([folder, tmp_path / "again"])["model"].n_unique() == 2
+    shutil.copytree(folder, tmp_path / ".tmp-here-1-2-3.mine")  # a run in progress is named as it will be
+    table_of_mine = report.compare([folder, tmp_path / ".tmp-here-1-2-3.mine"])
+    assert f"({tmp_path.name}/mine)" in "".join(table_of_mine["model"].unique())
+    record = tmp_path / "again" / "delta_svd.ipynb"
+    record.write_text("")
+    made.mark_made(record, keys.Key("p", "i", "s"), {"outputs": {"delta_svd.json": "another"}})
+    with pytest.raises(made.Damaged, match="delta_svd.json: damaged"):
+        report.compare([folder, tmp_path / "again"])
+    made.sidecar(record).unlink()
     assert len(draw.comparison(table).axes) == 2
     with pytest.raises(ValueError, match="at least two"):
         report.compare([folder])

@@ -79,7 +79,7 @@ def test_kill_a_worker(whole, tmp_path, after):
     `after`: the dead worker's kernel may go on at once, so that its run may be anywhere on its way to its end when it
     is ended, or hangs until then.
     """
-    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
     driver = start_driver(tmp_path)
     try:
@@ -98,7 +98,7 @@ def test_kill_a_worker(whole, tmp_path, after):
 
 def test_kill_the_driver(whole, tmp_path):
     """Workers, runs and kernels end by themselves; the dead owner's lock does not block. A live one's does."""
-    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
     driver = start_driver(tmp_path)
     try:
@@ -118,7 +118,7 @@ def test_kill_the_driver(whole, tmp_path):
 
 def test_kill_the_driver_of_a_running_cluster(whole, tmp_path):
     """Its workers are not the batch's to end: the run in progress goes on, and the next batch takes its result."""
-    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
     with running_cluster(tmp_path) as (at, started):
         driver = start_driver(tmp_path, **at)
@@ -139,7 +139,7 @@ def test_kill_the_driver_of_a_running_cluster(whole, tmp_path):
 
 def test_a_second_batch_waits_when_asked(whole, tmp_path):
     """`--wait`: it starts when the first has ended, and finds everything done."""
-    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
     first = start_driver(tmp_path)
     second = None
@@ -159,7 +159,7 @@ def test_a_second_batch_waits_when_asked(whole, tmp_path):
 
 def test_interrupt(whole, tmp_path):
     """Ctrl-C in the terminal: the whole process group gets SIGINT; no kernel is left, nothing is half written."""
-    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-weight_diff-1").touch()
     driver = start_driver(tmp_path)
     try:
@@ -176,7 +176,7 @@ def test_interrupt(whole, tmp_path):
 
 def test_kill_a_kernel(whole, tmp_path):
     """That run fails and says so; what needs it is skipped."""
-    place = copy_project(whole[0], tmp_path, "seed_1/v7b", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1/v7b", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-v7_sweep-1").touch()
     driver = start_driver(tmp_path)
     try:
@@ -192,7 +192,7 @@ def test_kill_a_kernel(whole, tmp_path):
 
 def test_kill_the_process_of_a_run(whole, tmp_path):
     """Its kernel ends by itself, the run fails, and the same command does not meet what it left."""
-    place = copy_project(whole[0], tmp_path, "seed_1/v7b", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1/v7b", "v7b_seeds0-1")
     (tmp_path / "traps" / "hang-v7_sweep-1").touch()
     driver = start_driver(tmp_path)
     try:
@@ -209,7 +209,7 @@ def test_kill_the_process_of_a_run(whole, tmp_path):
 
 def test_truncate_a_diff_in_the_middle_of_a_batch(whole, tmp_path):
     """The sweep that needs it refuses it, whatever the notebook would have made of it; the next batch makes it anew."""
-    place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b", "v7b", "seed_0/null_diff")
+    place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b", "v7b_seeds0-1", "seed_0/null_diff")
     (tmp_path / "traps" / "hang-null-0").touch()
     driver = start_driver(tmp_path)
     try:
@@ -229,7 +229,7 @@ def test_truncate_a_diff_in_the_middle_of_a_batch(whole, tmp_path):
 
 def test_a_notebook_that_raises_for_one_seed(whole, tmp_path):
     """Its notebook is kept with the traceback; the other seed finishes."""
-    place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_0/v7b", "seed_1/v7b", "v7b_seeds0-1")
     trap = tmp_path / "traps" / "raise-v7_sweep-1"
     trap.touch()
     assert start_driver(tmp_path).wait(timeout=120) == 1, log(tmp_path)

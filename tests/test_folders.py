@@ -276,3 +276,18 @@ def test_a_refusal_is_one_line_in_a_notebook(place):
     failed = run("probe", {}, place=place)
     assert failed.error.splitlines()[-1] == "Refused: SEED -1: no seed" and len(failed.error.splitlines()) <= 3
     assert os.listdir(failed.folder) == ["failed"]
+
+
+def test_a_sweep_is_compared_with_its_adapters_null_diff_whoever_asks(tmp_path, monkeypatch):
+    """What a batch says by a path, a single run finds: the same parameters, the same run."""
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
+    lora = tmp_path / "tiny/sycophancy/lora"
+    assert once.prepare("v7_sweep", {"SEED": 1}).values["NULL_W_PATH"] == ""
+    for seed in (2, 0):
+        files.write_text(lora / f"seed_{seed}/null_diff/w.safetensors", "null")
+        found = lora / f"seed_{seed}/null_diff/w.safetensors"
+        assert once.prepare("v7_sweep", {"SEED": 1}).values["NULL_W_PATH"] == str(found)
+    assert once.prepare("v7_sweep", {"SEED": 2}).values["NULL_W_PATH"] == str(lora / "seed_2/null_diff/w.safetensors")
+    assert here.begin("v7_sweep", cells("v7_sweep", SEED=1)).null == found
+    chosen = once.prepare("v7_sweep", {"NULL_W_PATH": str(found)}, cwd=tmp_path)
+    assert chosen.values["NULL_W_PATH"] == str(found)

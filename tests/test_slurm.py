@@ -416,7 +416,7 @@ def test_no_job_is_left(daemons, whole, tmp_path):
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])
 def test_the_driver_is_stopped(daemons, whole, tmp_path, how):
     """Ctrl-C cancels the jobs; after kill -9 the workers miss their scheduler and end."""
-    place = copy_project(whole[0], tmp_path, "seed_1", "v7b")
+    place = copy_project(whole[0], tmp_path, "seed_1", "v7b_seeds0-1")
     trap = tmp_path / "traps" / "hang-weight_diff-1"
     trap.touch()
     driver = start_slurm(tmp_path)

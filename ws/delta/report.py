@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ws.cache.files import atomic_file, write_json, write_text
+from ws.cache.files import atomic_file, settled, write_json, write_text
 from ws.cache.made import verified
 from ws.delta.bootstrap import Interval
 from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
@@ -226,7 +226,7 @@ def compare(folders: list[str | Path]) -> pl.DataFrame:
     saved = [read_folder(path) for path in paths]
     names, parts = [result["model"] for result, _ in saved], []
     for path, name, (result, layers) in zip(paths, names, saved, strict=True):
-        label = name if names.count(name) == 1 else f"{name} ({path.parent.name}/{path.name})"
+        label = name if names.count(name) == 1 else f"{name} ({path.parent.name}/{settled(path).name})"
         about = (
             pl.lit(label).alias("model"),
             pl.col("L").alias("layer"),

@@ -11,7 +11,7 @@ from ws.cache.files import settled
 from ws.cache.names import BY_HAND, RunId, cache_folder
 from ws.cache.places import out_folder, root
 from ws.runs import parameters
-from ws.runs.folders import Params, run_id, seed_folder
+from ws.runs.folders import Params, null_w, run_id, seed_folder
 from ws.runs.notebooks import Notebook, Place, notebook_of
 
 SWEPT = "explanation.json"  # the last file that a sweep writes
@@ -79,11 +79,10 @@ class Here:
 
     @property
     def null(self) -> Path | None:
-        """The null diff: NULL_W_PATH, or the one of this seed where there is one."""
+        """The null diff: NULL_W_PATH, else the one of this seed or adapter where there is one."""
         if given := self.params.get("NULL_W_PATH"):
             return Path(str(given))
-        homes = [seed_folder({**self.params, "W_PATH": "", "NULL_DIFF": True}, out) for out in self.outs]
-        return next((home / "w.safetensors" for home in homes if (home / "w.safetensors").is_file()), None)
+        return next(filter(None, (null_w(self.params, out) for out in self.outs)), None)
 
     @property
     def sweeps(self) -> dict[int, Path]:

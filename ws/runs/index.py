@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -19,7 +19,7 @@ from ws.runs.folders import Params
 from ws.runs.identity import record_of, run_state, shown
 from ws.runs.mend import damage, mend, page_is_whole
 from ws.runs.notebooks import Place, notebook_of
-from ws.runs.once import Job
+from ws.runs.once import prepare
 
 COLUMNS = ("model", "behavior", "adapter", "seed", "notebook", "variant", "state", "finished", "seconds", "note")
 
@@ -93,23 +93,9 @@ def changed_defaults(name: str, about: dict, place: Place) -> list[str]:
     if not isinstance(before, dict) or not isinstance(given, dict):
         return []
     try:
-        return parameters.changes(before, resolved(name, given, place))
+        return parameters.changes(before, prepare(name, given, place=place).values)
     except (ValueError, FileNotFoundError) as error:
         return [str(error)]
-
-
-def resolved(name: str, given: Params, place: Place) -> Params:
-    """All parameters of a run of which `given` were given."""
-    return parameters.resolve(name, _content(place.notebook(name)), given)
-
-
-@lru_cache(maxsize=32)
-def _read(path: Path, changed: int) -> dict:
-    return parameters.read_notebook(path)
-
-
-def _content(path: Path) -> dict:
-    return _read(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 def report(out: Path | None = None) -> Path:
@@ -145,13 +131,12 @@ def _told(folder: Path, name: str, given: Params, cwd: Path, place: Place) -> st
     about = record_of(name, folder)
     told = [f"{name}: {about.get('title', shown(str(folder)))}"]
     if about:
-        values = parameters.resolve(name, _content(place.notebook(name)), {**about.get("given", {}), **given}, (), cwd)
-        job = Job(name, name, values | {"OUT_DIR": str(notebook_of(name).run_folder(values, place.out))}, folder)
-        if (other := notebook_of(name).own_folder(values, place.out)) != folder and not about.get("given", {}).get(
-            "OUT_DIR"
-        ):
+        asked = {**about.get("given", {}), **given}
+        job = replace(prepare(name, asked, (), cwd, place), folder=folder)
+        other = notebook_of(name).own_folder(job.values, place.out)
+        if other != folder and not asked.get("OUT_DIR"):
             told.append(f"  finished; with these parameters it is another run, in {shown(str(other))}")
-            told += [f"  {change}" for change in parameters.changes(about.get("parameters", {}), values)]
+            told += [f"  {change}" for change in parameters.changes(about.get("parameters", {}), job.values)]
         else:
             told.append(f"  {job.why(run_state(name, folder, job.key(place)), place)}")
     else:

@@ -22,6 +22,7 @@ from torch import nn
 from ws.cache.files import write_json
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import mark_made, state
+from ws.cache.records import tell
 from ws.model.generate import turn_end
 from ws.model.lm import LM
 from ws.show.bars import tqdm
@@ -190,7 +191,7 @@ def _whole_checkpoint(work: Path, key: Key) -> str | None:
     found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [folder for folder in found if state(folder, key) == "done"]
     for folder in set(found) - set(whole):
-        tqdm.write(f"{state(folder, key)}: {folder}; training does not go on from it")
+        tell(f"{state(folder, key)}: {folder}; training does not go on from it")
         shutil.rmtree(folder)
     return str(whole[-1]) if whole else None
 
