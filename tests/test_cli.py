@@ -1,5 +1,6 @@
 """ws.cli: thin commands, exit codes, and where relative paths are seen from."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -67,6 +68,21 @@ def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path
         and f"kept in {tmp_path / 'failed' / '1'}" in told
         and told.count("long") == 11
     )
+
+
+def test_a_full_disk_is_told_in_a_line(monkeypatch, capsys):
+    def full(number: int):
+        def run_notebook(*args: object, **options: object):
+            raise OSError(number, os.strerror(number))
+
+        return run_notebook
+
+    monkeypatch.setattr(once, "run_notebook", full(errno.ENOSPC))
+    assert call("nb", "probe") == 1
+    assert capsys.readouterr().err.startswith("error: No space left on device: make room; ")
+    monkeypatch.setattr(once, "run_notebook", full(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["nb", "probe"])
 
 
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):

@@ -168,6 +168,20 @@ def test_a_dry_run_names_the_parameter_and_a_recipe_has_its_own_runs(tmp_path):
     assert text.count("new") == 6 and jobs[-1].folder.name == "v7b_seeds0-1"
 
 
+def test_a_plan_names_an_edit_that_was_not_synced(tmp_path):
+    import jupytext
+
+    from ws.lab import check_steps
+
+    place = write_project(tmp_path)
+    script = place.notebook("v7_sweep").with_suffix(".py")
+    jupytext.write(jupytext.read(place.notebook("v7_sweep")), script)
+    steps = plan(stub_jobs(place), place=place)
+    place.notebook("v7_sweep").write_text(place.notebook("v7_sweep").read_text().replace("rows = ", "rows  = "))
+    with pytest.raises(ValueError, match="v7_sweep.py and v7_sweep.ipynb differ: run `just sync`"):
+        check_steps(steps, place)
+
+
 def test_files_of_others_stay_when_a_run_is_replaced(place, tmp_path):
     out = tmp_path / "mine"
     (out / "sub").mkdir(parents=True)

@@ -5,6 +5,7 @@ Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an 
 is done ends within seconds.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -272,6 +273,14 @@ def main(args: list[str] | None = None) -> None:
     except Locked as error:
         print(f"{error}; --wait waits for it", file=sys.stderr)
         code = 3
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {error.strerror}: make room; what was finished is as it was, the same command goes on",
+            file=sys.stderr,
+        )
+        code = 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to finish", file=sys.stderr)
         code = 130

@@ -8,6 +8,7 @@ from ws.runs.grid import Step
 from ws.runs.here import Here, Refused
 from ws.runs.notebooks import Place, notebook_of
 from ws.runs.once import Job, check_target
+from ws.runs.pairing import check_pair
 
 
 def begin(name: str, cells: dict[str, object]) -> Here:
@@ -40,6 +41,8 @@ def check_job(job: Job, place: Place, own: bool = True) -> None:
 def check_steps(steps: list[Step], place: Place) -> None:
     """The same for a batch: once per notebook, model, behaviour and adapter of what has to run, and where it goes."""
     looked = set()
+    for name in {step.job.notebook for step in steps if step.run}:
+        check_pair(place.notebook(name))
     for step in (step for step in steps if step.run):
         check_target(step.job, place)
         run = step.job.identity
