@@ -56,6 +56,14 @@ def test_nb_passes_everything_on(asked, monkeypatch, tmp_path, capsys):
     assert "probe: ran in 2 s (new)" in capsys.readouterr().out
 
 
+def test_a_run_that_is_ended_says_so(monkeypatch, capsys):
+    def ended(*args: object, **options: object):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(once, "run_notebook", ended)
+    assert call("nb", "probe") == 143 and "ended by SIGTERM; run the same command again" in capsys.readouterr().err
+
+
 def test_a_failed_run_exits_1_and_shows_the_end_of_its_traceback(asked, tmp_path, capsys):
     _, answers = asked
     answers["run"] = once.Ending(

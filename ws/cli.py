@@ -1,12 +1,13 @@
 """The command `ws`: run notebooks, one or many, the demo, inspect a weight difference, the report.
 
 Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an unknown parameter, a missing file or extra),
-3 another batch works on the same results, 130 interrupted. Heavy modules are imported where they are used: a demo that
-is done ends within seconds.
+3 another batch works on the same results, 130 interrupted, 143 ended by SIGTERM. Heavy modules are imported where they
+are used: a demo that is done ends within seconds.
 """
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -281,6 +282,11 @@ def main(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         code = 1
+    except SystemExit as ended:
+        if ended.code != 128 + signal.SIGTERM:
+            raise
+        print("ended by SIGTERM; run the same command again to finish", file=sys.stderr)
+        code = ended.code
     except KeyboardInterrupt:
         print("interrupted; run the same command again to finish", file=sys.stderr)
         code = 130
