@@ -99,7 +99,9 @@ def test_compare_seeds_reads_folders_or_results(runs, tmp_path):
         "v7b_conclusion.md",
     }  # fmt: skip
     (folders[1] / "scores.safetensors").write_bytes(b"x" * 1000)
-    with pytest.raises(ValueError, match="scores.safetensors: damaged, it is not what was written; running this v7_sweep again"):
+    with pytest.raises(
+        ValueError, match="scores.safetensors: damaged, it is not what was written; running this v7_sweep again"
+    ):
         compare_seeds(folders, boot=100, n_null=100)
 
 
