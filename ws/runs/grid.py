@@ -138,9 +138,8 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
         made: dict[str, list[str]] = {}  # per notebook, by seed
         null: list[str] = []
-        trained = (
-            own  # how the runs are named that use the adapters: training by a recipe of one's own has its own folder
-        )
+        # how the runs are named that use the adapters: training by a recipe of one's own has its own folder
+        trained = own
         for entry in entries:
             if entry.level != "seed":
                 add(entry, {**trained, "SEEDS": seeds}, [job for need in entry.needs for job in made[need]])
