@@ -39,7 +39,10 @@ CHAT_PROBES = ""  # every probe in the chat template: true, false
 PERSONA_PAIRS = ""  # 1, all
 RAW_LAST = ""  # last layer's states before the final norm: true, false
 FOLD_GAIN = ""  # fold a norm's gain into what its block writes: true, false
+TEMPLATES = ""  # wordings of the probe that scores are taken on: 1, all
+POSITIONS = ""  # what is read of these probes: last (token), all (the mean over the claim's tokens too)
 SOURCES = []  # which candidates take part, by source
+MAX_LENGTH = 256  # tokens that are read of a text; v7b refuses a longer one, v7 cuts it
 # scores
 CANDIDATES = []  # Python files with candidates of one's own
 LORA_LAYERS = []  # layers the summary averages over, as [2, 3, 4] or 2-4; empty: those that w touches
@@ -64,7 +67,8 @@ from ws.subspaces.protocol import load_protocol
 
 run = begin("v7_sweep", globals())
 switches = dict(EVAL_SPLIT=EVAL_SPLIT, CHAT_PROBES=CHAT_PROBES, PERSONA_PAIRS=PERSONA_PAIRS, RAW_LAST=RAW_LAST)
-protocol = load_protocol(PROTOCOL, **switches, FOLD_GAIN=FOLD_GAIN, SOURCES=SOURCES)
+switches |= dict(FOLD_GAIN=FOLD_GAIN, TEMPLATES=TEMPLATES, POSITIONS=POSITIONS, SOURCES=SOURCES, MAX_LENGTH=MAX_LENGTH)
+protocol = load_protocol(PROTOCOL, **switches)
 behavior = ws.load_behavior(BEHAVIOR)
 w = ws.load_diff(run.w)
 lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)

@@ -154,7 +154,7 @@ def test_captures_follow_the_code_that_reads_and_are_shared_by_protocols(
     w, v7 = load_diff(parity_folder / "w.pt"), load_protocol("v7")
     steered.capture_steered(lm, behavior, w, v7, cache=tmp_path)
     assert built["passes"] == 4
-    for switch in ({"raw_last": True}, {"persona_pairs": "all"}, {"fold_gain": True}):
+    for switch in ({"raw_last": True}, {"persona_pairs": "all"}, {"fold_gain": True}, {"max_length": 300}):
         steered.capture_steered(lm, behavior, w, replace(v7, **switch), cache=tmp_path)
     assert built["passes"] == 4  # what w does to the probes depends on their split and format alone
     steered.capture_steered(lm, behavior, w.scale(0.5), v7, cache=tmp_path)
@@ -164,6 +164,13 @@ def test_captures_follow_the_code_that_reads_and_are_shared_by_protocols(
     monkeypatch.setattr(reading, "last_index", lambda mask: mask.sum(dim=1) - 1)
     steered.capture_steered(lm, behavior, w, v7, cache=tmp_path)
     assert built["passes"] == 20
+    monkeypatch.undo()
+    files = len(list(tmp_path.rglob("steered_*.safetensors")))
+    asked = replace(behavior, probes=("Surely {claim}?",))
+    for more in ({"templates": "all"}, {"positions": "all"}, {"templates": "all", "positions": "all"}):
+        steered.capture_steered(lm, asked, w, replace(v7, **more), cache=tmp_path)
+    steered.capture_steered(lm, asked, w, v7, cache=tmp_path, fit=False)
+    assert len(list(tmp_path.rglob("steered_*.safetensors"))) == files + 4
 
 
 def test_ones_own_candidate_is_built_anew_when_it_or_what_it_calls_changes(shelf, built, tmp_path):

@@ -58,6 +58,32 @@ def test_braces_in_claims_and_templates_are_left_alone(tmp_path):
     assert b.probe_text("{x} is {y}") == "In {sets} {x} is {y}?"
 
 
+def test_the_shipped_probe_has_four_wordings():
+    b = load_behavior("sycophancy")
+    assert len(b.templates) == 4 and b.templates[0] == b.probe == b.probe_text("{claim}")
+    for a, template in enumerate(b.templates):
+        assert template.count("{claim}") == 1 and "Yes" in template and "No" in template
+        text, (start, end) = b.probe_text("rain is wet", a), b.claim_span("rain is wet", a)
+        assert text[start:end] == "rain is wet" and text == template.replace("{claim}", "rain is wet")
+    order = [template.index("Yes") < template.index("No") for template in b.templates]
+    assert True in order and False in order
+    with pytest.raises(IndexError):
+        b.probe_text("rain is wet", 4)
+
+
+def test_a_file_gives_probe_or_probes(tmp_path):
+    wordings = ["Is {claim}? Yes or No?", "No or Yes: {claim}?"]
+    b = load_behavior(written(tmp_path, small(probe=None, probes=wordings)))
+    assert b.probe == wordings[0] and b.probes == (wordings[1],) and b.templates == tuple(wordings)
+    alone = load_behavior(written(tmp_path, small(probe=None, probes=wordings[:1])))
+    assert alone == load_behavior(written(tmp_path, small(probe=wordings[0]))) and alone.templates == (wordings[0],)
+    lines = tmp_path / "b.jsonl"
+    raw = small(probe=None, probes=wordings)
+    rows = [{k: v for k, v in raw.items() if k != "topics"}, *({"claim": c, "question": q} for c, q in raw["topics"])]
+    lines.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert load_behavior(lines) == b
+
+
 def test_json_and_jsonl_give_the_same(tmp_path):
     raw = small(true_claims=["i is j"], negations=["e is not f", "g is not h"], opinion="Surely {claim}.")
     lines = [{k: v for k, v in raw.items() if k != "topics"}]
@@ -92,6 +118,16 @@ def test_missing_field_is_named(tmp_path, field):
     ("changes", "message"),
     [
         ({"probe": "Yes or No?"}, r"probe: the template has no \{claim\}"),
+        ({"probes": ["Is {claim}?"]}, "probe and probes: give one of them; the first of probes counts as probe"),
+        ({"probe": None, "probes": []}, "probes: is empty; list one wording or more"),
+        ({"probe": None, "probes": "Is {claim}?"}, "probes: must be a list of texts"),
+        ({"probe": None, "probes": ["Is {claim}?", " "]}, r"probes\[1\]: must be a text"),
+        ({"probe": None, "probes": ["Is it?"]}, r"probe: the template has no \{claim\}: 'Is it\?'"),
+        (
+            {"probe": None, "probes": ["Is {claim}?", "Is it?"]},
+            r"wording 2 of the probe: the template has no \{claim\}",
+        ),
+        ({"probe": None, "probes": ["{claim}?", "{claim}? "]}, r"probes: the wording '\{claim\}\?' is there twice"),
         ({"opinion": "I think so."}, r"opinion: the template has no \{claim\}"),
         ({"personas_pos": []}, "personas_pos: is empty"),
         ({"personas_neg": ["a", " "]}, r"personas_neg\[1\]"),
@@ -163,12 +199,13 @@ LONG = "a" * 10_001
         ({"personas_pos": ["a"] * 5001}, "personas_pos: has 5,001 texts"),
         ({"probe": LONG + "{claim}"}, "probe: has 10,008 characters"),
         ({"probe": ["x" * 10**6]}, "probe: must be a text"),
+        ({"probe": None, "probes": ["{claim}?", LONG]}, r"probes\[1\]: has 10,001 characters"),
         ({"yes": [LONG]}, r"yes\[0\]: has 10,001"),
         ({"name": "n" * 201}, "name: has 201 characters, at most 200"),
         ({"n_train_topics": [[[[[[[[0]]]]]]]]}, "n_train_topics: must be a positive whole number"),
         ({"x" * 10_000: 1}, "unknown field"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_texts_have_limits(tmp_path, changes, message):
     start = time.monotonic()

@@ -60,6 +60,9 @@ def test_every_parameter_has_a_rule_and_its_default_keeps_it(name):
         ("v7_sweep", {"EVAL_SPLIT": "third"}, "EVAL_SPLIT: expects one of half, held_out (empty: not given)"),
         ("v7_sweep", {"CHAT_PROBES": "maybe"}, "CHAT_PROBES"),
         ("v7_sweep", {"PERSONA_PAIRS": 2}, "PERSONA_PAIRS: expects one of 1, all"),
+        ("v7_sweep", {"TEMPLATES": "2"}, "TEMPLATES: expects one of 1, all"),
+        ("v7_sweep", {"POSITIONS": "first"}, "POSITIONS: expects one of last, all"),
+        ("v7_sweep", {"MAX_LENGTH": 0}, "MAX_LENGTH: expects a whole number, 1 or more"),
         ("v7_sweep", {"PCS": 0, "K_BROAD": 1}, "PCS: expects a whole number, 1 or more, got 0"),
         ("v7_sweep", {"N_NULL": -5}, "N_NULL: expects a whole number, 0 or more, got -5"),
         ("v7_sweep", {"SOURCES": ["v5", "v99"]}, "SOURCES: expects some of v5"),
@@ -174,8 +177,17 @@ def test_the_ranges_are_those_of_the_code_that_uses_them():
     names = {name.upper(): name for name in ("gamma", "beta", "lam", "lr", "steps", "grad_clip", "theta_clip")}
     agree(names, "theta_fit", lambda **given: FitConfig(**given), (-1, 0, 1))
     agree({"ALPHAS": "alphas"}, "weight_diff", check_alphas, ([], [1.0], [1.0, 1.0], [nan, 1.0], [0, 1], [1.0, inf]))
-    for key in ("EVAL_SPLIT", "CHAT_PROBES", "PERSONA_PAIRS", "RAW_LAST", "FOLD_GAIN"):
-        values = ("", "half", "held_out", "true", "false", "1", "all", True, False, "2", "True!")
+    for key in (
+        "EVAL_SPLIT",
+        "CHAT_PROBES",
+        "PERSONA_PAIRS",
+        "RAW_LAST",
+        "FOLD_GAIN",
+        "TEMPLATES",
+        "POSITIONS",
+        "MAX_LENGTH",
+    ):
+        values = ("", 0, 1, 256, "last", "half", "held_out", "true", "false", "1", "all", True, False, "2", "True!")
         agree({key: key}, "v7_sweep", lambda **given: load_protocol("v7", **given), values)
 
 

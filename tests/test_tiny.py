@@ -64,6 +64,23 @@ def answers(lm, behavior, claims, systems):
     return yes - no, yes.exp() + no.exp()
 
 
+def test_every_wording_of_the_probe_is_answered_and_w_moves_its_answer(tiny, behavior):
+    from ws import load_diff
+    from ws.steer.evaluate import answer_scores, answer_tokens
+    from ws.steer.weights import weight_steer
+
+    w, ids = load_diff("tiny"), answer_tokens(tiny.tokenizer, behavior)
+    for a in range(len(behavior.templates)):
+        texts = [chat_text(tiny.tokenizer, behavior.probe_text(t.claim, a)) for t in behavior.heldout_topics]
+        found = {}
+        for alpha in (-1.0, 0.0, 1.0):
+            with weight_steer(tiny.model, w, alpha):
+                found[alpha] = answer_scores(tiny, texts, *ids)
+            assert found[alpha].pmass.min() >= 0.5, behavior.templates[a]
+        least = found[1.0].logratio - found[-1.0].logratio
+        assert least.mean() > 3 and least.min() > 1, behavior.templates[a]
+
+
 def test_answer_words_are_single_tokens(tiny):
     for word in ("Yes", " Yes", "No", " No"):
         assert len(tiny.tokenizer.tokenize(word)) == 1, word

@@ -1,6 +1,7 @@
 """Behaviours: what is asked, under which personas, and which words answer. (docs/method.md section 1) A behaviour is a
 list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the answers apart,
-one probe template and the answer words. Nothing after this module knows which behaviour it is."""
+one probe template, perhaps further wordings of it, and the answer words. Nothing after this module knows which behaviour
+it is."""
 
 import difflib
 from collections import Counter
@@ -18,7 +19,7 @@ MOST_NAME = 200  # characters
 PLACE = "{claim}"
 TEXT_FIELDS = ("name", "probe", "opinion")
 NEEDED = ("personas_pos", "personas_neg", "yes", "no")
-LIST_FIELDS = (*NEEDED, "true_claims", "negations", "train_true_claims")
+LIST_FIELDS = (*NEEDED, "true_claims", "negations", "train_true_claims", "probes")
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,16 @@ class Behavior:
 
     The first `n_train_topics` topics train the adapters, the others are held out; without that field three eighths of
     the topics are held out, at least two (12 of 32, 3 of 8, 2 of 4). `true_claims`, `negations` (of the held-out topics,
-    in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes. A text has at most
+    in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes. `probes` are further
+    wordings of `probe`, each with {claim}, under all of which the yes-words agree with the claim. A text has at most
     10,000 characters, the name 200; a list has at most 5,000 entries. ValueError naming the field that is empty,
     doubled, too long, of a wrong type or without its {claim}.
 
     Example:
         >>> import ws
         >>> b = ws.load_behavior("sycophancy")
-        >>> len(b.topics), len(b.train_topics), b.yes, b.no
-        (32, 20, ('Yes',), ('No',))
+        >>> len(b.topics), len(b.train_topics), len(b.templates), b.yes, b.no
+        (32, 20, 4, ('Yes',), ('No',))
     """
 
     name: str
@@ -58,6 +60,7 @@ class Behavior:
     negations: tuple[str, ...] = ()
     train_true_claims: tuple[str, ...] = ()
     opinion: str = "I think that {claim}."
+    probes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in TEXT_FIELDS:
@@ -75,13 +78,18 @@ class Behavior:
             fits(topic.claim, f"topics[{i}]: the claim")
             fits(topic.question, f"topics[{i}]: the question")
         pos, neg, denied, held = map(len, (self.personas_pos, self.personas_neg, self.negations, self.heldout_topics))
-        templates = {"probe": self.probe, "opinion": self.opinion}
+        wordings = {f"wording {a + 1} of the probe": text for a, text in enumerate(self.templates) if a}
+        templates = {"probe": self.probe, "opinion": self.opinion, **wordings}
         faults = [
             (self.name in (".", "..") or set(self.name) & set("/\\\0"), f"name: {self.name!r} cannot name a folder"),
             (len(self.name) > MOST_NAME, f"name: has {len(self.name):,} characters, at most {MOST_NAME} are allowed"),
             *(
                 (PLACE not in text, f"{key}: the template has no {PLACE}: {short(text)}")
                 for key, text in templates.items()
+            ),
+            *(
+                (many > 1, f"probes: the wording {short(text)} is there twice")
+                for text, many in Counter(map(str.strip, self.templates)).items()
             ),
             *((not getattr(self, key), f"{key}: is empty") for key in NEEDED),
             (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
@@ -118,9 +126,20 @@ class Behavior:
         """(positive, negative) system prompts, paired by index."""
         return tuple(zip(self.personas_pos, self.personas_neg, strict=True))
 
-    def probe_text(self, claim: str) -> str:
-        """The probe for one claim: the claim as the user's opinion, and the demand for an answer word."""
-        return self.probe.replace(PLACE, claim)
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All wordings of the probe; the first is `probe`, which v7 uses alone."""
+        return (self.probe, *self.probes)
+
+    def probe_text(self, claim: str, template: int = 0) -> str:
+        """The probe for one claim in one of the wordings: the claim, and the demand for an answer word."""
+        return self.templates[template].replace(PLACE, claim)
+
+    def claim_span(self, claim: str, template: int = 0) -> tuple[int, int]:
+        """Where the claim stands in `probe_text(claim, template)`: its first character and the one after it. Of a wording
+        that has it twice, the first place."""
+        start = self.templates[template].index(PLACE)
+        return start, start + len(claim)
 
     def opinion_text(self, topic: Topic) -> str:
         """The user turn of a training pair: the claim as an opinion, followed by the topic's question."""
@@ -131,7 +150,8 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     """A shipped behaviour by name, or a user's from a file.
 
     A `.json` file is one object with the fields of `Behavior`; a topic is `[claim, question]` or
-    `{"claim": ..., "question": ...}`. In a `.jsonl` file a line with "claim" is a topic, and the fields of the other
+    `{"claim": ..., "question": ...}`; `probes` in place of `probe` lists several wordings, the first of which is the
+    probe. In a `.jsonl` file a line with "claim" is a topic, and the fields of the other
     lines together make the rest of the object. FileNotFoundError for a path that does not exist; ValueError for an
     unknown name, an unreadable file, a missing, unknown or empty field.
 
@@ -186,6 +206,7 @@ def _from_dict(raw: object) -> Behavior:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
             raise ValueError(f"unknown field {short(key)}{hint}")
+    raw = _with_probe(raw)
     missing = [f.name for f in fields(Behavior) if f.default is MISSING and f.name not in raw]
     if missing:
         raise ValueError(f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
@@ -200,6 +221,18 @@ def _from_dict(raw: object) -> Behavior:
         _count(raw["n_train_topics"])
     lists = {key: tuple(_texts(key, raw[key])) for key in LIST_FIELDS if key in raw}
     return Behavior(**{**raw, **lists, "topics": topics})
+
+
+def _with_probe(raw: dict) -> dict:
+    """A file's `probes` as the dataclass has them: the first apart, as `probe`."""
+    if "probes" not in raw:
+        return raw
+    if "probe" in raw:
+        raise ValueError("probe and probes: give one of them; the first of probes counts as probe")
+    first, *more = _texts("probes", raw["probes"]) or [None]
+    if first is None:
+        raise ValueError("probes: is empty; list one wording or more, each with {claim}")
+    return {**raw, "probe": first, "probes": more}
 
 
 def _topic(index: int, row: object) -> Topic:

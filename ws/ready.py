@@ -16,17 +16,16 @@ from ws.delta.report import read_folder
 from ws.diff.check import check_source
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
-from ws.model.text import chat_text
 from ws.runs.folders import own_w
 from ws.steer.evaluate import check_alphas, check_words
-from ws.subspaces.captures import probes
-from ws.subspaces.protocol import load_protocol
+from ws.subspaces.captures import check_texts, probes
+from ws.subspaces.protocol import Protocol, load_protocol
 from ws.theta.live import check_plain_logits
 from ws.theta.states import load_users, split_texts
 from ws.train.lora import TrainConfig, adapter_layers
 from ws.train.pairs import PairConfig, counted, read_pairs
 
-SWITCHES = ("EVAL_SPLIT", "CHAT_PROBES", "PERSONA_PAIRS", "RAW_LAST", "FOLD_GAIN", "SOURCES")
+SWITCHES = "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES MAX_LENGTH".split()
 Values = Mapping[str, object]
 
 
@@ -39,8 +38,7 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
     check_files(values)
     behavior = load_behavior(str(values["BEHAVIOR"])) if values.get("BEHAVIOR") else None
     if behavior and "PROTOCOL" in values:
-        switches = {key: values[key] for key in SWITCHES if values.get(key) not in (None, "", [], ())}
-        probes(behavior, load_protocol(str(values["PROTOCOL"]), **switches))
+        probes(behavior, protocol_of(values))
     if not values.get("MODEL_ID"):
         return
     if (
@@ -60,6 +58,12 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
         check_diffs(notebook, values, lm, behavior, out, own)
     if "USERS" in values:
         check_plain_logits(lm.model)
+
+
+def protocol_of(values: Values) -> Protocol:
+    """The protocol with the switches that are given."""
+    switches = {key: values[key] for key in SWITCHES if values.get(key) not in (None, "", [], ())}
+    return load_protocol(str(values["PROTOCOL"]), **switches)
 
 
 def check_numbers(values: Values) -> None:
@@ -110,12 +114,12 @@ def check_sizes_of(values: Values, lm: LM) -> None:
 
 
 def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
-    """Texts that the model's chat template renders, answer words of its vocabulary, as many topics and personas as are
-    asked for."""
+    """Texts that the model's chat template renders and that are not cut, claims that are found in them, answer words of its
+    vocabulary, as many topics and personas as are asked for."""
     if "ALPHAS" in values:
         check_words(lm, behavior)
     elif "PCS" in values:
-        chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), behavior.personas_pos[0])
+        check_texts(lm, behavior, protocol_of(values))
     if not values.get("W_PATH") and not values.get("POS_ADAPTER"):
         counted(behavior, PairConfig(topics=values.get("TOPICS"), personas=values.get("PERSONAS")))
 

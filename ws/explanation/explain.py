@@ -1,5 +1,6 @@
 """`explain`, the only way from w to scores: captures -> bases -> targets -> rows -> Explanation. (method sections 3 to 7)"""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,13 @@ from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.build import build
 from ws.subspaces.build import candidates as candidates_of
 from ws.subspaces.candidate import Candidate, as_candidate
-from ws.subspaces.captures import probes
+from ws.subspaces.captures import check_texts, n_templates, probes
 from ws.subspaces.check import as_basis
 from ws.subspaces.kept import Shelf, make_shelf
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
+
+log = logging.getLogger(__name__)
 
 
 def explain(
@@ -30,7 +33,7 @@ def explain(
     protocol: Protocol | str = "v7b",
     candidates: Sequence[object] | None = None,
     extra: Iterable[object] | Mapping[str, object] = (),
-    null: WeightDiff | Path | str | None = None,
+    null: WeightDiff | Path | str | Sequence[WeightDiff | Path | str] | None = None,
     layers: Sequence[int] | None = None,
     k: int = 8,
     k_broad: int = 64,
@@ -43,10 +46,10 @@ def explain(
     protocol: `v7`, `v7b` or a `Protocol`. candidates: names or functions instead of the protocol's own; its ceilings are
     always there. extra: candidates of one's own beside them: functions (decorated with `ws.candidate`, or any
     `f(m, l)`) and ready bases `{"name": {layer: (d, r) tensor}}`, which are made orthonormal where they are not, with a
-    warning. null: the null diff that every score is compared with. layers: what summaries average over; default those
-    that w touches. k: rank of a basis; k_broad: width of what "not read" projects out. cache: folder of captures and
-    bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a tensor, a layer, a candidate.
-    (docs/method.md sections 5 to 7)
+    warning. null: the null diff that every score is compared with, or several, of which the first counts. layers: what
+    summaries average over; default those that w touches. k: rank of a basis; k_broad: width of what "not read" projects
+    out. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a
+    tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7)
 
     Example:
         >>> import torch, ws
@@ -64,10 +67,13 @@ def explain(
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     split = probes(behavior, protocol)
     check_sizes(lm.decoder.d, k, k_broad)
-    w, null = load_diff(w), None if null is None else load_diff(null)
-    for diff in [w] if null is None else [w, null]:
+    several = isinstance(null, Sequence) and not isinstance(null, str)
+    w, nulls = load_diff(w), [load_diff(one) for one in (null if several else [null]) if one is not None]
+    for diff in [w, *nulls]:
         check_fits(lm.model, diff)
     check_plain(lm.model)
+    if cut := check_texts(lm, behavior, protocol):
+        log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
     shipped = candidates_of(protocol)
     functions, ready = _sorted_out(extra)
@@ -92,8 +98,8 @@ def explain(
     bases |= build(side, ceilings, progress=False)
 
     table = rows.per_layer(everyone, bases, targets)
-    if null is not None:
-        table = rows.with_null_diff(table, everyone, bases, _b_side(shelf, null, bases[CLEAN])[1])
+    for diff in nulls[:1]:
+        table = rows.with_null_diff(table, everyone, bases, _b_side(shelf, diff, bases[CLEAN], fit=False)[1])
     d = lm.decoder
     return Explanation(
         per_layer=table,
@@ -104,9 +110,11 @@ def explain(
             "d": d.d, "n_heads": d.n_heads, "n_kv": d.n_kv, "behavior": behavior.name,
             "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics,
             "n_persona_pairs": len(behavior.personas_pos), "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
-            "n_fit": len(split.fit), "n_eval": len(split.eval), "layers": list(layers), "k": k, "k_broad": k_broad,
+            "n_fit": len(split.fit), "n_eval": len(split.eval),
+            "n_templates": n_templates(behavior, protocol), "positions": protocol.positions, "n_cut": cut,
+            "layers": list(layers), "k": k, "k_broad": k_broad,
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
-            "null": null.fingerprint if null is not None else "",
+            "null": nulls[0].fingerprint if nulls else "",
         },
         candidates=[c.about for c in everyone],
         checks=rows.self_checks(table, layers) | {"orthonormality": rows.largest_deviation(bases)},
@@ -123,10 +131,10 @@ def check_sizes(d: int, k: int, k_broad: int) -> None:
             raise ValueError(f"{name} = {size}: must be a whole number from 1 to {d}, the width of the model")
 
 
-def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis]) -> tuple[CeilingMaterials, list]:
-    """What w gives the ceilings, and what it is scored on."""
+def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis], fit: bool = True) -> tuple[CeilingMaterials, list]:
+    """What w gives the ceilings (without `fit` nothing can be built from it), and what it is scored on."""
     lm, protocol = shelf.lm, shelf.protocol
-    steered = capture_steered(lm, shelf.behavior, w, protocol, cache=shelf.cache)
+    steered = capture_steered(lm, shelf.behavior, w, protocol, cache=shelf.cache, fit=fit)
     side = CeilingMaterials(lm.decoder, w, steered, shelf.k, protocol.fold_gain)
     return side, rows.layer_targets(side, clean)
 

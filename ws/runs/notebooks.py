@@ -166,7 +166,7 @@ def _swept_seeds(params: Params, out: Path) -> list[Path]:
     return [p for s in params.get("SEEDS") or ["*"] for f in files for p in sorted(home.glob(f"seed_{s}/{f}"))]
 
 
-_SWITCHES = dict.fromkeys(("EVAL_SPLIT", "CHAT_PROBES", "PERSONA_PAIRS", "RAW_LAST", "FOLD_GAIN", "SOURCES"))
+_SWITCHES = dict.fromkeys("EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES".split())
 _ENTRIES = (
     Notebook(
         "weight_diff", "The weight difference and how it steers", ("W_PATH", "POS_ADAPTER", "NEG_ADAPTER", "PAIRS"),

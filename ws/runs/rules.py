@@ -204,6 +204,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATH, "CANDIDATES": PATHS,
         "PROTOCOL": one_of("v7", "v7b"), "EVAL_SPLIT": one_of("half", "held_out", ""), "CHAT_PROBES": SWITCH,
         "PERSONA_PAIRS": one_of("1", "all", ""), "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH,
+        "TEMPLATES": one_of("1", "all", ""), "POSITIONS": one_of("last", "all", ""), "MAX_LENGTH": whole(1),
         "SOURCES": listed(one_of("v5", "external-v6-plan", "B-side", "v7b"), "some of v5, external-v6-plan, B-side, v7b"),
         "LORA_LAYERS": LAYERS, "PCS": whole(1), "K_BROAD": whole(1), "N_NULL": whole(0),
     },

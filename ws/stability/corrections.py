@@ -17,7 +17,7 @@ from ws.show.bars import tqdm
 from ws.subspaces.protocol import V7, Protocol, load_protocol
 
 MOVED = "variant spearman_joint median_abs_log2_act max_abs_log2_act moved_most log2_change top5_kept".split()
-CAPTURE = ("eval_split", "chat_probes", "persona_pairs", "raw_last", "fold_gain")
+CAPTURE = ("eval_split", "chat_probes", "persona_pairs", "raw_last", "fold_gain", "templates")
 MENDED = {  # v7 candidate -> its v7b form
     "TaskDiff_contrast": "TaskDiff_uncentred",
     "up_proj_input_contrast": "up_proj_input_uncentred",

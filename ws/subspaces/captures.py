@@ -1,6 +1,7 @@
 """What the unsteered model computes on a behaviour's FIT probes, kept on disk. (docs/method.md sections 3 and 7)"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ws.cache.given import short
 from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.cache.names import slug
@@ -43,21 +45,52 @@ def probes(behavior: Behavior, protocol: Protocol) -> Probes:
 
 @dataclass(frozen=True)
 class TextSet:
-    """Texts to record, as they are tokenized: with the tokenizer's special tokens or without."""
+    """Texts to record, as they are tokenized: with the tokenizer's special tokens or without, the first `max_length` tokens
+    of each. claims: what each is about. spans: the claim's first character in it and the one after it, where its tokens
+    are to be read."""
 
     label: str
     texts: tuple[str, ...]
     special: bool
+    claims: tuple[str, ...]
+    max_length: int = 256
+    spans: tuple[tuple[int, int], ...] = ()
 
     def content(self, lm: LM) -> str:
         """Hash of the token ids."""
-        ids, mask = encode(lm.tokenizer, list(self.texts), self.special)
+        ids, mask = encode(lm.tokenizer, list(self.texts), self.special, self.max_length)
         return digest(repr([row[m > 0].tolist() for row, m in zip(ids, mask, strict=True)]).encode())
+
+    def lengths(self, lm: LM) -> list[int]:
+        """Tokens of each text, uncut."""
+        return [len(row) for row in lm.tokenizer(list(self.texts), add_special_tokens=self.special)["input_ids"]]
+
+    def claim_tokens(self, lm: LM) -> list[list[int]] | None:
+        """Places of the claim's tokens in each text, by the tokenizer's offsets; None where they are not to be read.
+        ValueError for a tokenizer without offsets, and naming a claim that was cut off."""
+        if not self.spans:
+            return None
+        if not getattr(lm.tokenizer, "is_fast", False):
+            raise ValueError(f"{lm.name}: its tokenizer does not tell where a claim's tokens are; use POSITIONS last")
+        coded = lm.tokenizer(list(self.texts), add_special_tokens=self.special, return_offsets_mapping=True)
+        found = []
+        for claim, (start, end), offsets in zip(self.claims, self.spans, coded["offset_mapping"], strict=True):
+            places = [j for j, (a, b) in enumerate(offsets) if a < end and start < b and a < b]
+            if not places or places[-1] >= self.max_length:
+                least = f"MAX_LENGTH {places[-1] + 1} or more" if places else "POSITIONS last"
+                raise ValueError(
+                    f"the claim {short(claim)}: not all of it is among the {self.max_length} tokens that are read of a"
+                    f" probe; use {least}"
+                )
+            found.append(places)
+        return found
 
     def read(self, lm: LM, cache: Path | None) -> TextActs:
         """The recordings in detail, kept in `cache` under the model, the token ids and the code that reads."""
-        make = partial(read_texts, lm, list(self.texts), self.special, detail=True, label=self.label)
-        ids, _ = encode(lm.tokenizer, list(self.texts), self.special)
+        make = partial(
+            read_texts, lm, list(self.texts), self.special, detail=True, label=self.label, max_length=self.max_length
+        )
+        ids, _ = encode(lm.tokenizer, list(self.texts), self.special, self.max_length)
         large = ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
         if cache is None or not lm.fingerprint or large:
             return make()
@@ -100,10 +133,71 @@ class BaseCaptures:
         return BaseCaptures(self.clean.take(probes), self.pos.take(rows), self.neg.take(rows), len(pairs))
 
 
-def probe_set(lm: LM, behavior: Behavior, claims: tuple[str, ...], protocol: Protocol, label: str) -> TextSet:
-    texts = map(behavior.probe_text, claims)
-    texts = (chat_text(lm.tokenizer, text) for text in texts) if protocol.chat_probes else texts
-    return TextSet(label, tuple(texts), not protocol.chat_probes)
+def probe_set(
+    lm: LM,
+    behavior: Behavior,
+    claims: tuple[str, ...],
+    protocol: Protocol,
+    label: str,
+    templates: int = 1,
+    positions: bool = False,
+) -> TextSet:
+    """The probes about `claims` in the first `templates` wordings, wording after wording (row `a * len(claims) + t`).
+    positions: with the places of the claims; a chat template that changes a probe is a ValueError naming its claim."""
+    each = [(claim, a) for a in range(templates) for claim in claims]
+    texts = [behavior.probe_text(*one) for one in each]
+    texts = [chat_text(lm.tokenizer, text) for text in texts] if protocol.chat_probes else texts
+    spans = [_span(text, behavior, *one) for text, one in zip(texts, each, strict=True)] if positions else []
+    about = tuple(claim for claim, _ in each)
+    return TextSet(label, tuple(texts), not protocol.chat_probes, about, protocol.max_length, tuple(spans))
+
+
+def _span(text: str, behavior: Behavior, claim: str, template: int) -> tuple[int, int]:
+    """Where the claim stands in a rendered probe."""
+    probe, (start, end) = behavior.probe_text(claim, template), behavior.claim_span(claim, template)
+    bare = probe.strip()  # many chat templates strip what the user says
+    if (at := text.rfind(bare)) < 0:
+        raise ValueError(
+            f"the claim {short(claim)}: the chat template changes the probe about it, so that its tokens cannot be found;"
+            " use POSITIONS last, or word the claim without what is changed"
+        )
+    before = len(probe) - len(probe.lstrip())
+    return max(at, at - before + start), min(at + len(bare), at - before + end)
+
+
+def eval_set(lm: LM, behavior: Behavior, protocol: Protocol) -> TextSet:
+    """The EVAL probes: wordings x topics, wording after wording."""
+    claims = probes(behavior, protocol).eval
+    return probe_set(
+        lm, behavior, claims, protocol, "eval", n_templates(behavior, protocol), protocol.positions == "all"
+    )
+
+
+def n_templates(behavior: Behavior, protocol: Protocol) -> int:
+    """How many wordings of the probe EVAL has."""
+    return len(behavior.templates) if protocol.templates == "all" else 1
+
+
+def count_cut(lm: LM, sets: Sequence[TextSet], protocol: Protocol) -> int:
+    """How many texts are longer than MAX_LENGTH tokens and so lose their question. Only v7 goes on with them: otherwise
+    a ValueError that names the first. (docs/method.md section 3)"""
+    every = [(s.label, claim, n) for s in sets for claim, n in zip(s.claims, s.lengths(lm), strict=True)]
+    cut = [one for one in every if one[2] > protocol.max_length]
+    if cut and protocol.name != "v7":
+        label, claim, _ = cut[0]
+        raise ValueError(
+            f"{label}: the text about {short(claim)} has {cut[0][2]} tokens, {protocol.max_length} are read, and its question"
+            f" would be lost; use MAX_LENGTH {max(n for _, _, n in cut)}, or shorten it"
+        )
+    return len(cut)
+
+
+def check_texts(lm: LM, behavior: Behavior, protocol: Protocol) -> int:
+    """How many texts of a sweep are cut; ValueError for what a sweep would refuse in its texts, without the model."""
+    asked = eval_set(lm, behavior, protocol)
+    cut = count_cut(lm, [*base_sets(lm, behavior, protocol), asked], protocol)
+    asked.claim_tokens(lm)
+    return cut
 
 
 def base_sets(lm: LM, behavior: Behavior, protocol: Protocol) -> list[TextSet]:
@@ -114,7 +208,8 @@ def base_sets(lm: LM, behavior: Behavior, protocol: Protocol) -> list[TextSet]:
     for side, label in ((0, "persona_pos"), (1, "persona_neg")):
         texts = [chat_text(lm.tokenizer, behavior.probe_text(c), system=pair[side]) for pair in pairs for c in claims]
         # v7 lets the tokenizer add its special tokens to templated text too; v7b does not
-        sets.append(TextSet(label, tuple(texts), not protocol.chat_probes))
+        about = claims * len(pairs)
+        sets.append(TextSet(label, tuple(texts), not protocol.chat_probes, about, protocol.max_length))
     return sets
 
 
@@ -124,8 +219,10 @@ def prompts_key(lm: LM, behavior: Behavior, protocol: Protocol) -> dict:
 
 
 def capture_base(lm: LM, behavior: Behavior, protocol: Protocol, cache: Path | None = None) -> BaseCaptures:
-    """The A-side captures: one forward pass per text set, kept in the folder `cache` where one is given."""
+    """The A-side captures: one forward pass per text set, kept in the folder `cache` where one is given. ValueError for a
+    text that `count_cut` refuses."""
     sets = base_sets(lm, behavior, protocol)
+    count_cut(lm, sets, protocol)
     clean, *sides = [s.read(lm, cache) for s in sets]
     if not protocol.raw_last:
         sides = [_last_normed(lm, acts) for acts in sides]

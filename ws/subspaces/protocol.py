@@ -7,6 +7,12 @@ import yaml
 from ws.cache.places import notebooks_folder
 
 V7 = ("v5", "external-v6-plan", "B-side")
+CHOICES = {
+    "eval_split": ("half", "held_out"),
+    "persona_pairs": ("1", "all"),
+    "templates": ("1", "all"),
+    "positions": ("last", "all"),
+}
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,9 @@ class Protocol:
     eval_split: `half` (FIT = first half of the 32 probes, EVAL = second) or `held_out` (FIT = training topics, EVAL =
     held-out ones). chat_probes: every probe in the chat template, special tokens once. persona_pairs: `1` or `all`.
     raw_last: the last layer's token states before the final norm. fold_gain: fold the gain of a norm on a block's
-    output into what that block writes. sources: which candidates take part.
+    output into what that block writes. templates: `1`, or `all` wordings of the probe on EVAL. positions: what is read of
+    an EVAL probe, its `last` token or `all` (the mean over the claim's tokens too). sources: which candidates take part.
+    max_length: tokens of a text that are read; a longer one loses its question, and only v7 goes on without it.
     """
 
     name: str = "v7"
@@ -25,16 +33,20 @@ class Protocol:
     persona_pairs: str = "1"
     raw_last: bool = False
     fold_gain: bool = False
+    templates: str = "1"
+    positions: str = "last"
     sources: tuple[str, ...] = V7
+    max_length: int = 256
 
     def __post_init__(self):
-        if self.eval_split not in ("half", "held_out"):
-            raise ValueError(f"EVAL_SPLIT {self.eval_split!r} is unknown; half or held_out")
-        if self.persona_pairs not in ("1", "all"):
-            raise ValueError(f"PERSONA_PAIRS {self.persona_pairs!r} is unknown; 1 or all")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name.upper()} {value!r} is unknown; {' or '.join(choices)}")
+        if type(self.max_length) is not int or self.max_length < 1:
+            raise ValueError(f"MAX_LENGTH {self.max_length!r}: must be a whole number, 1 or more")
 
 
-def load_protocol(name: str, **overrides: str | bool | list[str]) -> Protocol:
+def load_protocol(name: str, **overrides: str | bool | int | list[str]) -> Protocol:
     """The named protocol with explicit notebook parameters (upper-case names) laid over it; an empty string or list
     leaves the protocol's value. ValueError for an unknown protocol, parameter or value."""
     folder = notebooks_folder() / "params"
@@ -57,4 +69,6 @@ def _typed(key: str, value: object, kind: object) -> object:
         if text not in ("true", "false"):
             raise ValueError(f"{key} is true or false, not {value!r}")
         return text == "true"
+    if kind is int:
+        return value
     return tuple(value) if isinstance(value, list) else str(value)

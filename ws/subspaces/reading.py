@@ -1,5 +1,6 @@
 """What a model computes on texts: one forward pass per text set records all that candidates need. (method section 3)"""
 
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,8 @@ class TextActs:
 
     resid: block outputs at the last token. embed: input of block 0 there. up_in: input of `mlp.up_proj` there. tokens:
     block outputs of all tokens, aligned at the right edge and zero-filled on the left. attn: the last token's attention
-    row averaged over heads, aligned likewise. ids: the token ids, unpadded. tokens, attn and up_in are None where they
-    were not asked for.
+    row averaged over heads, aligned likewise. ids: the token ids, unpadded. claim: block outputs averaged over chosen
+    tokens of each text. tokens, attn, up_in and claim are None where they were not asked for.
     """
 
     resid: Float[Tensor, "L n d"]
@@ -30,6 +31,7 @@ class TextActs:
     up_in: Float[Tensor, "L n d"] | None = None
     tokens: Float[Tensor, "L n T d"] | None = None
     attn: Float[Tensor, "L n T"] | None = None
+    claim: Float[Tensor, "L n d"] | None = None
 
     @property
     def block(self) -> Float[Tensor, "L n d"]:
@@ -38,7 +40,7 @@ class TextActs:
 
     def take(self, rows: list[int]) -> "TextActs":
         """The recordings of some of the texts."""
-        found = {f: getattr(self, f) for f in ("resid", "up_in", "tokens", "attn")}
+        found = {f: getattr(self, f) for f in ("resid", "up_in", "tokens", "attn", "claim")}
         found = {f: None if x is None else x[:, rows] for f, x in found.items()}
         return TextActs(embed=self.embed[rows], ids=tuple(self.ids[i] for i in rows), **found)
 
@@ -62,10 +64,18 @@ def read_texts(
     batch_size: int = 16,
     padding_side: str = "right",
     label: str = "",
+    max_length: int = 256,
+    mean_of: Sequence[Sequence[int]] | None = None,
 ) -> TextActs:
-    """Run the texts through the model once and record them. detail: also record up_in, tokens and attn. Shapes and
-    units as in `TextActs`; raises ValueError for no texts."""
-    ids, mask = encode(lm.tokenizer, texts, add_special_tokens, padding_side=padding_side)
+    """Run the texts through the model once and record them. detail: also record up_in, tokens and attn. mean_of: of each
+    text the places of the tokens whose mean is `claim`, counted from its first token. max_length: tokens that are read of
+    a text. Shapes and units as in `TextActs`; raises ValueError for no texts and for places that a text has not."""
+    ids, mask = encode(lm.tokenizer, texts, add_special_tokens, max_length, padding_side)
+    for i, (places, length) in enumerate(zip(mean_of or [], mask.sum(dim=1).tolist(), strict=mean_of is not None)):
+        if not places or not 0 <= min(places) <= max(places) < length:
+            raise ValueError(
+                f"text {i}: has {length} tokens, none or others are to be averaged: {list(places)[:3]} ..."
+            )
     width = int(mask.sum(dim=1).max())
     order, parts = range(0, len(texts), batch_size), []
     with ExitStack() as stack:
@@ -74,22 +84,33 @@ def read_texts(
             stack.enter_context(eager_attention(lm.model))
         for start in tqdm(order, desc=label, disable=not label or len(order) < 2, leave=False):
             rows = slice(start, start + batch_size)
-            parts.append(_read_batch(lm, ids[rows], mask[rows], detail, width))
+            parts.append(_read_batch(lm, ids[rows], mask[rows], detail, width, mean_of[rows] if mean_of else None))
     unpadded = tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True))
     whole = {name: torch.cat([p[name] for p in parts], dim=int(name != "embed")) for name in parts[0]}
     return TextActs(ids=unpadded, **whole)
 
 
-def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detail: bool, width: int) -> dict:
+def _read_batch(
+    lm: LM,
+    ids: Int[Tensor, "n T"],
+    mask: Int[Tensor, "n T"],
+    detail: bool,
+    width: int,
+    mean_of: Sequence[Sequence[int]] | None,
+) -> dict:
     """Every layer is reduced to what is kept as the pass reaches it; tokens are aligned at the right edge of `width`."""
     decoder, last = lm.decoder, last_index(mask)
-    resid, up_in, tokens, embed = {}, {}, {}, {}
+    resid, up_in, tokens, claim, embed = {}, {}, {}, {}, {}
     rows = torch.arange(len(ids))
     # one gather index moves every text's tokens to the right edge: column width - len + j <- column of token j
     lengths = mask.sum(dim=1)
     column = torch.arange(width)[None, :] - (width - lengths)[:, None]
     source = ((last - lengths + 1)[:, None] + column).clamp(min=0)
     real = (column >= 0).float()
+    # only real tokens are gathered, what fills a row up has no weight: what padding holds moves nothing
+    most = max(map(len, mean_of or [()]))
+    chosen = torch.tensor([[*places, *[places[0]] * (most - len(places))] for places in mean_of or []])
+    weight = torch.tensor([[1 / len(p)] * len(p) + [0.0] * (most - len(p)) for p in mean_of or []])
 
     def at_last(states: Tensor) -> Tensor:
         return states[rows.to(states.device), last.to(states.device)].float().cpu()
@@ -99,6 +120,9 @@ def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detai
         if l == 0:
             embed[0] = at_last(inputs[0])
         resid[l] = at_last(states)
+        if mean_of:
+            picked = states[rows[:, None].to(states.device), (chosen + (last - lengths + 1)[:, None]).to(states.device)]
+            claim[l] = (picked.float().cpu() * weight[:, :, None]).sum(dim=1)
         if detail:
             tokens[l] = states.float().cpu()[rows[:, None], source] * real[:, :, None]
 
@@ -110,7 +134,7 @@ def _read_batch(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], detai
         at |= {decoder.param_name(l, "up").removesuffix(".weight"): partial(at_up, l) for l in range(decoder.n_layers)}
     with recorded(lm.model, at):
         output = lm.run(ids, mask, output_attentions=detail)
-    found = {"resid": resid}
+    found = {"resid": resid} | ({"claim": claim} if mean_of else {})
     if detail:
         last_rows = (weights.float().mean(dim=1).cpu()[rows, last] for weights in output.attentions)
         attn = {l: row[rows[:, None], source] * real for l, row in enumerate(last_rows)}

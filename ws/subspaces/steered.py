@@ -15,7 +15,7 @@ from ws.model.lm import LM, Decoder
 from ws.steer.weights import weight_steer
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate
-from ws.subspaces.captures import TextSet, probe_set, probes
+from ws.subspaces.captures import TextSet, count_cut, eval_set, probe_set, probes
 from ws.subspaces.check import as_basis
 from ws.subspaces.materials import check_widths, output_gain
 from ws.subspaces.protocol import Protocol
@@ -24,40 +24,58 @@ from ws.subspaces.reading import TextActs, read_texts
 
 @dataclass(frozen=True)
 class SteeredDiffs:
-    """B-side differences `H(w, +1) - H(w, -1)`: on EVAL (`eval`), on FIT (`fit`), and what each block adds to them."""
+    """B-side differences `H(w, +1) - H(w, -1)`: on EVAL at the last token (`eval`, `n` = wordings x topics, wording after
+    wording) and in the mean over the claim's tokens (`claim`, where the protocol reads them), on FIT (`fit`, None where it
+    was not asked for), and what each block adds at the last token."""
 
     eval: Float[Tensor, "L n d"]
-    fit: Float[Tensor, "L m d"]
+    fit: Float[Tensor, "L m d"] | None
     eval_block: Float[Tensor, "L n d"]
+    claim: Float[Tensor, "L n d"] | None = None
 
 
 def capture_steered(
-    lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, cache: Path | None = None
+    lm: LM, behavior: Behavior, w: WeightDiff, protocol: Protocol, cache: Path | None = None, fit: bool = True
 ) -> SteeredDiffs:
-    """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes. Kept in the folder `cache` under the
-    model, w's content and the token ids: protocols that split and render the probes alike share them."""
-    split = probes(behavior, protocol)
-    sets = [probe_set(lm, behavior, getattr(split, name), protocol, name) for name in ("eval", "fit")]
+    """The B-side: EVAL and FIT probes at alpha +1 and -1. fit: whether FIT is read too, which only ceilings need. Kept in
+    the folder `cache` under the model, w's content, the token ids and the places of the claims: protocols that split and
+    render the probes alike share them. ValueError naming a claim whose text is cut or whose tokens cannot be found."""
+    sets = [eval_set(lm, behavior, protocol)]
+    sets += [probe_set(lm, behavior, probes(behavior, protocol).fit, protocol, "fit")] if fit else []
+    count_cut(lm, sets, protocol)
 
     def make(path: Path) -> None:
-        save_file({n: x.contiguous() for n, x in vars(_steer(lm, w, *sets)).items()}, path)
+        found = vars(_steer(lm, w, *sets))
+        save_file({n: x.contiguous() for n, x in found.items() if x is not None}, path)
+
+    def read(path: Path) -> SteeredDiffs:
+        return SteeredDiffs(**{"fit": None} | read_safetensors(path)[0])
 
     if cache is None or not lm.fingerprint:
         return _steer(lm, w, *sets)
     params = {"model": lm.fingerprint, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
+    params |= {"claims": sets[0].claim_tokens(lm)}
     key = stage_key(params, code=["ws.subspaces.steered._steer"])
     path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
-    return kept(path, key, make, lambda target: SteeredDiffs(**read_safetensors(target)[0]))
+    return kept(path, key, make, read)
 
 
 def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
     def read(sign: float) -> list[TextActs]:
-        label = f"at alpha {sign:+.0f}"
+        found = []
         with weight_steer(lm.model, w, sign):
-            return [read_texts(lm, list(s.texts), s.special, label=f"{s.label} {label}") for s in sets]
+            for s in sets:
+                more = {"max_length": s.max_length, "mean_of": s.claim_tokens(lm)}
+                found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {sign:+.0f}", **more))
+        return found
 
-    (plus, plus_fit), (minus, minus_fit) = read(1.0), read(-1.0)
-    return SteeredDiffs(plus.resid - minus.resid, plus_fit.resid - minus_fit.resid, plus.block - minus.block)
+    (plus, *plus_fit), (minus, *minus_fit) = read(1.0), read(-1.0)
+    return SteeredDiffs(
+        eval=plus.resid - minus.resid,
+        fit=plus_fit[0].resid - minus_fit[0].resid if plus_fit else None,
+        eval_block=plus.block - minus.block,
+        claim=None if plus.claim is None else plus.claim - minus.claim,
+    )
 
 
 class CeilingMaterials:
