@@ -11,6 +11,7 @@ from ws.explanation import rows
 from ws.explanation.result import Explanation
 from ws.explanation.rows import CLEAN
 from ws.model.lm import LM
+from ws.steer.effect import effects
 from ws.steer.weights import check_fits, check_plain
 from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.build import build
@@ -46,7 +47,7 @@ def explain(
     protocol: `v7`, `v7b` or a `Protocol`. candidates: names or functions instead of the protocol's own; its ceilings are
     always there. extra: candidates of one's own beside them: functions (decorated with `ws.candidate`, or any
     `f(m, l)`) and ready bases `{"name": {layer: (d, r) tensor}}`, which are made orthonormal where they are not, with a
-    warning. null: the null diff that every score is compared with, or several, of which the first counts. layers: what
+    warning. null: the null diff that every score is compared with, or several: two have a spread. layers: what
     summaries average over; default those that w touches. k: rank of a basis; k_broad: width of what "not read" projects
     out. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a
     tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7)
@@ -98,12 +99,16 @@ def explain(
     bases |= build(side, ceilings, progress=False)
 
     table = rows.per_layer(everyone, bases, targets)
-    for diff in nulls[:1]:
-        table = rows.with_null_diff(table, everyone, bases, _b_side(shelf, diff, bases[CLEAN], fit=False)[1])
-    d = lm.decoder
+    null_targets = [_b_side(shelf, diff, bases[CLEAN], fit=False)[1] for diff in nulls]
+    null_rows = rows.null_rows(everyone, bases, null_targets)
+    if nulls:
+        table = rows.with_null_diff(table, null_rows)
+    d, wordings = lm.decoder, n_templates(behavior, protocol)
+    moved = [effects(lm, behavior, diff, wordings, shelf.cache) for diff in (w, *nulls)]
     return Explanation(
         per_layer=table,
         specific_per_layer=rows.specific_per_layer(everyone, bases, targets),
+        null_per_layer=null_rows,
         setting={
             "title": title or f"{lm.name}, {behavior.name}",
             "model": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.model.dtype), "n_layers": d.n_layers,
@@ -111,14 +116,15 @@ def explain(
             "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics,
             "n_persona_pairs": len(behavior.personas_pos), "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
             "n_fit": len(split.fit), "n_eval": len(split.eval),
-            "n_templates": n_templates(behavior, protocol), "positions": protocol.positions, "n_cut": cut,
+            "n_templates": wordings, "positions": protocol.positions, "n_cut": cut,
             "layers": list(layers), "k": k, "k_broad": k_broad,
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
-            "null": nulls[0].fingerprint if nulls else "",
+            "nulls": [diff.fingerprint for diff in nulls], "effects": moved[0].tolist(),
+            "null_effects": [float(effect.mean()) for effect in moved[1:]],
         },
         candidates=[c.about for c in everyone],
         checks=rows.self_checks(table, layers) | {"orthonormality": rows.largest_deviation(bases)},
-        tensors=rows.kept_tensors(everyone, bases, targets, k),
+        tensors=rows.kept_tensors(everyone, bases, targets, k, layers),
         bases={c.name: rows.bases_hash(bases[c.name]) for c in everyone if c.kind != "ceiling"},
         sources={c.file.name: c.file.read_text(encoding="utf-8") for c in functions if c.file},
     )  # fmt: skip

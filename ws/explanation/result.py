@@ -17,10 +17,11 @@ from ws.cache.places import ASSETS
 from ws.cache.records import read_record, write_record
 from ws.explanation import words
 from ws.explanation.figures import joint_scatter, recovery_by_layer
-from ws.explanation.rows import null_check
+from ws.explanation.rows import NULL_ROWS, null_check
 from ws.explanation.scores import Target, target, weight_targets
-from ws.explanation.summary import summarise, summarise_specific, with_percentages
+from ws.explanation.summary import against_nulls, null_summary, summarise, summarise_specific, with_percentages
 from ws.show.tables import read_table, write_table
+from ws.steer.effect import Steering, steering
 
 CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
 RECORD = "explanation.json"
@@ -32,9 +33,9 @@ class Explanation:
     """Every candidate's scores on what one w does to activations and to weights.
 
     per_layer: one row per layer and candidate (docs/method.md sections 6 and 7). specific_per_layer: what each explains
-    beyond the clean states. candidates: what is known of each. checks: the run's own assertions with their values.
-    tensors: `ws.explanation.rows.kept_tensors`. bases: content hash of each A-side candidate's bases. sources:
-    `{file name: text}` of the caller's own candidate files.
+    beyond the clean states. null_per_layer: the scores on each null diff (`ws.explanation.rows.null_rows`). candidates:
+    what is known of each. checks: the run's own assertions with their values. tensors: `ws.explanation.rows.kept_tensors`.
+    bases: content hash of each A-side candidate's bases. sources: `{file name: text}` of the caller's own candidate files.
 
     Example:
         >>> import tempfile, ws
@@ -46,6 +47,7 @@ class Explanation:
 
     per_layer: pl.DataFrame
     specific_per_layer: pl.DataFrame
+    null_per_layer: pl.DataFrame
     setting: dict
     candidates: list[dict]
     checks: dict[str, float]
@@ -60,12 +62,23 @@ class Explanation:
 
     @cached_property
     def plain_summary(self) -> pl.DataFrame:
-        return summarise(self.per_layer, self.layers)
+        found = summarise(self.per_layer, self.layers)
+        return against_nulls(found, self.nulls) if len(self.nulls) else found
 
     @cached_property
     def summary(self) -> pl.DataFrame:
         """One row per candidate, means over the layers, best joint score first, with percentages of the ceilings."""
         return with_percentages(self.plain_summary)
+
+    @cached_property
+    def nulls(self) -> pl.DataFrame:
+        """R_act and R_w of every candidate on each null diff, means over the layers."""
+        return null_summary(self.null_per_layer, self.layers)
+
+    @cached_property
+    def steering(self) -> Steering:
+        """Whether w steers, held against the null diffs."""
+        return steering([self.setting["effects"]], self.setting["null_effects"])
 
     @cached_property
     def specific(self) -> pl.DataFrame:
@@ -88,7 +101,7 @@ class Explanation:
 
     def conclusion(self) -> str:
         """What the tables say in words, every number taken from them (Markdown)."""
-        return words.conclusion(self.summary, self.per_layer, self.setting, self.checks)
+        return words.conclusion(self.summary, self.per_layer, self.setting, self.checks, self.steering)
 
     def definitions(self) -> str:
         """The candidates and their definitions (Markdown)."""
@@ -110,6 +123,7 @@ class Explanation:
         tables = {
             "v7_per_layer.csv": self.per_layer,
             "v7_specific_per_layer.csv": self.specific_per_layer,
+            "v7_null_diffs.csv": self.null_per_layer,
             "v7_summary.tsv": self.plain_summary,
             "v7_summary_pct.tsv": self.summary,
             "v7_specific_summary.tsv": self.specific,
@@ -147,6 +161,7 @@ class Explanation:
         return cls(
             per_layer=rows.with_columns(pl.col("note").cast(pl.String).fill_null("")),
             specific_per_layer=read_table(folder / "v7_specific_per_layer.csv"),
+            null_per_layer=read_table(folder / "v7_null_diffs.csv").cast(NULL_ROWS),
             tensors=read_safetensors(folder / "scores.safetensors")[0],
             sources={name: (folder / name).read_text(encoding="utf-8") for name in sources},
             **record,

@@ -4,13 +4,11 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import polars as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ws.diff import WeightDiff
 from ws.explanation import scores as sc
@@ -21,19 +19,24 @@ from ws.subspaces.steered import CeilingMaterials
 
 CLEAN = "layer_clean_resid_pca"  # what specificity projects out
 WEIGHTS = ("oproj", "downproj", "combined")
-SKETCH = 64
+NULL_ROWS = {"null": pl.Int64, "layer": pl.Int64, "subspace": pl.String}
+NULL_ROWS |= {"conc_act": pl.Float64, "conc_w_combined": pl.Float64}
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LayerTargets:
-    """What is scored at one layer: activation difference (cumulative, block-local, without the clean PCA) and weights."""
+    """What is scored at one layer: activation difference (cumulative, block-local, without the clean PCA) and weights.
+
+    more: the cumulative difference otherwise: `act_varying` (rows minus their mean), and where the protocol reads the
+    claim's tokens `act_claim`, `act_claim_varying`."""
 
     act: sc.Target
     block: sc.Target
     beyond_clean: sc.Target
     weights: dict[str, sc.Target | None]
     dw_left: Float[Tensor, "d r"]
+    more: dict[str, sc.Target]
 
 
 Targets = list[LayerTargets]
@@ -49,9 +52,14 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
             missing.append(f"layer {l}: {'o_proj' if F_o is None else 'down_proj'}")
         factors = [F for F in (F_o, F_down) if F is not None]
         dw = left_svd(torch.cat(factors, dim=1), ceiling.k).B if factors else torch.zeros(ceiling.d, 0)
-        X, block = ceiling.steered.eval[l], sc.activation_target(ceiling.steered.eval_block[l])
+        steered = ceiling.steered
+        X, block = steered.eval[l], sc.activation_target(steered.eval_block[l])
         weights = sc.weight_targets(F_o, F_down)
-        targets.append(LayerTargets(sc.activation_target(X), block, sc.without(X, clean[l]), weights, dw))
+        more = {"act_varying": sc.activation_target(X - X.mean(dim=0))}
+        if steered.claim is not None:
+            Y = steered.claim[l]
+            more |= {"act_claim": sc.activation_target(Y), "act_claim_varying": sc.activation_target(Y - Y.mean(dim=0))}
+        targets.append(LayerTargets(sc.activation_target(X), block, sc.without(X, clean[l]), weights, dw, more))
     if missing:
         where = "; ".join(missing)
         log.warning("the weight diff lacks one of the two residual writers at %s: scores there are NaN", where)
@@ -97,6 +105,7 @@ def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
     for name in WEIGHTS:
         row[f"pct_oracle_{name}"] = sc.oracle_fraction(t.weights[name], B)
         row[f"span_score_{name}"] = sc.span_score(t.weights[name], B)
+    row |= {f"conc_{name}": sc.score(target, B, sc.ZERO).conc for name, target in t.more.items()}
     return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note}
 
 
@@ -105,19 +114,30 @@ def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl
     return pl.DataFrame([_row(*cell) for cell in _cells(candidates, bases, targets)], infer_schema_length=None)
 
 
-def with_null_diff(table: pl.DataFrame, candidates: list[Candidate], bases: Bases, null: Targets) -> pl.DataFrame:
-    """The table with every candidate's scores on the null diff's targets and the ratios to them (section 7). A ratio is
-    NaN where the null score is 0 or undefined."""
+def null_rows(candidates: list[Candidate], bases: Bases, nulls: Sequence[Targets]) -> pl.DataFrame:
+    """`v7_null_diffs.csv`: every candidate's scores on the targets of each null diff: null (from 0), layer, subspace,
+    conc_act, conc_w_combined."""
     rows = []
-    for l, t, c, basis in _cells(candidates, bases, null):
-        act, w = sc.score(t.act, basis.B, sc.ZERO).conc, sc.score(t.weights["combined"], basis.B).conc
-        rows.append(_keys(l, c) | {"conc_act_null": act, "conc_w_combined_null": w})
+    for number, targets in enumerate(nulls):
+        for l, t, c, basis in _cells(candidates, bases, targets):
+            act, w = sc.score(t.act, basis.B, sc.ZERO).conc, sc.score(t.weights["combined"], basis.B).conc
+            rows.append((number, l, c.name, act, w))
+    return pl.DataFrame(rows, NULL_ROWS, orient="row")
+
+
+def with_null_diff(table: pl.DataFrame, nulls: pl.DataFrame) -> pl.DataFrame:
+    """The table with every candidate's geometric mean over null diffs (`null_rows`) and the ratios to it (section 7). A
+    ratio is NaN where a null score is 0 or undefined."""
+
+    def mean(value: str) -> pl.Expr:
+        return pl.col(value).log().mean().exp().alias(f"{value}_null")
 
     def ratio(value: str) -> pl.Expr:
         null = pl.col(f"{value}_null")
         return pl.when(null > 0).then(pl.col(value) / null).otherwise(sc.NAN)
 
-    joined = table.join(pl.DataFrame(rows), on=["layer", "subspace"], how="left", maintain_order="left")
+    means = nulls.group_by("layer", "subspace", maintain_order=True).agg(mean("conc_act"), mean("conc_w_combined"))
+    joined = table.join(means, on=["layer", "subspace"], how="left", maintain_order="left")
     return joined.with_columns(R_act_vs_null_diff=ratio("conc_act"), R_w_vs_null_diff=ratio("conc_w_combined"))
 
 
@@ -131,13 +151,15 @@ def specific_per_layer(candidates: list[Candidate], bases: Bases, targets: Targe
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def kept_tensors(candidates: list[Candidate], bases: Bases, targets: Targets, k: int) -> dict[str, Tensor]:
+def kept_tensors(
+    candidates: list[Candidate], bases: Bases, targets: Targets, k: int, layers: Sequence[int]
+) -> dict[str, Tensor]:
     """What statistics over seeds start from.
 
     `act_topics (C, L, n)` float64: R_act of every EVAL row by itself. Per layer l: `act_oracle/<l>`, `weight_oracle/<l>`:
-    top-k oracles `(d, <= k)`; `act_factor/<l> (d, n)` and `weight_factor/<l>/{oproj,downproj} (d, r)`: scaled factors.
-    Per candidate `sketch/<name> (L, r, 64)` (wider for r > 32): `B^T S` with one random S, enough to tell whether two runs'
-    bases agree.
+    top-k oracles `(d, <= k)`; `act_factor/<l> (d, n)` and `weight_factor/<l>/{oproj,downproj} (d, r)`: scaled factors. At
+    the summary's `layers`: `beyond_factor/<l> (d, n)`, of the differences without the clean PCA, `clean/<l> (d, c)`, and
+    `basis/<name>/<l> (d, r)` of every candidate built without w.
     """
     rows = [torch.stack([sc.topic_terms(t.act, bases[c.name][l].B) for l, t in enumerate(targets)]) for c in candidates]
     tensors = {"act_topics": torch.stack(rows)}
@@ -147,19 +169,10 @@ def kept_tensors(candidates: list[Candidate], bases: Bases, targets: Targets, k:
         tensors[f"weight_oracle/{l}"] = sc.oracle_basis(both, k) if both else torch.zeros(len(t.dw_left), 0)
         known = {name: t.weights[name] for name in ("oproj", "downproj") if t.weights[name]}
         tensors |= {f"weight_factor/{l}/{name}": target.F for name, target in known.items()}
-    for c in candidates:
-        widest = max(b.rank for b in bases[c.name])
-        S = _sketch(len(targets[0].dw_left), 2 * widest)  # one no wider than the basis would span all that there is
-        rows = [b.B.double().T @ S for b in bases[c.name]]
-        tensors[f"sketch/{c.name}"] = torch.stack([pad(C, (0, 0, 0, widest - len(C))) for C in rows]).float()
-    return {name: x.contiguous() for name, x in tensors.items()}
-
-
-@cache
-def _sketch(d: int, least: int) -> Float[Tensor, "d m"]:
-    """Seeded noise with `least` columns, rounded up to blocks of 64."""
-    blocks = (torch.Generator().manual_seed(i) for i in range(max(1, -(-least // SKETCH))))
-    return torch.cat([torch.randn(d, SKETCH, generator=g, dtype=torch.float64) for g in blocks], dim=1)
+    for l in layers:
+        tensors |= {f"beyond_factor/{l}": targets[l].beyond_clean.F, f"clean/{l}": bases[CLEAN][l].B}
+        tensors |= {f"basis/{c.name}/{l}": bases[c.name][l].B for c in candidates if c.kind != "ceiling"}
+    return {name: x.contiguous().clone() for name, x in tensors.items()}
 
 
 def bases_hash(rows: Sequence[Basis]) -> str:

@@ -116,7 +116,8 @@ def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score 
     f = energy(target, B)
     conc = f * target.dim / r
     sd = null_sd(target, r)
-    return Score(conc, (conc - 1.0) / sd if sd > 0 else 0.0, f)
+    # rows that nearly vanish leave a trace under 1: the null is that of what is left
+    return Score(conc, (conc / target.trace - 1.0) / sd if sd > 0 else 0.0, f)
 
 
 def topic_terms(target: Target, basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:

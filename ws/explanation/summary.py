@@ -2,14 +2,17 @@
 `joint_score = sqrt(mean_conc_act mean_conc_w_combined)`. A layer where w lacks a tensor counts for no candidate; a
 candidate that is empty at a layer is NaN there, stays NaN in the mean, sorts last."""
 
+import numpy as np
 import polars as pl
 
 from ws.show.tables import sort_nan_last
+from ws.steer.effect import upper_end
 
 KEYS = ["subspace", "family", "axis_kind", "source", "kind"]
 WEIGHTS = ("oproj", "downproj", "combined")
 MAIN = ["conc_act", "z_act", "energy_frac_act"] + [f"{c}_w_{t}" for c in ("conc", "z") for t in WEIGHTS]
 EXTRA = "conc_block energy_frac_block pct_oracle_act pct_oracle_block conc_act_null conc_w_combined_null".split()
+EXTRA += "conc_act_varying conc_act_claim conc_act_claim_varying".split()
 EXTRA += [f"{c}_{t}" for t in WEIGHTS for c in ("pct_oracle", "span_score")]
 SPECIFIC = ["specific_conc_act", "specific_z_act", "specific_energy_frac_act", "specific_rank"]
 DOUBTS = [pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any()]
@@ -43,10 +46,34 @@ def summarise(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     means += [_mean("cos_with_dW", missing, "mean_cos_dW"), pl.col("rank").mean().alias("mean_rank")]
     means += [(act * w).sqrt().alias("joint_score"), (act.log(2) - w.log(2)).alias("act_w_gap_log2")]
     means += [_mean(c, missing) for c in EXTRA if c in part.columns]
-    if "conc_act_null" in part.columns:
-        means += [(act / _mean("conc_act_null", missing)).alias("R_act_vs_null_diff")]
-        means += [(w / _mean("conc_w_combined_null", missing)).alias("R_w_vs_null_diff")]
+    if "pct_oracle_act" in part.columns:
+        honest = (_mean("pct_oracle_act", missing) * _mean("pct_oracle_combined", missing)).sqrt()
+        means += [honest.alias("honest_joint")]
     return sort_nan_last(part.group_by(KEYS, maintain_order=True).agg(means + DOUBTS), "joint_score")
+
+
+def null_summary(nulls: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
+    """Per null diff and candidate, means over the layers: null, subspace, R_act, R_w. nulls: `ws.explanation.rows.null_rows`."""
+    part = nulls.filter(pl.col("layer").is_in(layers))
+    gone = part.group_by("null", "layer").agg(pl.col("conc_w_combined").is_nan().all().alias("gone"))
+    part = part.join(gone, on=["null", "layer"], maintain_order="left")
+    w = pl.col("conc_w_combined").filter(~pl.col("gone")).mean().fill_null(float("nan"))
+    return part.group_by("null", "subspace", maintain_order=True).agg(R_act=pl.col("conc_act").mean(), R_w=w)
+
+
+def against_nulls(summary: pl.DataFrame, nulls: pl.DataFrame) -> pl.DataFrame:
+    """The summary beside its null diffs (`null_summary`): R_X_null, their geometric mean, R_X_null_hi, the upper end of the
+    prediction interval of one more (`ws.steer.effect.upper_end`), R_X_vs_null_diff, the ratio to the mean."""
+    for name, column in (("R_act", "mean_conc_act"), ("R_w", "mean_conc_w_combined")):
+        rows = [
+            (of, float(np.exp(logs.mean())), float(np.exp(upper_end(logs[:, None])[0])))
+            for (of,), part in nulls.group_by("subspace", maintain_order=True)
+            for logs in [np.log(part[name].to_numpy().clip(1e-300))]
+        ]
+        found = pl.DataFrame(rows, ["subspace", f"{name}_null", f"{name}_null_hi"], orient="row")
+        summary = summary.join(found, on="subspace", how="left", maintain_order="left")
+        summary = summary.with_columns((pl.col(column) / pl.col(f"{name}_null")).alias(f"{name}_vs_null_diff"))
+    return summary
 
 
 def with_percentages(summary: pl.DataFrame) -> pl.DataFrame:

@@ -3,10 +3,11 @@
 import polars as pl
 
 from ws.show.tables import as_text, code, literal, sort_nan_last
+from ws.steer.effect import Steering
 from ws.subspaces.captures import N_PROBES
 
 TOP = 5
-DISTINCT_Z = 2.0  # mean z over layers below which a winner is not told apart from a random subspace
+DISTINCT_Z = 2.0  # mean z over layers below which a leader is not told apart from a random subspace
 CHECKS = {
     "ceiling_r_w": "mean R_w of the weight ceiling (must exceed 1)",
     "combined_minus_mean": "largest |R_combined - mean of its parts| (must vanish)",
@@ -31,12 +32,17 @@ def leaders(summary: pl.DataFrame, column: str, kinds: tuple[str, ...] = ("write
     return sort_nan_last(part.filter(pl.col(column).is_not_nan()), column)["subspace"].to_list()
 
 
-def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict[str, float]) -> str:
-    """`v7_conclusion.md`, from the summary with percentages, the per-layer table, and the run's setting and checks."""
+def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict[str, float], steers: Steering) -> str:
+    """`v7_conclusion.md`, from the summary with percentages, the per-layer table, the run's setting and checks, and
+    whether w steers."""
     ranked = leaders(pct, "joint_score", ("write", "mixed"))
-    none = "None: no write or mixed candidate has a defined joint score in this run."
+    led = _leader(pct, ranked) if ranked else "None: no write or mixed candidate has a defined joint score in this run."
+    if not steers.seen:
+        led = "None is named: w is not shown to steer, and where it does nothing, nothing carries what it does."
     sections = {
-        "Winner": [_winner(pct, ranked) if ranked else none],
+        "Does w steer?": [steers.text[0].upper() + steers.text[1:]],
+        "Leader of this seed": [led],
+        "Against null diffs": [f"- {line}" for line in _against_nulls(pct, ranked[:1], facts)],
         "Do activation and weight recovery agree?": [f"- {line}" for line in _agreement(pct)],
         "Caveats of this run": [f"- {line}" for line in caveats(pct, table, facts, ranked)],
         "Self-checks": [f"- {CHECKS.get(key, key)}: {value:.3g}" for key, value in checks.items()],
@@ -50,10 +56,11 @@ def _setting(f: dict) -> str:
     layers = f["layers"]
     run = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2
     span = f"{layers[0]} to {layers[-1]}" if run else ", ".join(map(str, layers))
+    wordings = f"{f['n_templates']} wording{'s' if f['n_templates'] > 1 else ''}"
     return (
-        f"Behaviour {code(f['behavior'])}, protocol {literal(f['protocol']['name'])}, {f['n_fit']} FIT and {f['n_eval']}"
-        f" EVAL probes, d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is what a random"
-        " subspace gets."
+        f"Behaviour {code(f['behavior'])}, protocol {literal(f['protocol']['name'])}, {f['n_fit']} FIT topics, {f['n_eval']}"
+        f" EVAL topics in {wordings}, d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is"
+        " what a random subspace gets."
     )
 
 
@@ -67,7 +74,11 @@ def setting_table(f: dict) -> str:
         ("behaviour", f"{f['behavior']}: {f['n_topics']} topics, {f['n_persona_pairs']} persona pairs"),
         ("w", f"{f['w_matrices']} matrices, Frobenius norm {f['w_norm']:.4g}, layers {touched}"),
         ("protocol", f"{p['name']}: {switches}, persona pairs: {p['persona_pairs']}"),
-        ("probes", f"{f['n_fit']} FIT, {f['n_eval']} EVAL"),
+        (
+            "probes",
+            f"{f['n_fit']} FIT; {f['n_eval']} EVAL topics x {f['n_templates']} wordings; positions: {f['positions']}",
+        ),
+        ("null diffs", f"{len(f['nulls'])}"),
         ("means over", f"layers {', '.join(map(str, f['layers']))}"),
     ]
     return "\n".join(["| | |", "|---|---|", *[f"| {k} | {literal(v)} |" for k, v in rows]])
@@ -81,14 +92,14 @@ def _row(pct: pl.DataFrame, name: str) -> dict:
     return pct.row(by_predicate=pl.col("subspace") == name, named=True)
 
 
-def _winner(pct: pl.DataFrame, ranked: list[str]) -> str:
+def _leader(pct: pl.DataFrame, ranked: list[str]) -> str:
     best = _row(pct, ranked[0])
     text = [
         f"**{literal(best['subspace'])}** ({literal(best['family'])}) has the highest joint score among {len(ranked)} write"
-        f" and mixed candidates: {best['joint_score']:.2f} (R_act {best['mean_conc_act']:.2f}, mean z"
+        f" and mixed candidates on this one seed: {best['joint_score']:.2f} (R_act {best['mean_conc_act']:.2f}, mean z"
         f" {best['mean_z_act']:.1f}; R_w {best['mean_conc_w_combined']:.2f}, mean z {best['mean_z_w_combined']:.1f})."
-        f" That is {best['pct_act_ceiling']:.0f} % of the activation ceiling and {best['pct_w_oracle_combined']:.0f} % of"
-        f" the weight ceiling (o_proj {best['pct_w_oracle_oproj']:.0f} %, down_proj {best['pct_w_oracle_downproj']:.0f} %)."
+        f" It holds {_share(best, 'act')} of what the best subspace of its rank holds of the activation difference, and"
+        f" {_share(best, 'combined')} of w (o_proj {_share(best, 'oproj')}, down_proj {_share(best, 'downproj')})."
     ]
     z_scores = {"activations": best["mean_z_act"], "weights": best["mean_z_w_combined"]}
     weak = [name for name, z in z_scores.items() if not z >= DISTINCT_Z]
@@ -101,13 +112,49 @@ def _winner(pct: pl.DataFrame, ranked: list[str]) -> str:
         second = _row(pct, ranked[1])
         name, joint = literal(second["subspace"]), second["joint_score"]
         text.append(f"Next is {name} with {joint:.2f}: the lead is {100 * (best['joint_score'] / joint - 1):.0f} %.")
-    blind = pct.filter(pl.col("kind") == "A-hypothesis")
-    both = blind.filter((pl.col("mean_conc_act") > 1) & (pl.col("mean_conc_w_combined") > 1))
-    text.append(f"Above chance on both axes are {len(both)} of {len(blind)} candidates built without w.")
+    honest = leaders(pct, "honest_joint", ("write", "mixed"))
+    if honest and honest[0] != ranked[0]:
+        first = _row(pct, honest[0])
+        text.append(
+            f"R falls with the rank of a basis; counted as shares of the best subspace of the same rank,"
+            f" {literal(honest[0])} leads ({100 * first['honest_joint']:.0f} % against {100 * best['honest_joint']:.0f} %)."
+        )
     for name in leaders(pct, "joint_score", ("read",))[:1]:
         joint = _row(pct, name)["joint_score"]
         text.append(f"The best read candidate is {literal(name)}, with a joint score of {joint:.2f}.")
     return " ".join(text)
+
+
+def _share(row: dict, target: str) -> str:
+    value = row[f"mean_pct_oracle_{target}"]
+    return "an undefined share" if value != value else f"{100 * value:.0f} %"
+
+
+def _against_nulls(pct: pl.DataFrame, leader: list[str], facts: dict) -> list[str]:
+    """What the same candidates score on null diffs: training on shuffled labels, the control for every score."""
+    J = len(facts["nulls"])
+    if not J:
+        return ["No null diff (same training, shuffled labels) was scored: what any training gives is not known here."]
+    lines = []
+    blind = pct.filter((pl.col("kind") == "A-hypothesis") & pl.col("R_w_null").is_not_nan())
+    for name in leader:
+        best = _row(pct, name)
+        lines.append(
+            f"{literal(name)} scores R_act {best['R_act_null']:.2f} and R_w {best['R_w_null']:.2f} on {J} null"
+            f" diff{'s' if J > 1 else ''} (geometric mean): {best['R_act_vs_null_diff']:.2f} and"
+            f" {best['R_w_vs_null_diff']:.2f} times as much on w."
+        )
+    if J < 2:
+        return [
+            *lines,
+            "One null diff has no spread: no score is shown to be above what training on shuffled labels gives.",
+        ]
+    for score, column in (("R_act", "mean_conc_act"), ("R_w", "mean_conc_w_combined")):
+        above = blind.filter(pl.col(column) > pl.col(f"{score}_null_hi"))
+        lines.append(
+            f"{score} lies above the null diffs' spread (95 % of further ones) for {len(above)} of {len(blind)} candidates."
+        )
+    return lines
 
 
 def _agreement(pct: pl.DataFrame) -> list[str]:
@@ -129,6 +176,11 @@ def _agreement(pct: pl.DataFrame) -> list[str]:
 def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[str]) -> list[str]:
     """Only what is true of this run, with its numbers."""
     out = ["One LoRA seed: no ranking is established by a single run; the stability report compares seeds."]
+    m, n = facts["n_templates"], facts["n_eval"]
+    if m < 2:
+        out += [
+            f"{n} EVAL topics in one wording are nearly one measurement: their differences hardly differ in direction."
+        ]
     p = facts["protocol"]
     trained_on = max(0, min(facts["n_train_topics"], N_PROBES) - facts["n_fit"]) if p["eval_split"] == "half" else 0
     if trained_on:
@@ -171,11 +223,13 @@ BEYOND = {
 
 
 def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
-    """The head of the summary as text, the columns a reader compares first; the caller's own candidates in any case."""
+    """The head of the summary as text, the columns a reader compares first; the caller's own candidates in any case. Every
+    score stands beside what null diffs score, and beside its share of the best subspace of the same rank."""
     columns = {
-        "#": "#", "subspace": "subspace", "family": "family", "mean_conc_act": "R_act", "mean_conc_w_combined": "R_w",
-        "joint_score": "joint", "pct_act_ceiling": "% act ceiling", "pct_w_oracle_combined": "% w ceiling",
-        "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
+        "#": "#", "subspace": "subspace", "family": "family", "mean_conc_act": "R_act", "R_act_null": "on null",
+        "mean_conc_w_combined": "R_w", "R_w_null": "on null ", "joint_score": "joint", "act": "% best act",
+        "w": "% best w", "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
     }  # fmt: skip
-    shown = pct.with_row_index("#", 1).filter((pl.col("#") <= rows) | (pl.col("source") == "own"))
-    return as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items()]), style=style)
+    best = {"act": 100 * pl.col("mean_pct_oracle_act"), "w": 100 * pl.col("mean_pct_oracle_combined")}
+    shown = pct.with_row_index("#", 1).filter((pl.col("#") <= rows) | (pl.col("source") == "own")).with_columns(**best)
+    return as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items() if c in shown.columns]), style=style)

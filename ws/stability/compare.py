@@ -1,7 +1,7 @@
 """`compare_seeds`: which ranking survives another LoRA seed? One report from the sweeps of several. (section 7)"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -12,9 +12,12 @@ from ws.explanation.result import Explanation
 from ws.model.lm import LM
 from ws.show.tables import write_table
 from ws.stability import overlap, words
+from ws.stability.blind import blind_scores
+from ws.stability.chance import chance_table, top_chance
+from ws.stability.nulls import null_counts, null_table
 from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
-from ws.stability.seeds import SeedRuns, doubts, load_seeds
-from ws.stability.significance import significance_table
+from ws.stability.seeds import SeedRuns, check_seeds, doubts, layers_of, load_seeds
+from ws.stability.significance import blind_values, significance_table
 from ws.stability.verdict import Verdict, verdict
 from ws.subspaces.algebra import empty
 from ws.subspaces.build import candidates
@@ -26,8 +29,9 @@ from ws.subspaces.protocol import Protocol
 @dataclass(frozen=True, eq=False)
 class Stability:
     """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
-    candidates their own data determine. significance: R_w against random subspaces. verdict: the winner, or why there
-    is none. bases: a sentence on whether the seeds share their A-side bases. A candidate whose bases depend on the seed
+    candidates their own data determine. significance: every score against blind copies; chance: every count over candidates
+    and seeds against them; nulls: how many scores lie above the null diffs' spread. verdict: the winner, or why there is
+    none. bases: a sentence on whether the seeds share their A-side bases. A candidate whose bases depend on the seed
     though its data determine them is of kind `seed-dependent` in every table, and in no ranking."""
 
     runs: SeedRuns
@@ -37,6 +41,8 @@ class Stability:
     subspaces: pl.DataFrame
     a_side: pl.DataFrame
     significance: pl.DataFrame
+    chance: pl.DataFrame
+    nulls: pl.DataFrame
     verdict: Verdict
     bases: str
 
@@ -47,7 +53,14 @@ class Stability:
     def conclusion(self) -> str:
         """The verdict and every claim beside its chance level (Markdown)."""
         return words.conclusion(
-            self.verdict, self.summary, self.ranks, self.significance, self.subspaces, self.unstable, self.bases
+            self.verdict,
+            self.summary,
+            self.chance,
+            self.nulls,
+            self.significance,
+            self.subspaces,
+            self.unstable,
+            self.bases,
         )
 
     def save(self, folder: Path | str) -> Path:
@@ -57,6 +70,8 @@ class Stability:
         write_table(self.per_seed, folder / "v7b_per_seed.csv")
         write_table(self.summary, folder / "v7b_summary.tsv")
         write_table(self.ranks, folder / "v7b_rank_stability.csv")
+        write_table(self.chance, folder / "v7b_chance.tsv")
+        write_table(self.verdict.rivals, folder / "v7b_rivals.tsv")
         write_text(folder / "v7b_conclusion.md", self.conclusion())
         return folder
 
@@ -71,13 +86,14 @@ def compare_seeds(
     n_null: int = 10_000,
     seed: int = 0,
     cache: Path | None = None,
+    progress: bool = False,
 ) -> Stability:
     """The stability report of several LoRA seeds' sweeps.
 
     folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default
     theirs) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
     one that its data do not determine cannot win, nor one whose bases differ between the seeds. own: the caller's
-    candidates among those swept. boot, n_null, seed: draws of the bootstrap and of random subspaces, their generator.
+    candidates among those swept. boot, n_null, seed: draws of the bootstrap, blind copies of the candidates, generator.
     Raises FileNotFoundError / ValueError naming the run that is missing or does not fit. (docs/method.md section 7)
 
     Example:
@@ -93,12 +109,9 @@ def compare_seeds(
         True
     """
     found = {s: f if isinstance(f, Explanation) else Explanation.load(f) for s, f in folders.items()}
-    runs = load_seeds(found)
-    shared = overlap.seed_overlaps(found, runs.scores.layers)
-    depend = set(shared.filter("depends_on_seed")["candidate"])
-    named = zip(runs.scores.candidates, runs.scores.kinds, strict=True)
-    kinds = ["seed-dependent" if name in depend else kind for name, kind in named]
-    runs = replace(runs, scores=replace(runs.scores, kinds=kinds))
+    check_seeds(found)
+    shared = overlap.seed_overlaps(found, layers_of(found))
+    runs = load_seeds(found, set(shared.filter("depends_on_seed")["candidate"]))
     scores, device = runs.scores, "cpu" if lm is None else lm.device.type
     rows = []
     if lm is not None:
@@ -124,11 +137,13 @@ def compare_seeds(
         rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)
     a_side = overlap.a_side_stability(subspaces)
-    significance = significance_table(scores, runs.factors, runs.one_basis, seed, n_null, device)
+    blind = blind_values(blind_scores(runs.geometry, n_null, seed, device, progress))
+    significance = significance_table(scores, blind)
     doubtful = doubts(found, scores.layers).join(shared, on="candidate", how="left", maintain_order="left")
     turned = shared.filter(pl.col("seed_overlap") < 1 - overlap.SAME)["candidate"].to_list()
     unstable = a_side.filter("unstable")["candidate"].to_list()
-    summary = _joined(summary_table(scores, seed, boot), significance, a_side)
+    told = significance.with_columns(top5_chance=top_chance(scores, blind)).join(null_table(scores), on="candidate")
+    summary = _joined(summary_table(scores, seed, boot), told, a_side)
     return Stability(
         runs=runs,
         summary=summary.join(doubtful, on="candidate", maintain_order="left"),
@@ -137,7 +152,9 @@ def compare_seeds(
         subspaces=subspaces,
         a_side=a_side,
         significance=significance,
-        verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy()),
+        chance=chance_table(scores, blind),
+        nulls=null_counts(scores),
+        verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering),
         bases=overlap.same_bases(found, shared),
     )
 
@@ -148,8 +165,8 @@ def own_candidates(folder: Path, given: str | list[str] = "") -> list[Candidate]
 
 
 def _joined(summary: pl.DataFrame, significance: pl.DataFrame, a_side: pl.DataFrame) -> pl.DataFrame:
-    """The summary over seeds with p, q and null of R_w, and with A-side stability (`stable` where no data decide it)."""
-    keep = ["candidate", "null_q95", "p_R_w", "q_R_w", "basis"]
-    joined = summary.join(significance.select(keep), on="candidate", how="left", maintain_order="left")
+    """The summary over seeds with p, q and null diffs of its scores, and with A-side stability (`stable` where no data decide
+    it)."""
+    joined = summary.join(significance, on="candidate", how="left", maintain_order="left")
     joined = joined.join(a_side, on="candidate", how="left", maintain_order="left")
     return joined.with_columns(pl.col("unstable").fill_null(False), pl.col("stability").fill_null(float("nan")))

@@ -101,9 +101,8 @@ def seed_overlaps(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl
     """One row per A-side candidate: do its bases span the same on every seed?
 
     seed_overlap: least `|A^T B|_F^2 / max(a, b)` of the first seed's basis with another's over `layers`, 1 where their
-    hashes agree; else from the sketches `B^T S`, whose row spaces agree exactly where the bases do. depends_on_seed: it is
-    under 1 - 1e-6 at a layer where neither basis is `ill_conditioned`: rounding does not explain it, so the candidate saw
-    what differs between the seeds.
+    hashes agree. depends_on_seed: it is under 1 - 1e-6 at a layer where neither basis is `ill_conditioned`: rounding does
+    not explain it, so the candidate saw what differs between the seeds.
     """
     first = next(iter(found.values()))
     doubts = [set(r.per_layer.filter("ill_conditioned").select("layer", "subspace").rows()) for r in found.values()]
@@ -111,7 +110,7 @@ def seed_overlaps(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl
     for name in first.bases:
         least, depends = 1.0, False
         if len({run.bases.get(name) for run in found.values()}) > 1:
-            spans = [_spans(run.tensors[f"sketch/{name}"], layers) for run in found.values()]
+            spans = [[run.tensors[f"basis/{name}/{l}"].double() for l in layers] for run in found.values()]
             for span, doubt in zip(spans[1:], doubts[1:], strict=True):
                 for l, A, B in zip(layers, spans[0], span, strict=True):
                     least = min(least, value := same_span(A, B))
@@ -126,11 +125,6 @@ def same_span(A: Float[Tensor, "d a"], B: Float[Tensor, "d b"]) -> float:
     if A.shape[1] == B.shape[1]:
         return 1.0 - float((B - A @ (A.T @ B)).square().sum()) / max(B.shape[1], 1)
     return float((A.T @ B).square().sum()) / max(A.shape[1], B.shape[1])
-
-
-def _spans(sketch: Float[Tensor, "L r m"], layers: Sequence[int]) -> list[Float[Tensor, "m r"]]:
-    rows = (sketch[l].double() for l in layers)
-    return [torch.linalg.qr(C[C.abs().sum(dim=1) > 0].T).Q for C in rows]
 
 
 def same_bases(found: Mapping[int, Explanation], table: pl.DataFrame) -> str:

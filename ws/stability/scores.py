@@ -1,8 +1,9 @@
 """Scores over LoRA seeds: which ranking survives a new seed. (docs/method.md section 7, 'Stability over seeds')
 
-Per seed s and candidate c, `R_act` and `R_w` are means over LoRA layers (and EVAL topics), `joint = sqrt(R_act R_w)`,
-and over seeds the mean of log joint counts. Undefined scores (no residual tensor in w, an empty basis) are NaN with
-their reason beside them: they sort last and hold no rank.
+Per seed s and candidate c, `R_act` and `R_w` are means over LoRA layers (and EVAL rows), `joint = sqrt(R_act R_w)`, and over
+seeds the mean of log joint counts. R falls with the rank of a basis, so candidates are ordered by `honest = sqrt(H_act
+H_w)`, H the share of what the best subspace of the same rank holds. Undefined scores (no residual tensor in w, an empty
+basis) are NaN with their reason beside them: they sort last and hold no rank.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from scipy import stats
 from ws.show.tables import sort_nan_last
 from ws.stability.intervals import BOOT, crossed_bootstrap, percentile_interval, t_interval
 
-SCORES = ("R_act", "R_w", "joint")
+SCORES = ("R_act", "R_w", "joint", "honest")
 TOP = 5
 
 
@@ -25,11 +26,12 @@ TOP = 5
 class SeedScores:
     """Scores of one (model, behaviour, adapter) over its seeds, checked when they are made.
 
-    act: per-topic activation concentration; w: weight concentration; both on the LoRA layers named by `layers`. ranks:
-    of the bases. kinds: "A-hypothesis" (default), "ceiling", "control" or
-    "seed-dependent" (in no ranking). axis_kinds: read, write (default), mixed,
-    ceiling. null_act, null_w: R_act and R_w of the same candidates on the null diff, NaN where not run. Raises
-    ValueError naming the axis whose length disagrees, a repeated seed or candidate, or a negative score.
+    act: activation concentration of every EVAL row, template by template; w: weight concentration; both on the LoRA layers
+    named by `layers`. ranks: of the bases. best_act, best_w: what the best subspace of each candidate's rank scores there,
+    in the same units; left out, H is R. kinds: "A-hypothesis" (default), "ceiling", "control" or "seed-dependent" (in no
+    ranking). axis_kinds: read, write (default), mixed, ceiling. specific: R_act beyond the clean PCA. null_act, null_w:
+    R_act and R_w of the same candidates on J null diffs. Raises ValueError naming the axis whose length disagrees, a
+    repeated seed or candidate, or a negative score.
     """
 
     candidates: Sequence[str]
@@ -41,8 +43,12 @@ class SeedScores:
     layers: Sequence[int] | None = None
     kinds: Sequence[str] | None = None
     axis_kinds: Sequence[str] | None = None
-    null_act: Float[np.ndarray, " C"] | None = None
-    null_w: Float[np.ndarray, " C"] | None = None
+    templates: int = 1
+    best_act: Float[np.ndarray, "S C L n"] | None = None
+    best_w: Float[np.ndarray, "S C L"] | None = None
+    specific: Float[np.ndarray, "S C L"] | None = None
+    null_act: Float[np.ndarray, "J C"] | None = None
+    null_w: Float[np.ndarray, "J C"] | None = None
 
     def __post_init__(self):
         C, layers = len(self.candidates), range(self.act.shape[2]) if self.layers is None else self.layers
@@ -52,14 +58,19 @@ class SeedScores:
                 raise ValueError(f"act: {have} {name}, {len(values)} were named")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name}: repeated entries in {list(values)}")
+        if self.act.shape[3] % self.templates:
+            raise ValueError(f"act: {self.act.shape[3]} EVAL rows are no multiple of {self.templates} templates")
         if self.w.shape != self.act.shape[:3]:
             raise ValueError(f"w: shape {self.w.shape}, act has seeds x candidates x layers {self.act.shape[:3]}")
         for name, values in {"act": self.act, "w": self.w}.items():
             if (values < 0).any():
                 raise ValueError(f"{name}: negative score of {self.candidates[np.argwhere(values < 0)[0][1]]}")
         named |= {"kinds": self.kinds or ["A-hypothesis"] * C, "axis_kinds": self.axis_kinds or ["write"] * C}
-        arrays = {name: getattr(self, name) for name in ("act", "w", "null_act", "null_w")}
-        facts = {name: np.full(C, np.nan) if x is None else x.astype(np.float64) for name, x in arrays.items()}
+        usual = {"best_act": np.ones_like(self.act), "best_w": np.ones_like(self.w)}
+        usual |= {"specific": np.full(self.w.shape, np.nan)} | dict.fromkeys(("null_act", "null_w"), np.empty((0, C)))
+        facts = {name: x if getattr(self, name) is None else getattr(self, name) for name, x in usual.items()}
+        facts |= {"act": self.act, "w": self.w}
+        facts = {name: np.asarray(x, dtype=np.float64) for name, x in facts.items()}
         for name, value in (facts | {name: tuple(values) for name, values in named.items()}).items():
             object.__setattr__(self, name, value)  # frozen from here on
 
@@ -67,6 +78,12 @@ class SeedScores:
     def ranked(self) -> Bool[np.ndarray, " C"]:
         """Candidates that take part in the ranking: the A-hypotheses (ceilings saw w, controls are no hypotheses)."""
         return np.array([kind == "A-hypothesis" for kind in self.kinds])
+
+    @property
+    def tested(self) -> Bool[np.ndarray, " C"]:
+        """Candidates that a blind copy makes sense of: built without w, the same for every seed, empty at no layer."""
+        blind = np.array([kind in ("A-hypothesis", "control") for kind in self.kinds])
+        return blind & (self.ranks > 0).all(axis=1)
 
     @property
     def contenders(self) -> Bool[np.ndarray, " C"]:
@@ -80,7 +97,7 @@ class SeedScores:
         return names | {"mean_rank": self.ranks.mean(axis=1)}
 
     @property
-    def nulls(self) -> dict[str, Float[np.ndarray, " C"]]:
+    def nulls(self) -> dict[str, Float[np.ndarray, "J C"]]:
         return {"R_act": self.null_act, "R_w": self.null_w}
 
 
@@ -88,9 +105,19 @@ make_scores = SeedScores
 
 
 def seed_values(scores: SeedScores) -> dict[str, Float[np.ndarray, "S C"]]:
-    """R_act, R_w and joint of every seed and candidate; NaN where any LoRA layer is undefined."""
+    """R_act, R_w, joint, H_act, H_w, honest and specific of every seed and candidate; NaN where any LoRA layer is
+    undefined."""
     r_act, r_w = scores.act.mean(axis=(2, 3)), scores.w.mean(axis=2)
-    return {"R_act": r_act, "R_w": r_w, "joint": np.sqrt(r_act * r_w)}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h_act = (scores.act.mean(axis=3) / scores.best_act.mean(axis=3)).mean(axis=2)
+        h_w = (scores.w / scores.best_w).mean(axis=2)
+    found = {"R_act": r_act, "R_w": r_w, "joint": np.sqrt(r_act * r_w)}
+    return found | {
+        "H_act": h_act,
+        "H_w": h_w,
+        "honest": np.sqrt(h_act * h_w),
+        "specific": scores.specific.mean(axis=2),
+    }
 
 
 def log_values(scores: SeedScores) -> dict[str, Float[np.ndarray, "S C"]]:
@@ -99,8 +126,8 @@ def log_values(scores: SeedScores) -> dict[str, Float[np.ndarray, "S C"]]:
 
 
 def undefined_reason(scores: SeedScores) -> list[list[str]]:
-    """Per seed and candidate, why its joint score is undefined; empty text where it is defined."""
-    empty, L = (scores.ranks == 0).sum(axis=1), len(scores.layers)
+    """Per seed and candidate, why its score is undefined; empty text where it is defined."""
+    empty, (L, n) = (scores.ranks == 0).sum(axis=1), scores.act.shape[2:]
     bad = {"R_act": np.isnan(scores.act).any(axis=3).sum(axis=2), "R_w": np.isnan(scores.w).sum(axis=2)}
     values = seed_values(scores)
 
@@ -111,29 +138,41 @@ def undefined_reason(scores: SeedScores) -> list[list[str]]:
                 found.append(f"{name} undefined at {layers[s, c]} of {L} layers")
             elif values[name][s, c] == 0:
                 found.append(f"{name} is 0")
+        if not found and np.isnan(values["honest"][s, c]):
+            found.append(f"no best subspace of rank {scores.ranks[c].max():.0f} over {n} EVAL rows")
         return "; ".join(found)
 
     return [[reason(s, c) for c in range(len(scores.candidates))] for s in range(len(scores.seeds))]
 
 
 def ranks_per_seed(scores: SeedScores) -> Float[np.ndarray, "S C"]:
-    """Rank by joint score within each seed, 1 = highest, ties share their mean; NaN where it takes no part."""
-    logs = np.where(scores.ranked, log_values(scores)["joint"], np.nan)
+    """Rank by the rank-honest joint score within each seed, 1 = highest, ties share their mean; NaN where it takes no
+    part."""
+    logs = np.where(scores.ranked, log_values(scores)["honest"], np.nan)
     return stats.rankdata(-logs, axis=1, nan_policy="omit")
 
 
 def per_seed_table(scores: SeedScores) -> pl.DataFrame:
-    """`v7b_per_seed`: one row per seed and candidate. rank_in_seed: place by joint score among the A-hypotheses, null
-    where it takes no part. undefined: reason, or empty."""
+    """`v7b_per_seed`: one row per seed and candidate. rank_in_seed: place by honest_joint among the A-hypotheses, null
+    where it takes no part. R_*_vs_null_diff: over the geometric mean of the null diffs. undefined: reason, or empty."""
     values, places, reasons = seed_values(scores), ranks_per_seed(scores), undefined_reason(scores)
+    nulls = {name: null_mean(null) for name, null in scores.nulls.items()}
+    named = {"R_act": "R_act", "R_w": "R_w", "joint_score": "joint", "pct_oracle_act": "H_act"}
+    named |= {"pct_oracle_combined": "H_w", "honest_joint": "honest", "specific_R_act": "specific"}
     parts = []
     for s, seed in enumerate(scores.seeds):
         columns = {"seed": [seed] * len(scores.candidates), **scores.about}
-        columns |= {"R_act": values["R_act"][s], "R_w": values["R_w"][s], "joint_score": values["joint"][s]}
-        columns["rank_in_seed"] = places[s]
-        columns |= {f"{name}_vs_null_diff": values[name][s] / null for name, null in scores.nulls.items()}
+        columns |= {column: values[name][s] for column, name in named.items()} | {"rank_in_seed": places[s]}
+        columns |= {f"{name}_vs_null_diff": values[name][s] / null for name, null in nulls.items()}
         parts.append(pl.DataFrame(columns | {"undefined": reasons[s]}))
     return pl.concat(parts).with_columns(pl.col("rank_in_seed").fill_nan(None))
+
+
+def null_mean(null: Float[np.ndarray, "J C"]) -> Float[np.ndarray, " C"]:
+    """Geometric mean over null diffs; NaN without any, or where one scores 0."""
+    with np.errstate(divide="ignore"):
+        logs = np.log(null).mean(axis=0) if len(null) else np.full(null.shape[1], np.nan)
+    return np.exp(np.where(np.isinf(logs), np.nan, logs))
 
 
 def sign_agreement(logs: Float[np.ndarray, "S C"]) -> Float[np.ndarray, " C"]:
@@ -143,16 +182,17 @@ def sign_agreement(logs: Float[np.ndarray, "S C"]) -> Float[np.ndarray, " C"]:
 
 
 def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFrame:
-    """`v7b_summary`: one row per candidate, highest mean log joint (natural log) first, undefined last.
+    """`v7b_summary`: one row per candidate, highest mean log honest joint (natural log) first, undefined last.
 
     For each score X: X_sd over seeds, and two intervals of X_geomean in units of R, X_boot (crossed bootstrap
-    percentiles, whose generator has `seed`) and X_t (over seeds). top5_count: seeds in whose top 5 it is; top5_chance:
-    the same for a random order. R_*_vs_null_diff: geometric mean over seeds / null diff.
+    percentiles, whose generator has `seed`) and X_t (over seeds). top5_count: seeds in whose top 5 it is by `honest`.
+    R_*_vs_null_diff: geometric mean over seeds / that of the null diffs.
     """
     S, C = len(scores.seeds), len(scores.candidates)
-    values, logs, places = seed_values(scores), log_values(scores), ranks_per_seed(scores)
-    draws = crossed_bootstrap(scores.act.mean(axis=2), values["R_w"], seed, boot)
-    columns = {**scores.about, "S": [S] * C, "mean_log_joint": logs["joint"].mean(axis=0)}
+    values, logs = seed_values(scores), log_values(scores)
+    of_w = {name: values[name] for name in ("R_w", "H_w")}
+    draws = crossed_bootstrap(scores.act, scores.best_act, of_w, scores.templates, seed, boot)
+    columns = {**scores.about, "S": [S] * C} | {f"mean_log_{n}": logs[n].mean(axis=0) for n in ("joint", "honest")}
     for name in SCORES:
         value, log = values[name], logs[name]
         q25, median, q75 = np.quantile(value, [0.25, 0.5, 0.75], axis=0)
@@ -171,22 +211,21 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFra
             f"{name}_t_lo": t_lo,
             f"{name}_t_hi": t_hi,
         }
-    in_rank = ~np.isnan(places).any(axis=0)
-    chance = S * min(TOP / max(int(in_rank.sum()), 1), 1.0)
+    del columns["honest_sign_agree"]  # a share has no side of 1
+    columns |= {f"{name}_geomean": np.exp(logs[name].mean(axis=0)) for name in ("H_act", "H_w", "specific")}
+    places = ranks_per_seed(scores)
     columns |= {"rank_median": np.median(places, axis=0), "rank_best": places.min(axis=0)}
     columns |= {"rank_worst": places.max(axis=0), "top5_count": (places <= TOP).sum(axis=0)}
-    columns["top5_chance"] = np.where(in_rank, chance, np.nan)
+    columns |= {f"{name}_null_diff": null_mean(null) for name, null in scores.nulls.items()}
+    columns |= {f"{n}_vs_null_diff": columns[f"{n}_geomean"] / columns[f"{n}_null_diff"] for n in scores.nulls}
     columns |= {f"joint_seed_{k}": values["joint"][s] for s, k in enumerate(scores.seeds)}
-    columns |= {f"{name}_null_diff": null for name, null in scores.nulls.items()}
-    columns |= {f"{name}_vs_null_diff": columns[f"{name}_geomean"] / null for name, null in scores.nulls.items()}
     columns["undefined"] = [next(filter(None, reasons), "") for reasons in zip(*undefined_reason(scores), strict=True)]
-    return sort_nan_last(pl.DataFrame(columns).sort("candidate"), "mean_log_joint")
+    return sort_nan_last(pl.DataFrame(columns).sort("candidate"), "mean_log_honest")
 
 
 def rank_stability_table(scores: SeedScores) -> pl.DataFrame:
     """`v7b_rank_stability`: agreement of two seeds' orders of the A-hypotheses, one row per score and pair of seeds.
-    n_candidates: those defined in both. chance_tau_sd, chance_spearman_sd: of unrelated orders, whose mean is 0.
-    Candidates share data, so even the chance columns call agreement of *families* agreement of candidates."""
+    n_candidates: those defined in both. What unrelated candidates would reach stands in `ws.stability.chance`."""
     logs, rows = log_values(scores), []
     for name in SCORES:
         for a, b in combinations(range(len(scores.seeds)), 2):
@@ -194,13 +233,10 @@ def rank_stability_table(scores: SeedScores) -> pl.DataFrame:
             (x, y), m = logs[name][[a, b]][:, both], int(both.sum())
             top = min(TOP, m)
             shared = len(set(np.argsort(-x, kind="stable")[:top]) & set(np.argsort(-y, kind="stable")[:top]))
-            tau, rho, tau_sd, rho_sd = [float("nan")] * 4
-            if m > 2:
-                tau_sd, rho_sd = float(np.sqrt(2 * (2 * m + 5) / (9 * m * (m - 1)))), float(1 / np.sqrt(m - 1))
-                if np.ptp(x) > 0 and np.ptp(y) > 0:  # an order without differences has no correlation
-                    tau, rho = float(stats.kendalltau(x, y).statistic), float(stats.spearmanr(x, y).statistic)
-            chance = top * top / m if m else float("nan")
-            rows.append((name, scores.seeds[a], scores.seeds[b], m, tau, rho, tau_sd, rho_sd, shared, chance))
+            tau = rho = float("nan")
+            if m > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:  # an order without differences has no correlation
+                tau, rho = float(stats.kendalltau(x, y).statistic), float(stats.spearmanr(x, y).statistic)
+            rows.append((name, scores.seeds[a], scores.seeds[b], m, tau, rho, shared))
     schema = {"score": pl.String} | dict.fromkeys(("seed_a", "seed_b", "n_candidates"), pl.Int64)
-    schema |= dict.fromkeys(("kendall_tau", "spearman", "chance_tau_sd", "chance_spearman_sd"), pl.Float64)
-    return pl.DataFrame(rows, schema | {"top5_shared": pl.Int64, "chance_top5_shared": pl.Float64}, orient="row")
+    schema |= dict.fromkeys(("kendall_tau", "spearman"), pl.Float64) | {"top5_shared": pl.Int64}
+    return pl.DataFrame(rows, schema, orient="row")

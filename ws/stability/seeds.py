@@ -1,29 +1,32 @@
 """The sweeps of several LoRA seeds as the arrays that statistics over seeds start from. (docs/method.md section 7)"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ws.explanation.result import Explanation
 from ws.explanation.summary import DOUBTS
+from ws.stability.blind import Geometry, combined_factor, thin
 from ws.stability.scores import SeedScores
-from ws.stability.significance import GramFactor, combined_factor
+from ws.steer.effect import Steering, steering
 from ws.subspaces.algebra import Basis
 
 
 @dataclass(frozen=True)
 class SeedRuns:
-    """scores: what `ws.stability.scores` works on. factors: w's combined left factors per [seed][layer]. oracles: per side
-    ("act", "weight") and seed, one basis per LoRA layer. one_basis: candidates with one basis for all layers."""
+    """scores: what `ws.stability.scores` works on. geometry: what blind copies are drawn of, its candidates those of
+    `scores.tested`. oracles: per side ("act", "weight") and seed, one basis per LoRA layer. steering: whether w steers."""
 
     scores: SeedScores
-    factors: list[list[GramFactor]]
+    geometry: Geometry
     oracles: dict[str, dict[str, list[Basis]]]
-    one_basis: np.ndarray
+    steering: Steering
 
 
 def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
@@ -36,49 +39,99 @@ def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
     return {seed: runs / f"seed_{seed}" for seed in seeds}
 
 
-def load_seeds(found: Mapping[int, Explanation]) -> SeedRuns:
-    """The sweeps of several seeds as arrays, over the layers at which every seed's w has both residual writers. Raises
-    ValueError where candidates, model or EVAL probes differ, or there is no such layer."""
-    if not found:
-        raise ValueError("no seeds to compare")
-    first, some = next(iter(found.items()))
-    names, d = [c["name"] for c in some.candidates], some.setting["d"]
-    for seed, run in found.items():
-        if [c["name"] for c in run.candidates] != names or run.setting["d"] != d:
-            raise ValueError(f"seeds {first} and {seed} were swept with other candidates or another model")
-        for what in ("fingerprint", "behavior", "protocol", "k", "k_broad"):
-            if run.setting.get(what) != some.setting.get(what):
-                raise ValueError(f"seeds {first} and {seed} were swept with another {what}")
-    shapes = {seed: run.tensors["act_topics"].shape for seed, run in found.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"runs differ in layers or EVAL probes: {shapes}")
-
-    def writers(run: Explanation, l: int) -> list[Tensor]:
-        named = (f"weight_factor/{l}/{t}" for t in ("oproj", "downproj"))
-        return [run.tensors[name] for name in named if name in run.tensors]
-
-    layers = [l for l in range(shapes[first][1]) if all(len(writers(run, l)) == 2 for run in found.values())]
-    if not layers:
-        raise ValueError("no layer of w has both residual writers (o_proj and down_proj) in every seed")
-    grids = [_grid(run.per_layer, names, layers) for run in found.values()]
-    act = np.stack([run.tensors["act_topics"].numpy()[:, layers] for run in found.values()])
-    w = np.stack([grid["conc_w_combined"] for grid in grids])
-    kinds = ([c[kind] for c in some.candidates] for kind in ("kind", "axis_kind"))
-    nulls = (grids[0][c].mean(axis=1) if c in grids[0] else None for c in ("conc_act_null", "conc_w_combined_null"))
-    scores = SeedScores(names, list(found), act, w, grids[0]["rank"], d, layers, *kinds, *nulls)
-    factors = [[combined_factor(writers(run, l), f"seed {s}, layer {l}") for l in layers] for s, run in found.items()]
+def load_seeds(found: Mapping[int, Explanation], depend: Collection[str] = ()) -> SeedRuns:
+    """The sweeps of several seeds as arrays, over the summary's layers at which every seed's w has both residual writers.
+    depend: candidates whose bases depend on the seed: of kind `seed-dependent`. Raises ValueError where candidates, model,
+    layers, null diffs or EVAL probes differ, or there is no such layer."""
+    check_seeds(found)
+    every, layers, writers = list(found.values()), layers_of(found), _writers
+    some, names, d = every[0], [c["name"] for c in every[0].candidates], every[0].setting["d"]
+    grids = [_grid(run.per_layer, names, layers, ("conc_w_combined", "rank")) for run in every]
+    beyond = [_grid(run.specific_per_layer, names, layers, ("specific_conc_act",)) for run in every]
+    act = np.stack([run.tensors["act_topics"].numpy()[:, layers] for run in every])
+    ranks = grids[0]["rank"]
+    kinds = ["seed-dependent" if c["name"] in depend else c["kind"] for c in some.candidates]
+    best = [[_best(run.tensors[f"act_factor/{l}"], ranks[:, i]) for i, l in enumerate(layers)] for run in every]
+    best_w = [[_best_w(writers(run, l), ranks[:, i]) for i, l in enumerate(layers)] for run in every]
+    nulls = [some.nulls.filter(subspace=name).sort("null").select("R_act", "R_w").to_numpy() for name in names]
+    scores = SeedScores(
+        names, list(found), act, np.stack([grid["conc_w_combined"] for grid in grids]), ranks, d, layers, kinds,
+        [c["axis_kind"] for c in some.candidates], some.setting["n_templates"],
+        np.array(best).transpose(0, 2, 1, 3), np.array(best_w).transpose(0, 2, 1),
+        np.stack([grid["specific_conc_act"] for grid in beyond]),
+        *(np.stack(nulls, axis=1).transpose(2, 0, 1) if len(some.nulls) else (None, None)),
+    )  # fmt: skip
+    tested = np.flatnonzero(scores.tested)
+    geometry = Geometry(
+        bases=[[some.tensors[f"basis/{names[c]}/{l}"] for c in tested] for l in layers],
+        w=[[combined_factor(writers(r, l), f"seed {s}, layer {l}") for l in layers] for s, r in found.items()],
+        act=[[thin(r.tensors[f"act_factor/{l}"]) for l in layers] for r in every],
+        specific=[[thin(r.tensors[f"beyond_factor/{l}"]) for l in layers] for r in every],
+        clean=[some.tensors[f"clean/{l}"] for l in layers],
+        best={"act": scores.best_act.mean(axis=3)[:, tested], "w": scores.best_w[:, tested]},
+    )
     oracles = {
         side: {f"seed {s}": [Basis(r.tensors[f"{side}_oracle/{l}"].float()) for l in layers] for s, r in found.items()}
         for side in ("act", "weight")
     }
-    return SeedRuns(scores, factors, oracles, np.array([c["shared"] for c in some.candidates]))
+    effects = [run.setting["effects"] for run in every]
+    return SeedRuns(scores, geometry, oracles, steering(effects, some.setting["null_effects"]))
 
 
-def _grid(table: pl.DataFrame, names: list[str], layers: list[int]) -> dict[str, np.ndarray]:
+def layers_of(found: Mapping[int, Explanation]) -> list[int]:
+    """The summary's layers at which every seed's w has both residual writers; ValueError where there is none."""
+    some = next(iter(found.values()), None)
+    layers = [l for l in some.layers if all(len(_writers(run, l)) == 2 for run in found.values())] if some else []
+    if some and not layers:
+        raise ValueError("no layer of w has both residual writers (o_proj and down_proj) in every seed")
+    return layers
+
+
+def _writers(run: Explanation, l: int) -> list[Tensor]:
+    named = (f"weight_factor/{l}/{t}" for t in ("oproj", "downproj"))
+    return [run.tensors[name] for name in named if name in run.tensors]
+
+
+def check_seeds(found: Mapping[int, Explanation]) -> None:
+    """ValueError where the runs are not of the same things."""
+    if not found:
+        raise ValueError("no seeds to compare")
+    first, some = next(iter(found.items()))
+    names = [c["name"] for c in some.candidates]
+    for seed, run in found.items():
+        if [c["name"] for c in run.candidates] != names or run.setting["d"] != some.setting["d"]:
+            raise ValueError(f"seeds {first} and {seed} were swept with other candidates or another model")
+        for what in ("fingerprint", "behavior", "protocol", "k", "k_broad", "layers"):
+            if run.setting.get(what) != some.setting.get(what):
+                raise ValueError(f"seeds {first} and {seed} were swept with another {what}")
+        if run.setting["nulls"] != some.setting["nulls"]:
+            raise ValueError(f"seeds {first} and {seed} were swept with other null diffs; sweep both with the same")
+    shapes = {seed: tuple(run.tensors["act_topics"].shape) for seed, run in found.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"runs differ in layers or EVAL probes: {shapes}")
+
+
+def _best(F: Float[Tensor, "d n"], ranks: Float[np.ndarray, " C"]) -> Float[np.ndarray, "C n"]:
+    """R of every EVAL row in the best subspace of each candidate's rank; NaN for an empty basis, and where the rank is not
+    under the number of rows. F: rows scaled to norm 1 / sqrt n."""
+    d, n = F.shape
+    U = torch.linalg.svd(F.double(), full_matrices=False)[0]
+    inside = (U.T @ F.double()).square().cumsum(dim=0).numpy() * n
+    rows = {r: inside[r - 1] * d / r for r in {int(r) for r in ranks} if 0 < r < n and r <= len(inside)}
+    return np.stack([rows.get(int(r), np.full(n, np.nan)) for r in ranks])
+
+
+def _best_w(writers: list[Tensor], ranks: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
+    """R_w of the best subspace of each candidate's rank; NaN for an empty basis."""
+    energies = torch.linalg.svdvals(torch.cat([F.double() / F.double().norm() for F in writers], dim=1)).square() / 2
+    inside, d = np.concatenate([[np.nan], energies.cumsum(dim=0).numpy()]), len(writers[0])
+    return np.array([inside[min(int(r), len(inside) - 1)] * d / max(r, 1) for r in ranks])
+
+
+def _grid(table: pl.DataFrame, names: list[str], layers: list[int], columns: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Columns of a per-layer table as `(C, L)` arrays over the given layers."""
     order = pl.DataFrame({"subspace": names, "place": range(len(names))})
     part = table.filter(pl.col("layer").is_in(layers)).join(order, on="subspace").sort("place", "layer")
-    columns = [c for c in ("conc_w_combined", "rank", "conc_act_null", "conc_w_combined_null") if c in part.columns]
     return {c: part[c].cast(pl.Float64).to_numpy().reshape(len(names), len(layers)) for c in columns}
 
 

@@ -1,35 +1,41 @@
 """The computed verdict over seeds: a winner, or "no winner" with the set that cannot be told apart. (method section 7)
 
-The leader (highest mean log joint among the stable contenders) is named only if its corrected t interval over seeds lies
-above 0 against **every** rival, also with the topics' spread added (`crossed_t_interval`), and if its R_w > 1 is
-significant where p-values were computed. Seeds share the EVAL topics and the bases: a lucky draw of either looks the
-same on every seed, which the seeds alone cannot see.
+The leader (highest mean log of the rank-honest joint score among the stable contenders) is named only if its paired 95 % t
+interval over seeds lies above 0 against **every** rival, also with the spread of templates and topics added
+(`crossed_t_interval`), if its R_w > 1 is significant, and if w steers. "Better than every rival" is an intersection-union
+claim: it is wrong with at most 5 % where one rival is as good, however many there are, and needs no correction. Seeds share
+the EVAL rows and the bases: a lucky draw of either looks the same on every seed, which the seeds alone cannot see.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from ws.stability.intervals import crossed_t_interval, t_interval, topic_influence
+from ws.stability.intervals import crossed_parts, crossed_t_interval, detectable, row_influence, t_interval
 from ws.stability.scores import SeedScores, log_values
+from ws.steer.effect import Steering
 
 ALPHA = 0.05
-RIVALS = {"rival": pl.String} | dict.fromkeys(("log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi"), pl.Float64)
+POWER = 0.8
+RIVALS = {"rival": pl.String}
+RIVALS |= dict.fromkeys(("log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi", "detectable"), pl.Float64)
 RIVALS |= {"told_apart": pl.Boolean}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """winner: the named candidate, or None. leader: the best stable contender. tied: leader and the rivals not told
-    apart from it (empty with a winner). reasons: why there is none. undefined: contenders without a joint score.
-    rivals: one row per rival (see `verdict`), empty without a leader. detectable: ratio of joint scores that the median
-    pair needed to be told apart.
+    """winner: the named candidate, or None. leader: the best stable contender (None where w does not steer). tied: leader
+    and the rivals not told apart from it (empty with a winner). reasons: why there is none. undefined: contenders without
+    a score. rivals: one row per rival (see `verdict`), empty without a leader. establishable: how many times better
+    than the closest rival (the others as far behind that one as they are) a leader has to be to be named with probability
+    .8 at this run's noise.
     """
 
     S: int
+    n_templates: int
     n_topics: int
     n_contenders: int
     undefined: tuple[str, ...]
@@ -38,50 +44,68 @@ class Verdict:
     leader: str | None = None
     tied: tuple[str, ...] = ()
     rivals: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=RIVALS))
-    detectable: float = float("nan")
+    establishable: float = float("nan")
+    steering: Steering | None = None
+
+    @property
+    def far(self) -> list[str]:
+        """Rivals not told apart although they are further behind than the median rival had to be."""
+        usual = self.rivals["detectable"].fill_nan(None).median()
+        wide = self.rivals.filter(
+            ~pl.col("told_apart") & (pl.col("log_ratio") > (float("inf") if usual is None else usual))
+        )
+        return wide["rival"].to_list()
 
 
-def false_winner_bound(n_contenders: int) -> float:
-    """Largest probability of naming a winner when no contender is better than another; 0 for fewer than two. Each of
-    the C (C - 1) ordered pairs passes with probability at most .05 / (2 (C - 1)), and a winner passes C - 1."""
-    return 0.0 if n_contenders < 2 else n_contenders / (n_contenders - 1) * ALPHA / 2
-
-
-def verdict(scores: SeedScores, unstable: Sequence[str] = (), q_w: Float[np.ndarray, " C"] | None = None) -> Verdict:
+def verdict(
+    scores: SeedScores,
+    unstable: Sequence[str] = (),
+    q_w: Float[np.ndarray, " C"] | None = None,
+    steers: Steering | None = None,
+) -> Verdict:
     """Name a winner among the contenders (A-hypotheses of axis kind write or mixed), or say why there is none.
 
     unstable: candidates flagged by A-side stability; they cannot win, but must be beaten. q_w: Benjamini-Hochberg
-    adjusted p of R_w > 1 in the order of `scores`. `rivals`, closest first: log_ratio of joint, leader over rival
-    (natural log), with its t interval over seeds and the crossed one over seeds and topics, both Bonferroni-corrected
-    over the rivals. With one EVAL topic the crossed interval is undefined and only seeds count.
+    adjusted p of R_w > 1 in the order of `scores`. steers: whether w does at all; None: not asked. `rivals`, closest first:
+    log_ratio of the honest joint, leader over rival (natural log), with its 95 % t interval over seeds and the crossed one
+    over seeds, templates and topics; detectable: the log ratio that had a probability of .8 to be told apart. With one EVAL
+    row the crossed interval is undefined and only seeds count.
     """
-    names, logs = scores.candidates, log_values(scores)["joint"]
+    names, logs = scores.candidates, log_values(scores)["honest"]
     defined = ~np.isnan(logs).any(axis=0)
     pool = np.flatnonzero(scores.contenders & defined)
     undefined = tuple(names[c] for c in np.flatnonzero(scores.contenders & ~defined))
-    setting = len(scores.seeds), scores.act.shape[3], len(pool), undefined
+    m = scores.templates
+    plain = Verdict(len(scores.seeds), m, scores.act.shape[3] // m, len(pool), undefined, (), steering=steers)
+    if steers is not None and not steers.seen:
+        return replace(plain, reasons=("w is not shown to steer: where it does nothing, nothing carries what it does",))
     stable = [c for c in pool if names[c] not in unstable]
     if not stable:
         why = "every contender is unstable" if len(pool) else "no contender has a defined score"
-        return Verdict(*setting, (why,))
+        return replace(plain, reasons=(why,))
     leader = max(stable, key=lambda c: (logs[:, c].mean(), -c))
     others = pool[pool != leader]
-    level = 1 - ALPHA / max(len(others), 1)
     difference = logs[:, [leader]] - logs[:, others]
-    influence = 0.5 * topic_influence(scores.act.mean(axis=2)[:, pool])
+    influence = 0.5 * row_influence(scores.act[:, pool], scores.best_act[:, pool])
     spread = influence[pool == leader] - influence[pool != leader]
-    t_ends, crossed_ends = t_interval(difference, level), crossed_t_interval(difference, spread, level)
+    t_ends, crossed_ends = t_interval(difference), crossed_t_interval(difference, spread, m)
     told = (t_ends[0] > 0) & ((crossed_ends[0] > 0) | np.isnan(crossed_ends[0]))
-    columns = [[names[c] for c in others], difference.mean(axis=0), *t_ends, *crossed_ends, told]
+    size, every = detectable(crossed_parts(difference, spread, m), difference.mean(axis=0), POWER)
+    columns = [[names[c] for c in others], difference.mean(axis=0), *t_ends, *crossed_ends, size, told]
     rivals = pl.DataFrame(columns, RIVALS).sort("log_ratio", maintain_order=True)
     copies = not np.ptp(logs[:, pool], axis=0).any()
-    reasons = _reasons(setting[0], copies, rivals, unstable, None if q_w is None else float(q_w[leader]))
+    reasons = _reasons(plain.S, copies, rivals, unstable, None if q_w is None else float(q_w[leader]))
     winner = None if reasons else names[leader]
     tied = () if winner else (names[leader], *rivals.filter(~pl.col("told_apart"))["rival"].to_list())
-    half = np.where(np.isnan(crossed_ends[0]), np.diff(t_ends, axis=0), np.diff(crossed_ends, axis=0)) / 2
-    with np.errstate(over="ignore"):
-        detectable = float(np.exp(np.median(half))) if half.size else float("nan")
-    return Verdict(*setting, reasons, winner, names[leader], tied, rivals, detectable)
+    return replace(
+        plain,
+        reasons=reasons,
+        winner=winner,
+        leader=names[leader],
+        tied=tied,
+        rivals=rivals,
+        establishable=float(np.exp(every)),
+    )
 
 
 def _reasons(S: int, copies: bool, rivals: pl.DataFrame, unstable: Sequence[str], q: float | None) -> tuple[str, ...]:
@@ -97,9 +121,9 @@ def _reasons(S: int, copies: bool, rivals: pl.DataFrame, unstable: Sequence[str]
     close = rivals.filter(~pl.col("told_apart"))
     by_seed = close.filter(pl.col("t_lo") <= 0).height
     if by_seed:
-        found.append(f"over {S} seeds the corrected t interval against {by_seed} of {rivals.height} rivals holds 0")
+        found.append(f"over {S} seeds the t interval against {by_seed} of {rivals.height} rivals holds 0")
     if close.height > by_seed:
-        found.append(f"against {close.height - by_seed} more it holds 0 once the draw of topics counts")
+        found.append(f"against {close.height - by_seed} more it holds 0 once the draw of templates and topics counts")
     if q is not None and not q <= ALPHA:
         found.append(f"its R_w > 1 is not significant (adjusted p = {q:.3g})")
     return tuple(found)

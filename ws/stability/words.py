@@ -1,4 +1,4 @@
-"""`v7b_conclusion.md`: what the tables over seeds say, every claim beside its chance level. (docs/method.md section 7)"""
+"""`v7b_conclusion.md`: what the tables over seeds say, every count beside its chance level. (docs/method.md section 7)"""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +7,8 @@ import polars as pl
 from scipy import stats
 
 from ws.show.tables import literal
-from ws.stability.verdict import ALPHA, Verdict, false_winner_bound
+from ws.stability.chance import COPIES
+from ws.stability.verdict import ALPHA, POWER, Verdict
 
 
 def _names(names: Iterable[str]) -> str:
@@ -15,60 +16,98 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _winner_lines(v: Verdict) -> list[str]:
-    bound = f"a false winner has probability at most {false_winner_bound(v.n_contenders):.3f} by chance"
-    if v.winner:
-        name, *logs, _ = v.rivals.row(0)
-        ratio, t_lo, t_hi, crossed_lo, crossed_hi = np.exp(logs)
-        return [
-            f"**Winner: {literal(v.winner)}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). Closest rival: "
-            f"{literal(name)}, joint score {ratio:.2f} times lower (corrected t interval {t_lo:.2f} to {t_hi:.2f}; with the "
-            f"topics' spread {crossed_lo:.2f} to {crossed_hi:.2f}; chance level 1)."
-        ]
-    lines = [f"**No winner** ({bound}): " + "; ".join(map(literal, v.reasons)) + "."]
-    lines += [f"Highest mean among the stable contenders: {literal(v.leader)}."] if v.leader else []
-    rest = v.tied[1:]
-    return lines + ([f"Cannot be told apart from it ({len(rest)}): {_names(rest)}."] if rest else [])
-
-
-def _agreement_lines(summary: pl.DataFrame, ranks: pl.DataFrame, S: int) -> list[str]:
+    bound = f"a false winner has probability at most {ALPHA:g} where a rival is as good"
     lines = []
-    joint = ranks.filter(pl.col("score") == "joint")
-    if joint.height:
-        pairs, mean = f"{joint.height} pair{'s' if joint.height > 1 else ''} of seeds", joint.mean().row(0, named=True)
+    if v.winner:
+        name, *logs = v.rivals.select("rival", "log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi").row(0)
+        ratio, t_lo, t_hi, crossed_lo, crossed_hi = np.exp(logs)
+        lines += [
+            f"**Winner: {literal(v.winner)}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). Closest rival: "
+            f"{literal(name)}, rank-honest joint score {ratio:.2f} times lower (95 % t interval {t_lo:.2f} to {t_hi:.2f}; with "
+            f"the spread of templates and topics {crossed_lo:.2f} to {crossed_hi:.2f}; equal: 1)."
+        ]
+    else:
+        lines += [f"**No winner** ({bound}): " + "; ".join(map(literal, v.reasons)) + "."]
+        lines += [f"Highest mean among the stable contenders: {literal(v.leader)}."] if v.leader else []
+        far = v.far
+        rest = [name for name in v.tied[1:] if name not in far]
+        lines += [f"Cannot be told apart from it ({len(rest)}): {_names(rest)}."] if rest else []
+        if far:
+            part = v.rivals.filter(pl.col("rival").is_in(far))
+            said = (
+                f"{literal(name)} ({np.exp(log):.2f} times lower)"
+                for name, log in part.select("rival", "log_ratio").rows()
+            )
+            lines += [f"Not told apart because its interval is wide, not because it is close: {', '.join(said)}."]
+    if v.establishable == v.establishable:
         lines.append(
-            f"Order of the candidates, mean over {pairs}: Kendall tau {mean['kendall_tau']:.2f} and Spearman "
-            f"{mean['spearman']:.2f} (chance level 0, sd {mean['chance_tau_sd']:.2f} and {mean['chance_spearman_sd']:.2f} "
-            f"for one pair of unrelated orders); top 5 shared {mean['top5_shared']:.1f} (chance "
-            f"{mean['chance_top5_shared']:.1f})."
+            f"Power: with {v.S} seeds and the noise of this run, a leader {v.establishable:.2f} times better than the"
+            f" closest rival is named with probability {POWER:g} (the other rivals as far behind that one as they are here)."
         )
-    ranked = summary.filter(pl.col("kind") == "A-hypothesis")
-    single = ranked["top5_chance"].fill_nan(None).max()  # seeds in the top 5 expected of any one candidate
-    if single is not None:
-        named = _names(ranked.filter(pl.col("top5_count") == S)["candidate"]) or "none"
-        expected = ranked["top5_chance"].is_not_nan().sum() * (single / S) ** S
-        lines.append(f"In the top 5 on all {S} seeds: {named} (chance: {expected:.2f} candidates).")
-    for m in ("R_act", "R_w"):
-        total = ranked[f"{m}_geomean"].is_not_nan().sum()
-        same = (ranked[f"{m}_sign_agree"] == 1).sum()
-        lines.append(
-            f"{m} lies on one side of 1 on every seed for {same} of {total} candidates (chance "
-            f"{total * 2.0 ** (1 - S):.1f}, were seeds fair coins); its t interval lies above 1 for "
-            f"{ranked.filter(pl.col(f'{m}_t_lo') > 1).height} (chance {0.025 * total:.1f}, uncorrected)."
+    return [*lines, *([v.steering.text[0].upper() + v.steering.text[1:]] if v.steering else [])]
+
+
+def _chance_lines(chance: pl.DataFrame, what: Iterable[str]) -> list[str]:
+    """Counts beside what blind copies of the candidates reach."""
+    lines = []
+    for name in what:
+        part = chance.filter(what=name)
+        said = [
+            f"{row['score']} {_number(row['observed'])} (blind copies {_number(row['blind_mean'])},"
+            f" {_number(row['blind_lo'])} to {_number(row['blind_hi'])})"
+            for row in part.iter_rows(named=True)
+            if row["observed"] == row["observed"]
+        ]
+        of = (
+            f" of {part['candidates'].max()} candidates"
+            if part.height and "tau" not in name and "rho" not in name
+            else ""
+        )
+        lines += (
+            [f"{name[0].upper()}{name[1:]}{of if 'places' not in name else ''}: {'; '.join(said)}."] if said else []
         )
     return lines
 
 
-def _significance_lines(table: pl.DataFrame | None) -> list[str]:
-    if table is None or table["p_R_w"].is_nan().all():
-        return ["R_w > 1 was not tested against random subspaces."]
-    tested = table.filter(pl.col("q_R_w").is_not_nan())
-    hits, raw = (tested.filter(pl.col(column) <= ALPHA).height for column in ("q_R_w", "p_R_w"))
-    draws = table["n_draws"][0]
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) and abs(value) >= 1 else f"{value:.2f}"
+
+
+AGREEMENT = (
+    "Kendall's tau between seeds", "Spearman's rho between seeds", "top-5 places two seeds share",
+    "in the top 5 on every seed", "on one side of 1 on every seed", "t interval over seeds above 1",
+)  # fmt: skip
+
+
+def _significance_lines(table: pl.DataFrame, chance: pl.DataFrame) -> list[str]:
+    found = [name for name in chance["what"].unique(maintain_order=True) if name not in AGREEMENT]
+    draws = table["n_blind"][0]
+    most = table.filter(pl.col("p_max_R_w") <= ALPHA).height
     return [
-        f"R_w > 1 against {draws:,} random subspaces: {hits} of {tested.height} candidates at a false discovery rate of "
-        f"{ALPHA:g} (Benjamini-Hochberg: at most {ALPHA * hits:.1f} of these by chance); {raw} at p <= {ALPHA:g} "
-        f"uncorrected (chance {ALPHA * tested.height:.1f}). Smallest possible p: {1 / (1 + draws):.1g}."
+        *_chance_lines(chance, found),
+        f"R_w of {most} candidates is above what the best of all blind copies reaches in {1 - ALPHA:.0%} of draws (max-T).",
+        f"{draws:,} blind copies; smallest possible p: {1 / (1 + draws):.1g}. z-scores are descriptive.",
     ]
+
+
+def _null_lines(nulls: pl.DataFrame) -> list[str]:
+    if not nulls["nulls"].sum():
+        return ["No null diff (same training, shuffled labels) was scored: no score is compared with training noise."]
+    J = nulls["nulls"].max()
+    if J < 2:
+        return ["One null diff has no spread: no score is shown to be above what training on shuffled labels gives."]
+    lines = [
+        f"{row['score']} lies above the spread of {J} null diffs (same training, shuffled labels) for {row['above']} of"
+        f" {row['candidates']} candidates"
+        + (
+            f" (each null diff held against the others: {_number(row['above_mean'])} on average, {_number(row['above_most'])}"
+            " at most)."
+            if row["above_mean"] == row["above_mean"]
+            else "."
+        )
+        for row in nulls.iter_rows(named=True)
+    ]
+    return lines + ([f"The method asks for at least 5 null diffs; here are {J}."] if J < 5 else [])
 
 
 def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list[str]:
@@ -77,7 +116,7 @@ def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list
         between = table.filter((pl.col("side") == "B") & pl.col("overlap").is_not_nan())
         lines = [
             f"{name} between seeds: overlap {part['overlap'].mean():.2f} (layers: {part['overlap'].min():.2f} to "
-            f"{part['overlap'].max():.2f}), chance {part['chance'].mean():.3f} +- {part['chance_sd'].mean():.3f}; "
+            f"{part['overlap'].max():.2f}), unrelated subspaces {part['chance'].mean():.3f} +- {part['chance_sd'].mean():.3f}; "
             f"smallest principal cosine {part['smallest_cos'].mean():.2f}."
             for (name,), part in between.group_by("object", maintain_order=True)
         ]
@@ -85,39 +124,25 @@ def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list
     return [*lines, f"Flagged unstable (energy-weighted overlap between halves of the data under 0.5): {flagged}."]
 
 
-def _null_diff_line(summary: pl.DataFrame) -> str:
-    known = summary.filter((pl.col("kind") == "A-hypothesis") & pl.col("R_w_vs_null_diff").is_not_nan())
-    n = known.height
-    if n == 0:
-        return "The null diff (shuffled labels) was not scored: no score is compared with training noise."
-    act, w = (known.filter(pl.col(f"{m}_vs_null_diff") > 1).height for m in ("R_act", "R_w"))
-    return (
-        f"Above the null diff's score (same training, shuffled labels; chance level 1): R_act for {act} of {n}, R_w for "
-        f"{w} of {n} candidates (chance {n / 2:g} each; the null diff is one run, so this has no interval)."
-    )
-
-
 def _limits(v: Verdict) -> list[str]:
     if v.S < 2:
         return ["One seed: no statement about other seeds is possible."]
-    rivals, coins = max(v.n_contenders - 1, 1), 2.0 ** (1 - v.S)
-    single, corrected = stats.t.ppf([0.975, 1 - ALPHA / (2 * rivals)], v.S - 1)
     lines = [
-        f"{v.S} seeds give t intervals with {v.S - 1} degrees of freedom (factor {single:.2f} for one comparison, "
-        f"{corrected:.1f} after the correction for {rivals} rivals).",
-        f"The median rival had to differ by a factor of {v.detectable:.2f} in joint score to be told apart; smaller "
-        "differences may exist and this run cannot show them.",
-        f"If every seed agrees in sign, a fair coin would do so with probability {coins:.3g}: signs alone "
-        + ("prove nothing here." if coins > ALPHA else "carry some weight."),
+        f"{v.S} seeds give t intervals with {v.S - 1} degrees of freedom (factor {stats.t.ppf(0.975, v.S - 1):.2f}). The"
+        " claim that one candidate is better than every rival needs no correction for their number.",
+        f"Chance levels are those of {COPIES:,} or more blind copies: the candidates' own bases under one random rotation, so"
+        " that they overlap as they do and know nothing of w.",
     ]
     if v.S < 5:
         lines += ["Percentile bootstrap intervals are too narrow with so few seeds; read the t interval beside them."]
-    if v.n_topics < 2:
-        lines.append("One EVAL topic: nothing can be said about other topics.")
-    else:
+    rows = f"{v.n_topics} EVAL topic{'s' if v.n_topics > 1 else ''} in {v.n_templates} wording{'s' if v.n_templates > 1 else ''}"
+    lines.append(
+        f"Seeds share {rows} and one base model: more seeds do not tell about other topics, wordings, models or behaviours."
+        " The t interval over seeds is for these."
+    )
+    if v.n_templates < 4:
         lines.append(
-            f"Seeds share {v.n_topics} EVAL topics and one base model: more seeds do not tell about other topics, "
-            "models or behaviours. The t interval over seeds is for these topics."
+            "Topics of one wording are nearly one measurement; the method asks for at least 4 wordings of the probe."
         )
     return lines
 
@@ -125,17 +150,23 @@ def _limits(v: Verdict) -> list[str]:
 def conclusion(
     v: Verdict,
     summary: pl.DataFrame,
-    ranks: pl.DataFrame,
-    significance: pl.DataFrame | None = None,
+    chance: pl.DataFrame,
+    nulls: pl.DataFrame,
+    significance: pl.DataFrame,
     subspace: pl.DataFrame | None = None,
     unstable: Sequence[str] = (),
     bases: str = "",
 ) -> str:
-    """`v7b_conclusion.md`: the verdict and every claim beside its chance level, all computed from the tables given."""
+    """`v7b_conclusion.md`: the verdict and every count beside its chance level, all computed from the tables given."""
+    on_all = summary.filter((pl.col("kind") == "A-hypothesis") & (pl.col("top5_count") == v.S))["candidate"]
     sections = {
         "Verdict": _winner_lines(v),
-        "Agreement between seeds": _agreement_lines(summary, ranks, v.S),
-        "Against chance": [*_significance_lines(significance), _null_diff_line(summary)],
+        "Agreement between seeds": [
+            *_chance_lines(chance, AGREEMENT),
+            f"In the top 5 on all {v.S} seeds by the rank-honest joint score: {_names(on_all) or 'none'}.",
+        ],
+        "Against blind copies": _significance_lines(significance, chance),
+        "Against null diffs": _null_lines(nulls),
         "Subspaces": [*filter(None, [bases]), *_subspace_lines(subspace, unstable)],
         f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v),
     }

@@ -1,0 +1,107 @@
+"""Does w steer at all? Its effect on the behaviour score, held against null diffs. (docs/method.md sections 2 and 7)
+
+`effect = log-ratio at alpha +1 - at -1`, nats, on the held-out false claims. With `m, s` the mean and sd over J null diffs,
+something is above their spread where it exceeds `m + t_{J-1} s sqrt(1 + 1/J)`, the end of the 95 % prediction interval of
+one more null diff. One null diff has no spread: nothing is above it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from ws.cache.files import write_text
+from ws.cache.keys import stage_key
+from ws.cache.made import kept
+from ws.cache.syntax import digest
+from ws.data import Behavior
+from ws.diff import WeightDiff
+from ws.model.lm import LM
+from ws.model.text import chat_text
+from ws.steer.evaluate import answer_scores, answer_tokens
+from ws.steer.weights import weight_steer
+
+LEVEL = 0.95
+
+
+def effects(
+    lm: LM, behavior: Behavior, w: WeightDiff, templates: int = 1, cache: Path | None = None
+) -> Float[np.ndarray, " n"]:
+    """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe. cache: a
+    folder (of this model) to keep it in. The model is the same before and after."""
+    yes, no = answer_tokens(lm.tokenizer, behavior)
+    claims = [topic.claim for topic in behavior.heldout_topics]
+    asked = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
+    texts = [chat_text(lm.tokenizer, text) for text in asked]
+
+    def measure() -> list[float]:
+        ratios = []
+        for alpha in (1.0, -1.0):
+            with weight_steer(lm.model, w, alpha):
+                ratios.append(answer_scores(lm, texts, yes, no).logratio.double())
+        return (ratios[0] - ratios[1]).reshape(templates, -1).mean(dim=0).tolist()
+
+    if cache is None or not lm.fingerprint:
+        return np.array(measure())
+    params = {"model": lm.fingerprint, "w": w.fingerprint, "texts": digest(repr(texts).encode()), "words": [yes, no]}
+    key = stage_key(params | {"templates": templates}, code=["ws.steer.evaluate.answer_scores"])
+    path = cache / "captures" / f"effect_{key.params[:8]}.json"
+    found = kept(
+        path, key, lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
+    )
+    return np.array(found)
+
+
+def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np.ndarray, " C"]:
+    """Upper end of the prediction interval of one more null diff; NaN for fewer than two."""
+    J = len(nulls)
+    if J < 2:
+        return np.full(nulls.shape[1], np.nan)
+    wide = stats.t.ppf(0.5 + level / 2, J - 1) * np.sqrt(1 + 1 / J)
+    return nulls.mean(axis=0) + wide * nulls.std(axis=0, ddof=1)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Does w steer? effects: per seed, mean over claims, nats; nulls: the same of the null diffs; seen: whether every seed's
+    effect is above what it is held against; text: that in words."""
+
+    effects: tuple[float, ...]
+    nulls: tuple[float, ...]
+    seen: bool
+    text: str
+
+
+def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Steering:
+    """by_claim: per seed, the effect on every held-out false claim (nats). Against the spread of two or more null diffs; of
+    fewer, against 0 by a t interval over the claims, which needs three of them."""
+    found, nulls = tuple(float(np.mean(row)) for row in by_claim), tuple(map(float, nulls))
+    many = len(found) > 1
+    said = f"w moves the log-ratio by {_range(found)} nats between alpha -1 and +1"
+    if len(nulls) >= 2:
+        end = float(upper_end(np.asarray(nulls)[:, None])[0])
+        seen = min(found) > end
+        above = f"above their spread{' on every seed' if many else ''}"
+        held = f"{len(nulls)} null diffs by {_range(nulls)} (95 % of further ones up to {end:+.2f})"
+        return Steering(found, nulls, seen, f"{said}, {held}: {above if seen else f'**not {above}**'}.")
+    had = f"with {len(nulls) or 'no'} null diff{'' if len(nulls) == 1 else 's'} (2 are needed for a spread)"
+    few = min(len(row) for row in by_claim)
+    if few < 3:
+        return Steering(found, nulls, False, f"{said}; {had}, {few} held-out claims cannot show that this is steering.")
+    lows = [stats.t.interval(LEVEL, len(r) - 1, np.mean(r), max(stats.sem(r), 1e-12))[0] for r in by_claim]
+    seen = min(lows) > 0
+    lies = "lies above 0" if seen else "**does not lie above 0**"
+    every = " on every seed" if many else ""
+    return Steering(
+        found, nulls, seen, f"{said}; {had}, the 95 % t interval over {few} claims {lies}{every}; training noise is not"
+        " told apart from steering.",
+    )  # fmt: skip
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:+.2f}" if high - low < 0.005 else f"{low:+.2f} to {high:+.2f}"
