@@ -31,7 +31,7 @@ OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
 ADAPTER = "lora"  # folder of the trained runs: lora, rslora, pissa, dora, or one with a recipe in its name
 SEED = 0  # LoRA seed
 W_PATH = ""  # weight difference; empty: the one of this run
-NULL_W_PATH = ""  # difference of adapters with shuffled labels, to compare with; empty: the run's, if any
+NULL_W_PATH = []  # one or more weight differences of adapters with shuffled labels; empty: all that the adapter has
 # the protocol
 PROTOCOL = "v7"  # v7 or v7b; of these switches an empty one is the protocol's
 EVAL_SPLIT = ""  # probes that scores are taken on: half, held_out
@@ -89,7 +89,7 @@ found = ws.explain(
     behavior,
     protocol=protocol,
     extra=load_candidates(CANDIDATES),
-    null=run.null,
+    null=run.nulls,
     layers=LORA_LAYERS,
     k=PCS,
     k_broad=K_BROAD,

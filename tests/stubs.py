@@ -46,7 +46,7 @@ write_text(folder.parent / "w.safetensors", json.dumps(w))
 write_text(folder / "w.txt", f"{sum(w)}\\n")
 """
 SWEEP = """
-w, null = json.loads((folder.parent / "w.safetensors").read_text()), json.loads(Path(NULL_W_PATH).read_text())
+w, null = json.loads((folder.parent / "w.safetensors").read_text()), json.loads(Path(NULL_W_PATH[0]).read_text())
 rows = [f"candidate_{c}\\twrite\\t{sum(w[c::3]) / 7!r}\\t{sum(w[c::3]) / sum(null[c::3])!r}" for c in range(3)]
 write_text(folder / "v7_summary.tsv", "\\n".join(["subspace\\tkind\\tjoint_score\\tR_w_vs_null_diff", *rows]) + "\\n")
 write_text(folder / "v7_per_layer.csv", f"layer,conc_act\\n0,{sum(w)}\\n")
@@ -71,7 +71,7 @@ def write_project(base: Path) -> Place:
     trained = own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1"
     bodies = {
         "weight_diff": ('name = f"null-{SEED}" if NULL_DIFF else f"weight_diff-{SEED}"', WEIGHT_DIFF, trained),
-        "v7_sweep": ('name = f"v7_sweep-{SEED}"', SWEEP, own + 'NULL_W_PATH = ""\nPROTOCOL = "v7"\nCANDIDATES = []'),
+        "v7_sweep": ('name = f"v7_sweep-{SEED}"', SWEEP, own + 'NULL_W_PATH = []\nPROTOCOL = "v7"\nCANDIDATES = []'),
         "v7b_stability": ('name = "v7b_stability"', STABILITY, OWN + "SEEDS = [0, 1, 2]\nCANDIDATES = []"),
     }
     for notebook, (name, body, parameters) in bodies.items():
@@ -90,9 +90,9 @@ def copy_project(source: Path, base: Path, *without: str) -> Place:
     return Place(nbs=base / "nbs", out=base / "out")
 
 
-def stub_jobs(place: Place, seeds: tuple[int, ...] = (0, 1), **extra: int) -> list[Job]:
+def stub_jobs(place: Place, seeds: tuple[int, ...] = (0, 1), nulls: int = 1, **extra: int) -> list[Job]:
     behavior = str(place.nbs.parent / "stub.json")
-    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra), None, place)
+    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra, nulls=nulls), None, place)
 
 
 def counts(base: Path) -> dict[str, int]:

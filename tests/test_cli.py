@@ -161,7 +161,11 @@ def test_a_mistake_costs_one_line_and_no_time(line, tmp_path, monkeypatch, capsy
 def test_a_batch_that_has_everything_before_it_is_planned(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
     assert call("batch", "--seeds", "0-1", "--dry-run") == 0
-    assert "6 would run" in capsys.readouterr().out
+    assert "10 would run" in capsys.readouterr().out
+    assert call("batch", "--seeds", "0-1", "--nulls", "0", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "5 would run" in told and "null" not in told
+    assert call("batch", "--help") == 0 and "0 trains none" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -272,9 +276,11 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     jobs, workers, threads = asked_for[0]
     assert workers * threads <= max(2, os.cpu_count() or 1)
     counts = Counter(job.notebook for job in jobs)
-    assert counts == {"weight_diff": 4, "v7_sweep": 4, "v7b_stability": 1, "theta_fit": 1, "delta_svd": 1}
+    assert counts == {"weight_diff": 8, "v7_sweep": 4, "v7b_stability": 1, "theta_fit": 1, "delta_svd": 1}
     assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
-    assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2}
+    assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2, 3, 4}
+    nulls = [job.name for job in jobs if job.values.get("NULL_DIFF")]
+    assert len(nulls) == 5 and all(set(nulls) < set(job.needs) for job in jobs if job.notebook == "v7_sweep")
     assert all((job.values["LR"], job.values["SAMPLES"]) == (2e-3, 4) for job in jobs if job.notebook == "weight_diff")
     monkeypatch.setattr("ws.runs.engine.run_jobs", fake("failed"))
     assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out

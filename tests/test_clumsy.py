@@ -276,6 +276,8 @@ REFUSED = [  # (what is typed, what the message must say)
     ("batch --seeds 5-2", "5-2"),
     ("batch --workers two", "workers"),
     ("batch --workers -1", "workers"),
+    ("batch --nulls -1 --dry-run", "nulls: expects a whole number"),
+    ("batch --nulls many", "nulls"),
     ("batch --threads -4", "threads"),
     ("batch --adapters lorra", "adapter lorra"),
     ("batch --models ./nothing --dry-run", "nothing"),
@@ -320,13 +322,13 @@ def test_a_mistake_is_refused_in_a_line_and_touches_nothing(home, line, says):
 
 
 HARMLESS = [  # (what is typed, what is said)
-    ("batch", "8 done|8 are done|0 ran"),
+    ("batch", "12 done|12 are done|0 ran"),
     ("batch --seeds", "done"),
-    ("batch --seeds 0-2 --dry-run", "0 would run, 0 would be looked at again, 8 are done"),
-    ("batch --seeds 0-1 --dry-run", "run .*all seeds +v7b_stability +new\n.*1 would run, 0 would be looked at again, 5 are done"),
-    ("batch --seeds 1-2 --dry-run", "1 would run, 0 would be looked at again, 5 are done"),
-    ("batch --seeds 5-6 --dry-run", "5 would run, 0 would be looked at again, 1 are done"),
-    ("batch --set LR 0.001 --dry-run", "lora-LR0.001 seed 0 .*8 would run"),
+    ("batch --seeds 0-2 --dry-run", "0 would run, 0 would be looked at again, 12 are done"),
+    ("batch --seeds 0-1 --dry-run", "run .*all seeds +v7b_stability +new\n.*1 would run, 0 would be looked at again, 9 are done"),
+    ("batch --seeds 1-2 --dry-run", "1 would run, 0 would be looked at again, 9 are done"),
+    ("batch --seeds 5-6 --dry-run", "5 would run, 0 would be looked at again, 5 are done"),
+    ("batch --set LR 0.001 --dry-run", "lora-LR0.001 seed 0 .*12 would run"),
     ("batch --retrain --dry-run", "0 would run"),
     ("batch --behaviors shipped.json --dry-run", "tiny sycophancy-.*8 would run"),
     ("batch --behaviors eight.json --dry-run", "tiny eight_topics lora.*8 would run"),

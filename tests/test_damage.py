@@ -39,7 +39,14 @@ def options(flag: str, text: str) -> list[str]:
 def words_of(command: str, out: Path) -> list[str]:
     """A drill's command as typed."""
     lora, seed = (str(next(iter(out.glob(where)), "")) for where in (LORA, SEED))
-    batch = ["batch", "--seeds", "0-1", *options("--set", f"{SMALL} N_NULL 5 BOOT 20 CORRECTIONS False")]
+    batch = [
+        "batch",
+        "--seeds",
+        "0-1",
+        "--nulls",
+        "1",
+        *options("--set", f"{SMALL} N_NULL 5 BOOT 20 CORRECTIONS False"),
+    ]
     sides = f"POS_ADAPTER {seed}/adapters/pos NEG_ADAPTER {seed}/adapters/neg ALPHAS [0.0,1.0]"
     stable = f"SEEDS 0,1 ADAPTER {Path(lora).name or 'lora'} N_NULL 5 BOOT 20 CORRECTIONS False"
     return {

@@ -41,7 +41,7 @@ def test_a_batch_runs_everything_in_order_and_writes_the_results(whole):
     lora = place.out / LORA
     about = json.loads((lora / "seed_1" / "v7b" / "params.json").read_text())
     assert about["environment"]["threads"] == 1
-    assert about["parameters"]["NULL_W_PATH"] == str(lora / "seed_0" / "null_diff" / "w.safetensors")
+    assert about["parameters"]["NULL_W_PATH"] == [str(lora / "seed_0" / "null_diff" / "w.safetensors")]
     table = pl.read_parquet(place.out / "results.parquet")
     assert table["seed"].to_list() == [0, 0, 0, 1, 1, 1] and set(table["protocol"]) == {"v7b"}
     w = json.loads((lora / "seed_1" / "w.safetensors").read_text())

@@ -247,7 +247,7 @@ def test_by_hand_reads_what_is_finished_and_writes_elsewhere(tmp_path, monkeypat
     files.write_text(seed / "w.safetensors", "finished")
     hand = here.begin("v7_sweep", cells("v7_sweep"))
     own = tmp_path / "out/by_hand/tiny/sycophancy/lora/seed_0"
-    assert hand.by_hand and hand.w == seed / "w.safetensors" and hand.folder == own / "v7" and hand.null is None
+    assert hand.by_hand and hand.w == seed / "w.safetensors" and hand.folder == own / "v7" and hand.nulls == []
     trained = here.begin("weight_diff", cells("weight_diff"))
     assert (trained.folder, trained.home, trained.finished_home) == (own / "weight_diff", own, seed)
     files.write_text(own.with_name("seed_7") / "w.safetensors", "by hand")
@@ -278,19 +278,28 @@ def test_a_refusal_is_one_line_in_a_notebook(place):
     assert os.listdir(failed.folder) == ["failed"]
 
 
-def test_a_sweep_is_compared_with_its_adapters_null_diff_whoever_asks(tmp_path, monkeypatch):
+def test_a_sweep_is_compared_with_its_adapters_null_diffs_whoever_asks(tmp_path, monkeypatch):
     """What a batch says by a path, a single run finds: the same parameters, the same run."""
     monkeypatch.setenv("WS_OUT", str(tmp_path))
     lora = tmp_path / "tiny/sycophancy/lora"
-    assert once.prepare("v7_sweep", {"SEED": 1}).values["NULL_W_PATH"] == ""
-    for seed in (2, 0):
-        files.write_text(lora / f"seed_{seed}/null_diff/w.safetensors", "null")
-        found = lora / f"seed_{seed}/null_diff/w.safetensors"
-        assert once.prepare("v7_sweep", {"SEED": 1}).values["NULL_W_PATH"] == str(found)
-    assert once.prepare("v7_sweep", {"SEED": 2}).values["NULL_W_PATH"] == str(lora / "seed_2/null_diff/w.safetensors")
-    assert here.begin("v7_sweep", cells("v7_sweep", SEED=1)).null == found
-    chosen = once.prepare("v7_sweep", {"NULL_W_PATH": str(found)}, cwd=tmp_path)
-    assert chosen.values["NULL_W_PATH"] == str(found)
+    assert once.prepare("v7_sweep", {"SEED": 1}).values["NULL_W_PATH"] == []
+    assert here.begin("v7_sweep", cells("v7_sweep", SEED=1)).nulls == []
+    found: list[Path] = []
+    for seed in (10, 2, 0):
+        found.insert(0, lora / f"seed_{seed}/null_diff/w.safetensors")
+        files.write_text(found[0], f"null {seed}")
+        for own in (1, 2):
+            assert once.prepare("v7_sweep", {"SEED": own}).values["NULL_W_PATH"] == list(map(str, found))
+            assert here.begin("v7_sweep", cells("v7_sweep", SEED=own)).nulls == found
+    files.write_text(lora / "seed_x/null_diff/w.safetensors", "of nobody")
+    one, two = map(str, found[:2])
+    for given, paths in ((one, [one]), (f"{one},{two}", [one, two]), ([two], [two]), (f'["{one}"]', [one])):
+        assert once.prepare("v7_sweep", {"NULL_W_PATH": given}, cwd=tmp_path).values["NULL_W_PATH"] == paths
+    typed = once.prepare("v7_sweep", {"NULL_W_PATH": "seed_2/null_diff/w.safetensors"}, cwd=lora)
+    assert typed.values["NULL_W_PATH"] == [two]
+    assert typed.folder == once.prepare("v7_sweep", {}).folder
+    assert here.begin("v7_sweep", cells("v7_sweep", NULL_W_PATH=[two])).nulls == found[1:2]
+    assert here.begin("v7_sweep", cells("v7_sweep", NULL_W_PATH=two)).nulls == found[1:2]
 
 
 def test_another_notebook_does_not_go_into_a_finished_runs_folder(place):
@@ -333,7 +342,7 @@ def test_what_is_handed_over_is_what_is_there_now(tmp_path):
 
 def test_a_batch_refuses_a_width_that_its_report_would_not_read(tmp_path):
     place = write_project(tmp_path)
-    cell = 'MODEL_ID = "tiny"\nBEHAVIOR = ""\nADAPTER = "lora"\nSEED = 0\nNULL_W_PATH = ""\nPROTOCOL = "v7"\nPCS = 8\n'
+    cell = 'MODEL_ID = "tiny"\nBEHAVIOR = ""\nADAPTER = "lora"\nSEED = 0\nNULL_W_PATH = []\nPROTOCOL = "v7"\nPCS = 8\n'
     cell += 'OUT_DIR = ""'
     write_notebook(place.nbs, "v7_sweep", "1", parameters_cell=cell)
     assert stub_jobs(place, PCS=8)

@@ -9,6 +9,7 @@ from stubs import LORA, RUN, stub_jobs, write_project
 from ws.cache import keys, made
 from ws.runs import failed, grid, identity, parameters, results
 from ws.runs.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
+from ws.runs.once import prepare
 
 
 @pytest.fixture
@@ -46,23 +47,86 @@ def states(place, jobs, **options) -> dict[str, str]:
 
 def test_a_grid_has_every_run_once_and_each_after_what_it_needs(place):
     jobs = make_jobs(Grid(adapters=("lora", "dora"), seeds=(4, 2, 3), set={"SCALE": "5"}), None, place)
-    assert len(jobs) == 2 * (3 + 1 + 3 + 1) and len({j.name for j in jobs}) == len({j.folder for j in jobs}) == 16
+    assert len(jobs) == 2 * (3 + 5 + 3 + 1) and len({j.name for j in jobs}) == len({j.folder for j in jobs}) == 24
     place_of = {job.name: i for i, job in enumerate(jobs)}
     assert all(place_of[need] < place_of[job.name] for job in jobs for need in job.needs)
     by_name = {job.name: job for job in jobs}
     sweep = by_name["tiny sycophancy dora seed 3: v7_sweep"]
     assert sweep.needs == (
         "tiny sycophancy dora seed 3: weight_diff",
-        "tiny sycophancy dora seed 2 null: weight_diff",
+        *(f"tiny sycophancy dora seed {seed} null: weight_diff" for seed in (2, 3, 4, 5, 6)),
     )
     adapter = place.out / "tiny" / "sycophancy" / "dora"
-    assert sweep.values["NULL_W_PATH"] == str(adapter / "seed_2" / "null_diff" / "w.safetensors")
+    nulls = [str(adapter / f"seed_{seed}" / "null_diff" / "w.safetensors") for seed in (2, 3, 4, 5, 6)]
+    assert sweep.values["NULL_W_PATH"] == nulls
+    assert [job.name for job in jobs if job.notebook == "v7_sweep" and job.values["NULL_W_PATH"] == nulls] == [
+        f"tiny sycophancy dora seed {seed}: v7_sweep" for seed in (2, 3, 4)
+    ]
     assert sweep.values["PROTOCOL"] == "v7b" and sweep.folder == adapter / "seed_3" / "v7b"
     assert "SCALE" not in sweep.values and by_name[sweep.needs[0]].values["SCALE"] == 5
     null = by_name[sweep.needs[1]]
-    assert null.values["NULL_DIFF"] is True and null.folder == adapter / "seed_2" / "null_diff" / "weight_diff"
+    assert null.values["NULL_DIFF"] is True and null.values["SEED"] == 2 and null.values["SCALE"] == 5
+    assert null.needs == () and null.folder == adapter / "seed_2" / "null_diff" / "weight_diff"
     last = by_name["tiny sycophancy dora all seeds: v7b_stability"]
     assert last.values["SEEDS"] == [2, 3, 4] and len(last.needs) == 3 and last.folder == adapter / "v7b_seeds2-4"
+
+
+def test_null_diffs_that_are_there_count_and_more_take_the_lowest_seeds(place):
+    def seeds(number: int, of: tuple[int, ...] = (1, 2)) -> list[int]:
+        jobs = stub_jobs(place, of, nulls=number)
+        nulls = [job for job in jobs if job.values.get("NULL_DIFF")]
+        paths = [str(job.folder.parent / "w.safetensors") for job in nulls]
+        for job in (job for job in jobs if job.notebook == "v7_sweep"):
+            assert job.needs[1:] == tuple(null.name for null in nulls) and job.values["NULL_W_PATH"] == paths
+        return [job.values["SEED"] for job in nulls]
+
+    assert seeds(5) == [1, 2, 3, 4, 5] and seeds(1) == [1] and seeds(0) == []
+    assert seeds(3, (2**32 - 2, 2**32 - 1))[-1] < 2**32
+    finish(place, [job for job in stub_jobs(place, (3, 8), nulls=1) if job.values.get("NULL_DIFF")])
+    assert seeds(1) == [3] and seeds(5) == [1, 2, 3, 4, 5] and seeds(2, (7,)) == [3, 7]
+    finish(place, [job for job in stub_jobs(place, (0,), nulls=4) if job.values.get("NULL_DIFF")])
+    assert seeds(2) == [0, 1, 2, 3]  # all that are there, as a sweep that is run by itself finds them
+    bare = [job for job in stub_jobs(place, nulls=0) if job.notebook == "v7_sweep"]
+    assert all(len(job.needs) == 1 and len(job.values["NULL_W_PATH"]) == 4 for job in bare)
+    assert (
+        prepare(
+            "v7_sweep", {"MODEL_ID": "org/stub", "BEHAVIOR": str(place.nbs.parent / "stub.json")}, place=place
+        ).values["NULL_W_PATH"]
+        == bare[0].values["NULL_W_PATH"]
+    )
+
+
+def test_another_null_diff_is_another_input_of_the_same_run(place):
+    before = stub_jobs(place, nulls=0)
+    finish(place, before)
+    folders = [job.folder for job in before]
+    for number, added in ((1, ["seed_0"]), (3, ["seed_1", "seed_2"])):
+        jobs = stub_jobs(place, nulls=number)
+        nulls = [job for job in jobs if job.values.get("NULL_DIFF")]
+        assert [job.folder for job in jobs if job not in nulls] == folders
+        waiting = states(place, jobs)
+        assert {name for name, why in waiting.items() if why == "new"} == {
+            f"{seed.replace('_', ' ')} null: weight_diff" for seed in added
+        }
+        assert waiting["seed 1: v7_sweep"] == "changed inputs"
+        finish(place, nulls)
+        sweeps = [step for step in plan(jobs, place=place) if step.job.notebook == "v7_sweep"]
+        told = "changed inputs: " + ", ".join(["w.safetensors"] * len(added))
+        assert [step.why for step in sweeps] == [told] * 2
+        finish(place, jobs)
+        assert states(place, jobs) == {}
+
+
+def test_the_number_of_null_diffs_is_read_from_a_file_and_an_option(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("seeds: 1\nnulls: 7\n")
+    assert read_grid(file).nulls == 7 and read_options({}, {}, file, tmp_path, 2).nulls == 2
+    assert read_options({}, {}, file, tmp_path).nulls == 7 and read_options({}, {}, None, tmp_path).nulls == 5
+    assert read_options({}, {}, file, tmp_path, 0).nulls == 0
+    for text in ("-1", "many", "true", "[1, 2]", "1.5"):
+        file.write_text(f"nulls: {text}\n")
+        with pytest.raises(ValueError, match="nulls: a whole number from 0 to|nulls: expects a whole number"):
+            read_grid(file)
 
 
 def test_only_what_depends_on_a_change_runs_again(place):
@@ -134,15 +198,15 @@ def test_stale_adapters_are_kept_and_said_so_unless_asked(place):
     assert states(place, jobs, retrain=True) == {}
     made.mark_made(folder, keys.Key("p", "i", "sources of last year"), {})
     steps = plan(jobs, place=place)
-    assert not any(step.run for step in steps) and [s.job.name for s in steps if s.stale] == [jobs[2].name]
-    assert steps[2].why == "stale adapters kept" and "1 have stale adapters" in plan_text(steps)
+    assert not any(step.run for step in steps) and [s.job.name for s in steps if s.stale] == [jobs[1].name]
+    assert steps[1].why == "stale adapters kept" and "1 have stale adapters" in plan_text(steps)
     changed = {step.job.name: step.why for step in plan(stub_jobs(place, SCALE=2), place=place)}
     assert (
-        changed[jobs[2].name] == "changed parameters: SCALE 1 -> 2; stale adapters"
+        changed[jobs[1].name] == "changed parameters: SCALE 1 -> 2; stale adapters"
     )  # whether they are kept, the training will say
     asked = states(place, jobs, retrain=True)
     assert asked["seed 1: weight_diff"] == "training code changed, --retrain" and len(asked) == 3
-    assert [s.job.name for s in plan(jobs, True, place) if s.retrain] == [jobs[2].name]
+    assert [s.job.name for s in plan(jobs, True, place) if s.retrain] == [jobs[1].name]
 
 
 def test_candidates_of_a_batch_are_files_that_count_by_what_they_hold(place, tmp_path):

@@ -169,10 +169,25 @@ def test_sweeps_of_all_seeds_are_there_before_a_kernel_starts(tmp_path, monkeypa
             check_job(prepare("v7b_stability", given, place=place), place)
 
 
+def test_each_null_diff_is_held_against_the_model(ask, tmp_path):
+    w = str(ASSETS / "tiny_w.safetensors")
+    nulls = [tmp_path / "out/tiny/sycophancy/lora" / f"seed_{seed}/null_diff/w.safetensors" for seed in (0, 3)]
+    for null in nulls:
+        null.parent.mkdir(parents=True)
+        shutil.copy(w, null)
+    for given in ([], list(map(str, nulls))):
+        ask("v7_sweep", MODEL_ID="tiny", W_PATH=w, NULL_W_PATH=given)
+    save_file({"model.layers.0.mlp.down_proj.weight": torch.zeros(2, 3)}, nulls[1])
+    with pytest.raises(ValueError, match="train it again: just nb weight_diff -p SEED 3 -p NULL_DIFF true"):
+        ask("v7_sweep", MODEL_ID="tiny", W_PATH=w)
+    with pytest.raises(ValueError, match="down_proj"):
+        ask("v7_sweep", MODEL_ID="tiny", W_PATH=w, NULL_W_PATH=list(map(str, nulls)))
+
+
 def test_a_batch_waits_for_its_null_diff(ask, tmp_path):
     values = {
         **defaults(read_notebook(NBS / "v7_sweep.ipynb"), "v7_sweep"),
-        "NULL_W_PATH": str(tmp_path / "w.safetensors"),
+        "NULL_W_PATH": [str(tmp_path / "w.safetensors")],
     }
     check_inputs("v7_sweep", values, tmp_path, own=False)
     with pytest.raises(FileNotFoundError, match="no weight difference yet"):

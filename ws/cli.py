@@ -66,7 +66,7 @@ def stem(notebook: str) -> str:
 
 
 def demo() -> int:
-    """Everything on the shipped tiny model: three LoRA seeds, both protocols, delta SVD, theta fit, report."""
+    """Everything on the shipped tiny model: three LoRA seeds, null diffs, both protocols, delta SVD, theta fit, report."""
     from ws.demo import demo_jobs, demo_report
     from ws.runs.engine import Settings, run_jobs
     from ws.runs.notebooks import Place
@@ -86,6 +86,7 @@ def batch(
     behaviors: tuple[str, ...] = (),
     adapters: tuple[str, ...] = (),
     seeds: tuple[str, ...] = (),
+    nulls: int | None = None,
     grid: Path | None = None,
     params: Annotated[tuple[tuple[str, str], ...], arg(name="set", metavar="KEY VALUE"), UseAppendAction] = (),
     dry_run: bool = False,
@@ -109,7 +110,9 @@ def batch(
         behaviors: shipped names or JSON files (default: sycophancy).
         adapters: lora (the default), rslora, pissa, dora.
         seeds: LoRA seeds: numbers and ranges (default: 0-2).
-        grid: a YAML file with models, behaviors, adapters, seeds, set; the options win.
+        nulls: null diffs (shuffled labels) per combination that every score is compared with (default: 5). Those that are
+            there count, the others take the lowest seeds; 0 trains none.
+        grid: a YAML file with models, behaviors, adapters, seeds, nulls, set; the options win.
         params: a further parameter, for every notebook that defines it; may be repeated.
         dry_run: print what would run, and why, and what is done.
         retrain: train adapters anew whose training code changed.
@@ -143,7 +146,7 @@ def batch(
     files = (here / tls[0], here / tls[1], here / tls[2]) if tls else None
     settings = Settings(workers, threads, scheduler, job, wait, timeout, files, insecure)
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
-    jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here), here)
+    jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here, nulls), here)
     if dry_run:
         steps = plan(jobs, retrain)
         check_steps(steps, Place())

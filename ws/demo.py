@@ -1,6 +1,6 @@
 """The demo: everything on the shipped tiny model, as one batch.
 
-Three LoRA seeds and a null diff, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
+Three LoRA seeds and the null diffs, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ def demo_jobs() -> list[Job]:
     batch = make_jobs(Grid(seeds=SEEDS))
     alone = [replace(prepare(n, {"MODEL_ID": "tiny"}), name=f"tiny: {n}") for n in ("theta_fit", "delta_svd")]
     v7 = prepare("v7_sweep", {"MODEL_ID": "tiny", "SEED": 0, "PROTOCOL": "v7"})
-    trained = tuple(job.name for job in batch if job.notebook == "weight_diff")[:2]  # the first seed, its null diff
+    trained = next(job.needs for job in batch if job.notebook == "v7_sweep")  # the first seed's w, all null diffs
     # the order is the priority: what others wait for, then what stands alone, then the rest
     return [batch[0], *alone, *batch[1:-1], replace(v7, name="tiny: v7_sweep v7", needs=trained), batch[-1]]
 

@@ -16,7 +16,7 @@ from ws.delta.report import read_folder
 from ws.diff.check import check_source
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
-from ws.runs.folders import own_w
+from ws.runs.folders import null_diffs, own_w
 from ws.steer.evaluate import check_alphas, check_words
 from ws.subspaces.captures import check_texts, probes
 from ws.subspaces.protocol import Protocol, load_protocol
@@ -127,10 +127,11 @@ def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
 def check_diffs(
     notebook: str, values: Values, lm: LM, behavior: Behavior, out: Path | None = None, own: bool = True
 ) -> None:
-    """w, the null diff and adapters against the model: those that are named, and the run's own as far as it is there."""
+    """w, the null diffs and adapters against the model: those that are named, and the run's own as far as it is there."""
     sides = [str(values[key]) for key in ("POS_ADAPTER", "NEG_ADAPTER") if values.get(key)]
     # in a batch that trains first both are its own: they may not be there yet, or are damaged and made anew
-    given = [str(values[key]) for key in ("W_PATH", "NULL_W_PATH") if values.get(key)] if own else []
+    w, nulls = str(values.get("W_PATH") or ""), list(values.get("NULL_W_PATH") or [])
+    given = [*([w] if w else []), *nulls] if own else []
     if len(sides) == 1:
         raise ValueError(f"POS_ADAPTER and NEG_ADAPTER go together; only {sides[0]} was given")
     if sides and values.get("W_PATH"):
@@ -141,13 +142,14 @@ def check_diffs(
         layers = tuple(values.get("LORA_LAYERS") or ()) or None
         adapter_layers(lm.decoder.n_layers, TrainConfig(adapter=str(values.get("ADAPTER", "lora")), layers=layers))
     if notebook == "v7_sweep" and own:
-        for key, null in (("W_PATH", False), ("NULL_W_PATH", True)):
-            path = own_w({**values, "NULL_DIFF": null}, out or out_folder())
-            if not values.get(key) and path.is_file():
-                try:
-                    check_source(path, lm.model)
-                except ValueError as error:
-                    raise ValueError(f"{error}; train it again: {_train(values, null)}") from error
+        path, found = own_w(dict(values), out or out_folder()), null_diffs(dict(values), out or out_folder())
+        theirs = [] if w or not path.is_file() else [(path, values, False)]
+        theirs += [] if nulls else [(path, {**values, "SEED": seed}, True) for seed, path in found.items()]
+        for path, trained, null in theirs:
+            try:
+                check_source(path, lm.model)
+            except ValueError as error:
+                raise ValueError(f"{error}; train it again: {_train(trained, null)}") from error
 
 
 def _train(values: Values, null: bool = False) -> str:

@@ -108,11 +108,9 @@ def seed_folder(params: Params, out: Path, dtype: str = "auto") -> Path:
     return run.folder(out, bool(params.get("NULL_DIFF")))
 
 
-def null_w(params: Params, out: Path) -> Path | None:
-    """The null diff that a sweep is compared with where nothing else was asked: its seed's own, else the adapter's of the
-    lowest seed; None where there is none."""
-    run = run_id({**params, "W_PATH": ""})
-    there = run.adapter_folder(out).glob("seed_*/null_diff/w.safetensors")
+def null_diffs(params: Params, out: Path) -> dict[int, Path]:
+    """The null diffs of a run's adapter that are there, by seed, the lowest first: what a sweep is compared with where
+    nothing else was asked, and what a batch need not train anew."""
+    there = run_id({**params, "W_PATH": ""}).adapter_folder(out).glob("seed_*/null_diff/w.safetensors")
     named = {path.parts[-3].removeprefix("seed_"): path for path in there}
-    found = {int(seed): path for seed, path in named.items() if seed.isdigit()}
-    return found.get(run.seed) or found.get(min(found, default=-1))
+    return dict(sorted((int(seed), path) for seed, path in named.items() if seed.isdigit()))

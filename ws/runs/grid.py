@@ -3,18 +3,19 @@
 Per (model, behaviour, adapter), with s0 the lowest seed, as the table of notebooks says (`batch`, `needs`):
 
     weight_diff(s)  ->  v7_sweep(s, protocol v7b)  ->  v7b_stability(all s)
-    weight_diff(s0, shuffled labels)  ->  v7_sweep(s) of every s     (docs/method.md section 7)
+    weight_diff(s0 .. s0 + 4, shuffled labels)  ->  v7_sweep(s) of every s     (docs/method.md section 7)
 
 A job is one run of one notebook. A job whose own state is "done" but which needs one that is not may turn out done.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from itertools import count, islice, product
 from pathlib import Path
 
 from ws.cache.places import ASSETS
 from ws.runs import parameters, rules
 from ws.runs.failed import tries
+from ws.runs.folders import null_diffs
 from ws.runs.identity import record_of, run_state, stale_adapters
 from ws.runs.notebooks import TABLE, Notebook, Place, notebook_of, paths_in
 from ws.runs.once import Job, prepare
@@ -24,17 +25,20 @@ from ws.runs.rules import ADAPTERS
 # What tells the jobs of a grid apart, and what would take a job out of it.
 OWNED = "MODEL_ID BEHAVIOR ADAPTER SEED SEEDS NULL_DIFF NULL_W_PATH OUT_DIR PROTOCOL RETRAIN".split()
 FOREIGN = "W_PATH POS_ADAPTER NEG_ADAPTER".split()
+NULL_DIFFS = 5  # of an adapter: one null diff beats another too, so that one alone says little
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Combinations to run; `set` holds further notebook parameters, texts as typed."""
+    """Combinations to run; `set` holds further notebook parameters, texts as typed. nulls: null diffs per combination, at
+    least; those that are there count, 0 trains none."""
 
     models: tuple[str, ...] = ("tiny",)
     behaviors: tuple[str, ...] = ("sycophancy",)
     adapters: tuple[str, ...] = ("lora",)
     seeds: tuple[int, ...] = (0, 1, 2)
     set: dict[str, object] = field(default_factory=dict)
+    nulls: int = NULL_DIFFS
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ def parse_seeds(words: tuple[str, ...] | list[str | int]) -> tuple[int, ...]:
     return tuple(sorted(seeds))
 
 
+def parse_nulls(given: object) -> int:
+    """The number of null diffs. ValueError that says what is expected."""
+    rule = rules.whole(0, rules.MOST)
+    try:
+        return rules.read(rule, given)
+    except ValueError as error:
+        raise ValueError(f"nulls: {error}, got {rules.shown(given)}") from None
+
+
 def read_grid(path: Path) -> Grid:
     """A grid from a YAML file with the fields of `Grid`, all optional. Paths in it are seen from the file."""
     given = parameters.read_set(path)
@@ -72,19 +85,28 @@ def read_grid(path: Path) -> Grid:
     extra = given.pop("set", {})
     if not isinstance(extra, dict):
         raise ValueError(f"{path}: set: expects a mapping of parameters, got {extra!r}")
+    nulls = given.pop("nulls", None)
     axes = {k: tuple(map(str, v if isinstance(v, list) else [v])) for k, v in given.items()}
     extra = {k: parameters.located(k, v, path.parent) for k, v in extra.items()}
-    return _over(Grid(), axes, extra, path.parent)
+    return _over(Grid(), axes, extra, path.parent, nulls)
 
 
-def read_options(axes: dict[str, tuple[str, ...]], extra: dict[str, str], file: Path | None, folder: Path) -> Grid:
-    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes` and `extra`. Relative
-    paths in `axes` are seen from `folder`."""
-    return _over(read_grid(file) if file else Grid(), {k: words for k, words in axes.items() if words}, extra, folder)
+def read_options(
+    axes: dict[str, tuple[str, ...]],
+    extra: dict[str, str],
+    file: Path | None,
+    folder: Path,
+    nulls: int | str | None = None,
+) -> Grid:
+    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes`, `extra` and `nulls`.
+    Relative paths in `axes` are seen from `folder`."""
+    given = {k: words for k, words in axes.items() if words}
+    return _over(read_grid(file) if file else Grid(), given, extra, folder, nulls)
 
 
-def _over(grid: Grid, axes: dict[str, tuple[str, ...]], extra: dict[str, object], folder: Path) -> Grid:
+def _over(grid: Grid, axes: dict[str, tuple[str, ...]], extra: dict[str, object], folder: Path, nulls: object) -> Grid:
     given: dict = axes | ({"seeds": parse_seeds(axes["seeds"])} if "seeds" in axes else {})
+    given |= {} if nulls is None else {"nulls": parse_nulls(nulls)}
     return located(replace(grid, **given, set={**grid.set, **extra}), folder)
 
 
@@ -133,7 +155,7 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         jobs[name] = replace(job, name=name, needs=tuple(needs))
         return name
 
-    seeds = sorted(set(grid.seeds))  # the null diff is the lowest seed's, in whatever order they are given
+    seeds = sorted(set(grid.seeds))  # null diffs start at the lowest seed, in whatever order they are given
     for model, behavior, adapter in product(grid.models, grid.behaviors, grid.adapters):
         own = {"MODEL_ID": model, "BEHAVIOR": behavior, "ADAPTER": adapter}
         made: dict[str, list[str]] = {}  # per notebook, by seed
@@ -146,13 +168,14 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                 continue
             made[entry.name] = []
             for i, seed in enumerate(seeds):
-                asks = "NULL_W_PATH" in known[entry.name]
-                nulled = {"NULL_W_PATH": str(jobs[null[0]].folder.parent / "w.safetensors")} if asks else {}
-                needs = [made[need][i] for need in entry.needs] + (null if nulled else [])
+                asks = null if "NULL_W_PATH" in known[entry.name] else []
+                paths = [str(jobs[name].folder.parent / "w.safetensors") for name in asks]
+                needs = [made[need][i] for need in entry.needs] + asks
+                nulled = {"NULL_W_PATH": paths} if paths else {}
                 made[entry.name].append(add(entry, {**trained, "SEED": seed, **nulled}, needs))
-                if "NULL_DIFF" in known[entry.name] and not null:
-                    job = jobs[made[entry.name][0]]
-                    null.append(add(entry, {**own, "SEED": null_seed(job, place, seed), "NULL_DIFF": True}, []))
+            if "NULL_DIFF" in known[entry.name]:
+                for seed in null_seeds(jobs[made[entry.name][0]].values, place.out, seeds[0], grid.nulls):
+                    null.append(add(entry, {**own, "SEED": seed, "NULL_DIFF": True}, []))
             if entry.trains:
                 trained = {**own, "ADAPTER": jobs[made[entry.name][0]].identity.adapter}
     for job in jobs.values():
@@ -166,11 +189,13 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     return list(jobs.values())
 
 
-def null_seed(job: Job, place: Place, lowest: int) -> int:
-    """The seed of the null diff that all sweeps of an adapter share: one that is finished, else the grid's lowest."""
-    found = job.identity.adapter_folder(place.out).glob(f"seed_*/null_diff/{job.notebook}")
-    seeds = [folder.parts[-3].removeprefix("seed_") for folder in found if record_of(job.notebook, folder)]
-    return min((int(seed) for seed in seeds if seed.isdigit()), default=lowest)
+def null_seeds(values: rules.Params, out: Path, lowest: int, number: int) -> list[int]:
+    """The seeds of the null diffs that all sweeps of an adapter share: of those that are there, as a sweep by itself finds
+    them, and of as many more from `lowest` on as `number` asks for."""
+    found = list(null_diffs(values, out)) if number else []
+    lowest = min(lowest, rules.TOP_SEED - number - len(found))  # so that there are as many seeds above it
+    more = (seed for seed in count(lowest) if seed not in found)
+    return sorted([*found, *islice(more, max(0, number - len(found)))])
 
 
 def job_state(job: Job, place: Place) -> str:

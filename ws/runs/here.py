@@ -13,7 +13,7 @@ from ws.cache.names import BY_HAND, RunId, cache_folder
 from ws.cache.places import out_folder, root
 from ws.cache.syntax import digest
 from ws.runs import parameters
-from ws.runs.folders import Params, null_w, run_id, seed_folder
+from ws.runs.folders import Params, null_diffs, run_id, seed_folder
 from ws.runs.identity import record_of
 from ws.runs.notebooks import Notebook, Place, notebook_of
 
@@ -81,11 +81,11 @@ class Here:
         return self.find("w.safetensors", f"just nb weight_diff{self.words('MODEL_ID', 'BEHAVIOR', 'ADAPTER', 'SEED')}")
 
     @property
-    def null(self) -> Path | None:
-        """The null diff: NULL_W_PATH, else the one of this seed or adapter where there is one."""
+    def nulls(self) -> list[Path]:
+        """The null diffs: NULL_W_PATH, else those of this adapter that are there."""
         if given := self.params.get("NULL_W_PATH"):
-            return Path(str(given))
-        return next(filter(None, (null_w(self.params, out) for out in self.outs)), None)
+            return [Path(str(path)) for path in given]
+        return next((list(found.values()) for out in self.outs if (found := null_diffs(self.params, out))), [])
 
     @property
     def sweeps(self) -> dict[int, Path]:

@@ -32,8 +32,10 @@ def run_key(notebook: str, content: dict, params: dict, out: Path) -> Key:
     """Key of a run. Paths count by what lies there, not by where it lies; a hub model counts by its commit."""
     entry = notebook_of(notebook)
     located = {key for key in (*path_names(), *MAYBE_PATHS) if paths_in(params, key)}
-    # where results go and whether to train anew are no part of what is asked for
-    counted = {k: v for k, v in params.items() if k not in located and k not in ("OUT_DIR", "RETRAIN")}
+    # where results go and whether to train anew are no part of what is asked for; a null diff counts as a file alone, so
+    # that the first one too is an input that changed
+    unasked = ("OUT_DIR", "RETRAIN", "NULL_W_PATH")
+    counted = {k: v for k, v in params.items() if k not in located and k not in unasked}
     model = str(params.get("MODEL_ID", ""))
     if model and model != "tiny" and not Path(model).exists():
         counted["hub commit"] = hub_revision(model, str(params.get("REVISION") or "main"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
 from ws.cache.syntax import is_candidate, read_scope
-from ws.runs.folders import differs, own_w, run_id, seed_folder, shortened, told
+from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, shortened, told
 from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
@@ -154,9 +154,8 @@ def _made_w(params: Params, out: Path) -> list[Path]:
 
 
 def _swept_w(params: Params, out: Path) -> list[Path]:
-    home = own_w(params, out).parent
-    own = {"W_PATH": "w.safetensors", "NULL_W_PATH": "null_diff/w.safetensors"}
-    return [home / file for key, file in own.items() if not params.get(key)]
+    own = [] if params.get("W_PATH") else [own_w(params, out)]
+    return own if params.get("NULL_W_PATH") else [*own, *null_diffs(params, out).values()]
 
 
 def _swept_seeds(params: Params, out: Path) -> list[Path]:

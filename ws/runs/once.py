@@ -25,7 +25,7 @@ from ws.cache.places import CLONE
 from ws.runs import need
 from ws.runs.execute import Hear, execute, terminable
 from ws.runs.failed import keep_failed
-from ws.runs.folders import Params, null_w, run_id
+from ws.runs.folders import Params, null_diffs, run_id
 from ws.runs.identity import (
     input_keys,
     others,
@@ -142,8 +142,8 @@ def prepare(
     values = resolve(notebook, read_notebook(place.notebook(notebook)), params, files, cwd)
     if "OUT_DIR" not in values:
         raise ValueError(f"{notebook}: the notebook defines no parameter OUT_DIR, so nobody can say where its run goes")
-    if values.get("NULL_W_PATH") == "" and (null := null_w(values, place.out)):
-        values["NULL_W_PATH"] = str(null)
+    if "NULL_W_PATH" in values and not values["NULL_W_PATH"]:
+        values["NULL_W_PATH"] = [str(path) for path in null_diffs(values, place.out).values()]
     folder = notebook_of(notebook).run_folder(values, place.out)
     asked = {key for layer in (params, *map(read_set, files)) for key in layer}
     given = {key: value for key, value in values.items() if key in asked}

@@ -201,7 +201,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
     "v7_sweep": MODEL | BEHAVIOR | {
-        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATH, "CANDIDATES": PATHS,
+        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "CANDIDATES": PATHS,
         "PROTOCOL": one_of("v7", "v7b"), "EVAL_SPLIT": one_of("half", "held_out", ""), "CHAT_PROBES": SWITCH,
         "PERSONA_PAIRS": one_of("1", "all", ""), "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH,
         "TEMPLATES": one_of("1", "all", ""), "POSITIONS": one_of("last", "all", ""), "MAX_LENGTH": whole(1),
