@@ -14,6 +14,7 @@ from ws.cache.made import kept, read_safetensors
 from ws.cache.names import slug
 from ws.cache.syntax import digest
 from ws.data import Behavior
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
 from ws.subspaces.protocol import Protocol
@@ -56,12 +57,13 @@ class TextSet:
 
     def read(self, lm: LM, cache: Path | None) -> TextActs:
         """The recordings in detail, kept in `cache` under the model, the token ids and the code that reads."""
+        check_plain(lm.model)
         make = partial(read_texts, lm, list(self.texts), self.special, detail=True, label=self.label)
         ids, _ = encode(lm.tokenizer, list(self.texts), self.special)
         large = ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
-        if cache is None or not lm.fingerprint or large:
+        if cache is None or large or not (model := lm.fingerprint):
             return make()
-        params = {"model": lm.fingerprint, "tokens": self.content(lm), "detail": True}
+        params = {"model": model, "tokens": self.content(lm), "detail": True}
         key = stage_key(params, code=["ws.subspaces.reading.read_texts"])
         path = cache / "captures" / f"{slug(self.label)}_{key.params[:8]}.safetensors"
         return kept(path, key, lambda target: _save(make(), target), _load)

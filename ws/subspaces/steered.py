@@ -11,6 +11,7 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.model.guard import check_plain
 from ws.model.lm import LM, Decoder
 from ws.steer.weights import weight_steer
 from ws.subspaces.algebra import Basis
@@ -36,15 +37,16 @@ def capture_steered(
 ) -> SteeredDiffs:
     """The B-side: EVAL and FIT probes at alpha +1 and -1, four forward passes. Kept in the folder `cache` under the
     model, w's content and the token ids: protocols that split and render the probes alike share them."""
+    check_plain(lm.model)
     split = probes(behavior, protocol)
     sets = [probe_set(lm, behavior, getattr(split, name), protocol, name) for name in ("eval", "fit")]
 
     def make(path: Path) -> None:
         save_file({n: x.contiguous() for n, x in vars(_steer(lm, w, *sets)).items()}, path)
 
-    if cache is None or not lm.fingerprint:
+    if cache is None or not (model := lm.fingerprint):
         return _steer(lm, w, *sets)
-    params = {"model": lm.fingerprint, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
+    params = {"model": model, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
     key = stage_key(params, code=["ws.subspaces.steered._steer"])
     path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
     return kept(path, key, make, lambda target: SteeredDiffs(**read_safetensors(target)[0]))
