@@ -2,8 +2,8 @@
 
     sum_i b_i x_i  mod 2^64     per block of 2^15 words x_i of 64 bits, b_i fixed odd numbers
 
-An odd factor loses no bit, so no single change goes unseen, and the places count. The sums run at the memory's speed (5 GB/s
-on one core) and are the same on every device; they tell changes by training or by hand, not by somebody who looks for
+An odd factor loses no bit, so no single change goes unseen, and the places count. The sums run at the speed of a copy (2 to 5
+GB/s on one core) and are the same on every device; they tell changes by training or by hand, not by somebody who looks for
 another model of the same sums.
 """
 

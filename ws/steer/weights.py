@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ws.diff.core import Entry, LowRank, WeightDiff, dims, parts
 from ws.model.guard import Guarded
+from ws.model.wide import NARROW
 
 WIDE = (torch.float32, torch.float64)
-NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,11 @@ def load_bases(path: Path) -> list[Basis]:
 
 
 def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
-    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code. Unkeyed where
-    the code refers to a value that has no content hash."""
+    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code, with that of the
+    captures where it sees them. Unkeyed where the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
-    found, parts, todo = walk("ws.subspaces.materials.Materials"), {}, [c]
+    read = ["ws.subspaces.captures.capture_base"] if "prompts" in c.sees else []
+    found, parts, todo = walk("ws.subspaces.materials.Materials", *read), {}, [c]
     while todo:
         one = todo.pop()
         found.value(one.name, one.build)

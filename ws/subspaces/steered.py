@@ -13,6 +13,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.guard import check_plain
 from ws.model.lm import LM, Decoder
+from ws.model.wide import widened
 from ws.steer.weights import weight_steer
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate
@@ -58,7 +59,8 @@ def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
         with weight_steer(lm.model, w, sign):
             return [read_texts(lm, list(s.texts), s.special, label=f"{s.label} {label}") for s in sets]
 
-    (plus, plus_fit), (minus, minus_fit) = read(1.0), read(-1.0)
+    with widened(lm.model):
+        (plus, plus_fit), (minus, minus_fit) = read(1.0), read(-1.0)
     return SteeredDiffs(plus.resid - minus.resid, plus_fit.resid - minus_fit.resid, plus.block - minus.block)
 
 
