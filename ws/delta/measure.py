@@ -20,6 +20,7 @@ from ws.delta.phases import RANK, phase_of
 from ws.delta.reading import read_deltas
 from ws.delta.report import DeltaRun, LayerDelta
 from ws.delta.spectrum import Spectrum, eff_rank, right_gram, spectrum, spectrum_of_gram
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.show.bars import tqdm
 
@@ -88,6 +89,7 @@ def delta_svd(
     """
     if texts is None or isinstance(texts, str | Path):
         texts = load_calibration(texts or "")
+    check_plain(lm.model)
     if mode not in MODES:
         raise ValueError(f"MODE {mode!r} is unknown; one of {', '.join(MODES)}")
     if top_k < 1 or max_length < 3 or batch_size < 1:

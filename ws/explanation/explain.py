@@ -10,9 +10,10 @@ from ws.diff import WeightDiff, load_diff
 from ws.explanation import rows
 from ws.explanation.result import Explanation
 from ws.explanation.rows import CLEAN
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.steer.effect import effects
-from ws.steer.weights import check_fits, check_plain
+from ws.steer.weights import check_fits
 from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.build import build
 from ws.subspaces.build import candidates as candidates_of

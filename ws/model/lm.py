@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ws.cache.given import first_line, shards_of
 from ws.cache.names import folder_hash, model_path, model_slug
 from ws.cache.places import ASSETS
+from ws.model.contents import Fingerprint, checksum
 from ws.model.text import position_ids
 from ws.show.bars import plain
 
@@ -121,7 +122,8 @@ def _has(module: nn.Module, path: str) -> bool:
 @dataclass(frozen=True)
 class LM:
     """A loaded causal LM with its tokenizer, its `Decoder` view, its folder-safe name, and a fingerprint of its weights
-    and dtype (the hub's commit, or a folder's content) for keys of what is computed from it; "" keeps nothing on disk.
+    and dtype for keys of what is computed from it: the hub's commit or a folder's content, and what changed in memory
+    since (`ws.model.contents`); "" keeps nothing on disk.
 
     Example:
         >>> import ws
@@ -134,7 +136,7 @@ class LM:
     tokenizer: object
     decoder: Decoder
     name: str
-    fingerprint: str = ""
+    fingerprint: str = Fingerprint()
 
     @property
     def device(self) -> torch.device:
@@ -284,5 +286,6 @@ def load_lm(model_id: str, dtype: str = "auto", device: str = "auto", revision: 
         raise ValueError(f"MODEL_ID {model_id!r}: its weights lack {lacking[0]} ({len(lacking)} such names)")
     model.eval()
     commit = getattr(model.config, "_commit_hash", None) or revision
-    content = folder_hash(Path(source)) if Path(source).is_dir() else str(commit)
+    # a hub model's files may have been changed in its cache: what was read counts too
+    content = folder_hash(Path(source)) if Path(source).is_dir() else f"{commit}-{checksum(model)[:8]}"
     return LM(model, sketch.tokenizer, Decoder(model), sketch.name, f"{content}/{model.dtype}")

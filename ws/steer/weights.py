@@ -8,8 +8,6 @@ an ulp that swallows a small w; a hook on the module computes `W x + b + alpha B
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -18,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ws.diff.core import Entry, LowRank, WeightDiff, dims, parts
+from ws.model.guard import Guarded
+from ws.model.wide import NARROW
 
 WIDE = (torch.float32, torch.float64)
-NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class _Slot:
     entry: Entry
 
 
-@contextmanager
-def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterator[nn.Module]:
-    """Within the context every parameter named in `w` acts as `W + alpha w`; yields the model.
+def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Guarded:
+    """A context in which every parameter named in `w` acts as `W + alpha w`; `as` binds the model.
 
-    On exit, by any road, every parameter is bit-identical to before; contexts nest, also on overlapping parameters.
+    On exit, by any road, every parameter is bit-identical to before; contexts nest, also on overlapping parameters. An
+    interrupt (Ctrl-C, SIGTERM) while weights change is held back until all are as before, `ws.model.guard`.
     Everything is checked before anything is touched: ValueError names a parameter that the model lacks, a shape that
     differs (both shapes), a parameter that is not in memory (meta or offloaded), a dtype or a module type that cannot
     be steered. Works on a model that peft has wrapped (the diff acts on the base weights; the copies of
@@ -52,23 +51,24 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Iterato
         ...     print(round(float((W - before).mean()), 4))
         0.5
     """
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}, expected a finite number")
-    slots = check_fits(model, w)
-    if alpha == 0:
-        yield model
-        return
-    undo = []
-    try:
-        for slot in slots:
-            step = _InPlace(slot, alpha) if slot.parameter.dtype in WIDE else _Hooked(slot, alpha)
-            # registered before it acts: an interrupt in the middle of the change is undone too
-            undo.append(step)
+    return _Steering(model, w, alpha)
+
+
+class _Steering(Guarded):
+    """The context of `weight_steer`."""
+
+    def __init__(self, model: nn.Module, w: WeightDiff, alpha: float | int):
+        super().__init__(model)
+        self.w, self.alpha = w, alpha
+
+    def start(self) -> None:
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}, expected a finite number")
+        slots = check_fits(self.value, self.w)
+        for slot in slots if self.alpha != 0 else ():
+            step = (_InPlace if slot.parameter.dtype in WIDE else _Hooked)(slot, self.alpha)
+            self.undo.append(step.exit)
             step.enter()
-        yield model
-    finally:
-        for step in reversed(undo):
-            step.exit()
 
 
 def _plain_name(name: str) -> str:
@@ -79,15 +79,6 @@ def _plain_name(name: str) -> str:
             at = parts.index(wrapper)
             parts = parts[:at] + parts[at + width :]
     return ".".join(parts)
-
-
-def check_plain(model: nn.Module) -> None:
-    """ValueError inside an open `weight_steer`: what is computed there is not the base model's."""
-    steered = any(hasattr(p, "_ws_open") for p in model.parameters()) or any(
-        hasattr(m, "_ws_live") for m in model.modules()
-    )
-    if steered:
-        raise ValueError("the model is being steered: leave the `weight_steer` context first")
 
 
 def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
@@ -167,16 +158,23 @@ class _InPlace:
 
     @torch.no_grad()
     def exit(self) -> None:
-        if self.saved is None:
-            return
         parameter, stack = self.slot.parameter, _stack(self.slot.parameter)
         if self in stack:
-            parameter.data.copy_(self.saved)
-            # contexts left out of order: those still open act again, on top of what was there before this one
-            for other in stack[stack.index(self) + 1 :]:
-                other.saved = parameter.detach().clone()
-                parameter.data.add_(_dense(other.slot.entry, parameter), alpha=other.alpha)
+            at = stack.index(self)
             stack.remove(self)
+            later, saved = stack[at:], self.saved
+            # contexts left out of order: those still open act again, on top of what was there before this one. The next
+            # takes over the saved copy before anything can fail, so that the last of all puts back the first bits
+            if later:
+                later[0].saved = saved
+            else:
+                parameter.data.copy_(saved)
+            for other in later:
+                if other is later[0]:
+                    parameter.data.copy_(saved)
+                else:
+                    other.saved.copy_(parameter.data)
+                parameter.data.add_(_dense(other.slot.entry, parameter), alpha=other.alpha)
         if not stack:
             del parameter._ws_open
 

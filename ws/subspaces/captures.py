@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from ws.cache.made import kept, read_safetensors
 from ws.cache.names import slug
 from ws.cache.syntax import digest
 from ws.data import Behavior
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
+from ws.model.wide import widened
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
 
@@ -87,15 +89,19 @@ class TextSet:
 
     def read(self, lm: LM, cache: Path | None) -> TextActs:
         """The recordings in detail, kept in `cache` under the model, the token ids and the code that reads."""
-        make = partial(
-            read_texts, lm, list(self.texts), self.special, detail=True, label=self.label, max_length=self.max_length
-        )
+        check_plain(lm.model)
+
+        def make() -> TextActs:
+            more = {"detail": True, "label": self.label, "max_length": self.max_length}
+            with widened(lm.model):
+                return read_texts(lm, list(self.texts), self.special, **more)
+
         ids, _ = encode(lm.tokenizer, list(self.texts), self.special, self.max_length)
         large = ids.numel() * lm.decoder.n_layers * lm.decoder.d * 4 > MOST_BYTES
-        if cache is None or not lm.fingerprint or large:
+        if cache is None or large or not (model := lm.fingerprint):
             return make()
-        params = {"model": lm.fingerprint, "tokens": self.content(lm), "detail": True}
-        key = stage_key(params, code=["ws.subspaces.reading.read_texts"])
+        params = {"model": model, "tokens": self.content(lm), "detail": True}
+        key = stage_key(params, code=["ws.subspaces.reading.read_texts", "ws.model.wide.widened"])
         path = cache / "captures" / f"{slug(self.label)}_{key.params[:8]}.safetensors"
         return kept(path, key, lambda target: _save(make(), target), _load)
 
@@ -225,7 +231,8 @@ def capture_base(lm: LM, behavior: Behavior, protocol: Protocol, cache: Path | N
     count_cut(lm, sets, protocol)
     clean, *sides = [s.read(lm, cache) for s in sets]
     if not protocol.raw_last:
-        sides = [_last_normed(lm, acts) for acts in sides]
+        with widened(lm.model):
+            sides = [_last_normed(lm, acts) for acts in sides]
     return BaseCaptures(clean, *sides, n_pairs=len(sets[1].texts) // len(sets[0].texts))
 
 

@@ -20,6 +20,7 @@ from ws.cache.made import made, read_safetensors, state
 from ws.cache.names import cache_folder, slug
 from ws.cache.sources import Unkeyed, hashed, walk
 from ws.data import Behavior
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.show.bars import tqdm
 from ws.subspaces.algebra import Basis
@@ -50,10 +51,11 @@ def load_bases(path: Path) -> list[Basis]:
 
 
 def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
-    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code. Unkeyed where
-    the code refers to a value that has no content hash."""
+    """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code, with that of the
+    captures where it sees them. Unkeyed where the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
-    found, parts, todo = walk("ws.subspaces.materials.Materials"), {}, [c]
+    read = ["ws.subspaces.captures.capture_base"] if "prompts" in c.sees else []
+    found, parts, todo = walk("ws.subspaces.materials.Materials", *read), {}, [c]
     while todo:
         one = todo.pop()
         found.value(one.name, one.build)
@@ -77,14 +79,8 @@ class Shelf:
     take: Callable[[BaseCaptures], BaseCaptures] | None = None
     whole: Callable[[], BaseCaptures] | None = None  # the captures, where others take their part of them too
 
-    def key(self, c: Candidate, prompts: dict) -> Key:
-        params = {
-            "model": self.lm.fingerprint,
-            "k": self.k,
-            "k_broad": self.k_broad,
-            "shared": c.shared,
-            "name": c.name,
-        }
+    def key(self, c: Candidate, prompts: dict, model: str) -> Key:
+        params = {"model": model, "k": self.k, "k_broad": self.k_broad, "shared": c.shared, "name": c.name}
         params |= {"fold_gain": self.protocol.fold_gain}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
         return stage_key(params, sources=composed_of(c)[1])
@@ -94,13 +90,15 @@ class Shelf:
         return self.take(read()) if self.take else read()
 
     def bases(self, chosen: Sequence[Candidate], progress: bool = True) -> dict[str, list[Basis]]:
-        """Bases of the candidates, read where they are kept under their key and whole, built otherwise."""
-        prompts = prompts_key(self.lm, self.behavior, self.protocol)
+        """Bases of the candidates, read where they are kept under their key and whole, built otherwise. ValueError in a
+        steered model."""
+        check_plain(self.lm.model)
+        prompts, model = prompts_key(self.lm, self.behavior, self.protocol), self.lm.fingerprint
         keys: dict[str, Key] = {}
         for c in chosen:
             try:
-                if self.lm.fingerprint:
-                    keys[c.name] = self.key(c, prompts)
+                if model:
+                    keys[c.name] = self.key(c, prompts, model)
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
         folder = self.cache / "bases"

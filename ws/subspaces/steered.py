@@ -11,7 +11,9 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.model.guard import check_plain
 from ws.model.lm import LM, Decoder
+from ws.model.wide import widened
 from ws.steer.weights import weight_steer
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate
@@ -40,6 +42,7 @@ def capture_steered(
     """The B-side: EVAL and FIT probes at alpha +1 and -1. fit: whether FIT is read too, which only ceilings need. Kept in
     the folder `cache` under the model, w's content, the token ids and the places of the claims: protocols that split and
     render the probes alike share them. ValueError naming a claim whose text is cut or whose tokens cannot be found."""
+    check_plain(lm.model)
     sets = [eval_set(lm, behavior, protocol)]
     sets += [probe_set(lm, behavior, probes(behavior, protocol).fit, protocol, "fit")] if fit else []
     count_cut(lm, sets, protocol)
@@ -51,9 +54,9 @@ def capture_steered(
     def read(path: Path) -> SteeredDiffs:
         return SteeredDiffs(**{"fit": None} | read_safetensors(path)[0])
 
-    if cache is None or not lm.fingerprint:
+    if cache is None or not (model := lm.fingerprint):
         return _steer(lm, w, *sets)
-    params = {"model": lm.fingerprint, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
+    params = {"model": model, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
     params |= {"claims": sets[0].claim_tokens(lm)}
     key = stage_key(params, code=["ws.subspaces.steered._steer"])
     path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
@@ -69,7 +72,8 @@ def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
                 found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {sign:+.0f}", **more))
         return found
 
-    (plus, *plus_fit), (minus, *minus_fit) = read(1.0), read(-1.0)
+    with widened(lm.model):
+        (plus, *plus_fit), (minus, *minus_fit) = read(1.0), read(-1.0)
     return SteeredDiffs(
         eval=plus.resid - minus.resid,
         fit=plus_fit[0].resid - minus_fit[0].resid if plus_fit else None,

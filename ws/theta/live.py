@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ws.model.guard import mark
 from ws.theta.heads import Head, LMHeadUpdate, Unconditional, at_least_float32, to_device
 
 
@@ -65,7 +66,9 @@ def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float 
 
     out = isinstance(head, LMHeadUpdate)
     handle = module.register_forward_hook(edit_output) if out else module.register_forward_pre_hook(edit_input)
+    mark(module, +1)
     try:
         yield model
     finally:
         handle.remove()
+        mark(module, -1)

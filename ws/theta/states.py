@@ -25,6 +25,7 @@ from ws.cache.given import MOST_TEXT, fits, given_lines, parsed, short
 from ws.cache.keys import stage_key
 from ws.cache.made import kept
 from ws.cache.places import ASSETS
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
 from ws.show.bars import tqdm
@@ -141,6 +142,7 @@ def record_states(
     mask_prompt: only targets among the user's own words count. With `path`, the states are kept there as safetensors,
     written block by block and memory-mapped, and read where they were recorded from the same model, tokens and
     settings. Raises ValueError when the model's logits are not `W h + b` of these states."""
+    check_plain(lm.model)
     rows = [_tokens(lm, item, mask_prompt, max_length) for item in texts]
     targets = [torch.tensor(ids[first:]) for ids, first in rows]
     y, index = torch.cat(targets), torch.repeat_interleave(torch.tensor([len(t) for t in targets]))
