@@ -359,7 +359,6 @@ def hostile_inputs(folder) -> dict[str, dict]:
     few = {
         "STEPS": 2,
         "PERMUTATIONS": 2,
-        "BOOT": 20,
         "GAMMAS": [0.5],
         "BETAS": [0.05],
         "SAMPLE_TOKENS": 2,

@@ -221,7 +221,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "USERS": PATH, "THETA_DIM": whole(1), "ALPHA": number(0), "GAMMA": number(0), "BETA": number(0, inside=False),
         "LAM": number(0, inside=False), "LR": number(0), "STEPS": whole(1), "GRAD_CLIP": number(0),
         "THETA_CLIP": number(0), "SEED": SEED, "HELDOUT": number(0, 1), "MASK_PROMPT": FLAG, "MAX_LENGTH": whole(2),
-        "MATCHED_KL": number(0), "PERMUTATIONS": whole(1), "BOOT": whole(1), "SAMPLE_TOKENS": whole(1),
+        "MATCHED_KL": number(0), "PERMUTATIONS": whole(1), "SAMPLE_TOKENS": whole(1),
         "GAMMAS": listed(number(0, inside=False), "one or more numbers, each 0 or more", 1),
         "BETAS": listed(number(0, inside=False), "one or more numbers, each 0 or more", 1),
         "CONTROL_HEADS": listed(
