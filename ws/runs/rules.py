@@ -174,6 +174,7 @@ def rule_of(default: object) -> Rule:
 # ---- the notebooks -----------------------------------------------------------------------------------------------
 
 FLAG = Rule("flag", "true or false")
+BY_SAMPLES = Rule("flag", "true, false, or none: true with 5 or more samples", none="true with 5 or more samples")
 SWITCH = one_of("true", "false", "")
 SEED = whole(0, TOP_SEED)
 PATH, PATHS = text("a file or folder"), listed(text("a file", r"[^\0]+"), 'files such as ["mine.py"]')
@@ -197,7 +198,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "MAX_NEW_TOKENS": whole(1), "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
         "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
-        "CHECKPOINT_STEPS": whole(0),
+        "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
     "v7_sweep": MODEL | BEHAVIOR | {

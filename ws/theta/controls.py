@@ -5,9 +5,9 @@ gains most on the texts left out, mean over users, is the one whose claims the h
 the training texts dealt to the users at random, fitted alike. docs/method.md section 10.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import polars as pl
@@ -54,40 +54,34 @@ def choose_head(
     themselves decides, which favours the head that fits closest. Either way the held-out texts had no part in it. folder:
     where the fits are kept."""
     texts = {user: states.text.unique().tolist() for user, states in train.items()}
-    voters = {user: states for user, states in train.items() if len(texts[user]) > 1} or train
-    folds = max(1, min(FOLDS, max(len(texts[user]) for user in voters)))
+    voters = {user: states for user, states in train.items() if len(texts[user]) > 1}
+    blind, voters = bool(voters), voters or train
+    most = max(len(texts[user]) for user in voters)
+    folds = min(FOLDS, most) if blind else 1
     fold = torch.tensor([i % folds for user in voters for i in range(len(texts[user]))])
-    blind = any(len(texts[user]) > 1 for user in voters)
     judged = make_heldout(voters, heldout.W, heldout.bias)
-
-    def parts(k: int) -> list[States]:
-        left = {u: [t for i, t in enumerate(texts[u]) if not blind or i % folds != k] for u in voters}
-        return [voters[u].of_texts(left[u]) for u in voters]
-
-    rows, total = [], len(heads) * folds
-    with tqdm(total=total, desc="choice of a head", disable=not progress) as bar:
-        thetas = {name: torch.zeros(len(fold), head.D) for name, head in heads.items()}
+    thetas = {name: torch.zeros(len(fold), head.D) for name, head in heads.items()}
+    with tqdm(total=len(heads) * folds, desc="choice of a head", disable=not progress) as bar:
         for k in range(folds):
-            seen, mine = parts(k), (fold == k).nonzero()[:, 0]
-            base = cache(lambda seen=seen: joint_base(seen, heldout.W, heldout.bias))
+            left = {u: [t for i, t in enumerate(texts[u]) if not blind or i % folds != k] for u in voters}
+            seen, mine = [voters[u].of_texts(left[u]) for u in voters], (fold == k).nonzero()[:, 0]
+            base, about = cache(partial(joint_base, seen, heldout.W, heldout.bias)), {"states": _hashes(seen)}
             for name, head in heads.items():
 
-                def fit(head: Head = head, base: Callable = base) -> Float[Tensor, "1 users D"]:
-                    recorded, owner = base()
-                    return adam_thetas(make_problem(recorded, head, heldout.W, owner), cfg)[None]
+                def fit(head: Head = head, base: Callable = base) -> Float[Tensor, "users D"]:
+                    return adam_thetas(make_problem(base()[0], head, heldout.W, base()[1]), cfg)
 
-                about = {"states": [content_hash(s.h, s.y) for s in seen]}
                 found = _kept(folder, f"chosen_{name}_{k}", about, name, head, heldout, cfg, fit)
-                thetas[name][mine] = found[0][judged.user[mine]]
+                thetas[name][mine] = found[judged.user[mine]]
                 bar.update()
+    rows = []
     for name, head in heads.items():
         gain = by_user(judged, judged.ce0 - score(judged, head, thetas[name][None], cfg)[0])[0]
         rows.append((name, float(gain.mean()), float(gain.min())))
-    gains = pl.DataFrame(rows, ("head", "gain", "least_gain"), orient="row").sort(
-        "gain", descending=True, maintain_order=True
-    )
-    loo = "each left out once" if folds == max(len(texts[u]) for u in voters) else f"{folds} folds"
-    how = f"on training texts that its fits did not see (cross-validation, {loo})"
+    gains = pl.DataFrame(rows, ("head", "gain", "least_gain"), orient="row")
+    gains = gains.sort("gain", descending=True, maintain_order=True)
+    parts = "each left out once" if folds == most else f"{folds} folds"
+    how = f"on training texts that its fits did not see (cross-validation, {parts})"
     if not blind:
         how = "by its gain on the very texts it was fitted on, since no user has two of them to leave one out"
     elif len(voters) < len(train):
@@ -111,7 +105,7 @@ def permuted_thetas(
     by CHUNK, so that a run that was stopped goes on, and one that asks for more adds to them."""
     (number, home), gen = numbered_texts(states), torch.Generator().manual_seed(seed)
     deals = [home[torch.randperm(len(home), generator=gen)] for _ in range(draws)]
-    about = {"states": [content_hash(s.h, s.y, s.text) for s in states.values()]}
+    about = {"states": _hashes(states.values())}
 
     @cache
     def problem() -> Problem:
@@ -138,6 +132,10 @@ def permuted_thetas(
             )
             bar.update(start + len(some) - bar.n)  # those that were kept
     return torch.cat(out)
+
+
+def _hashes(states: Iterable[States]) -> list[str]:
+    return [content_hash(s.h, s.y, s.text) for s in states]
 
 
 def adam_thetas(problem: Problem, cfg: FitConfig) -> Float[Tensor, "users D"]:
