@@ -40,6 +40,7 @@ TOPICS = None  # training topics, from the first on; None: all that the behaviou
 PERSONAS = None  # persona pairs, from the first on; None: all that the behaviour has
 SAMPLES = None  # answers per topic and persona; None: the model's own, nbs/params/models.yaml (10 where it has none)
 MAX_NEW_TOKENS = 128  # tokens of an answer
+RESAMPLE_PAIRS = None  # each seed draws its training pairs anew, with replacement; None: where SAMPLES is 5 or more
 # training
 LORA_LAYERS = []  # layers that get an adapter, as [2, 3, 4] or 2-4; empty: from 30 % to 80 % of the depth
 R = 32  # rank
@@ -93,13 +94,16 @@ config = TrainConfig(
     accumulation=ACCUMULATION,
     shuffle_labels=NULL_DIFF,
     checkpoint_steps=CHECKPOINT_STEPS,
+    resample_pairs=RESAMPLE_PAIRS,
 )
 
 # %% [markdown]
 # ## Training
 #
 # Pairs are written once per model and behaviour and reused by every seed. Both adapters share everything but the
-# answers: initialisation, order, held-out split.
+# answers: initialisation, order, held-out split, draw of pairs. With `RESAMPLE_PAIRS` a seed draws its training pairs anew
+# within each topic and persona, after the split: seeds that share their pairs show the optimiser's spread only. The null
+# diff of a seed has that seed's draw; its labels are shuffled after it.
 
 # %%
 own = (POS_ADAPTER, NEG_ADAPTER)

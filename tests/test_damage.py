@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SMALL = "TOPICS 3 PERSONAS 1 SAMPLES 2 MAX_NEW_TOKENS 12 MAX_STEPS 2 CHECKPOINT_STEPS 1 ALPHAS [0.0,1.0]"
 LORA, SEED = "tiny/sycophancy/lora-T*", "tiny/sycophancy/lora-T*/seed_0"
 SWEEP, OWN = f"{SEED}/v7b", "tiny/sycophancy/lora-own-*"
-THETA = "STEPS 2 PERMUTATIONS 1 BOOT 20 SAMPLE_TOKENS 2 THETA_DIM 8 GAMMAS [1.0] BETAS [0.0]"
+THETA = "STEPS 2 PERMUTATIONS 1 SAMPLE_TOKENS 2 THETA_DIM 8 GAMMAS [1.0] BETAS [0.0]"
 
 
 def options(flag: str, text: str) -> list[str]:

@@ -142,6 +142,14 @@ def test_folders_tell_runs_apart_and_a_usual_run_has_the_plain_one(tmp_path):
     assert folder("v7b_stability", SEEDS=[5, 7], PROTOCOL="v7") == f"{lora}/v7b_seeds5.7_protocolv7"
     assert folder("weight_diff", SEED=1, LR=None, TOPICS=None) == f"{lora}/seed_1/weight_diff"
     assert folder("weight_diff", LR=0.5, LORA_LAYERS=[2, 3]) == f"{lora}-LORA_LAYERS2-3-LR0.5/seed_0/weight_diff"
+    drawn = {"SAMPLES": 5, "RESAMPLE_PAIRS": True}
+    assert folder("weight_diff", **drawn) == folder("weight_diff", SAMPLES=5) == f"{lora}-SAMPLES5/seed_0/weight_diff"
+    assert (
+        folder("weight_diff", RESAMPLE_PAIRS=True) == f"{lora}-RESAMPLE_PAIRStrue/seed_0/weight_diff"
+    )  # tiny's own: 4
+    shared = folder("weight_diff", SAMPLES=5, RESAMPLE_PAIRS=False)
+    assert shared == f"{lora}-SAMPLES5-RESAMPLE_PAIRSfalse/seed_0/weight_diff"
+    assert folder("weight_diff", RESAMPLE_PAIRS=False) == folder("weight_diff") == f"{lora}/seed_0/weight_diff"
     assert folder("delta_svd", MODE="documents") == "tiny/delta_svd_modedocuments"
     assert folder("delta_svd", DTYPE="bfloat16", REVISION="v1-2") == "tiny.v1-2.bfloat16/delta_svd"
     assert folder("theta_fit", DTYPE="float32", THETA_DIM=64, SEED=42) == "tiny/theta_fit"

@@ -29,6 +29,7 @@ from ws.stability.scores import rank_stability_table, summary_table
 from ws.stability.verdict import verdict
 from ws.theta import verdict as theta_verdict
 from ws.theta.compare import Heldout
+from ws.theta.controls import Choice
 from ws.train.difference import training_text
 
 PLAIN = "plain"
@@ -139,11 +140,15 @@ def stability_text(text: str) -> str:
 
 def theta_text(text: str) -> str:
     heads = ("cvh", "unconditional", "svd_cvh", "svd_unconditional")
-    heldout = bare(Heldout, user=torch.tensor([0, 0, 1, 1]), users=[text, "other"], tokens=torch.ones(4).int())
+    facts = dict(users=[text, "other"], tokens=torch.ones(4).int(), ce0=torch.ones(4))
+    heldout = bare(Heldout, user=torch.tensor([0, 1, 1, 1]), **facts)  # a user's one text: the verdict names the user
     gain = {head: torch.rand(4, generator=torch.Generator().manual_seed(i)) for i, head in enumerate(heads)}
     own = {"scale": "matched", "head": "cvh", "own_theta_wins": 0, "users": 2, "not_for": f"{text}, other"}
     control = pl.DataFrame({c: pl.Series([], dtype=pl.Float64) for c in ("low", "p")})
-    return theta_verdict.verdict(heldout, {s: gain for s in ("adam", "optimum")}, control, pl.DataFrame([own]), 20, 0)
+    choice = Choice("cvh", pl.DataFrame(), "on other texts")
+    said = theta_verdict.verdict(heldout, {s: gain for s in ("adam", "optimum")}, control, pl.DataFrame([own]), choice)
+    assert "One text is held out of " in said
+    return said
 
 
 def delta_text(text: str) -> str:
@@ -359,7 +364,6 @@ def hostile_inputs(folder) -> dict[str, dict]:
     few = {
         "STEPS": 2,
         "PERMUTATIONS": 2,
-        "BOOT": 20,
         "GAMMAS": [0.5],
         "BETAS": [0.05],
         "SAMPLE_TOKENS": 2,

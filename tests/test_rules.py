@@ -47,6 +47,7 @@ def test_every_parameter_has_a_rule_and_its_default_keeps_it(name):
         ("weight_diff", {"LR": nan}, "LR"),
         ("weight_diff", {"LR": "fast"}, "LR"),
         ("weight_diff", {"SAMPLES": 0}, "SAMPLES: expects a whole number, 1 or more"),
+        ("weight_diff", {"RESAMPLE_PAIRS": 3}, "RESAMPLE_PAIRS: expects true, false, or none"),
         ("weight_diff", {"R": None}, "R: expects a whole number, 1 or more, got None"),
         ("weight_diff", {"NULL_DIFF": 1}, "NULL_DIFF: expects true or false"),
         ("weight_diff", {"MAX_STEPS": 0}, "MAX_STEPS: no step would be trained"),

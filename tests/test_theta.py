@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.conftest import DATA
+from ws.model.lm import load_lm
 from ws.theta import fit as T
 from ws.theta import heads as H
 from ws.theta import optimum
 from ws.theta.optimum import as_float64, fit_optimum, hessian
+from ws.theta.states import load_users, record_states
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +266,19 @@ def test_no_optimum_in_time_is_an_error(monkeypatch):
     problem = T.make_problem(T.record_base(h, y, W, b), head, W)
     with pytest.raises(ValueError, match="no optimum after 1 Newton steps"):
         fit_optimum(problem, T.FitConfig())
+
+
+def test_one_short_text_at_a_strong_alpha_has_its_optimum_too():
+    """From theta = 0 a full step leads where the softmax is saturated: its gradient is small there, and its loss is not.
+    A step that only shrinks the gradient must not be taken, or the optimum is out of reach for good."""
+    lm = load_lm("tiny", "float32", "cpu")
+    states = record_states(lm, load_users()["pia"][:1], progress=False)
+    W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
+    head, cfg = H.all_heads(W, 64, alpha=2.0)["lm_head_random"], T.FitConfig()
+    problem = as_float64(T.make_problem(T.record_base(states.h, states.y, W, bias), head, W))
+    best = fit_optimum(problem, cfg)[0]
+    zero = torch.zeros(1, 64, dtype=torch.float64)
+    assert best.gradient_ratio <= 1e-6 and best.loss < 0.5 * float(T.evaluate(problem, zero, cfg).loss)
 
 
 # ---- planted -----------------------------------------------------------------------------------------------------

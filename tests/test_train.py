@@ -24,7 +24,7 @@ from ws.model.lm import load_lm
 from ws.model.text import chat_text
 from ws.steer.weights import weight_steer
 from ws.train.difference import obtain_diff, train_diff
-from ws.train.examples import make_example, response_loss, shuffle_labels
+from ws.train.examples import draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.lora import ADAPTERS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import Pair, PairConfig, make_pairs
 
@@ -232,6 +232,95 @@ def test_shuffled_labels_swap_about_half(rows):
 def snapshot(model):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     return state, [(n, id(m)) for n, m in model.named_modules()], set(vars(model)), model.config.to_dict()
+
+
+def test_pairs_are_drawn_anew_within_topic_and_persona(rows):
+    """By another road: each place holds a training pair of its own topic and persona, the held-out places what they had."""
+    many = tuple(replace(row, persona=s % 2, sample=s) for s in range(10) for row in rows)
+    train = [i for i in range(len(many)) if i % 7]
+    drawn, distinct = draw_pairs(many, train, 0)
+    held = [i for i in range(len(many)) if i % 7 == 0]
+    assert [drawn[i] for i in held] == [many[i] for i in held] and len(drawn) == len(many)
+    for i in train:
+        assert (drawn[i].topic, drawn[i].persona) == (many[i].topic, many[i].persona)
+    pool = {id(many[i]) for i in train}
+    assert all(id(drawn[i]) in pool for i in train)
+    assert distinct == len({id(drawn[i]) for i in train}) / len(train) and 0.5 < distinct < 0.75  # 1 - 1/e is .63
+    assert draw_pairs(many, train, 0)[0] == drawn != draw_pairs(many, train, 1)[0]
+    counts = [sum(draw_pairs(many, train, seed)[0][j] is many[train[0]] for j in train) for seed in range(40)]
+    assert abs(sum(counts) / 40 - 1) < 4 * (1 / 40) ** 0.5  # a pair is drawn once on average
+
+
+def shown(lm, rows, sign, seed, cfg, folder, monkeypatch) -> tuple[list, list, dict]:
+    """The examples that a training sees and holds out, and its record, without the training itself."""
+    seen = []
+    monkeypatch.setattr(ws.train.lora, "response_loss", lambda model, held, batch: seen.append(held) or 0.0)
+    monkeypatch.setattr(ws.train.lora, "_fit", lambda model, train, *more: seen.append(train) or [0.0])
+    record = train_adapter(lm, rows, sign, seed, cfg, folder, progress=False)
+    return seen[1], seen[0], record
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_seeds_draw_other_pairs_and_signs_the_same(lm, rows, tmp_path, monkeypatch, null):
+    rows = tuple(replace(r, sample=i, response_pos=f"Yes {i}.", response_neg=f"No {i}.") for i, r in enumerate(rows))
+    cfg = replace(CFG, resample_pairs=True, shuffle_labels=null)
+
+    def numbers(examples) -> list[int]:
+        texts = [lm.tokenizer.decode([i for i in e["labels"] if i >= 0]) for e in examples]
+        return [int("".join(c for c in text if c.isdigit())) for text in texts]
+
+    found = {}
+    for seed in (0, 1):
+        for sign in ("pos", "neg"):
+            train, held, record = shown(lm, rows, sign, seed, cfg, tmp_path / f"{sign}{seed}", monkeypatch)
+            found[sign, seed], kept = numbers(train), set(numbers(held))
+            assert len(train) == record["n_train"] == 18 and not kept & set(found[sign, seed])
+            assert record["resampled"] and record["distinct_pairs"] == len(set(found[sign, seed])) / 18 < 1
+            plain, also, off = shown(
+                lm, rows, sign, seed, replace(cfg, resample_pairs=False), tmp_path / "x", monkeypatch
+            )
+            assert numbers(also) == numbers(held) and numbers(plain) == sorted(set(range(20)) - kept)
+            assert not off["resampled"] and off["distinct_pairs"] == 1
+        assert found["pos", seed] == found["neg", seed]
+    assert found["pos", 0] != found["pos", 1]
+    labelled, *_ = shown(lm, rows, "pos", 0, cfg, tmp_path / "l", monkeypatch)
+    signs = ["Yes" in lm.tokenizer.decode([i for i in e["labels"] if i >= 0]) for e in labelled]
+    assert all(signs) if not null else 0 < sum(signs) < len(signs)
+
+
+def test_what_none_means_depends_on_the_samples_and_is_one_training(lm, behavior, rows, monkeypatch):
+    """None is on from five samples; None and what it means have one key, the other value another one."""
+    cfgs = {n: replace(CFG, pairs=replace(SMALL, samples=n)) for n in (4, 5)}
+    assert not cfgs[4].resampled and cfgs[5].resampled
+    pairs = ws.train.pairs.Pairs(rows, len(rows), 0, 0)
+    monkeypatch.setattr(ws.train.difference, "make_pairs", lambda *_: pairs)
+    keys = {}
+
+    def key_of(params, **options):
+        if "sign" in params:
+            keys[current].append((str(real(params, **options)), "resample" in str(params["train"])))
+        return real(params, **options)
+
+    real = ws.train.difference.stage_key
+    monkeypatch.setattr(ws.train.difference, "stage_key", key_of)
+    monkeypatch.setattr(ws.train.difference, "_finished", lambda *_: True)
+    monkeypatch.setattr(ws.train.difference, "load_diff", lambda _: WeightDiff({}, {}))
+    for n, cfg in cfgs.items():
+        for given in (None, True, False):
+            keys[current := (n, given)] = []
+            train_diff(lm, behavior, config=replace(cfg, resample_pairs=given), finished="x", progress=False)
+    assert keys[4, None] == keys[4, False] == keys[5, False] != keys[4, True]
+    assert keys[5, None] == keys[5, True] == keys[4, True]
+    assert not any(named for _, named in keys[4, None])  # adapters trained without the choice keep their key
+
+
+def test_with_it_off_the_adapter_is_the_one_of_before(lm, rows, tmp_path):
+    """Few samples, None: the bytes of a training on the pairs as they stand; with it on, other bytes."""
+    rows, made = tuple(replace(row, response_pos=f"Yes, {i}.") for i, row in enumerate(rows)), {}
+    for name, given in {"none": None, "off": False, "on": True}.items():
+        train_adapter(lm, rows, "pos", 0, replace(CFG, resample_pairs=given), tmp_path / name, progress=False)
+        made[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    assert made["none"] == made["off"] != made["on"]
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

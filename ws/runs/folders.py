@@ -24,7 +24,9 @@ LONGEST = 64  # characters of a name; a longer one ends in 8 digits of what was 
 RECIPE: Params = {
     "TOPICS": None, "PERSONAS": None, "SAMPLES": 10, "MAX_NEW_TOKENS": 128, "LORA_LAYERS": [], "R": 32, "LORA_ALPHA": 64,
     "LR": 2e-4, "EPOCHS": 1.0, "MAX_STEPS": -1, "BATCH": 4, "ACCUMULATION": 4, "PAIRS": "",
+    "RESAMPLE_PAIRS": None,
 }  # fmt: skip
+MANY_SAMPLES = 5  # answers per topic and persona from which on a draw of pairs leaves enough different ones
 
 
 def behavior_slug(behavior: str) -> str:
@@ -56,7 +58,16 @@ def recipe(params: Params) -> str:
         pair = [Path(str(params[side])) for side in ("POS_ADAPTER", "NEG_ADAPTER") if params.get(side)]
         return shortened(f"-own-{pair[0].name}-{digest(''.join(map(file_key, pair)).encode())[:8]}")
     usual = RECIPE | own_set(str(params.get("MODEL_ID") or "tiny")).get("weight_diff", {})
+    samples = usual["SAMPLES"] if params.get("SAMPLES") is None else params["SAMPLES"]
+    if usual["RESAMPLE_PAIRS"] is None:
+        usual["RESAMPLE_PAIRS"] = resamples(samples, bool(params.get("PAIRS")))
     return shortened("".join(f"-{key}{told(key, params[key])}" for key in RECIPE if differs(params, key, usual[key])))
+
+
+def resamples(samples: int, from_file: bool = False) -> bool:
+    """What RESAMPLE_PAIRS = None means: whether each seed draws its training pairs anew. With pairs from a file, and with
+    MANY_SAMPLES or more answers per topic and persona. (docs/method.md section 7)"""
+    return from_file or samples >= MANY_SAMPLES
 
 
 def differs(params: Params, key: str, usual: object) -> bool:

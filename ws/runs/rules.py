@@ -174,6 +174,7 @@ def rule_of(default: object) -> Rule:
 # ---- the notebooks -----------------------------------------------------------------------------------------------
 
 FLAG = Rule("flag", "true or false")
+BY_SAMPLES = Rule("flag", "true, false, or none: true with 5 or more samples", none="true with 5 or more samples")
 SWITCH = one_of("true", "false", "")
 SEED = whole(0, TOP_SEED)
 PATH, PATHS = text("a file or folder"), listed(text("a file", r"[^\0]+"), 'files such as ["mine.py"]')
@@ -197,7 +198,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "MAX_NEW_TOKENS": whole(1), "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
         "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
-        "CHECKPOINT_STEPS": whole(0),
+        "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
     "v7_sweep": MODEL | BEHAVIOR | {
@@ -222,7 +223,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "USERS": PATH, "THETA_DIM": whole(1), "ALPHA": number(0), "GAMMA": number(0), "BETA": number(0, inside=False),
         "LAM": number(0, inside=False), "LR": number(0), "STEPS": whole(1), "GRAD_CLIP": number(0),
         "THETA_CLIP": number(0), "SEED": SEED, "HELDOUT": number(0, 1), "MASK_PROMPT": FLAG, "MAX_LENGTH": whole(2),
-        "MATCHED_KL": number(0), "PERMUTATIONS": whole(1), "BOOT": whole(1), "SAMPLE_TOKENS": whole(1),
+        "MATCHED_KL": number(0), "PERMUTATIONS": whole(1), "SAMPLE_TOKENS": whole(1),
         "GAMMAS": listed(number(0, inside=False), "one or more numbers, each 0 or more", 1),
         "BETAS": listed(number(0, inside=False), "one or more numbers, each 0 or more", 1),
         "CONTROL_HEADS": listed(

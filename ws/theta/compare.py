@@ -1,4 +1,4 @@
-"""Comparisons between heads and between users, and the verdict that rests on them.
+"""Comparisons between heads and between users: the matched scale, held-out scores and their intervals.
 
 On held-out texts of user j, with theta of user i, `CE[i, j]`: the diagonal should be the least of its column. A gain is
 `CE(base) - CE(theta)` in nats per token. Heads are compared at a matched scale, since alpha means something else in
@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws.theta.fit import Base, FitConfig, Problem, evaluate, fit_adam, lse_and_mean, make_problem, target_logp
+from ws.theta.fit import Base, FitConfig, Problem, evaluate, lse_and_mean, make_problem, target_logp
 from ws.theta.heads import Head
+from ws.theta.intervals import Interval, t_interval
 from ws.theta.states import States, joint_base
 
 # ---- scale -------------------------------------------------------------------------------------------------------
@@ -66,19 +67,17 @@ class Heldout:
     users: list[str]
 
 
-def _joint_texts(
-    states: dict[str, States], W: Float[Tensor, "V d"], bias: Tensor | None
-) -> tuple[Base, Int[Tensor, " T"], Int[Tensor, " texts"]]:
-    """One base for the tokens of all users, each token's text (numbered through), each text's user."""
-    base, owner = joint_base(list(states.values()), W, bias)
+def numbered_texts(states: dict[str, States]) -> tuple[Int[Tensor, " T"], Int[Tensor, " texts"]]:
+    """Each token's text, numbered through all users in their order, and each text's user."""
+    owner = torch.repeat_interleave(torch.tensor([len(s.y) for s in states.values()]))
     number = torch.stack([owner, torch.cat([s.text for s in states.values()])])
     texts, number = number.unique(dim=1, return_inverse=True)
-    return base, number, texts[0]
+    return number, texts[0]
 
 
 def make_heldout(states: dict[str, States], W: Float[Tensor, "V d"], bias: Tensor | None) -> Heldout:
     """Held-out texts of every user in one problem, one 'owner' per text."""
-    base, text, user = _joint_texts(states, W, bias)
+    (base, _), (text, user) = joint_base(list(states.values()), W, bias), numbered_texts(states)
     tokens = torch.bincount(text)
     ce0 = torch.bincount(text, weights=-target_logp(base).double().cpu()) / tokens
     return Heldout(base, W, bias, text, user, tokens, ce0, list(states))
@@ -100,36 +99,7 @@ def by_user(heldout: Heldout, values: Float[Tensor, "*rows texts"]) -> Float[Ten
     return (values * n) @ member / (n @ member)
 
 
-# ---- controls ----------------------------------------------------------------------------------------------------
-
-
-def permuted_thetas(
-    states: dict[str, States], head: Head, heldout: Heldout, cfg: FitConfig, draws: int, seed: int
-) -> Float[Tensor, "draws users D"]:
-    """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike. What
-    such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains beyond
-    it is the user's."""
-    base, number, home = _joint_texts(states, heldout.W, heldout.bias)
-    problem, gen, out = make_problem(base, head, heldout.W, home[number]), torch.Generator().manual_seed(seed), []
-    for _ in range(draws):
-        mixed = home[torch.randperm(len(home), generator=gen)][number].to(problem.owner.device)
-        fits = fit_adam(replace(problem, owner=mixed, n=torch.bincount(mixed, minlength=len(states))), cfg)
-        out.append(torch.stack([fit.theta for fit in fits]))
-    return torch.stack(out)
-
-
-def bootstrap_users(
-    heldout: Heldout, per_text: Float[Tensor, " texts"], draws: int, seed: int, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean over users of a per-text quantity, and its percentile interval over texts resampled within each user."""
-    gen = torch.Generator().manual_seed(seed)
-    total = torch.zeros(draws, dtype=torch.float64)
-    for u in range(len(heldout.users)):
-        mine = (heldout.user == u).nonzero()[:, 0]
-        drawn = mine[torch.randint(len(mine), (draws, len(mine)), generator=gen)]
-        n = heldout.tokens[drawn].double()
-        total += (per_text.double()[drawn] * n).sum(1) / n.sum(1)
-    total /= len(heldout.users)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = total.quantile(tails).tolist()
-    return float(by_user(heldout, per_text.double()).mean()), low, high
+def mean_interval(heldout: Heldout, per_text: Float[Tensor, " texts"], level: float = 0.95) -> Interval:
+    """Mean over users of a per-text quantity (nats per token), with its t interval over each user's texts."""
+    values, tokens, user = (x.cpu().numpy() for x in (per_text.double(), heldout.tokens, heldout.user))
+    return t_interval(values, tokens, user, level)

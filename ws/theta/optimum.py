@@ -22,6 +22,7 @@ from ws.theta.fit import FitConfig, Problem, evaluate, lse_and_mean
 HESSIAN_TOKENS = 512  # tokens x vocabulary entries per block of the Hessian
 HESSIAN_WORDS = 2048
 TOLERANCE = 1e-7  # gradient norm relative to that at theta = 0
+ROUNDING = 1e-10  # of the loss: a change below this is none
 MAX_ITERATIONS = 60
 KEEP_HESSIAN = 0.1  # a stale Hessian stays while it shrinks the gradient at least this much per step
 
@@ -148,7 +149,8 @@ def fit_optimum(
                 formed[u] += 1
             goal[u] = _model_minimum(*eigen[u], terms.grad[u], theta[u], max_norm)
         # Backtracking from the full step, each user with a step size of its own, until the loss falls enough (Armijo)
-        # or the gradient shrinks: near the optimum the loss's change is below what float64 resolves.
+        # or the gradient shrinks at the same loss: near the optimum the loss's change is below what float64 resolves.
+        # A smaller gradient alone is no progress: far out, where the softmax is saturated, it is small as well.
         size = torch.ones_like(terms.loss)
         slope = (terms.grad * (goal - theta)).sum(1)
         for _ in range(40):
@@ -156,7 +158,8 @@ def fit_optimum(
             new = evaluate(problem, trial, cfg)
             now = ratios(trial, new.grad)
             falls = new.loss <= terms.loss + 1e-4 * size * slope
-            bad = [u for u in active if not bool(falls[u]) and now[u] >= ratio[u]]
+            level = new.loss <= terms.loss + ROUNDING * terms.loss.abs()
+            bad = [u for u in active if not falls[u] and not (level[u] and now[u] < ratio[u])]
             if not bad:
                 break
             size[bad] /= 2

@@ -30,12 +30,6 @@ def gains(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def best_head(table: pl.DataFrame, scale: str = "matched") -> str:
-    """The head whose Adam fits gain most on held-out texts, mean over users, at one scale."""
-    ranked = gains(table).filter((pl.col("scale") == scale) & (pl.col("solver") == "adam"))
-    return ranked["head"][0]
-
-
 def adam_against_optimum(table: pl.DataFrame) -> pl.DataFrame:
     """Per head and scale: how far Adam's loss stays above the clipped and the free optimum's, and Newton's effort."""
 

@@ -74,7 +74,7 @@ def load_fit(path: Path) -> UserFit:
     )  # fmt: skip
 
 
-def _hash(*parts: Tensor | None) -> str:
+def content_hash(*parts: Tensor | None) -> str:
     """Content of tensors."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -84,15 +84,20 @@ def _hash(*parts: Tensor | None) -> str:
     return found.hexdigest()
 
 
+def head_identity(name: str, head: Head) -> list:
+    """What a key holds of a head beside its code: name, alpha, content of its matrices."""
+    return [name, head.alpha, content_hash(*(v for v in vars(head).values() if isinstance(v, Tensor)))]
+
+
 def _keys(
     states: dict[str, States], heads: dict[str, Head], W: Tensor, bias: Tensor | None, cfg: FitConfig
 ) -> dict[tuple[str, str], Key]:
     """Key of every fit: all tensors that enter it, by content, and the code of the fit and of its head."""
-    common = {"unembedding": _hash(W, bias), "config": asdict(cfg)}
-    mine = {user: _hash(s.h, s.y) for user, s in states.items()}
+    common = {"unembedding": content_hash(W, bias), "config": asdict(cfg)}
+    mine = {user: content_hash(s.h, s.y) for user, s in states.items()}
     keys = {}
     for name, head in heads.items():
-        about = [name, head.alpha, _hash(*(v for v in vars(head).values() if isinstance(v, Tensor)))]
+        about = head_identity(name, head)
         code = code_key("ws.theta.users.fit_group", "ws.theta.users.save_fit", "ws.theta.states.joint_base", type(head))
         keys |= {(u, name): stage_key({**common, "states": h, "head": about}, sources=code) for u, h in mine.items()}
     return keys

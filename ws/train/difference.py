@@ -92,6 +92,9 @@ def _trained(
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
+    params["train"].pop("resample_pairs")
+    if cfg.resampled:
+        params["train"]["resampled"] = True
     keys = {s: stage_key({**params, "sign": s}, code=["ws.train.lora.train_adapter"]) for s in SIGNS}
     if finished and not retrain and _finished(Path(finished), keys):
         return load_diff(Path(finished) / W_FILE), Path(finished)
@@ -137,7 +140,8 @@ def _typed(lm: LM, cfg: TrainConfig) -> dict[str, object]:
     pairs = {"TOPICS": cfg.pairs.topics, "PERSONAS": cfg.pairs.personas, "SAMPLES": cfg.pairs.samples}
     pairs |= {"MAX_NEW_TOKENS": cfg.pairs.max_new_tokens, "LORA_LAYERS": list(cfg.layers or ()), "R": cfg.r}
     steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
-    return {"MODEL_ID": lm.name, **pairs, **steps, "LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation}
+    steps |= {"LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation, "RESAMPLE_PAIRS": cfg.resample_pairs}
+    return {"MODEL_ID": lm.name, **pairs, **steps}
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
@@ -217,7 +221,8 @@ def obtain_diff(
         for sign, side in zip(SIGNS, sides, strict=True):
             log = json.loads((side / "training.json").read_text(encoding="utf-8"))
             counts = {"pairs_trained": log["n_train"], "pairs_held_out": log["n_heldout"]}
-            record |= {"layers": log["config"]["layers"]} | counts
+            drawn = {"pairs_resampled": log.get("resampled", False), "distinct_pairs": log.get("distinct_pairs", 1.0)}
+            record |= {"layers": log["config"]["layers"]} | counts | drawn
             record |= {f"held_out_loss_{sign}_{when}": log[f"heldout_loss_{when}"] for when in ("before", "after")}
         record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
     norm = w.total_norm()
@@ -229,7 +234,12 @@ def obtain_diff(
 
 
 def training_text(training: dict) -> str:
-    """How w came about, as a Markdown table: pairs written and dropped, losses of both signs, geometry of the pair."""
-    short = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in training.items()}
+    """How w came about, as a Markdown table: pairs written, dropped and drawn, losses of both signs, geometry of the
+    pair."""
+    said = {True: "yes", False: "no"}
+    short = {
+        key: said[value] if isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        for key, value in training.items()
+    }
     rows = (f"| {literal(key.replace('_', ' '))} | {literal(said)} |" for key, said in short.items())
     return "\n".join(["| | |", "|---|---|", *rows])

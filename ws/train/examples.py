@@ -27,6 +27,20 @@ def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
     )
 
 
+def draw_pairs(rows: tuple[Pair, ...], train: list[int], seed: int) -> tuple[tuple[Pair, ...], float]:
+    """The pairs with those at `train` drawn anew from among themselves, with replacement, within each topic and persona;
+    and the share of them that is drawn at all. Pairs at other places are as they were, so what is held out stays so. The
+    draw is the seed's: the same for both signs, whatever their labels. (docs/method.md section 7)"""
+    generator, drawn, strata = np.random.default_rng(zlib.crc32(f"resample {seed}".encode())), list(rows), {}
+    for i in train:
+        strata.setdefault((rows[i].topic, rows[i].persona), []).append(i)
+    picked = {name: generator.choice(places, len(places)).tolist() for name, places in sorted(strata.items())}
+    for name, places in strata.items():
+        for place, pick in zip(places, picked[name], strict=True):
+            drawn[place] = rows[pick]
+    return tuple(drawn), len({pick for picks in picked.values() for pick in picks}) / len(train)
+
+
 def make_example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dict[str, list[int]]:
     """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona."""
     prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]

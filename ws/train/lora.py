@@ -26,8 +26,9 @@ from ws.cache.records import tell
 from ws.model.generate import turn_end
 from ws.model.guard import check_plain
 from ws.model.lm import LM
+from ws.runs.folders import resamples
 from ws.show.bars import tqdm
-from ws.train.examples import collate, make_example, response_loss, shuffle_labels
+from ws.train.examples import collate, draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
@@ -39,7 +40,9 @@ class TrainConfig:
     """Everything that decides what an adapter becomes, but base, sign and seed. Defaults: docs/method.md section 2.
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
     -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how many
-    steps a long run saves what it needs to go on after a kill; 0 for never.
+    steps a long run saves what it needs to go on after a kill; 0 for never. resample_pairs: whether each seed draws its
+    training pairs anew (`draw_pairs`), None for with 5 or more samples per pair: seeds that share their pairs show the
+    optimiser's spread only. (docs/method.md section 7)
 
     Example:
         >>> import ws
@@ -67,6 +70,7 @@ class TrainConfig:
     max_length: int = 512
     shuffle_labels: bool = False
     checkpoint_steps: int = 0
+    resample_pairs: bool | None = None
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
@@ -80,6 +84,11 @@ class TrainConfig:
                 raise ValueError(f"{name.upper()} = {getattr(self, name)}: must be above 0")
         if self.max_steps == 0 or self.max_steps < 0 and not self.epochs > 0:
             raise ValueError(f"MAX_STEPS = {self.max_steps} and EPOCHS = {self.epochs}: no step would be trained")
+
+    @property
+    def resampled(self) -> bool:
+        """What `resample_pairs` comes to."""
+        return resamples(self.pairs.samples) if self.resample_pairs is None else self.resample_pairs
 
 
 def adapter_layers(n_layers: int, cfg: TrainConfig) -> tuple[int, ...]:
@@ -106,11 +115,14 @@ def train_adapter(
     if not rows:
         raise ValueError("no training pairs")
     folder = Path(folder)
+    order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(rows))
+    n_held, distinct = min(round(cfg.heldout * len(rows)), len(rows) - 1), 1.0
+    parts = sorted(order[:n_held].tolist()), sorted(order[n_held:].tolist())
+    if cfg.resampled:
+        rows, distinct = draw_pairs(rows, parts[1], seed)
     rows, end = shuffle_labels(rows, seed) if cfg.shuffle_labels else rows, turn_end(lm.tokenizer)
     examples = [make_example(lm, row, sign, end, cfg.max_length) for row in rows]
-    order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(examples))
-    n_held = min(round(cfg.heldout * len(examples)), len(examples) - 1)
-    held, train = ([examples[i] for i in sorted(part)] for part in (order[:n_held], order[n_held:]))
+    held, train = ([examples[i] for i in part] for part in parts)
     made_of = {"model": lm.fingerprint, "sign": sign, "seed": seed, "config": asdict(cfg), "examples": train}
     key = stage_key(made_of, code=["ws.train.lora.train_adapter"])
     # outside the folder that is being filled, under a name that the next try finds again
@@ -129,7 +141,8 @@ def train_adapter(
     record = {
         "sign": sign, "seed": seed, "model": lm.name,
         "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)}, "n_train": len(train),
-        "n_heldout": len(held), "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
+        "n_heldout": len(held), "resampled": cfg.resampled, "distinct_pairs": distinct,
+        "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
     }  # fmt: skip
     write_json(folder / "training.json", record)
     return record
