@@ -75,8 +75,8 @@ def orth(M: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
 
 def simulated(d: int, S: int, L: int, C: int, seed: int = 0, rank: int = 64, rows: int = 48) -> World:
     """Seeds that share most of w and of what it does, layers that share directions, candidates whose bases drift over the
-    layers: slowly, fast, or not at all."""
-    g = torch.Generator().manual_seed(seed)
+    layers, slowly or fast."""
+    g, rank = torch.Generator().manual_seed(seed), min(rank, d // 2)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -94,10 +94,10 @@ def simulated(d: int, S: int, L: int, C: int, seed: int = 0, rank: int = 64, row
 
     bases = []
     for c in range(C):
-        r, drift = (8, 8, 8, 16, 7, 3)[c % 6], (0.0, 0.3, 1.0, 3.0)[c % 4]
+        r, drift = (8, 8, 8, 16, 7, 3)[c % 6], (0.1, 0.3, 0.6, 2.0)[c % 4]
         B = [orth(normal(d, r))]
         for _ in range(L - 1):
-            B.append(orth(B[-1] + drift * normal(d, r) / d**0.5) if drift else B[0])
+            B.append(orth(B[-1] + drift * normal(d, r) / d**0.5))
         bases.append(B)
     clean = [orth(steer.T @ normal(1, 8) + 3 * normal(d, 8)) for _ in range(L)]
     both = [[[writer(l, role) for role in (0, 1)] for l in range(L)] for _ in range(S)]
@@ -190,9 +190,18 @@ def independent_null(w: World, S: int, draws: int, seed: int = 0) -> Float[np.nd
 
 
 def simulate(
-    g: np.random.Generator, S: int, C: int, lead: float, behind: tuple[float, ...] = (), *, seed_sd: float, template_sd: float, topic_sd: float,
-    m: int = 4, n: int = 12,
-) -> tuple[SeedScores, Float[np.ndarray, " C"]]:  # fmt: skip
+    g: np.random.Generator,
+    S: int,
+    C: int,
+    lead: float,
+    behind: tuple[float, ...] = (),
+    *,
+    seed_sd: float,
+    template_sd: float,
+    topic_sd: float,
+    m: int = 4,
+    n: int = 12,
+) -> tuple[SeedScores, Float[np.ndarray, " C"]]:
     """A score table of C contenders, the first `lead` times better than the next (1: tied), the others as far `behind` that
     one (cycled; nats; all beside it where none are given), with noise between seeds, templates and topics
     (sd of the log honest joint) and in single cells; and each one's log honest joint for these templates and topics."""

@@ -99,7 +99,8 @@ def test_scores_do_not_depend_on_who_else_is_there_and_the_null_adds_columns(giv
     several = given(
         candidates=["write"], null=[parity_folder / "w.pt", ws.load_diff(parity_folder / "w.pt").scale(2.0)]
     )
-    assert row(several, "write", "R_w_vs_null_diff") == pytest.approx(1) and given(null=[]).setting["null"] == ""
+    assert row(several, "write", "R_w_vs_null_diff") == pytest.approx(1) and given(null=[]).setting["nulls"] == []
+    assert len(several.setting["nulls"]) == 2 and set(several.null_per_layer["null"]) == {0, 1}
     assert set(alone.summary["subspace"]) == {"write", "TaskDiff_lora_ceiling", "dW_left_basis_ceiling"}
     assert given(layers=[3]).layers == [3] and given(k=4).setting["k"] == 4
 

@@ -30,8 +30,8 @@ def tables(C, S=3, undefined=True):
         64,
         kinds=kinds,
         axis_kinds=axis,
-        null_act=np.ones(C),
-        null_w=np.ones(C),
+        null_act=np.ones((2, C)),
+        null_w=np.ones((2, C)),
     )
     return per_seed_table(scores), summary_table(scores, seed=0, boot=300)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ws.explanation import words
 from ws.model.lm import load_lm
 from ws.show import tables
 from ws.show.notebook import embedded
+from ws.steer.effect import steering
 from ws.subspaces.algebra import Basis, empty, random_basis
 from ws.subspaces.build import candidates as candidates_of
 from ws.subspaces.steered import CeilingMaterials, SteeredDiffs
@@ -141,25 +143,32 @@ def facts(title: str, **more) -> dict:
         "protocol", {}
     )
     counts = {"n_layers": 6, "n_fit": 16, "n_eval": 16, "d": D, "n_train_topics": 20, "n_persona_pairs": 2}
+    counts |= {"n_templates": 1, "nulls": []}
     return {"title": title, "behavior": "parity", "protocol": protocol, "layers": LAYERS, **counts, **more}
+
+
+STEERS = steering([[3.0, 4.0, 5.0]], [-0.2, 0.1, 0.3])
 
 
 def test_conclusion_takes_every_number_from_the_tables(planted):
     candidates, bases, _, table = planted
     pct = S.with_percentages(S.summarise(table, LAYERS))
     here = facts("planted")
-    text = words.conclusion(pct, table, here, {"ceiling_r_w": 16.0})
+    text = words.conclusion(pct, table, here, {"ceiling_r_w": 16.0}, STEERS)
     assert "**write** (W:write)" in text and "joint score among" in text and "16.00" in text
     assert "4 of 16 EVAL probes are topics that the adapters may have been trained on" in text
     assert "One of 2 persona pairs is used" in text
     assert "Undefined joint score, sorted last: churn" in text
-    assert "not told apart from a random" not in text
+    assert "not told apart from a random" not in text and "Winner" not in text
+    assert "w moves the log-ratio" in text.lower() and "**not above" not in text
     faint = pct.with_columns(mean_z_act=pl.lit(3.0), mean_z_w_combined=pl.lit(1.9))
-    assert "**On weights it is not told apart from a random subspace**" in words.conclusion(faint, table, here, {})
+    assert "**On weights it is not told apart from a random subspace**" in words.conclusion(
+        faint, table, here, {}, STEERS
+    )
     shown = embedded(text).data
-    assert "### Conclusion: planted\n" in shown and "\n#### Winner\n" in shown and "\n# " not in shown
+    assert "### Conclusion: planted\n" in shown and "\n#### Leader of this seed\n" in shown and "\n# " not in shown
     sound = facts("planted", n_fit=20, n_eval=12, protocol={"name": "v7b", "eval_split": "held_out"})
-    assert "may have been trained on" not in words.conclusion(pct, table, sound, {})
+    assert "may have been trained on" not in words.conclusion(pct, table, sound, {}, STEERS)
     rows = words.definitions([c.about for c in candidates]).strip().splitlines()
     assert len(rows) == 4 + 44 and "| dW_left_basis_ceiling | ceiling |" in rows[-1]
     assert "write" in words.top_table(pct, 3)
@@ -170,17 +179,56 @@ def test_no_winner_is_named_when_nothing_is_defined(planted):
     blank = table.with_columns(conc_w_combined=pl.lit(float("nan")))
     pct = S.with_percentages(S.summarise(blank, LAYERS))
     assert "None: no write or mixed candidate has a defined joint score" in words.conclusion(
-        pct, table, facts("blank"), {}
+        pct, table, facts("blank"), {}, STEERS
     )
+
+
+def test_nobody_leads_where_w_does_not_steer(planted):
+    """Two claims and a spread of .03 nats, or an effect inside what shuffled labels give: no leader is named."""
+    _, _, _, table = planted
+    pct = S.with_percentages(S.summarise(table, LAYERS))
+    for still in (steering([[0.02, 0.04]], []), steering([[0.5, 0.7, 0.6]], [-0.5, 0.4, 0.6, -0.2, 0.1])):
+        text = words.conclusion(pct, table, facts("still"), {}, still)
+        assert not still.seen and "None is named: w is not shown to steer" in text and "**write**" not in text
+
+
+def test_every_score_stands_beside_its_null_diffs(planted):
+    """One null diff has no spread; of five, a score is above them where it exceeds their prediction interval."""
+    candidates, bases, targets, table = planted
+    rows = sweep.null_rows(candidates, bases, [targets] * 5)
+    assert rows.columns == list(sweep.NULL_ROWS) and rows.height == 5 * 6 * 44
+    with_null = sweep.with_null_diff(table, rows)
+    kept = with_null.filter(pl.col("subspace") == "write", pl.col("layer") == LAYERS[0])
+    assert kept["R_w_vs_null_diff"][0] == pytest.approx(1)
+    faint = [0.2, 0.25, 0.3, 0.22, 0.28]
+    scaled = rows.with_columns(pl.col("conc_act", "conc_w_combined") * pl.Series(faint).gather(rows["null"]))
+    summary = S.against_nulls(S.summarise(with_null, LAYERS), S.null_summary(scaled, LAYERS))
+    row = summary.row(by_predicate=pl.col("subspace") == "write", named=True)
+    assert row["R_w_vs_null_diff"] == pytest.approx(1 / np.exp(np.log(faint).mean()))
+    logs = np.log(faint)
+    end = logs.mean() + 2.7764 * logs.std(ddof=1) * np.sqrt(1.2)
+    assert row["R_w_null_hi"] == pytest.approx(row["mean_conc_w_combined"] * np.exp(end), rel=1e-3)
+    pct = S.with_percentages(summary)
+    text = words.conclusion(pct, with_null, facts("five", nulls=list("abcde")), {}, STEERS)
+    assert "on 5 null diffs (geometric mean)" in text and "lies above the null diffs' spread" in text
+    assert "on null" in words.top_table(pct, 3) and "% ceiling" not in words.top_table(pct, 3)
+    one = S.against_nulls(S.summarise(with_null, LAYERS), S.null_summary(scaled.filter(null=0), LAYERS))
+    text = words.conclusion(S.with_percentages(one), with_null, facts("one", nulls=["a"]), {}, STEERS)
+    assert "One null diff has no spread: no score is shown to be above" in text
 
 
 def test_kept_tensors_reproduce_the_table_and_tell_bases_apart(planted):
     candidates, bases, targets, table = planted
-    kept = sweep.kept_tensors(candidates, bases, targets, 8)
+    kept = sweep.kept_tensors(candidates, bases, targets, 8, LAYERS)
     assert kept["weight_oracle/2"].shape == (D, 8) and kept["weight_oracle/0"].shape == (D, 0)
-    assert kept["act_topics"].shape == (44, 6, 10) and kept["sketch/write"].shape == (6, 8, 64)
+    assert kept["act_topics"].shape == (44, 6, 10) and kept[f"basis/write/{LAYERS[0]}"].shape == (D, 8)
     mean = kept["act_topics"].mean(dim=2)
     for i, c in enumerate(candidates):
         rows = table.filter(pl.col("subspace") == c.name).sort("layer")["conc_act"].to_list()
         assert mean[i].tolist() == pytest.approx(rows, rel=1e-9)
-    assert kept["sketch/churn"][3].abs().max() == 0 and kept["sketch/churn"][2].abs().max() > 0
+    assert {name for name in kept if name.startswith("basis/write/")} == {f"basis/write/{l}" for l in LAYERS}
+    assert not any(
+        name.startswith("basis/TaskDiff_lora") for name in kept
+    )  # saw w: nobody asks what they would be blind
+    beyond = kept[f"beyond_factor/{LAYERS[0]}"]
+    assert (kept[f"clean/{LAYERS[0]}"].double().T @ beyond).abs().max() < 1e-6

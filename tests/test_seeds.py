@@ -12,13 +12,12 @@ from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
 from ws.explanation import rows as sweep
 from ws.explanation.result import Explanation
-from ws.explanation.summary import summarise
 from ws.model.lm import load_lm
 from ws.show import notebook, tables
 from ws.stability import corrections
 from ws.stability.compare import _joined, compare_seeds
 from ws.stability.overlap import same_bases, seed_overlaps
-from ws.stability.scores import per_seed_table
+from ws.stability.scores import per_seed_table, seed_values
 from ws.stability.seeds import doubts, load_seeds, seed_folders
 from ws.steer.evaluate import side_by_side
 from ws.subspaces.algebra import left_svd, random_basis
@@ -53,13 +52,16 @@ def explanation(lm, bases: dict, g: torch.Generator) -> Explanation:
     setting = {"title": "random", "layers": LAYERS, "d": D, "k": 8, "behavior": "none", "n_layers": 6, "n_fit": 5}
     setting |= {"n_eval": 5, "n_train_topics": 5, "n_persona_pairs": 1, "protocol": {"name": "v7b"}}
     setting["protocol"] |= {"eval_split": "held_out", "chat_probes": True, "persona_pairs": "1"}
+    setting |= {"n_templates": 1, "effects": [2.0, 3.0, 2.5], "nulls": ["a"] * 3, "null_effects": [0.1, -0.2, 0.3]}
+    nulls = sweep.null_rows(candidates, bases, [targets] * 3)
     return Explanation(
-        per_layer=sweep.with_null_diff(sweep.per_layer(candidates, bases, targets), candidates, bases, targets),
+        per_layer=sweep.with_null_diff(sweep.per_layer(candidates, bases, targets), nulls),
+        null_per_layer=nulls,
         specific_per_layer=sweep.specific_per_layer(candidates, bases, targets),
         setting=setting,
         candidates=[c.about for c in candidates],
         checks={},
-        tensors=sweep.kept_tensors(candidates, bases, targets, 8),
+        tensors=sweep.kept_tensors(candidates, bases, targets, 8, LAYERS),
         bases={c.name: sweep.bases_hash(bases[c.name]) for c in candidates if c.kind != "ceiling"},
     )
 
@@ -81,10 +83,26 @@ def test_arrays_are_those_of_the_tables(runs):
             part = run.per_layer.filter((pl.col("subspace") == name) & pl.col("layer").is_in(LAYERS)).sort("layer")
             assert scores.w[s, c] == pytest.approx(part["conc_w_combined"].to_numpy())
             assert scores.act[s, c].mean(axis=1) == pytest.approx(part["conc_act"].to_numpy())
-    assert len(read.factors) == 2 and len(read.factors[0]) == 2
+    assert len(read.geometry.w) == 2 and len(read.geometry.act[0]) == 2 and len(read.geometry.bases[0]) == 57
     assert read.oracles["weight"]["seed 0"][0].B.shape == (D, 8)
-    assert read.one_basis.sum() == sum(c.shared for c in candidates_of("v7b"))
-    assert np.isfinite(scores.null_act).all()
+    assert scores.null_act.shape == (3, 60) and np.isfinite(scores.null_act).all()
+    summary = runs[0].plain_summary
+    for c, name in enumerate(scores.candidates):
+        row = summary.row(by_predicate=pl.col("subspace") == name, named=True)
+        values = seed_values(scores)
+        assert values["H_w"][0, c] == pytest.approx(row["mean_pct_oracle_combined"], rel=1e-6)
+        assert row["mean_rank"] >= 5 or values["H_act"][0, c] == pytest.approx(row["mean_pct_oracle_act"], rel=1e-6)
+        assert row["mean_rank"] < 5 or np.isnan(values["H_act"][0, c])  # 5 rows: a rank of 5 holds them all
+
+
+def test_the_summarys_layers_are_the_ones_compared(runs):
+    narrow = {s: replace(run, setting=run.setting | {"layers": LAYERS[:1]}) for s, run in runs.items()}
+    assert load_seeds(narrow).scores.layers == (2,)
+    with pytest.raises(ValueError, match="swept with another layers"):
+        load_seeds({0: runs[0], 1: narrow[1]})
+    other = replace(runs[1], setting=runs[1].setting | {"nulls": ["a", "b"]})
+    with pytest.raises(ValueError, match="other null diffs; sweep both with the same"):
+        load_seeds({0: runs[0], 1: other})
 
 
 def test_compare_seeds_reads_folders_or_results(runs, tmp_path):
@@ -96,7 +114,7 @@ def test_compare_seeds_reads_folders_or_results(runs, tmp_path):
     out = found.save(tmp_path / "v7b")
     assert {f.name for f in out.iterdir()} == {
         "v7b_subspace_stability.csv", "v7b_per_seed.csv", "v7b_summary.tsv", "v7b_rank_stability.csv",
-        "v7b_conclusion.md",
+        "v7b_conclusion.md", "v7b_chance.tsv", "v7b_rivals.tsv",
     }  # fmt: skip
     (folders[1] / "scores.safetensors").write_bytes(b"x" * 1000)
     with pytest.raises(
@@ -108,8 +126,7 @@ def test_compare_seeds_reads_folders_or_results(runs, tmp_path):
 def test_the_null_diff_of_itself_has_ratio_one(runs):
     table = runs[0].per_layer.filter(pl.col("layer").is_in(LAYERS))
     assert table["R_act_vs_null_diff"].to_numpy() == pytest.approx(1)
-    summary = summarise(table, LAYERS)
-    assert summary["R_w_vs_null_diff"].to_numpy() == pytest.approx(1)
+    assert runs[0].plain_summary["R_w_vs_null_diff"].to_numpy() == pytest.approx(1)
 
 
 def test_doubts_are_the_weakest_over_seeds_and_layers(runs):
@@ -260,7 +277,7 @@ def test_texts_tables_and_figures_for_notebooks(tmp_path, monkeypatch):
     assert "a line" in next((tmp_path / "logs").glob("v7_sweep_*.log")).read_text()
     joined = _joined(
         pl.DataFrame({"candidate": ["a", "b"]}),
-        pl.DataFrame({"candidate": ["a"], "null_q95": [1.0], "p_R_w": [0.1], "q_R_w": [0.2], "basis": ["per layer"]}),
+        pl.DataFrame({"candidate": ["a"], "p_R_w": [0.1], "q_R_w": [0.2]}),
         pl.DataFrame({"candidate": ["b"], "stability": [0.3], "unstable": [True]}),
     )
     assert joined["unstable"].to_list() == [False, True] and math.isnan(joined["stability"][0])

@@ -1,102 +1,37 @@
-"""Monte-Carlo p of R_w > 1: the null has its known moments, lucky bases are not significant, planted ones are."""
+"""p-values, adjustments and chance levels by hand."""
 
 import numpy as np
 import pytest
-import torch
 
+from ws.stability import chance
 from ws.stability.scores import make_scores
 from ws.stability.significance import (
     benjamini_hochberg,
-    combined_factor,
-    monte_carlo_p,
-    null_statistics,
-    random_log_concentration,
+    blind_p,
+    blind_values,
+    discoveries,
+    max_t_p,
+    own_p,
     significance_table,
 )
 
 
-def left_factor(M) -> torch.Tensor:
-    """F with `F F^T = M M^T`."""
-    M = M[0] @ M[1] if isinstance(M, tuple) else M
-    U, s, _ = torch.linalg.svd(M.double(), full_matrices=False)
-    return U * s
+def blind_of(rng, N, S, C, common=0.3):
+    """Copies whose candidates and seeds hang together: raw scores as `blind_scores` gives them."""
+    raw = {}
+    for name in ("R_w", "R_act", "H_w", "H_act", "specific"):
+        luck = common * rng.standard_normal((N, 1, C)) + 0.2 * rng.standard_normal((N, 1, 1))
+        raw[name] = np.exp(luck + 0.05 * rng.standard_normal((N, S, C)))
+    return blind_values(raw)
 
 
-def residual_diffs(d, S, L, rank, seed, shared=0.8, planted=None):
-    """Weight differences [seed][layer] -> (w_o, w_down), factors (B, A): a part common to seeds plus each one's own."""
-    g = torch.Generator().manual_seed(seed)
-
-    def one(columns):
-        B = torch.randn(d, rank, generator=g) / torch.arange(1, rank + 1)
-        return B if planted is None else B + 3 * planted @ torch.randn(planted.shape[1], rank, generator=g) / columns
-
-    common = [[(one(1), torch.randn(rank, 2 * d, generator=g)) for _ in range(2)] for _ in range(L)]
-    own = (1 - shared**2) ** 0.5
-    return [
-        [[(shared * B + own * torch.randn(B.shape, generator=g) * B.std(), A) for B, A in layer] for layer in common]
-        for _ in range(S)
-    ]
-
-
-def factors_of(diffs):
-    return [[combined_factor([left_factor(M) for M in layer], "layer") for layer in seed] for seed in diffs]
-
-
-def concentration(B, diffs):
-    """R_w (S, L) of a basis by the definition: dense, both tensors normalised."""
-    d, r = B.shape
-    out = [
-        [
-            np.mean([float((B.T @ Bm @ Am).square().sum() / (Bm @ Am).square().sum()) for Bm, Am in layer])
-            for layer in seed
-        ]
-        for seed in diffs
-    ]
-    return np.array(out) * d / r
-
-
-@pytest.mark.parametrize("d, r, rank", [(96, 8, 12), (40, 16, 4), (24, 20, 6)])
-def test_null_has_mean_one_and_the_closed_form_sd(d, r, rank):
-    """`Var f = 2 r (d-r) / (d^2 (d-1)(d+2)) (d tr(G^2)/tr(G)^2 - 1)` for one seed and one layer (method section 6)."""
-    factors = factors_of(residual_diffs(d, 1, 1, rank, seed=0))
-    R = random_log_concentration(factors, [r], 20_000, seed=1)[:, 0, 0].exp().numpy()
-    F = factors[0][0].F.double()
-    spread = float((F.T @ F).square().sum())
-    sd = np.sqrt(2 * r * (d - r) / (d**2 * (d - 1) * (d + 2)) * (d * spread - 1)) * d / r
-    assert R.mean() == pytest.approx(1, abs=4 * sd / np.sqrt(len(R)) + 1e-6)
-    assert R.std() == pytest.approx(sd, rel=0.03)
-
-
-def test_nested_columns_are_random_bases_of_every_rank_and_agree_with_plain_qr():
-    d = 30
-    diffs = residual_diffs(d, 2, 1, 5, seed=3)
-    draws = random_log_concentration(factors_of(diffs), [2, 7], 6000, seed=0)
-    g = torch.Generator().manual_seed(5)
-    for j, r in enumerate((2, 7)):
-        plain = [
-            np.log(concentration(torch.linalg.qr(torch.randn(d, r, generator=g)).Q, diffs)).mean() for _ in range(1500)
-        ]
-        assert draws[:, 0, j].mean().item() == pytest.approx(np.mean(plain), abs=5 * np.std(plain) / np.sqrt(1500))
-        assert draws[:, 0, j].std().item() == pytest.approx(np.std(plain), rel=0.08)
-
-
-def test_truncating_the_tail_changes_the_null_by_less_than_it_promises():
-    diffs = residual_diffs(64, 2, 1, 16, seed=1)
-    exact = [[combined_factor([left_factor(M) for M in layer], "x", tail=0.0) for layer in seed] for seed in diffs]
-    short = [[combined_factor([left_factor(M) for M in layer], "x", tail=0.02) for layer in seed] for seed in diffs]
-    assert short[0][0].F.shape[1] < exact[0][0].F.shape[1] and short[0][0].rest > 0
-    a, b = (random_log_concentration(f, [8], 4000, seed=0).exp().std().item() for f in (exact, short))
-    assert b == pytest.approx(a, rel=0.01) and b != a
-
-
-def test_one_basis_for_all_layers_is_wider_where_layers_share_the_weights():
-    """Repeating the basis adds no averaging over layers; independent bases per layer shrink the sd by sqrt(L)."""
-    diffs = residual_diffs(48, 2, 1, 6, seed=2)
-    factors = [seed * 4 for seed in factors_of(diffs)]  # four layers with the same difference
-    draws = random_log_concentration(factors, [8], 4000, seed=0)
-    single = draws[:, 0, 0].std().item()
-    together, apart = (null_statistics(draws, [8], [8] * 4, one).std() for one in (True, False))
-    assert together == pytest.approx(single, rel=1e-3) and apart == pytest.approx(single / 2, rel=0.04)
+def scores_of(values, S, **more):
+    """A table with R_w = R_act = values on every seed, up to a little noise."""
+    rng, C = np.random.default_rng(1), len(values)
+    noise = np.exp(0.02 * rng.standard_normal((S, C, 1)))
+    w = np.asarray(values)[None, :, None] * noise
+    names = [f"c{i}" for i in range(C)]
+    return make_scores(names, range(S), w[..., None], w, np.full((C, 1), 8.0), 64, specific=w, **more)
 
 
 def test_benjamini_hochberg_by_hand():
@@ -107,59 +42,78 @@ def test_benjamini_hochberg_by_hand():
     np.testing.assert_allclose(benjamini_hochberg(np.array([0.9, 0.95])), [0.95, 0.95])
 
 
+def test_discoveries_are_those_of_the_adjusted_p():
+    rows = np.random.default_rng(0).beta(0.5, 2, (200, 9))
+    want = [(benjamini_hochberg(row) <= 0.05).sum() for row in rows]
+    assert discoveries(rows, 0.05).tolist() == want and 0 < max(want) and min(want) == 0
+
+
 def test_p_counts_ties_and_cannot_be_zero():
-    null = np.array([0.0, 1.0, 1.0, 2.0])
-    assert monte_carlo_p(1.0, null) == pytest.approx(4 / 5)
-    assert monte_carlo_p(5.0, null) == pytest.approx(1 / 5)
-    assert np.isnan(monte_carlo_p(float("nan"), null))
+    null = np.array([[0.0], [1.0], [1.0], [2.0]])
+    assert blind_p(np.array([1.0]), null)[0] == pytest.approx(4 / 5)
+    assert blind_p(np.array([5.0]), null)[0] == pytest.approx(1 / 5)
+    assert blind_p(np.array([-np.inf]), null)[0] == 1 and np.isnan(blind_p(np.array([np.nan]), null)[0])
+    assert own_p(null[:, [0]])[:, 0].tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_random_bases_get_uniform_p_and_the_planted_one_the_smallest():
-    """Bases repeated over seeds that share most of w: p stays uniform although every seed repeats the luck."""
-    d, r, S, L = 48, 4, 3, 2
-    g = torch.Generator().manual_seed(0)
-    planted = torch.linalg.qr(torch.randn(d, r, generator=g)).Q
-    noise = residual_diffs(d, S, L, 6, seed=4)
-    bases = [[torch.linalg.qr(torch.randn(d, r, generator=g)).Q for _ in range(L)] for _ in range(300)]
-    for one in (False, True):
-        w = np.stack(
-            [
-                np.stack(
-                    [concentration(B[0 if one else layer], [[s[layer]] for s in noise])[:, 0] for layer in range(L)],
-                    axis=1,
-                )
-                for B in bases
-            ],
-            axis=1,
-        )
-        names = [f"random{i}" for i in range(300)]
-        scores = make_scores(names, range(S), np.ones((S, 300, L, 1)), w, np.full((300, L), float(r)), d)
-        table = significance_table(scores, factors_of(noise), np.full(300, one), seed=1, n_draws=10_000)
-        p = np.sort(table["p_R_w"].to_numpy())
-        gap = np.abs(p - (np.arange(300) + 0.5) / 300).max()
-        assert gap < 1.63 / np.sqrt(300) + 1 / 600  # Kolmogorov-Smirnov, 1 %
-        assert (table["q_R_w"] < 0.05).sum() == 0
-    signal = residual_diffs(d, S, L, 6, seed=4, planted=planted)
-    w = np.stack([concentration(planted, signal), concentration(bases[0][0], signal)], axis=1)
-    scores = make_scores(["planted", "random"], range(S), np.ones((S, 2, L, 1)), w, np.full((2, L), float(r)), d)
-    table = significance_table(scores, factors_of(signal), np.array([True, True]), seed=1, n_draws=10_000)
-    assert table["p_R_w"][0] == pytest.approx(1 / 10_001) and table["p_R_w"][1] > 0.01
+def test_max_t_asks_for_the_best_of_all():
+    rng = np.random.default_rng(0)
+    null = rng.standard_normal((4000, 20)) * np.arange(1, 21)
+    seen = np.r_[3.4, np.zeros(19)]
+    assert max_t_p(seen, null)[0] == pytest.approx(1 - 0.99966**20, abs=0.006)  # independent: Sidak
+    assert max_t_p(np.r_[np.nan, seen[1:]], null)[1] > 0.9 and np.isnan(max_t_p(np.r_[np.nan, seen[1:]], null)[0])
+    same = np.repeat(rng.standard_normal((4000, 1)), 20, axis=1)
+    assert max_t_p(np.r_[1.645, np.zeros(19)], same)[0] == pytest.approx(0.05, abs=0.012)  # one test, twenty times
 
 
-def test_table_skips_ceilings_and_undefined_and_repeats_itself():
-    d, S, L = 32, 2, 3
-    diffs = residual_diffs(d, S, L, 4, seed=0)
-    w = np.random.default_rng(0).uniform(0.5, 2, (S, 4, L))
-    w[0, 1, 1] = np.nan
-    ranks = np.array([[4.0, 8, 4]] * 4)
-    kinds = ["A-hypothesis", "A-hypothesis", "ceiling", "control"]
-    scores = make_scores(list("abcd"), [0, 1], np.ones((S, 4, L, 2)), w, ranks, d, kinds=kinds)
-    tables = [significance_table(scores, factors_of(diffs), np.zeros(4, bool), seed=2, n_draws=500) for _ in range(2)]
-    assert tables[0].equals(tables[1], null_equal=True)
-    p, q = tables[0]["p_R_w"].to_numpy(), tables[0]["q_R_w"].to_numpy()
-    assert np.isnan(p[[1, 2]]).all() and not np.isnan(p[[0, 3]]).any()
-    assert q[0] == pytest.approx(p[0]) and np.isnan(q[3])
-    with pytest.raises(ValueError, match="factors: 1 seeds"):
-        significance_table(scores, factors_of(diffs)[:1], np.zeros(4, bool), seed=2, n_draws=500)
-    with pytest.raises(ValueError, match="N_NULL = 0"):
-        significance_table(scores, factors_of(diffs), np.zeros(4, bool), seed=2, n_draws=0)
+def test_the_table_tests_what_is_blind_and_leaves_out_the_rest():
+    S, N = 3, 2000
+    values = np.array([6.0, 1.0, 5.0, 5.0, np.nan, 1.0])
+    kinds = ["A-hypothesis", "A-hypothesis", "ceiling", "control", "A-hypothesis", "A-hypothesis"]
+    scores = scores_of(values, S, kinds=kinds)
+    blind = blind_of(np.random.default_rng(0), N, S, int(scores.tested.sum()))
+    table = significance_table(scores, blind)
+    p, q = table["p_R_w"].to_numpy(), table["q_R_w"].to_numpy()
+    assert p[0] == pytest.approx(1 / (N + 1)) and p[3] == pytest.approx(1 / (N + 1)) and 0.2 < p[1] < 0.8
+    assert np.isnan(p[[2, 4]]).all() and np.isnan(q[[2, 3, 4]]).all() and q[0] == pytest.approx(3 / (N + 1))
+    assert table["p_max_joint"][0] <= 0.01 < table["p_max_joint"][1] and table["n_blind"][0] == N
+    assert table["R_w_blind_q95"][0] == pytest.approx(np.exp(1.645 * np.hypot(0.36, 0.03)), rel=0.06)
+    assert {f"{a}_{b}" for a in ("p", "q", "p_max") for b in ("R_w", "R_act", "joint", "specific")} <= set(
+        table.columns
+    )
+
+
+def test_counts_by_hand():
+    logs = np.array(
+        [[[1.0, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]], [[1.0, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1]]]
+    )
+    assert chance.pair_tau(logs) == pytest.approx([1, -1]) and chance.pair_rho(logs) == pytest.approx([1, -1])
+    assert chance.pair_top(logs).tolist() == [5, 3] and chance.top_on_all(logs).tolist() == [5, 3]
+    sides = np.array([[[1.0, -1.0, 1.0], [2.0, -3.0, -1.0], [1.5, -2.0, 1.0]]])
+    assert chance.one_side(sides).tolist() == [2] and chance.t_above(sides).tolist() == [1]
+    assert np.isnan(chance.pair_tau(logs[:, :1])).all()
+
+
+def test_chance_levels_are_those_of_copies_that_hang_together():
+    """Seeds share the luck of a copy: tau and signs agree by chance, and the table says by how much."""
+    S, C = 3, 12
+    scores = scores_of(np.full(C, 1.3), S)
+    blind = blind_of(np.random.default_rng(0), 1500, S, C)
+    table = chance.chance_table(scores, blind)
+    tau = table.filter(what="Kendall's tau between seeds", score="R_w").row(0, named=True)
+    assert tau["blind_mean"] == pytest.approx(chance.pair_tau(np.log(blind["R_w"][:1000])).mean())
+    assert 0.8 < tau["blind_mean"] < 0.95 and tau["blind_lo"] < tau["blind_mean"] < tau["blind_hi"]
+    sides = table.filter(what="on one side of 1 on every seed", score="R_act").row(0, named=True)
+    assert sides["observed"] == 12 and 9 < sides["blind_mean"] < 12 and sides["candidates"] == 12
+    raw = table.filter(what="p <= 0.05, uncorrected", score="R_w").row(0, named=True)
+    assert raw["blind_mean"] == pytest.approx(12 * 0.05, abs=0.05)
+    found = table.filter(what="found at a false discovery rate of 0.05", score="R_w").row(0, named=True)
+    assert 0.01 < found["blind_mean"] < 0.3
+    top = chance.top_chance(scores, blind)
+    assert top.sum() == pytest.approx(5 * S) and (top < S).all()
+
+
+def test_one_seed_has_no_agreement_to_report():
+    table = chance.chance_table(scores_of(np.full(8, 1.3), 1), blind_of(np.random.default_rng(0), 200, 1, 8))
+    row = table.filter(what="Kendall's tau between seeds", score="joint").row(0, named=True)
+    assert np.isnan(row["observed"]) and np.isnan(row["p"])

@@ -65,11 +65,11 @@ class Geometry:
     target ("w", "act") the R of the best subspace of each candidate's rank, `(S, C, L)`.
     """
 
-    bases: Sequence[Sequence[Float[Tensor, "d r"]]]
+    bases: Sequence[Sequence[Float[Tensor, "d _"]]]
     w: Sequence[Sequence[GramFactor]]
     act: Sequence[Sequence[GramFactor]]
     specific: Sequence[Sequence[GramFactor]]
-    clean: Sequence[Float[Tensor, "d c"]]
+    clean: Sequence[Float[Tensor, "d _"]]
     best: Mapping[str, Float[np.ndarray, "S C L"]]
 
 

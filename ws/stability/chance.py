@@ -92,22 +92,22 @@ def chance_table(scores: SeedScores, blind: Blind) -> pl.DataFrame:
             use = ranked & np.isfinite(seen).all(axis=(0, 1))
             if use.sum() > 1:
                 copies = _logs(blind[name][:COPIES])[:, :, use]
-                rows.append((what, name, int(use.sum()), *_against(count(seen[:, :, use])[0], count(copies))))
+                rows.append((what, name, int(use.sum()), *_against(float(count(seen[:, :, use])[0]), count(copies))))
     for name in TESTED:
         observed, null = mean_log(values[name])[scores.tested], mean_log(blind[name])
         use = ranked & ~np.isnan(observed)
         if use.any():
             p, own = blind_p(observed[use], null[:, use]), own_p(null[:, use])
-            at = (p <= ALPHA).sum(), (own <= ALPHA).sum(axis=1)
+            at = float((p <= ALPHA).sum()), (own <= ALPHA).sum(axis=1).astype(np.float64)
             rows.append((f"p <= {ALPHA:g}, uncorrected", name, int(use.sum()), *_against(*at)))
-            hits = discoveries(p[None], ALPHA)[0], discoveries(own, ALPHA)
+            hits = float(discoveries(p[None], ALPHA)[0]), discoveries(own, ALPHA)
             rows.append((f"found at a false discovery rate of {ALPHA:g}", name, int(use.sum()), *_against(*hits)))
     schema = {"what": pl.String, "score": pl.String, "candidates": pl.Int64}
     schema |= dict.fromkeys(("observed", "blind_mean", "blind_lo", "blind_hi", "p"), pl.Float64)
     return pl.DataFrame(rows, schema, orient="row")
 
 
-def _logs(values: np.ndarray) -> Logs:
+def _logs(values: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.log(np.asarray(values, dtype=np.float64))
 
@@ -119,7 +119,7 @@ def _against(seen: float, copies: Float[np.ndarray, " N"]) -> tuple[float, float
     return float(seen), float(copies.mean()), float(lo), float(hi), float(p)
 
 
-def top_chance(scores: SeedScores, blind: Blind) -> Float[np.ndarray, " C"]:
+def top_chance(scores: SeedScores, blind: Blind) -> Float[np.ndarray, " candidates"]:
     """Seeds in whose top 5 by `honest` each candidate's blind copy is, on average; NaN where it takes no part."""
     found = np.full(len(scores.candidates), np.nan)
     seen = seed_values(scores)["honest"][:, scores.tested]

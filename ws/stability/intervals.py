@@ -92,7 +92,7 @@ def crossed_parts(
 ) -> list[Part]:
     """Standard errors of a crossed design: seeds, templates, topics, each with its degrees of freedom. A factor of one
     level has no part: its spread is unknown."""
-    grid = influence.reshape(len(influence), templates, -1)
+    grid = influence.reshape(len(influence), templates, influence.shape[1] // templates)
     return [_part(x) for x in (values, grid.mean(axis=2).T, grid.mean(axis=1).T) if len(x) > 1 or x is values]
 
 
@@ -150,7 +150,7 @@ def detectable(
     """The lead over each rival whose interval would lie above 0 with probability `power`, at these standard errors; and the
     lead over the closest rival (the others as far behind that one as they are `seen`) with which all of them would at once,
     their noise taken as independent. NaN where a standard error is unknown."""
-    if np.isnan(parts[0][0]).any() or not len(seen):
+    if not len(seen) or np.isnan(parts[0][0]).any():
         return np.full(len(seen), np.nan), float("nan")
     half = half_width(parts, level)
 
@@ -163,7 +163,7 @@ def detectable(
 
     def all_at_once(lead: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
-            return np.log(told_probability(parts, lead + seen - seen.min(), level)).sum() >= np.log(power)
+            return np.log(told_probability(parts, lead + seen - seen.min(), level)).sum(keepdims=True) >= np.log(power)
 
     each = least(lambda size: told_probability(parts, size, level) >= power, np.zeros(len(half)), 10 * half + 1e-12)
-    return each, float(least(all_at_once, np.zeros(()), np.array(10 * half.max() + 1e-12)))
+    return each, float(least(all_at_once, np.zeros(1), np.full(1, 10 * half.max() + 1e-12))[0])

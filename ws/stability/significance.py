@@ -13,7 +13,7 @@ from scipy.stats import false_discovery_control
 from ws.stability.scores import SeedScores, seed_values
 
 TESTED = ("R_w", "R_act", "joint", "specific")
-Blind = dict[str, Float[np.ndarray, "N S C"]]
+Blind = dict[str, Float[np.ndarray, "N S tested"]]
 
 
 def blind_values(raw: Blind) -> Blind:
@@ -65,7 +65,7 @@ def discoveries(p: Float[np.ndarray, "N m"], level: float) -> Float[np.ndarray, 
     """How many of each row Benjamini-Hochberg finds at a false discovery rate: the largest k with `p_(k) <= k level / m`."""
     m = p.shape[1]
     below = np.sort(p, axis=1) <= level * np.arange(1, m + 1) / m
-    return np.where(below.any(axis=1), m - below[:, ::-1].argmax(axis=1), 0)
+    return np.where(below.any(axis=1), m - below[:, ::-1].argmax(axis=1), 0).astype(np.float64)
 
 
 def significance_table(scores: SeedScores, blind: Blind) -> pl.DataFrame:

@@ -9,29 +9,29 @@ the EVAL rows and the bases: a lucky draw of either looks the same on every seed
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from ws.stability.intervals import crossed_parts, crossed_t_interval, detectable, row_influence, t_interval
+from ws.stability.intervals import Part, crossed_parts, crossed_t_interval, detectable, row_influence, t_interval
 from ws.stability.scores import SeedScores, log_values
 from ws.steer.effect import Steering
 
 ALPHA = 0.05
 POWER = 0.8
 RIVALS = {"rival": pl.String}
-RIVALS |= dict.fromkeys(("log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi", "detectable"), pl.Float64)
+RIVALS |= dict.fromkeys(("log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi"), pl.Float64)
 RIVALS |= {"told_apart": pl.Boolean}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdict:
     """winner: the named candidate, or None. leader: the best stable contender (None where w does not steer). tied: leader
     and the rivals not told apart from it (empty with a winner). reasons: why there is none. undefined: contenders without
-    a score. rivals: one row per rival (see `verdict`), empty without a leader. establishable: how many times better
-    than the closest rival (the others as far behind that one as they are) a leader has to be to be named with probability
-    .8 at this run's noise.
+    a score. rivals: one row per rival (see `verdict`), empty without a leader; parts: their standard errors
+    (`ws.stability.intervals.crossed_parts`).
     """
 
     S: int
@@ -44,17 +44,27 @@ class Verdict:
     leader: str | None = None
     tied: tuple[str, ...] = ()
     rivals: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=RIVALS))
-    establishable: float = float("nan")
+    parts: list[Part] = field(default_factory=list, repr=False)
     steering: Steering | None = None
+
+    @cached_property
+    def power(self) -> tuple[Float[np.ndarray, " R"], float]:
+        """`ws.stability.intervals.detectable` of the rivals, log ratios: the lead over each that has a probability of .8 to be
+        told apart at this run's noise, and the lead over the closest one with which the leader is named."""
+        return detectable(self.parts, self.rivals["log_ratio"].to_numpy(), POWER) if self.parts else (np.empty(0), np.nan)
+
+    @property
+    def establishable(self) -> float:
+        """How many times better than the closest rival (the others as far behind that one as they are) a leader has to be to
+        be named with probability .8 at this run's noise."""
+        return float(np.exp(self.power[1]))
 
     @property
     def far(self) -> list[str]:
-        """Rivals not told apart although they are further behind than the median rival had to be."""
-        usual = self.rivals["detectable"].fill_nan(None).median()
-        wide = self.rivals.filter(
-            ~pl.col("told_apart") & (pl.col("log_ratio") > (float("inf") if usual is None else usual))
-        )
-        return wide["rival"].to_list()
+        """Rivals not told apart although they are further behind than the median rival has to be."""
+        each = self.power[0]
+        usual = np.median(each[~np.isnan(each)]) if (~np.isnan(each)).any() else np.inf
+        return self.rivals.filter(~pl.col("told_apart") & (pl.col("log_ratio") > usual))["rival"].to_list()
 
 
 def verdict(
@@ -68,8 +78,7 @@ def verdict(
     unstable: candidates flagged by A-side stability; they cannot win, but must be beaten. q_w: Benjamini-Hochberg
     adjusted p of R_w > 1 in the order of `scores`. steers: whether w does at all; None: not asked. `rivals`, closest first:
     log_ratio of the honest joint, leader over rival (natural log), with its 95 % t interval over seeds and the crossed one
-    over seeds, templates and topics; detectable: the log ratio that had a probability of .8 to be told apart. With one EVAL
-    row the crossed interval is undefined and only seeds count.
+    over seeds, templates and topics. With one EVAL row the crossed interval is undefined and only seeds count.
     """
     names, logs = scores.candidates, log_values(scores)["honest"]
     defined = ~np.isnan(logs).any(axis=0)
@@ -90,9 +99,11 @@ def verdict(
     spread = influence[pool == leader] - influence[pool != leader]
     t_ends, crossed_ends = t_interval(difference), crossed_t_interval(difference, spread, m)
     told = (t_ends[0] > 0) & ((crossed_ends[0] > 0) | np.isnan(crossed_ends[0]))
-    size, every = detectable(crossed_parts(difference, spread, m), difference.mean(axis=0), POWER)
-    columns = [[names[c] for c in others], difference.mean(axis=0), *t_ends, *crossed_ends, size, told]
-    rivals = pl.DataFrame(columns, RIVALS).sort("log_ratio", maintain_order=True)
+    mean = difference.mean(axis=0)
+    order = np.argsort(mean, kind="stable")
+    columns = [np.array([names[c] for c in others], dtype=object), mean, *t_ends, *crossed_ends, told]
+    rivals = pl.DataFrame([list(column[order]) for column in columns], RIVALS)
+    parts = [(se[order], df) for se, df in crossed_parts(difference, spread, m)]
     copies = not np.ptp(logs[:, pool], axis=0).any()
     reasons = _reasons(plain.S, copies, rivals, unstable, None if q_w is None else float(q_w[leader]))
     winner = None if reasons else names[leader]

@@ -20,8 +20,10 @@ from ws.cache.made import kept
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text
+from ws.model.wide import widened
 from ws.steer.evaluate import answer_scores, answer_tokens
 from ws.steer.weights import weight_steer
 
@@ -32,7 +34,9 @@ def effects(
     lm: LM, behavior: Behavior, w: WeightDiff, templates: int = 1, cache: Path | None = None
 ) -> Float[np.ndarray, " n"]:
     """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe. cache: a
-    folder (of this model) to keep it in. The model is the same before and after."""
+    folder (of this model) to keep it in. Read in float32 whatever the model's dtype; the model is the same before and
+    after. ValueError inside a steered model, and for answer words that are no tokens."""
+    check_plain(lm.model)
     yes, no = answer_tokens(lm.tokenizer, behavior)
     claims = [topic.claim for topic in behavior.heldout_topics]
     asked = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
@@ -41,13 +45,13 @@ def effects(
     def measure() -> list[float]:
         ratios = []
         for alpha in (1.0, -1.0):
-            with weight_steer(lm.model, w, alpha):
+            with widened(lm.model), weight_steer(lm.model, w, alpha):
                 ratios.append(answer_scores(lm, texts, yes, no).logratio.double())
         return (ratios[0] - ratios[1]).reshape(templates, -1).mean(dim=0).tolist()
 
-    if cache is None or not lm.fingerprint:
+    if cache is None or not (model := lm.fingerprint):
         return np.array(measure())
-    params = {"model": lm.fingerprint, "w": w.fingerprint, "texts": digest(repr(texts).encode()), "words": [yes, no]}
+    params = {"model": model, "w": w.fingerprint, "texts": digest(repr(texts).encode()), "words": [yes, no]}
     key = stage_key(params | {"templates": templates}, code=["ws.steer.evaluate.answer_scores"])
     path = cache / "captures" / f"effect_{key.params[:8]}.json"
     found = kept(
@@ -84,7 +88,7 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Ste
     said = f"w moves the log-ratio by {_range(found)} nats between alpha -1 and +1"
     if len(nulls) >= 2:
         end = float(upper_end(np.asarray(nulls)[:, None])[0])
-        seen = min(found) > end
+        seen = bool(min(found) > end)
         above = f"above their spread{' on every seed' if many else ''}"
         held = f"{len(nulls)} null diffs by {_range(nulls)} (95 % of further ones up to {end:+.2f})"
         return Steering(found, nulls, seen, f"{said}, {held}: {above if seen else f'**not {above}**'}.")
@@ -93,7 +97,7 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Ste
     if few < 3:
         return Steering(found, nulls, False, f"{said}; {had}, {few} held-out claims cannot show that this is steering.")
     lows = [stats.t.interval(LEVEL, len(r) - 1, np.mean(r), max(stats.sem(r), 1e-12))[0] for r in by_claim]
-    seen = min(lows) > 0
+    seen = bool(min(lows) > 0)
     lies = "lies above 0" if seen else "**does not lie above 0**"
     every = " on every seed" if many else ""
     return Steering(
