@@ -16,7 +16,7 @@ from ws.stability.blind import blind_scores
 from ws.stability.chance import chance_table, top_chance
 from ws.stability.nulls import null_counts, null_table
 from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
-from ws.stability.seeds import SeedRuns, check_seeds, doubts, layers_of, load_seeds
+from ws.stability.seeds import SeedRuns, check_seeds, doubts, layers_of, load_seeds, positions
 from ws.stability.significance import blind_values, significance_table
 from ws.stability.verdict import Verdict, verdict
 from ws.subspaces.algebra import empty
@@ -142,12 +142,22 @@ def compare_seeds(
     doubtful = doubts(found, scores.layers).join(shared, on="candidate", how="left", maintain_order="left")
     turned = shared.filter(pl.col("seed_overlap") < 1 - overlap.SAME)["candidate"].to_list()
     unstable = a_side.filter("unstable")["candidate"].to_list()
-    told = significance.with_columns(top5_chance=top_chance(scores, blind)).join(null_table(scores), on="candidate")
+    at = positions(found)
+    means = at.group_by("candidate", maintain_order=True).agg(
+        (pl.exclude("seed").log().mean().exp()).name.suffix("_geomean")
+    )
+    told = (
+        significance.with_columns(top5_chance=top_chance(scores, blind))
+        .join(null_table(scores), on="candidate")
+        .join(means, on="candidate")
+    )
     summary = _joined(summary_table(scores, seed, boot), told, a_side)
     return Stability(
         runs=runs,
         summary=summary.join(doubtful, on="candidate", maintain_order="left"),
-        per_seed=per_seed_table(scores).join(doubtful, on="candidate", maintain_order="left"),
+        per_seed=per_seed_table(scores)
+        .join(at, on=["seed", "candidate"], maintain_order="left")
+        .join(doubtful, on="candidate", maintain_order="left"),
         ranks=rank_stability_table(scores),
         subspaces=subspaces,
         a_side=a_side,

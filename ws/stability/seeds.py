@@ -140,3 +140,20 @@ def doubts(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl.DataFr
     every = pl.concat(run.per_layer.select("layer", "subspace", "gap", "ill_conditioned") for run in found.values())
     part = every.filter(pl.col("layer").is_in(layers))
     return part.group_by(candidate="subspace", maintain_order=True).agg(DOUBTS)
+
+
+POSITIONS = {"mean_conc_act_varying": "R_act_varying", "mean_conc_act_claim": "R_act_claim"}
+POSITIONS |= {"mean_conc_act_claim_varying": "R_act_claim_varying"}
+
+
+def positions(found: Mapping[int, Explanation]) -> pl.DataFrame:
+    """Per seed and candidate: R_act of the EVAL rows minus their mean (R_act_varying) and, where the protocol reads them, of
+    the claim's tokens (R_act_claim, R_act_claim_varying). The rows of one probe are nearly one vector: R_act is mostly
+    that of their mean. (section 7)"""
+    parts = []
+    for seed, run in found.items():
+        known = {old: new for old, new in POSITIONS.items() if old in run.plain_summary.columns}
+        parts.append(run.plain_summary.select(pl.lit(seed).alias("seed"), pl.col("subspace").alias("candidate"), **{
+            new: pl.col(old) for old, new in known.items()
+        }))  # fmt: skip
+    return pl.concat(parts).with_columns(pl.col("seed").cast(pl.Int64))

@@ -51,7 +51,9 @@ class Verdict:
     def power(self) -> tuple[Float[np.ndarray, " R"], float]:
         """`ws.stability.intervals.detectable` of the rivals, log ratios: the lead over each that has a probability of .8 to be
         told apart at this run's noise, and the lead over the closest one with which the leader is named."""
-        return detectable(self.parts, self.rivals["log_ratio"].to_numpy(), POWER) if self.parts else (np.empty(0), np.nan)
+        return (
+            detectable(self.parts, self.rivals["log_ratio"].to_numpy(), POWER) if self.parts else (np.empty(0), np.nan)
+        )
 
     @property
     def establishable(self) -> float:
@@ -115,7 +117,7 @@ def verdict(
         leader=names[leader],
         tied=tied,
         rivals=rivals,
-        establishable=float(np.exp(every)),
+        parts=parts,
     )
 
 
