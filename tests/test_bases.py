@@ -109,7 +109,7 @@ def test_a_changed_function_changes_its_bases_and_no_others(shelf, built, monkey
     chosen = [get(name) for name in NAMES]
     first = shelf.bases(chosen, False)
     built["built"].clear()
-    monkeypatch.setattr(from_weights, "write_away", lambda G, F, k: left_svd(G[:, : 2 * k], k))
+    monkeypatch.setattr(from_weights, "write_away", lambda G, F, k, noise: left_svd(G[:, : 2 * k], k))
     changed = shelf.bases(chosen, False)
     assert built["built"] == ["causally_isolated"]  # the only one of these that calls it
     assert not torch.equal(first["causally_isolated"][2].B, changed["causally_isolated"][2].B)

@@ -3,13 +3,6 @@
 A basis is a `d x r` matrix with orthonormal columns, `P = B B^T`. Everything is computed in float64 and stored in
 float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvectors of its Gram `M M^T` (the same
 subspace, cheaper), and only the leading eigenpairs are computed. (docs/method.md section 4)
-
-Activations come from float32 arithmetic, whose last bits depend on the thread count and the processor. Noise of spectral
-norm E turns the top k singular vectors by at most `E / (s_k - s_{k+1})` rad (Wedin), which every basis carries along.
-Weights in half precision are rounded at random, which turns less: noise of standard deviation sigma, independent from
-entry to entry, and of `rows` of itself where a whole row is rounded alike (a gain), turns them to first order by
-
-    sqrt(sum_{i <= k < j} (sigma^2 (s_i^2 + s_j^2) + 2/d rows^2 (s_i^2 + s_j^2)^2) / (s_i^2 - s_j^2)^2)
 """
 
 from collections.abc import Callable
@@ -19,12 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NONE, Noise, as_noise, rounding, spectrum
+
 QR_TOLERANCE = 1e-5  # columns of a QR with |R_ii| at or below this are dropped
 RANK_TOLERANCE = 1e-5  # singular values below this fraction of the largest are rounding noise of float32 samples
-FLOAT32_EPS = 2.0**-23
-ROUNDING = 2 * FLOAT32_EPS  # noise of captures over their norm: measured 0.6 to 2.1 eps (docs/reliability.md)
-MOST_TURN = 1e-3  # rad; a turn of each direction by this takes 1e-6 off the overlap
-NARROW_TURN = 1e-2  # the same of what was computed from half precision
 WITHIN_ROUNDING = "the gap at the cut is within rounding"
 TURNS = "rounding may turn it by {:.1g} rad"
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
@@ -79,56 +70,11 @@ def _eigh(G: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     return values[first : last + 1], vectors[:, first : last + 1]
 
 
-def _spectrum(G: Tensor, values: Tensor, noise: "Noise", ascending: bool = False) -> Tensor:
-    """Singular values behind the eigenvalues of a Gram: those given, all of them where the noise needs all."""
-    if noise.sigma:
-        values = torch.linalg.eigvalsh(G.double()) if ascending else torch.linalg.eigvalsh(G.double()).flip(0)
-    return values.clamp(min=0).sqrt()
-
-
 def top_eigh(G: Float[Tensor, "d d"], k: int) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
     """Leading eigenpairs of a symmetric matrix in float64: `min(k + 1, d)` values, `min(k, d)` vectors, largest first."""
     d = G.shape[0]
     values, vectors = _eigh(G.double(), max(d - k - 1, 0), d - 1)
     return values.flip(0), vectors.flip(1)[:, : min(k, d)]
-
-
-def rounding(*parts: Tensor, eps: float = FLOAT32_EPS) -> float:
-    """Bound on the spectral norm of what rounding does to what was computed from these activations of precision eps."""
-    return ROUNDING / FLOAT32_EPS * eps * sum(float(x.double().square().sum()) for x in parts) ** 0.5
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What may be wrong with a matrix: `norm`, a bound on the spectral norm of any noise; `sigma`, standard deviation of
-    noise that is independent from entry to entry; `rows`, the same of a row as a whole, relative; most: the turn in rad
-    above which a basis is flagged."""
-
-    norm: float = 0.0
-    sigma: float = 0.0
-    rows: float = 0.0
-    most: float = MOST_TURN
-
-    def turn(self, s: Float[Tensor, " q"], k: int, d: int) -> float:
-        """Bound in rad, at most 1, on the turn of the first k of d singular directions. s: k values, and one past the cut
-        where there is one; all values, for `sigma` and `rows`."""
-        distance = abs(float(s[k - 1] - s[k])) if len(s) > k else float(s[k - 1])
-        if distance == 0:
-            return 1.0
-        if not self.sigma:
-            return min(self.norm / distance, 1.0)
-        square = torch.nn.functional.pad(s.double().square(), (0, d - len(s)))
-        inside, outside = square[:k, None], square[None, k:]
-        both = inside + outside
-        wrong = self.sigma**2 * both + 2 / d * self.rows**2 * both.square()
-        return min(self.norm / distance + float((wrong / (inside - outside).square()).sum()) ** 0.5, 1.0)
-
-
-NONE = Noise()
-
-
-def _noise(noise: float | Noise) -> Noise:
-    return noise if isinstance(noise, Noise) else Noise(noise)
 
 
 def _cut(s: Float[Tensor, " q"], k: int, d: int, noise: Noise) -> tuple[int, float, bool, str, float]:
@@ -162,12 +108,12 @@ def gram_basis(G: Float[Tensor, "d d"], k: int, bottom: bool = False, noise: flo
     """Top-k eigenvectors of a positive semidefinite matrix; `s` are the square roots of its eigenvalues. bottom: the k
     of least eigenvalues instead, smallest first; the gap is `(s_{k+1} - s_k) / s_{k+1}`. noise: of what G is the Gram
     of, spectral norm (`rounding`) or `Noise`; float32 weights have none."""
-    d, noise = G.shape[0], _noise(noise)
+    d, noise = G.shape[0], as_noise(noise)
     if not bottom:
         values, vectors = top_eigh(G, k)
-        return _basis(vectors, _spectrum(G, values, noise), min(k, d), noise)
+        return _basis(vectors, spectrum(G, values, noise), min(k, d), noise)
     values, vectors = _eigh(G.double(), 0, min(k, d - 1))
-    s = _spectrum(G, values, noise, ascending=True)
+    s = spectrum(G, values, noise, ascending=True)
     if k >= d:
         return Basis(vectors.float().cpu(), s.float().cpu(), most=noise.most)
     distance = float(s[k] - s[k - 1])
@@ -192,13 +138,13 @@ def left_svd(M: Float[Tensor, "d m"], k: int, noise: float | Noise | None = None
     k = min(k, d, m)
     if k == 0:
         return empty(d, "no data")
-    noise = _noise(rounding(M) if noise is None else noise)
+    noise = as_noise(rounding(M) if noise is None else noise)
     if min(d, m) <= SMALL:
         return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k, noise)
     if d <= m:
         return gram_basis(M @ M.T, k, noise=noise)
     values, V = top_eigh(M.T @ M, k)
-    s = _spectrum(M.T @ M, values, noise)
+    s = spectrum(M.T @ M, values, noise)
     keep = s[:k] > 1e-7 * s[0]
     return _basis(torch.linalg.qr((M @ V)[:, keep] / s[:k][keep]).Q, s, k, noise)
 
@@ -243,7 +189,7 @@ def cut_at_rank(basis: Basis, noise: float | Noise = NONE) -> Basis:
     rank = int((basis.s > RANK_TOLERANCE * basis.s[0]).sum())
     if rank == basis.rank:
         return basis
-    _, _, ill, why, turn = _cut(basis.s.double(), rank, basis.d, noise := _noise(noise))
+    _, _, ill, why, turn = _cut(basis.s.double(), rank, basis.d, noise := as_noise(noise))
     note = "; ".join(filter(None, (f"cut at the samples' rank {rank}", why)))
     return Basis(basis.B[:, :rank], basis.s[:rank], 1.0, ill, note, turn, noise.most)
 

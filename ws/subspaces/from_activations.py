@@ -50,23 +50,19 @@ def added_features(m: Materials) -> Basis:
 @candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
 def global_clean_resid_pca(m: Materials) -> Basis:
     """PCA over all clean probes and layers."""
-    return _pca(m, m.base.clean.resid.flatten(0, 1))
-
-
-def _pca(m: Materials, X: Tensor) -> Basis:
-    return pca(X, m.k, m.rounding(X))
+    return m.pca(m.base.clean.resid.flatten(0, 1))
 
 
 @candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
 def global_persona_resid_pca(m: Materials) -> Basis:
     """PCA over all probes and layers under both personas together."""
-    return _pca(m, torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]))
+    return m.pca(torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]))
 
 
 @candidate(family="act:baseline", source="v5", sees=PROMPTS)
 def layer_clean_resid_pca(m: Materials, l: int) -> Basis:
     """PCA over the clean probes at the layer."""
-    return _pca(m, m.base.clean.resid[l])
+    return m.pca(m.base.clean.resid[l])
 
 
 def _sides(m: Materials, l: int, what: str = "resid") -> list[Tensor]:
@@ -151,7 +147,7 @@ def gate_active_written(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the MLP writes, (act(W_gate x) * (W_up x)) W_down^T."""
     w = m.layer(l)
     x = m.base.clean.up_in[l].to(w.up.device).double()
-    return _pca(m, (m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double())
+    return m.pca((m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double())
 
 
 @candidate(family="act:cluster", source="external-v6-plan", sees=PROMPTS)
@@ -202,8 +198,7 @@ def rotation_contrast(m: Materials, l: int) -> Basis:
 
 def _rotation(m: Materials, l: int, determined: bool) -> Basis:
     Y, X = _sides(m, l)
-    both = torch.cat([X, Y])
-    J = pca(both, min(32, 2 * len(X) - 2, m.d), m.rounding(both))
+    J = m.pca(torch.cat([X, Y]), min(32, 2 * len(X) - 2, m.d))
     if J.rank < 2:
         return empty(m.d, "the joint PCA has under 2 directions")
     frame = J.B.double()

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ws.subspaces.algebra import Basis, Noise, cut_at_rank, gram_basis, left_svd, pca, project_away, union, write_away
+from ws.subspaces.algebra import Basis, cut_at_rank, gram_basis, left_svd, pca, project_away, union, write_away
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials, weight_noise
+from ws.subspaces.noise import Noise
 
 
 @candidate(family="W:unembed", source="v5", shared=True)

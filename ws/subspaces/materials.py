@@ -3,6 +3,7 @@ one pass from the last layer to the first accumulates what reads downstream of e
 weights live only while their layer is at work."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ws.model.lm import ROLES, Decoder
 from ws.model.wide import NARROW
-from ws.subspaces.algebra import FLOAT32_EPS, MOST_TURN, NARROW_TURN, Basis, Noise, gram_basis, rounding
+from ws.subspaces.algebra import Basis, gram_basis, pca
 from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
 from ws.subspaces.check import as_basis
+from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, Noise, rounding
 
 GRAMS = {"o_gram": "o", "kv_gram": "kv", "q_gram": "q"} | {f"{r}_gram": (r,) for r in ("down", "up", "gate")}
 SUMS = {
@@ -142,6 +144,10 @@ class Materials:
         size_a, size_b = (float(torch.linalg.matrix_norm(M.double(), ord=2)) for M in (A, B))
         return Noise(sigma=((a.sigma * size_b) ** 2 + (b.sigma * size_a) ** 2) ** 0.5, most=NARROW_TURN)
 
+    def pca(self, X: Float[Tensor, "n d"], k: int | None = None) -> Basis:
+        """Top `k` principal directions of activations of the model."""
+        return pca(X, k or self.k, self.rounding(X))
+
     def top(self, l: int, gram: str) -> Basis:
         """Top `k` left singular vectors of what a Gram of block l is the Gram of (`LayerWeights`)."""
         w = self.layer(l)
@@ -189,7 +195,13 @@ class Materials:
                 made = entry.build(self) if entry.shared else entry.build(self, l)
             finally:
                 self._asking.pop()
-            self._composed[key] = as_basis(made, self.d, entry.name if entry.shared else f"{entry.name} at layer {l}")
+            made = as_basis(made, self.d, entry.name if entry.shared else f"{entry.name} at layer {l}")
+            coarser = weight_eps(self.decoder) / FLOAT32_EPS
+            if coarser > 1 and made.turn and made.most < NARROW_TURN:  # one's own, which spoke of float32's rounding
+                turn = min(made.turn * coarser, 1.0)
+                doubt = made.ill_conditioned or turn > NARROW_TURN
+                made = replace(made, turn=turn, most=NARROW_TURN, ill_conditioned=doubt)
+            self._composed[key] = made
         return self._composed[key]
 
     def forget(self, l: int) -> None:
