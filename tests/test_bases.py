@@ -166,6 +166,15 @@ def test_captures_follow_the_code_that_reads_and_are_shared_by_protocols(
     assert built["passes"] == 20
 
 
+def test_bases_follow_the_code_that_reads_where_they_see_the_prompts(shelf, built, monkeypatch):
+    chosen = [get("write"), get("TaskDiff_contrast")]
+    shelf.bases(chosen, False)
+    built["built"].clear()
+    monkeypatch.setattr(reading, "last_index", lambda mask: mask.sum(dim=1) - 1)
+    shelf.bases(chosen, False)
+    assert built["built"] == ["TaskDiff_contrast"] and built["passes"] == 6
+
+
 def test_ones_own_candidate_is_built_anew_when_it_or_what_it_calls_changes(shelf, built, tmp_path):
     file = tmp_path / "mine.py"
     text = (
