@@ -33,8 +33,8 @@ RUNS_DIR = ""  # folder that holds seed_<k>/<protocol>; empty: out/<model>/<beha
 CANDIDATES = []  # files with candidates of one's own; empty: those kept with the sweeps
 # statistics
 BOOT = 20000  # bootstrap draws
-N_NULL = 10000  # random subspaces behind the p-values
-STAT_SEED = 0  # of bootstrap and nulls
+N_NULL = 10000  # blind copies of the candidates behind p-values and chance levels
+STAT_SEED = 0  # of bootstrap and blind copies
 CORRECTIONS = True  # run v7 again with one correction at a time
 # the machine
 DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
@@ -49,7 +49,7 @@ from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import literal, write_table
 from ws.stability import corrections
 from ws.stability import figures as draw
-from ws.stability.compare import own_candidates
+from ws.stability.compare import LEADING, own_candidates
 
 run = begin("v7b_stability", globals())
 sweeps = run.sweeps
@@ -67,13 +67,15 @@ log = start_log("v7b_stability", run.folder)
 
 # %%
 own = own_candidates(next(iter(sweeps.values())), CANDIDATES)
-found = ws.compare_seeds(sweeps, lm, behavior, own=own, boot=BOOT, n_null=N_NULL, seed=STAT_SEED)
+draws = dict(boot=BOOT, n_null=N_NULL, seed=STAT_SEED)
+found = ws.compare_seeds(sweeps, lm, behavior, own=own, progress=True, **draws)
 found.save(run.folder)
 scores = found.runs.scores
 display(
     Markdown(
         f"{literal(run.title)}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
-        f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes, d = {scores.d}. {literal(found.bases)}"
+        f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes ({scores.templates} wordings of each topic), {len(scores.null_w)} null diffs,"
+        f" d = {scores.d}. {literal(found.bases)}"
     )
 )
 display(show_table(found.a_side.sort("stability"), rows=12))
@@ -88,16 +90,34 @@ display(show(draw.oracle_overlap_figure(found.subspaces), run.folder / "v7b_orac
 # %% [markdown]
 # ## Scores and intervals
 #
-# Two intervals for every score: a bootstrap that resamples seeds and probes independently, and a t interval over seeds.
-# With few seeds the second is the honest one (its simulated coverage is in docs/method.md). `p_R_w` compares the weight
-# recovery with random subspaces, `q_R_w` is adjusted over all candidates.
+# Two intervals for every score: a bootstrap that resamples seeds, wordings and topics independently, and a t interval over
+# seeds. With few seeds the second is the honest one (its simulated coverage is in docs/method.md). The hollow diamond is the
+# geometric mean over null diffs: training on the same texts with shuffled labels.
 
 # %%
 display(show(draw.forest_plot(found.summary, found.per_seed, found.verdict.winner), run.folder / "v7b_forest"))
 
 # %%
 display(show(draw.bump_chart(found.per_seed, found.summary), run.folder / "v7b_ranks"))
-display(show_table(found.ranks))
+
+# %% [markdown]
+# The best by the rank-honest joint score, the geometric mean of two shares: of what the best subspace of the same rank holds
+# of the activation differences (`H_act`) and of `w` (`H_w`). R falls with the rank of a basis, these do not. `on null`: the
+# geometric mean over null diffs. `varying`: R_act of the EVAL rows minus their mean; `claim`: at the claim's tokens.
+
+# %%
+shown = {column: name for column, name in LEADING.items() if column in found.summary.columns}
+display(show_table(found.summary, shown, rows=15))
+
+# %% [markdown]
+# ## What chance gives
+#
+# The seeds share bases, prompts and most of `w`, and bases overlap. So a *blind copy* of all candidates, their own bases under
+# one random rotation, agrees between seeds too. Every count stands beside what such copies reach; `p` is the share of copies
+# that reach as much.
+
+# %%
+display(show_table(found.chance, rows=40))
 
 # %% [markdown]
 # ## The verdict

@@ -109,7 +109,7 @@ def test_a_changed_function_changes_its_bases_and_no_others(shelf, built, monkey
     chosen = [get(name) for name in NAMES]
     first = shelf.bases(chosen, False)
     built["built"].clear()
-    monkeypatch.setattr(from_weights, "write_away", lambda G, F, k: left_svd(G[:, : 2 * k], k))
+    monkeypatch.setattr(from_weights, "write_away", lambda G, F, k, noise: left_svd(G[:, : 2 * k], k))
     changed = shelf.bases(chosen, False)
     assert built["built"] == ["causally_isolated"]  # the only one of these that calls it
     assert not torch.equal(first["causally_isolated"][2].B, changed["causally_isolated"][2].B)
@@ -171,6 +171,15 @@ def test_captures_follow_the_code_that_reads_and_are_shared_by_protocols(
         steered.capture_steered(lm, asked, w, replace(v7, **more), cache=tmp_path)
     steered.capture_steered(lm, asked, w, v7, cache=tmp_path, fit=False)
     assert len(list(tmp_path.rglob("steered_*.safetensors"))) == files + 4
+
+
+def test_bases_follow_the_code_that_reads_where_they_see_the_prompts(shelf, built, monkeypatch):
+    chosen = [get("write"), get("TaskDiff_contrast")]
+    shelf.bases(chosen, False)
+    built["built"].clear()
+    monkeypatch.setattr(reading, "last_index", lambda mask: mask.sum(dim=1) - 1)
+    shelf.bases(chosen, False)
+    assert built["built"] == ["TaskDiff_contrast"] and built["passes"] == 6
 
 
 def test_ones_own_candidate_is_built_anew_when_it_or_what_it_calls_changes(shelf, built, tmp_path):

@@ -1,5 +1,6 @@
 """A half-precision model in float32 for a while: what is read in between carries no rounding but float32's. In bfloat16 the
-difference of two passes is mostly their rounding: 0.7 times the signal at |w|/|W| = 1e-2, 5.7 times at 1e-3. (docs/method.md section 7)"""
+difference of two passes is mostly their rounding: 0.7 times the signal at |w|/|W| = 1e-2, 5.7 times at 1e-3.
+(docs/method.md section 7)"""
 
 from functools import partial
 

@@ -67,7 +67,7 @@ def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFram
 def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | None = None) -> Figure:
     """R_act and R_w of every candidate with both intervals, in the order of `summary`; dashed line at 1 (chance). Dot
     (star: ceiling): geometric mean over seeds; ticks: the seeds; thick band: crossed bootstrap; thin line: t over
-    seeds, cut with an arrowhead where it leaves the panel; hollow diamond: null diff."""
+    seeds, cut with an arrowhead where it leaves the panel; hollow diamond: geometric mean over null diffs."""
     count, S = summary.height, summary["S"][0]
     figure = Figure(figsize=(10.5, 1.9 + 0.185 * count), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -91,11 +91,13 @@ def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | Non
         "95 % crossed bootstrap": {"color": "#555555", **BAND},
         f"95 % t over {S} seeds": {"color": "#555555", "linewidth": 0.9},
         "one seed": {"color": "#333333", "marker": "|", "markersize": 5, "linestyle": ""},
-        "null diff": {"markeredgecolor": "#555555", "markersize": 3.5, **DIAMOND},
+        "null diffs, mean": {"markeredgecolor": "#555555", "markersize": 3.5, **DIAMOND},
     }
     _legend_below(figure, [first.plot([], [], **style)[0] for style in styles.values()], list(styles))
     said = f"winner: {plain(winner)}" if winner else "no winner"
-    figure.suptitle(f"Concentration over {S} seeds, sorted by joint score ({said})", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(
+        f"Concentration over {S} seeds, sorted by the rank-honest joint score ({said})", fontsize=11, x=0.01, ha="left"
+    )
     return figure
 
 
@@ -109,7 +111,7 @@ def _spread(places: list[float], gap: float) -> list[float]:
 
 
 def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> Figure:
-    """Rank by joint score on each seed, one line per A-hypothesis; the `top` of the summary in colour, others grey.
+    """Rank by the rank-honest joint score on each seed, one line per A-hypothesis; the `top` of the summary in colour, others grey.
     Names stand at both ends, moved apart where ranks are shared."""
     ranked = per_seed.filter(pl.col("rank_in_seed").is_not_null())
     seeds = ranked["seed"].unique(maintain_order=True).to_list()
@@ -137,7 +139,11 @@ def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> 
     axes.set_yticks([])
     axes.grid(axis="x", **GRID)
     _plain(axes, "left", "bottom")
-    axes.set_title(f"Rank by joint score on each seed ({len(ranks)} candidates, 1 at the top)", fontsize=10, loc="left")
+    axes.set_title(
+        f"Rank by the rank-honest joint score on each seed ({len(ranks)} candidates, 1 at the top)",
+        fontsize=10,
+        loc="left",
+    )
     return figure
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ws.subspaces.algebra import Basis, compose, cut_at_rank, empty, left_svd, pca, rounding, uncentred
+from ws.subspaces.algebra import Basis, compose, cut_at_rank, empty, left_svd, pca, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
@@ -31,38 +31,38 @@ def suppressed(m: Materials) -> Basis:
     """PCA over clean probes of min(sum_l relu(D), sum_l relu(-D)), D the growth of |h| from layer to layer: what is
     written and then erased."""
     D = _growth(m)
-    return pca(torch.minimum(D.relu().sum(dim=0), (-D).relu().sum(dim=0)), m.k, rounding(m.base.clean.resid))
+    return pca(torch.minimum(D.relu().sum(dim=0), (-D).relu().sum(dim=0)), m.k, m.rounding(m.base.clean.resid))
 
 
 @candidate(family="act:clean", source="v5", sees=PROMPTS, shared=True)
 def amplified(m: Materials) -> Basis:
     """PCA over clean probes of relu(|h_last| - |h_first|)."""
     size = m.base.clean.resid.double().abs()
-    return pca((size[-1] - size[0]).relu(), m.k, rounding(size[-1], size[0]))
+    return pca((size[-1] - size[0]).relu(), m.k, m.rounding(size[-1], size[0]))
 
 
 @candidate(family="act:clean", source="external-v6-plan", sees=PROMPTS, shared=True)
 def added_features(m: Materials) -> Basis:
     """PCA over clean probes of sum_l relu(D), D the growth of |h| from layer to layer."""
-    return pca(_growth(m).relu().sum(dim=0), m.k, rounding(m.base.clean.resid))
+    return pca(_growth(m).relu().sum(dim=0), m.k, m.rounding(m.base.clean.resid))
 
 
 @candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
 def global_clean_resid_pca(m: Materials) -> Basis:
     """PCA over all clean probes and layers."""
-    return pca(m.base.clean.resid.flatten(0, 1), m.k)
+    return m.pca(m.base.clean.resid.flatten(0, 1))
 
 
 @candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
 def global_persona_resid_pca(m: Materials) -> Basis:
     """PCA over all probes and layers under both personas together."""
-    return pca(torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]), m.k)
+    return m.pca(torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]))
 
 
 @candidate(family="act:baseline", source="v5", sees=PROMPTS)
 def layer_clean_resid_pca(m: Materials, l: int) -> Basis:
     """PCA over the clean probes at the layer."""
-    return pca(m.base.clean.resid[l], m.k)
+    return m.pca(m.base.clean.resid[l])
 
 
 def _sides(m: Materials, l: int, what: str = "resid") -> list[Tensor]:
@@ -76,7 +76,7 @@ def task_diff(m: Materials, l: int) -> Basis:
 
 
 def _centred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
-    return pca(pos - neg, m.k, rounding(pos, neg))
+    return pca(pos - neg, m.k, m.rounding(pos, neg))
 
 
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def _attention_selected(m: Materials, D: Tensor, a: Tensor, b: Tensor, size: Tensor, weight: Weight) -> Basis:
     weights = (weight(a, b) + TINY).sqrt()
-    return pca((D * weights[:, :, None]).flatten(0, 1), m.k, rounding(size * weights))
+    return pca((D * weights[:, :, None]).flatten(0, 1), m.k, m.rounding(size * weights))
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def gate_active_written(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the MLP writes, (act(W_gate x) * (W_up x)) W_down^T."""
     w = m.layer(l)
     x = m.base.clean.up_in[l].to(w.up.device).double()
-    return pca((m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double(), m.k)
+    return m.pca((m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double())
 
 
 @candidate(family="act:cluster", source="external-v6-plan", sees=PROMPTS)
@@ -159,11 +159,11 @@ def chars_clusters(m: Materials, l: int) -> Basis:
 
 def _clusters(m: Materials, l: int, cut: bool) -> Basis:
     rows = torch.cat([m.base.clean.resid[l], m.base.pos.resid[l], m.base.neg.resid[l]]).double()
-    noise = rounding(rows.norm(dim=1).topk(min(8, len(rows))).values)
+    noise = m.rounding(rows.norm(dim=1).topk(min(8, len(rows))).values)
     centroids, margin = kmeans(rows - rows.mean(dim=0))
     basis = pca(centroids, m.k, noise)
     basis = cut_at_rank(basis, noise) if cut else basis
-    return basis if margin > noise else replace(basis, ill_conditioned=True, turn=1.0, note=TIED)
+    return basis if margin > noise.norm else replace(basis, ill_conditioned=True, turn=1.0, note=TIED)
 
 
 def kmeans(rows: Tensor) -> tuple[Tensor, float]:
@@ -198,7 +198,7 @@ def rotation_contrast(m: Materials, l: int) -> Basis:
 
 def _rotation(m: Materials, l: int, determined: bool) -> Basis:
     Y, X = _sides(m, l)
-    J = pca(torch.cat([X, Y]), min(32, 2 * len(X) - 2, m.d))
+    J = m.pca(torch.cat([X, Y]), min(32, 2 * len(X) - 2, m.d))
     if J.rank < 2:
         return empty(m.d, "the joint PCA has under 2 directions")
     frame = J.B.double()
@@ -212,13 +212,13 @@ def _rotation(m: Materials, l: int, determined: bool) -> Basis:
         A, _, Bh = torch.linalg.svd(U[:, q:].T @ Vh[q:].T)
         R = R + U[:, q:] @ A @ Bh @ Vh[q:]
     # noise of u_i^T X_r^T Y_r v_j, and what it does to R: over s_i + s_j inside the rank, s_i - s_j across its edge
-    noise = rounding(X) * (Y_r @ Vh.T).norm(dim=0)[None] + rounding(Y) * (X_r @ U).norm(dim=0)[:, None]
+    noise = m.rounding(X).norm * (Y_r @ Vh.T).norm(dim=0)[None] + m.rounding(Y).norm * (X_r @ U).norm(dim=0)[:, None]
     noise = noise / (len(X) ** 0.5 + m.d**0.5)  # one entry's, where all together have that spectral norm
     apart = torch.where(torch.arange(len(s)) < q, s, -s)
-    noise = 2 * float((noise[:q] / (s[:q, None] + apart).clamp(min=1e-30)).norm())
+    noise = replace(m.rounding(X), norm=2 * float((noise[:q] / (s[:q, None] + apart).clamp(min=1e-30)).norm()))
     turn = left_svd(R - R.T, m.k, noise)
     turn = cut_at_rank(turn, noise) if determined else turn
-    found = compose(frame @ turn.B.double(), turn, Basis(J.B, turn=J.turn))
+    found = compose(frame @ turn.B.double(), turn, Basis(J.B, turn=J.turn, most=J.most))
     arbitrary = not determined and q < J.rank
     note = f"cross-covariance of rank {q} under {J.rank}: R is arbitrary on its null space" if arbitrary else found.note
     return replace(found, s=turn.s, ill_conditioned=found.ill_conditioned or arbitrary, note=note)
@@ -235,7 +235,7 @@ def task_diff_uncentred(m: Materials, l: int) -> Basis:
 
 
 def _uncentred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
-    return uncentred(pos - neg, m.k, (pos.square().sum(dim=1) + neg.square().sum(dim=1)).sqrt())
+    return uncentred(pos - neg, m.k, (pos.square().sum(dim=1) + neg.square().sum(dim=1)).sqrt(), m.rounding)
 
 
 @candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
@@ -264,7 +264,7 @@ def _common_selected(m: Materials, l: int, weight: Weight) -> Basis:
     weights = (weight(a, b)[keep] + TINY).sqrt()
     if not len(weights):
         return empty(m.d, "the persona texts share no token at their end")
-    return left_svd((D[keep] * weights[:, None]).T, m.k, rounding(size[keep] * weights))
+    return left_svd((D[keep] * weights[:, None]).T, m.k, m.rounding(size[keep] * weights))
 
 
 @candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)

@@ -38,7 +38,8 @@ def save_bases(rows: list[Basis], path: Path) -> None:
     tensors, facts = {}, {}
     for l, b in enumerate(rows[:1] if all(b is rows[0] for b in rows) else rows):
         tensors |= {f"{l}/B": b.B.contiguous().clone(), f"{l}/s": b.s.clone()}  # a cut basis shares memory
-        facts[str(l)] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note, "turn": b.turn}
+        facts[str(l)] = {"gap": b.gap, "ill_conditioned": b.ill_conditioned, "note": b.note}
+        facts[str(l)] |= {"turn": b.turn, "most": b.most}
     save_file(tensors, path, metadata={"bases": json.dumps({"layers": len(rows), "facts": facts})})
 
 

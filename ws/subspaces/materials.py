@@ -3,6 +3,7 @@ one pass from the last layer to the first accumulates what reads downstream of e
 weights live only while their layer is at work."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -10,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.model.lm import ROLES, Decoder
-from ws.subspaces.algebra import Basis, gram_basis
+from ws.model.wide import NARROW
+from ws.subspaces.algebra import Basis, gram_basis, pca
 from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
 from ws.subspaces.check import as_basis
+from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, Noise, rounding
 
 GRAMS = {"o_gram": "o", "kv_gram": "kv", "q_gram": "q"} | {f"{r}_gram": (r,) for r in ("down", "up", "gate")}
 SUMS = {
@@ -60,6 +63,18 @@ class LayerWeights:
         setattr(self, name, made)
         return made
 
+    def noise(self, gram: str) -> Noise:
+        """Of what the named Gram is the Gram of."""
+        gains = [output_gain(self._decoder, self._l, role) for role in ("o", "down")] if self._fold else []
+        gained = gram in ("o_gram", "down_gram", "write_gram") and any((g != 1).any() for g in gains)
+        return weight_noise(self._decoder, getattr(self, gram), self.columns(gram), gained)
+
+    def columns(self, gram: str) -> int:
+        """Number of columns of what the named Gram is the Gram of."""
+        if gram in SUMS:
+            return sum(map(self.columns, SUMS[gram]))
+        return sum(self._decoder.linear(self._l, r).weight.shape[r in ("o", "down")] for r in GRAMS[gram])
+
     def release(self) -> None:
         for role in ROLES:
             self.__dict__.pop(role, None)
@@ -76,6 +91,23 @@ def check_widths(k: int, k_broad: int, d: int) -> None:
 def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
     """Gain of the norm on the output that `role` (`o` or `down`) writes; ones where there is none."""
     return decoder.norm_gain(l, "attn_out" if role == "o" else "mlp_out")
+
+
+def weight_eps(decoder: Decoder) -> float:
+    """Distance of 1 from the next number in the dtype of the blocks' weights; float32's for wider ones."""
+    dtype = decoder.linear(0, "o").weight.dtype
+    return torch.finfo(dtype).eps if dtype in NARROW else FLOAT32_EPS
+
+
+def weight_noise(decoder: Decoder, gram: Tensor, columns: int, gained: bool = False) -> Noise:
+    """Of a weight matrix M with Gram `M M^T`: none in float32. In half precision a weight is off by up to `eps/2` of
+    itself, evenly, so by at most `eps / sqrt 12` of it in standard deviation; taken from the row of largest norm.
+    gained: each row was multiplied by a gain, rounded alike."""
+    eps = weight_eps(decoder)
+    if eps <= FLOAT32_EPS:
+        return Noise()
+    sigma = eps * (float(gram.diagonal().max()) / columns / 12) ** 0.5
+    return Noise(sigma=sigma, rows=eps / 12**0.5 if gained else 0.0, most=NARROW_TURN)
 
 
 class Materials:
@@ -98,6 +130,28 @@ class Materials:
         self._composed: dict[tuple[str, int], Basis] = {}
         self._asking: list[Candidate] = []
         self.asked: dict[str, set[str]] = {}  # candidate -> those it was composed of
+
+    def rounding(self, *parts: Tensor) -> Noise:
+        """What rounding does to what was computed from these activations of the model, in its precision."""
+        eps = weight_eps(self.decoder)
+        return Noise(rounding(*parts, eps=eps), most=NARROW_TURN if eps > FLOAT32_EPS else MOST_TURN)
+
+    def product_noise(self, A: Tensor, B: Tensor) -> Noise:
+        """Of the product of two weight matrices: along any two directions `sqrt(sigma_A^2 |B|^2 + |A|^2 sigma_B^2)`."""
+        if weight_eps(self.decoder) <= FLOAT32_EPS:
+            return Noise()
+        a, b = (weight_noise(self.decoder, M @ M.T, M.shape[1]) for M in (A, B))
+        size_a, size_b = (float(torch.linalg.matrix_norm(M.double(), ord=2)) for M in (A, B))
+        return Noise(sigma=((a.sigma * size_b) ** 2 + (b.sigma * size_a) ** 2) ** 0.5, most=NARROW_TURN)
+
+    def pca(self, X: Float[Tensor, "n d"], k: int | None = None) -> Basis:
+        """Top `k` principal directions of activations of the model."""
+        return pca(X, k or self.k, self.rounding(X))
+
+    def top(self, l: int, gram: str) -> Basis:
+        """Top `k` left singular vectors of what a Gram of block l is the Gram of (`LayerWeights`)."""
+        w = self.layer(l)
+        return gram_basis(getattr(w, gram), self.k, noise=w.noise(gram))
 
     @property
     def base(self) -> BaseCaptures:
@@ -141,7 +195,13 @@ class Materials:
                 made = entry.build(self) if entry.shared else entry.build(self, l)
             finally:
                 self._asking.pop()
-            self._composed[key] = as_basis(made, self.d, entry.name if entry.shared else f"{entry.name} at layer {l}")
+            made = as_basis(made, self.d, entry.name if entry.shared else f"{entry.name} at layer {l}")
+            coarser = weight_eps(self.decoder) / FLOAT32_EPS
+            if coarser > 1 and made.turn and made.most < NARROW_TURN:  # one's own, which spoke of float32's rounding
+                turn = min(made.turn * coarser, 1.0)
+                doubt = made.ill_conditioned or turn > NARROW_TURN
+                made = replace(made, turn=turn, most=NARROW_TURN, ill_conditioned=doubt)
+            self._composed[key] = made
         return self._composed[key]
 
     def forget(self, l: int) -> None:
@@ -153,21 +213,34 @@ class Materials:
         """`W_lm^T W_lm`, accumulated over vocabulary chunks."""
         return left_gram(self.decoder.logits_module().weight.detach().T)
 
+    @property
+    def unembed_noise(self) -> Noise:
+        return weight_noise(self.decoder, self.unembed_gram, self.decoder.vocab)
+
     @cached_property
     def lm_broad(self) -> Basis:
         """lm64: top `k_broad` right singular vectors of the unembedding."""
-        return gram_basis(self.unembed_gram, self.k_broad)
+        return gram_basis(self.unembed_gram, self.k_broad, noise=self.unembed_noise)
 
     @cached_property
     def _global(self) -> tuple[Tensor, Tensor, dict[int, Basis]]:
         """One pass from the last layer down: all readers, all writers, readers downstream of each block."""
-        readers, downstream = self.unembed_gram.clone(), {}
+        readers, downstream, columns = self.unembed_gram.clone(), {}, self.decoder.vocab
         writers = torch.zeros_like(readers)
         for l in reversed(range(self.n_layers)):
-            downstream[l] = gram_basis(readers, self.k_broad)
+            downstream[l] = gram_basis(readers, self.k_broad, noise=weight_noise(self.decoder, readers, columns))
+            columns += self.layer(l).columns("read_gram")
             readers += self.layer(l).read_gram.to(readers.device)
             writers += self.layer(l).write_gram.to(readers.device)
         return readers, writers, downstream
+
+    def noise_of_all(self, gram: str) -> Noise:
+        """Of what `readers_gram` or `writers_gram` is the Gram of."""
+        reads = gram == "readers_gram"
+        columns = self.decoder.vocab if reads else 0
+        for l in range(self.n_layers):
+            columns += LayerWeights(self.decoder, l, self._fold).columns("read_gram" if reads else "write_gram")
+        return weight_noise(self.decoder, getattr(self, gram), columns)
 
     @property
     def readers_gram(self) -> Tensor:
@@ -186,4 +259,4 @@ class Materials:
     @cached_property
     def read_broad(self) -> Basis:
         """gr64: top `k_broad` eigenvectors of `readers_gram`."""
-        return gram_basis(self.readers_gram, self.k_broad)
+        return gram_basis(self.readers_gram, self.k_broad, noise=self.noise_of_all("readers_gram"))
