@@ -73,15 +73,17 @@ def orth(M: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
     return torch.linalg.qr(M).Q
 
 
-def simulated(d: int, S: int, L: int, C: int, seed: int = 0, rank: int = 64, rows: int = 48) -> World:
+def simulated(
+    d: int, S: int, L: int, C: int, seed: int = 0, rank: int = 64, rows: int = 48, power: float = -1.0
+) -> World:
     """Seeds that share most of w and of what it does, layers that share directions, candidates whose bases drift over the
-    layers, slowly or fast."""
+    layers, slowly or fast. power: how w's singular values fall."""
     g, rank = torch.Generator().manual_seed(seed), min(rank, d // 2)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    spectrum = torch.arange(1, rank + 1, dtype=torch.float64) ** -1.0
+    spectrum = torch.arange(1, rank + 1, dtype=torch.float64) ** power
     shared, own = normal(d, rank), [[normal(d, rank) for _ in range(2)] for _ in range(L)]
 
     def writer(l: int, role: int) -> Tensor:

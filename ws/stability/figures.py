@@ -111,8 +111,8 @@ def _spread(places: list[float], gap: float) -> list[float]:
 
 
 def bump_chart(per_seed: pl.DataFrame, summary: pl.DataFrame, top: int = 10) -> Figure:
-    """Rank by the rank-honest joint score on each seed, one line per A-hypothesis; the `top` of the summary in colour, others grey.
-    Names stand at both ends, moved apart where ranks are shared."""
+    """Rank by the rank-honest joint score on each seed, one line per A-hypothesis; the `top` of the summary in colour, others
+    grey. Names stand at both ends, moved apart where ranks are shared."""
     ranked = per_seed.filter(pl.col("rank_in_seed").is_not_null())
     seeds = ranked["seed"].unique(maintain_order=True).to_list()
     of = {name: ranked.filter(pl.col("candidate") == name)["rank_in_seed"].to_list() for name in summary["candidate"]}
