@@ -6,9 +6,13 @@ worst case, as flat as i^-0.6. The textbook form is timed on a few draws and sca
 .venv/bin/python bench/blind.py
 """
 
+import sys
 import time
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.calibration import World, plain_scores, simulated
 from ws.stability.blind import blind_scores, haar
