@@ -167,6 +167,9 @@ def test_conclusion_takes_every_number_from_the_tables(planted):
     )
     shown = embedded(text).data
     assert "### Conclusion: planted\n" in shown and "\n#### Leader of this seed\n" in shown and "\n# " not in shown
+    assert "lose their end" not in text and "3 texts are longer than MAX_LENGTH" in words.conclusion(
+        pct, table, here | {"n_cut": 3}, {}, STEERS
+    )
     sound = facts("planted", n_fit=20, n_eval=12, protocol={"name": "v7b", "eval_split": "held_out"})
     assert "may have been trained on" not in words.conclusion(pct, table, sound, {}, STEERS)
     rows = words.definitions([c.about for c in candidates]).strip().splitlines()

@@ -103,11 +103,11 @@ def test_chance_levels_are_those_of_copies_that_hang_together():
     tau = table.filter(what="Kendall's tau between seeds", score="R_w").row(0, named=True)
     assert tau["blind_mean"] == pytest.approx(chance.pair_tau(np.log(blind["R_w"][:1000])).mean())
     assert 0.8 < tau["blind_mean"] < 0.95 and tau["blind_lo"] < tau["blind_mean"] < tau["blind_hi"]
-    sides = table.filter(what="on one side of 1 on every seed", score="R_act").row(0, named=True)
+    sides = table.filter(what="Candidates on one side of 1 on every seed", score="R_act").row(0, named=True)
     assert sides["observed"] == 12 and 9 < sides["blind_mean"] < 12 and sides["candidates"] == 12
-    raw = table.filter(what="p <= 0.05, uncorrected", score="R_w").row(0, named=True)
+    raw = table.filter(what="Uncorrected p <= 0.05", score="R_w").row(0, named=True)
     assert raw["blind_mean"] == pytest.approx(12 * 0.05, abs=0.05)
-    found = table.filter(what="found at a false discovery rate of 0.05", score="R_w").row(0, named=True)
+    found = table.filter(what="Found at a false discovery rate of 0.05", score="R_w").row(0, named=True)
     assert 0.01 < found["blind_mean"] < 0.3
     top = chance.top_chance(scores, blind)
     assert top.sum() == pytest.approx(5 * S) and (top < S).all()

@@ -40,7 +40,7 @@ def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict
     if not steers.seen:
         led = "None is named: w is not shown to steer, and where it does nothing, nothing carries what it does."
     sections = {
-        "Does w steer?": [steers.text[0].upper() + steers.text[1:]],
+        "Does w steer?": [steers.text],
         "Leader of this seed": [led],
         "Against null diffs": [f"- {line}" for line in _against_nulls(pct, ranked[:1], facts)],
         "Do activation and weight recovery agree?": [f"- {line}" for line in _agreement(pct)],
@@ -181,6 +181,8 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
         out += [
             f"{n} EVAL topics in one wording are nearly one measurement: their differences hardly differ in direction."
         ]
+    if facts.get("n_cut"):
+        out += [f"{facts['n_cut']} texts are longer than MAX_LENGTH tokens and lose their end: the question."]
     p = facts["protocol"]
     trained_on = max(0, min(facts["n_train_topics"], N_PROBES) - facts["n_fit"]) if p["eval_split"] == "half" else 0
     if trained_on:

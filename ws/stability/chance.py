@@ -71,10 +71,10 @@ def t_above(logs: Logs) -> Float[np.ndarray, " N"]:
 COUNTS = {
     "Kendall's tau between seeds": (pair_tau, SCORES),
     "Spearman's rho between seeds": (pair_rho, SCORES),
-    "top-5 places two seeds share": (pair_top, SCORES),
-    "in the top 5 on every seed": (top_on_all, SCORES),
-    "on one side of 1 on every seed": (one_side, ("R_act", "R_w")),
-    "t interval over seeds above 1": (t_above, ("R_act", "R_w")),
+    "Top-5 places two seeds share": (pair_top, SCORES),
+    "Candidates in the top 5 on every seed": (top_on_all, SCORES),
+    "Candidates on one side of 1 on every seed": (one_side, ("R_act", "R_w")),
+    "Candidates whose t interval over seeds lies above 1": (t_above, ("R_act", "R_w")),
 }
 
 
@@ -99,9 +99,9 @@ def chance_table(scores: SeedScores, blind: Blind) -> pl.DataFrame:
         if use.any():
             p, own = blind_p(observed[use], null[:, use]), own_p(null[:, use])
             at = float((p <= ALPHA).sum()), (own <= ALPHA).sum(axis=1).astype(np.float64)
-            rows.append((f"p <= {ALPHA:g}, uncorrected", name, int(use.sum()), *_against(*at)))
+            rows.append((f"Uncorrected p <= {ALPHA:g}", name, int(use.sum()), *_against(*at)))
             hits = float(discoveries(p[None], ALPHA)[0]), discoveries(own, ALPHA)
-            rows.append((f"found at a false discovery rate of {ALPHA:g}", name, int(use.sum()), *_against(*hits)))
+            rows.append((f"Found at a false discovery rate of {ALPHA:g}", name, int(use.sum()), *_against(*hits)))
     schema = {"what": pl.String, "score": pl.String, "candidates": pl.Int64}
     schema |= dict.fromkeys(("observed", "blind_mean", "blind_lo", "blind_hi", "p"), pl.Float64)
     return pl.DataFrame(rows, schema, orient="row")

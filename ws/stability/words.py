@@ -7,7 +7,7 @@ import polars as pl
 from scipy import stats
 
 from ws.show.tables import literal
-from ws.stability.chance import COPIES
+from ws.stability.chance import COPIES, COUNTS
 from ws.stability.verdict import ALPHA, POWER, Verdict
 
 
@@ -15,7 +15,7 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(map(literal, names))
 
 
-def _winner_lines(v: Verdict) -> list[str]:
+def _winner_lines(v: Verdict, summary: pl.DataFrame) -> list[str]:
     bound = f"a false winner has probability at most {ALPHA:g} where a rival is as good"
     lines = []
     if v.winner:
@@ -44,7 +44,23 @@ def _winner_lines(v: Verdict) -> list[str]:
             f"Power: with {v.S} seeds and the noise of this run, a leader {v.establishable:.2f} times better than the"
             f" closest rival is named with probability {POWER:g} (the other rivals as far behind that one as they are here)."
         )
-    return [*lines, *([v.steering.text[0].upper() + v.steering.text[1:]] if v.steering else [])]
+    lines += [f"Steering: {v.steering.text}"] if v.steering else []
+    return lines + _named_against_nulls(v.winner or v.leader, summary)
+
+
+def _named_against_nulls(name: str | None, summary: pl.DataFrame) -> list[str]:
+    """The winner's or leader's scores beside those of null diffs, which no verdict over rivals asks for."""
+    if name is None or "R_w_null_hi" not in summary.columns:
+        return []
+    row = summary.row(by_predicate=pl.col("candidate") == name, named=True)
+    if not row["R_w_null_hi"] > 0:
+        return []
+    said = (
+        f"{m} {row[f'{m}_geomean']:.2f} on w and {row[f'{m}_null_diff']:.2f} on null diffs, of which 95 % of further ones reach"
+        f" up to {row[f'{m}_null_hi']:.2f} ({'above' if row[f'{m}_above_null'] else '**not above** their spread'})"
+        for m in ("R_act", "R_w")
+    )
+    return [f"{literal(name)} against null diffs: {'; '.join(said)}."]
 
 
 def _chance_lines(chance: pl.DataFrame, what: Iterable[str]) -> list[str]:
@@ -73,14 +89,8 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value == round(value) and abs(value) >= 1 else f"{value:.2f}"
 
 
-AGREEMENT = (
-    "Kendall's tau between seeds", "Spearman's rho between seeds", "top-5 places two seeds share",
-    "in the top 5 on every seed", "on one side of 1 on every seed", "t interval over seeds above 1",
-)  # fmt: skip
-
-
 def _significance_lines(table: pl.DataFrame, chance: pl.DataFrame) -> list[str]:
-    found = [name for name in chance["what"].unique(maintain_order=True) if name not in AGREEMENT]
+    found = [name for name in chance["what"].unique(maintain_order=True) if name not in COUNTS]
     draws = table["n_blind"][0]
     most = table.filter(pl.col("p_max_R_w") <= ALPHA).height
     return [
@@ -160,9 +170,9 @@ def conclusion(
     """`v7b_conclusion.md`: the verdict and every count beside its chance level, all computed from the tables given."""
     on_all = summary.filter((pl.col("kind") == "A-hypothesis") & (pl.col("top5_count") == v.S))["candidate"]
     sections = {
-        "Verdict": _winner_lines(v),
+        "Verdict": _winner_lines(v, summary),
         "Agreement between seeds": [
-            *_chance_lines(chance, AGREEMENT),
+            *_chance_lines(chance, COUNTS),
             f"In the top 5 on all {v.S} seeds by the rank-honest joint score: {_names(on_all) or 'none'}.",
         ],
         "Against blind copies": _significance_lines(significance, chance),
