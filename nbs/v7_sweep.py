@@ -104,6 +104,13 @@ display(Markdown(words.setting_table(found.setting)))
 display(HTML(found.top(20, "html")))
 
 # %% [markdown]
+# The differences of one wording of the probe are nearly one vector, so `R_act` is mostly that of their mean. `varying`: R_act
+# of the rows minus their mean; `claim`: where v7b reads the claim's tokens.
+
+# %%
+display(show_table(found.summary, words.positions(found.summary), rows=12))
+
+# %% [markdown]
 # ## Activation against weight recovery
 
 # %%

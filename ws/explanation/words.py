@@ -235,3 +235,10 @@ def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
     best = {"act": 100 * pl.col("mean_pct_oracle_act"), "w": 100 * pl.col("mean_pct_oracle_combined")}
     shown = pct.with_row_index("#", 1).filter((pl.col("#") <= rows) | (pl.col("source") == "own")).with_columns(**best)
     return as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items() if c in shown.columns]), style=style)
+
+
+def positions(pct: pl.DataFrame) -> dict[str, str]:
+    """Columns of R_act by what is read of the EVAL rows, and their headings: those that the summary has."""
+    columns = {"subspace": "subspace", "mean_conc_act": "R_act", "mean_conc_act_varying": "varying"}
+    columns |= {"mean_conc_act_claim": "claim", "mean_conc_act_claim_varying": "claim, varying"}
+    return {column: name for column, name in columns.items() if column in pct.columns}
