@@ -141,17 +141,21 @@ def measured(folder: Path, protocol: str = "v7b") -> World:
 def plain_scores(w: World, O: Float[Tensor, "d d"]) -> dict[str, Float[np.ndarray, "S C"]]:
     """R_w, R_act and specific of the candidates turned by O, written down as they are defined: no thin factors."""
     S, L, d = len(w.w), len(w.geometry.bases), len(O)
-    C = len(w.geometry.bases[0])
-    out = {name: np.zeros((S, C)) for name in ("R_w", "R_act", "specific")}
+    ranks = [[B.shape[1] for B in row] for row in w.geometry.bases]
+    out = {name: np.zeros((S, len(ranks[0]))) for name in ("R_w", "R_act", "specific")}
+
+    def energies(turned: list[Tensor], targets: list[Tensor], r: list[int]) -> Float[np.ndarray, "S C"]:
+        every = torch.cat(turned, dim=1)
+        columns = [(F.T @ every).square().sum(dim=0) for F in targets]
+        return np.array([[float(part.sum()) for part in c.split(r)] for c in columns])
+
     for l, row in enumerate(w.geometry.bases):
-        Q = w.geometry.clean[l].double()
-        for c, B in enumerate(row):
-            turned, r = O @ B.double(), B.shape[1]
-            left = orth(turned - Q @ (Q.T @ turned))
-            for s in range(S):
-                out["R_w"][s, c] += float((turned.T @ w.w[s][l]).square().sum()) * d / r / L
-                out["R_act"][s, c] += float((turned.T @ w.act[s][l]).square().sum()) * d / r / L
-                out["specific"][s, c] += float((left.T @ w.beyond[s][l]).square().sum()) * (d - Q.shape[1]) / r / L
+        Q, r = w.geometry.clean[l].double(), np.array(ranks[l])
+        turned = [O @ B.double() for B in row]
+        left = [orth(B - Q @ (Q.T @ B)) for B in turned]
+        for name, of, kept in (("R_w", w.w, turned), ("R_act", w.act, turned), ("specific", w.beyond, left)):
+            room = d - Q.shape[1] if name == "specific" else d
+            out[name] += energies(kept, [of_seed[l] for of_seed in of], ranks[l]) * room / r / L
     return out | {"joint": np.sqrt(out["R_w"] * out["R_act"])}
 
 
