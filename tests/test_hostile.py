@@ -1,6 +1,7 @@
 """Text from outside is shown and never run: in Markdown, in HTML, in rendered pages, in a browser."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -25,8 +26,12 @@ from ws.runs import index as index_of
 from ws.show import tables
 from ws.show.notebook import embedded, show_table
 from ws.stability import words as stability_words
-from ws.stability.scores import rank_stability_table, summary_table
+from ws.stability.chance import chance_table
+from ws.stability.nulls import null_counts, null_table
+from ws.stability.scores import summary_table
+from ws.stability.significance import blind_values, significance_table
 from ws.stability.verdict import verdict
+from ws.steer.effect import steering
 from ws.theta import verdict as theta_verdict
 from ws.theta.compare import Heldout
 from ws.theta.controls import Choice
@@ -99,6 +104,7 @@ def explanation_facts(text: str) -> dict:
         "d": 8,
     }
     facts |= {"n_layers": 3, "n_heads": 2, "n_kv": 1, "dtype": text, "n_topics": 3, "n_persona_pairs": 2, "n_fit": 2}
+    facts |= {"n_templates": 4, "positions": text, "nulls": ["a", "b"]}
     return facts | {"n_eval": 2, "n_train_topics": 2, "w_matrices": 2, "w_norm": 1.0, "w_layers": [0, 1]}
 
 
@@ -120,8 +126,10 @@ def sweep_summary(text: str) -> tuple[pl.DataFrame, pl.DataFrame]:
         "pct_act_ceiling",
     )
     numbers += tuple(f"pct_w_oracle_{t}" for t in ("combined", "oproj", "downproj"))
+    numbers += tuple(f"mean_pct_oracle_{t}" for t in ("act", "combined", "oproj", "downproj"))
+    numbers += tuple(f"R_{t}_{of}" for t in ("act", "w") for of in ("null", "null_hi", "vs_null_diff"))
     pct = pl.DataFrame(pct | dict.fromkeys(numbers, 120.0)).with_columns(
-        joint_score=pl.Series([4.0, 3.0, 2.0, float("nan")])
+        joint_score=pl.Series([4.0, 3.0, 2.0, float("nan")]), honest_joint=pl.Series([0.1, 0.9, 0.2, 0.3])
     )
     rows = {"layer": 0, "subspace": names, "ill_conditioned": True, "note": text, "conc_act": 1.0}
     return pct, pl.DataFrame(rows | {"pct_oracle_oproj": 1.0, "pct_oracle_downproj": 1.0})
@@ -129,12 +137,18 @@ def sweep_summary(text: str) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def stability_text(text: str) -> str:
     scores = planted(3, 8.0, C=9)
+    null = np.exp(np.random.default_rng(1).standard_normal((3, 9)))
+    scores = dataclasses.replace(scores, null_act=null, null_w=null)
     object.__setattr__(scores, "candidates", [f"{text} {c}" for c in scores.candidates])
-    found = verdict(scores)
-    tables_ = summary_table(scores, 0, 50), rank_stability_table(scores)
-    none = verdict(scores, q_w=np.ones(9))
-    unstable = verdict(scores, unstable=scores.candidates[2:4])
-    said = [stability_words.conclusion(v, *tables_, unstable=scores.candidates[:2]) for v in (found, none, unstable)]
+    raw = dict.fromkeys(("R_w", "R_act", "H_w", "H_act", "specific"), np.random.default_rng(0).random((50, 3, 9)) + 0.5)
+    blind = blind_values(raw)
+    summary = summary_table(scores, 0, 50).join(null_table(scores), on="candidate")
+    tables_ = summary, chance_table(scores, blind), null_counts(scores), significance_table(scores, blind)
+    wild = np.exp(4 * np.array([1.0, -1.0, 0.0]))[:, None, None]
+    far = dataclasses.replace(scores, w=np.where(np.arange(9)[None, :, None] == 2, scores.w * wild / 9, scores.w))
+    found, none = verdict(scores), verdict(scores, q_w=np.ones(9))
+    many = found, none, verdict(scores, unstable=scores.candidates[2:4]), verdict(far)
+    said = [stability_words.conclusion(v, *tables_, unstable=scores.candidates[:2]) for v in many]
     return "\n\n".join(said)
 
 
@@ -174,7 +188,7 @@ def everything(text: str) -> list:
     ]
     tabled = [show_table(frame), show_table(frame, {text: "x", "n": text})]
     tabled += [SimpleNamespace(data=words.top_table(pct, style="html"))]
-    said = [embedded(words.conclusion(pct, table, facts, {}))]
+    said = [embedded(words.conclusion(pct, table, facts, {}, steering([[1.0, 2.0, 1.5]], [0.1, 0.2])))]
     return [*map(as_shown, [*tabled, *said]), *(shown({"text/markdown": text_}) for text_ in markdown)]
 
 
