@@ -130,3 +130,14 @@ def test_specificity_ignores_what_the_clean_basis_explains():
     score, rank = sc.specific(t, Basis(extra), C)
     assert rank == 1
     assert score.conc == pytest.approx(d - 8, rel=1e-6)
+
+
+def test_rows_that_nearly_vanish_do_not_move_z():
+    """Half the rows carry nothing (1e-9 of the others): R is per row as defined, z is that of the rows that are left."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(6, 40, generator=g, dtype=torch.float64)
+    B = random_basis(40, 4, g).B
+    whole, half = sc.activation_target(X), sc.activation_target(torch.cat([X, 1e-9 * X]))
+    assert half.trace == pytest.approx(0.5, abs=1e-3)
+    assert sc.score(half, B).conc == pytest.approx(sc.score(whole, B).conc / 2, rel=1e-3)
+    assert sc.score(half, B).z == pytest.approx(sc.score(whole, B).z, rel=1e-3)

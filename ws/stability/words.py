@@ -56,8 +56,8 @@ def _named_against_nulls(name: str | None, summary: pl.DataFrame) -> list[str]:
     if not row["R_w_null_hi"] > 0:
         return []
     said = (
-        f"{m} {row[f'{m}_geomean']:.2f} on w and {row[f'{m}_null_diff']:.2f} on null diffs, of which 95 % of further ones reach"
-        f" up to {row[f'{m}_null_hi']:.2f} ({'above' if row[f'{m}_above_null'] else '**not above** their spread'})"
+        f"{m} {row[f'{m}_geomean']:.2f} on w and {row[f'{m}_null_diff']:.2f} on null diffs, 97.5 % of further ones of which"
+        f" stay under {row[f'{m}_null_hi']:.2f} ({'above' if row[f'{m}_above_null'] else '**not above** their spread'})"
         for m in ("R_act", "R_w")
     )
     return [f"{literal(name)} against null diffs: {'; '.join(said)}."]

@@ -1,8 +1,8 @@
 """Does w steer at all? Its effect on the behaviour score, held against null diffs. (docs/method.md sections 2 and 7)
 
 `effect = log-ratio at alpha +1 - at -1`, nats, on the held-out false claims. With `m, s` the mean and sd over J null diffs,
-something is above their spread where it exceeds `m + t_{J-1} s sqrt(1 + 1/J)`, the end of the 95 % prediction interval of
-one more null diff. One null diff has no spread: nothing is above it.
+something is above their spread where it exceeds `m + t_{J-1} s sqrt(1 + 1/J)`, the upper end of the 95 % prediction interval
+of one more null diff. One null diff has no spread: nothing is above it.
 """
 
 import json
@@ -90,7 +90,7 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Ste
         end = float(upper_end(np.asarray(nulls)[:, None])[0])
         seen = bool(min(found) > end)
         above = f"above their spread{' on every seed' if many else ''}"
-        held = f"{len(nulls)} null diffs by {_range(nulls)} (95 % of further ones up to {end:+.2f})"
+        held = f"{len(nulls)} null diffs by {_range(nulls)} (97.5 % of further ones stay under {end:+.2f})"
         return Steering(found, nulls, seen, f"{said}, {held}: {above if seen else f'**not {above}**'}.")
     had = f"with {len(nulls) or 'no'} null diff{'' if len(nulls) == 1 else 's'} (2 are needed for a spread)"
     few = min(len(row) for row in by_claim)
