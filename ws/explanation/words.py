@@ -152,7 +152,8 @@ def _against_nulls(pct: pl.DataFrame, leader: list[str], facts: dict) -> list[st
     for score, column in (("R_act", "mean_conc_act"), ("R_w", "mean_conc_w_combined")):
         above = blind.filter(pl.col(column) > pl.col(f"{score}_null_hi"))
         lines.append(
-            f"{score} lies above the null diffs' spread (where 97.5 % of further ones stay under) for {len(above)} of {len(blind)} candidates."
+            f"{score} lies above the null diffs' spread (97.5 % of further ones stay under its end) for {len(above)} of"
+            f" {len(blind)} candidates."
         )
     return lines
 
