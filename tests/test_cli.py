@@ -294,7 +294,7 @@ def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     folder = demo.demo_run().adapter_folder(tmp_path)
     (folder / "seed_0" / "v7").mkdir(parents=True)
     (folder / "v7b").mkdir()
-    names = ["mean_conc_act", "mean_conc_w_combined", "joint_score", "pct_act_ceiling", "pct_w_oracle_combined",
+    names = ["mean_conc_act", "mean_conc_w_combined", "joint_score", "mean_pct_oracle_act", "mean_pct_oracle_combined",
              "mean_z_act", "mean_z_w_combined"]  # fmt: skip
     table = pl.DataFrame({"subspace": ["write"], "family": ["W:write"], "source": ["v5"], **{n: [1.5] for n in names}})
     write_table(table, folder / "seed_0" / "v7" / "v7_summary_pct.tsv")

@@ -18,6 +18,14 @@ from ws.model.guard import MARKS, Guarded
 from ws.steer.weights import weight_steer
 
 
+@pytest.fixture(autouse=True)
+def pythons_own_handler():
+    """Whatever another test's imports made of SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def model(request):
     return random_model("llama", layers=2).to(getattr(torch, request.param))

@@ -135,7 +135,8 @@ def test_seeds_swept_under_different_thread_counts_are_compared(protocol, lm, be
     assert {name for name, row in flags.items() if row["ill_conditioned"]} >= ARBITRARY
     # what another machine or an older version fills up otherwise is named, and the report ends
     turned = dict(found[1].tensors)
-    turned["sketch/attention_sink"] = found[1].tensors["sketch/attention_sink"].flip(2)
+    for l in found[1].layers:
+        turned[f"basis/attention_sink/{l}"] = found[1].tensors[f"basis/attention_sink/{l}"].flip(0)
     other = replace(found[1], tensors=turned, bases=found[1].bases | {"attention_sink": "other"})
     report = compare_seeds({0: found[0], 1: other}, boot=50, n_null=50)
     assert "so no winner: attention_sink (least overlap" in report.conclusion() and report.verdict.winner is None

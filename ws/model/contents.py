@@ -37,7 +37,6 @@ def checksum(model: nn.Module) -> str:
     return digest("\n".join(rows).encode())
 
 
-@torch.no_grad()
 def _sums(x: Tensor, factors: Int[Tensor, " b"]) -> Int[Tensor, " blocks"]:
     """The sums of a tensor's raw words, in order; the last word is filled up with zeros."""
     raw = x.detach().contiguous().view(-1).view(torch.uint8)
