@@ -192,7 +192,7 @@ def test_nobody_leads_where_w_does_not_steer(planted):
     pct = S.with_percentages(S.summarise(table, LAYERS))
     for still in (steering([[0.02, 0.04]], []), steering([[0.5, 0.7, 0.6]], [-0.5, 0.4, 0.6, -0.2, 0.1])):
         text = words.conclusion(pct, table, facts("still"), {}, still)
-        assert not still.seen and "None is named: w is not shown to steer" in text and "**write**" not in text
+        assert not still.seen and "None is named: w is not seen to steer" in text and "**write**" not in text
 
 
 def test_every_score_stands_beside_its_null_diffs(planted):
@@ -205,17 +205,22 @@ def test_every_score_stands_beside_its_null_diffs(planted):
     assert kept["R_w_vs_null_diff"][0] == pytest.approx(1)
     faint = [0.2, 0.25, 0.3, 0.22, 0.28]
     scaled = rows.with_columns(pl.col("conc_act", "conc_w_combined") * pl.Series(faint).gather(rows["null"]))
-    summary = S.against_nulls(S.summarise(with_null, LAYERS), S.null_summary(scaled, LAYERS))
+    summary = S.against_nulls(S.summarise(with_null, LAYERS), S.null_summary(scaled, LAYERS), D)
     row = summary.row(by_predicate=pl.col("subspace") == "write", named=True)
     assert row["R_w_vs_null_diff"] == pytest.approx(1 / np.exp(np.log(faint).mean()))
-    logs = np.log(faint)
-    end = logs.mean() + 2.7764 * logs.std(ddof=1) * np.sqrt(1.2)
-    assert row["R_w_null_hi"] == pytest.approx(row["mean_conc_w_combined"] * np.exp(end), rel=1e-3)
+    f = np.array(faint) * row["mean_conc_w_combined"] * 8 / D
+    logits = np.log(f / (1 - f))
+    end = logits.mean() + 2.7764 * logits.std(ddof=1) * np.sqrt(1.2)
+    assert row["R_w_null_hi"] == pytest.approx(D / 8 / (1 + np.exp(-end)), rel=1e-3)
     pct = S.with_percentages(summary)
     text = words.conclusion(pct, with_null, facts("five", nulls=list("abcde")), {}, STEERS)
-    assert "on 5 null diffs (geometric mean)" in text and "lies above the null diffs' spread" in text
+    assert (
+        "on 5 null diffs (geometric mean)" in text
+        and "lies above the null diffs' spread" in text
+        and "has what such blind copies" in text
+    )
     assert "on null" in words.top_table(pct, 3) and "% ceiling" not in words.top_table(pct, 3)
-    one = S.against_nulls(S.summarise(with_null, LAYERS), S.null_summary(scaled.filter(null=0), LAYERS))
+    one = S.against_nulls(S.summarise(with_null, LAYERS), S.null_summary(scaled.filter(null=0), LAYERS), D)
     text = words.conclusion(S.with_percentages(one), with_null, facts("one", nulls=["a"]), {}, STEERS)
     assert "One null diff has no spread: no score is shown to be above" in text
 

@@ -52,7 +52,13 @@ def explanation(lm, bases: dict, g: torch.Generator) -> Explanation:
     setting = {"title": "random", "layers": LAYERS, "d": D, "k": 8, "behavior": "none", "n_layers": 6, "n_fit": 5}
     setting |= {"n_eval": 5, "n_train_topics": 5, "n_persona_pairs": 1, "protocol": {"name": "v7b"}}
     setting["protocol"] |= {"eval_split": "held_out", "chat_probes": True, "persona_pairs": "1"}
-    setting |= {"n_templates": 1, "effects": [2.0, 3.0, 2.5], "nulls": ["a"] * 3, "null_effects": [0.1, -0.2, 0.3]}
+    setting |= {
+        "w_meta": {},
+        "n_templates": 1,
+        "effects": [2.0, 3.0, 2.5],
+        "nulls": ["a"] * 3,
+        "null_effects": [0.1, -0.2, 0.3],
+    }
     nulls = sweep.null_rows(candidates, bases, [targets] * 3)
     return Explanation(
         per_layer=sweep.with_null_diff(sweep.per_layer(candidates, bases, targets), nulls),

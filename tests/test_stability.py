@@ -223,13 +223,17 @@ def test_t_interval_is_scipys_and_needs_two_seeds():
 def test_crossed_t_is_the_t_interval_when_rows_agree_and_wider_otherwise():
     scores = table(S=4)
     logs = np.log(scores.act.mean(axis=(2, 3)))
-    flat = crossed_t_interval(logs, np.zeros((6, 5)))
+    flat = crossed_t_interval(logs, np.zeros((6, 6)), 2)
     np.testing.assert_allclose(flat, t_interval(logs))
     influence = row_influence(scores.act)
     np.testing.assert_allclose(influence.mean(axis=1), 0, atol=1e-12)
-    lo, hi = crossed_t_interval(logs, 3 * influence)
-    assert (hi - lo >= flat[1] - flat[0]).all() and (hi - lo > flat[1] - flat[0]).any()
-    assert np.isnan(crossed_t_interval(logs, influence[:, :1])[0]).all()
+    lo, hi = crossed_t_interval(logs, np.repeat(influence, 2, axis=1), 2)
+    assert (hi - lo > flat[1] - flat[0]).all()
+    assert np.isnan(crossed_t_interval(logs, influence[:, :1])[0]).all()  # one row, one wording: unknown spreads
+    assert (
+        np.isnan(crossed_t_interval(logs, influence)[0]).all()
+        and np.isnan(crossed_t_interval(logs, influence, 5)[0]).all()
+    )
     seeds, templates, topics = crossed_parts(logs, np.random.default_rng(0).standard_normal((6, 12)), 3)
     assert (seeds[1], templates[1], topics[1]) == (3, 2, 3)
 
@@ -282,15 +286,18 @@ def test_above_the_null_diffs_is_above_their_prediction_interval():
     null = np.exp(0.2 * rng.standard_normal((5, 6)))
     scores = table(S=5, null_act=null, null_w=np.ones((5, 6)))
     found = null_table(scores)
-    logs = np.log(null)
-    ends = logs.mean(axis=0) + stats.t.ppf(0.975, 4) * logs.std(axis=0, ddof=1) * np.sqrt(6 / 5)
-    np.testing.assert_allclose(np.log(found["R_act_null_hi"]), ends)
+    f = null * 8 / 64
+    logits = np.log(f / (1 - f))
+    ends = logits.mean(axis=0) + stats.t.ppf(0.975, 4) * logits.std(axis=0, ddof=1) * np.sqrt(6 / 5)
+    np.testing.assert_allclose(found["R_act_null_hi"], 64 / 8 / (1 + np.exp(-ends)))
     assert found["R_w_above_null"].to_list() == (log_values(scores)["R_w"].mean(axis=0) > 0).tolist()
     counts = {row["score"]: row for row in null_counts(scores).iter_rows(named=True)}
     assert counts["R_act"]["nulls"] == 5 and counts["R_act"]["candidates"] == 6
     assert counts["R_act"]["above_most"] <= 6 and counts["R_w"]["above_mean"] == 0
     one = table(S=5, null_act=null[:1], null_w=null[:1])
     assert null_table(one)["R_act_above_null"].sum() == 0 and null_counts(one)["above_mean"].is_nan().all()
+    high = table(S=5, null_act=np.array([[7.0] * 6, [3.0] * 6, [7.5] * 6]), null_w=null[:3])
+    assert (null_table(high)["R_act_null_hi"] < 8).all()  # no score can pass d / r, and no bound does
 
 
 def test_one_in_forty_null_diffs_is_above_the_others():

@@ -82,7 +82,7 @@ def explain(
     chosen = shipped if candidates is None else [as_candidate(c) for c in candidates]
     ceilings = [c for c in shipped if c.kind == "ceiling"]
     a_side = [c for c in [*chosen, *functions] if c.kind != "ceiling"]
-    given = [Candidate(name, "own", "own", False, (), lambda: None) for name in ready]
+    given = [Candidate(name, "own", "own", False, ("unknown",), lambda: None) for name in ready]
     by_name: dict[str, Candidate] = {}
     theirs = {c.name for c in candidates_of("v7b")}
     for c in [*a_side, *given, *ceilings]:

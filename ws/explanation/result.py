@@ -63,7 +63,7 @@ class Explanation:
     @cached_property
     def plain_summary(self) -> pl.DataFrame:
         found = summarise(self.per_layer, self.layers)
-        return against_nulls(found, self.nulls) if len(self.nulls) else found
+        return against_nulls(found, self.nulls, self.setting["d"]) if len(self.nulls) else found
 
     @cached_property
     def summary(self) -> pl.DataFrame:

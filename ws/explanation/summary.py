@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from ws.show.tables import sort_nan_last
-from ws.steer.effect import upper_end
+from ws.steer.effect import null_end
 
 KEYS = ["subspace", "family", "axis_kind", "source", "kind"]
 WEIGHTS = ("oproj", "downproj", "combined")
@@ -61,15 +61,18 @@ def null_summary(nulls: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     return part.group_by("null", "subspace", maintain_order=True).agg(R_act=pl.col("conc_act").mean(), R_w=w)
 
 
-def against_nulls(summary: pl.DataFrame, nulls: pl.DataFrame) -> pl.DataFrame:
+def against_nulls(summary: pl.DataFrame, nulls: pl.DataFrame, d: int) -> pl.DataFrame:
     """The summary beside its null diffs (`null_summary`): R_X_null, their geometric mean, R_X_null_hi, the upper end of the
-    prediction interval of one more (`ws.steer.effect.upper_end`), R_X_vs_null_diff, the ratio to the mean."""
+    prediction interval of one more (`ws.steer.effect.null_end`), R_X_vs_null_diff, the ratio to the mean (NaN where that is
+    0). d: width of the model."""
+    ranks = dict(summary.select("subspace", "mean_rank").iter_rows())
     for name, column in (("R_act", "mean_conc_act"), ("R_w", "mean_conc_w_combined")):
-        rows = [
-            (of, float(np.exp(logs.mean())), float(np.exp(upper_end(logs[:, None])[0])))
-            for (of,), part in nulls.group_by("subspace", maintain_order=True)
-            for logs in [np.log(part[name].to_numpy().clip(1e-300))]
-        ]
+        rows = []
+        for (of,), part in nulls.group_by("subspace", maintain_order=True):
+            values = part[name].to_numpy()
+            with np.errstate(divide="ignore"):
+                mean = float(np.exp(np.log(values).mean())) or float("nan")
+            rows.append((of, mean, float(null_end(values[:, None], np.array([ranks[of]]), d)[0])))
         found = pl.DataFrame(rows, ["subspace", f"{name}_null", f"{name}_null_hi"], orient="row")
         summary = summary.join(found, on="subspace", how="left", maintain_order="left")
         summary = summary.with_columns((pl.col(column) / pl.col(f"{name}_null")).alias(f"{name}_vs_null_diff"))

@@ -37,8 +37,8 @@ def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict
     whether w steers."""
     ranked = leaders(pct, "joint_score", ("write", "mixed"))
     led = _leader(pct, ranked) if ranked else "None: no write or mixed candidate has a defined joint score in this run."
-    if not steers.seen:
-        led = "None is named: w is not shown to steer, and where it does nothing, nothing carries what it does."
+    if steers.seen is False:
+        led, ranked = "None is named: w is not seen to steer towards the behaviour, so nothing here carries it.", []
     sections = {
         "Does w steer?": [steers.text],
         "Leader of this seed": [led],
@@ -111,7 +111,10 @@ def _leader(pct: pl.DataFrame, ranked: list[str]) -> str:
     if len(ranked) > 1:
         second = _row(pct, ranked[1])
         name, joint = literal(second["subspace"]), second["joint_score"]
-        text.append(f"Next is {name} with {joint:.2f}: the lead is {100 * (best['joint_score'] / joint - 1):.0f} %.")
+        text.append(
+            f"Next is {name} with {joint:.2f}: the lead is {100 * (best['joint_score'] / joint - 1):.0f} %, and a lead on one"
+            " seed is no evidence of one on others."
+        )
     honest = leaders(pct, "honest_joint", ("write", "mixed"))
     if honest and honest[0] != ranked[0]:
         first = _row(pct, honest[0])
@@ -167,11 +170,11 @@ def _agreement(pct: pl.DataFrame) -> list[str]:
         f"Top {TOP} by weight recovery (write and mixed): {_names(by_w) or 'none defined'}.",
         f"In both: {len(shared)} of {TOP}" + (f" ({_names(shared)})." if shared else "."),
     ]
-    part = pct.filter((pl.col("kind") == "A-hypothesis") & pl.col("mean_conc_w_combined").is_not_nan())
-    if len(part) > 2:
-        rho = part.select(pl.corr("mean_conc_act", "mean_conc_w_combined", method="spearman")).item()
-        rows.append(f"Spearman correlation of the two scores over {len(part)} candidates: {rho:.2f}.")
-    return rows
+    return [
+        *rows,
+        "Bases overlap, so that candidates that know nothing of w agree too: the stability report has what such blind copies"
+        " reach.",
+    ]
 
 
 def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[str]) -> list[str]:

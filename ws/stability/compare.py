@@ -22,7 +22,7 @@ from ws.stability.verdict import Verdict, verdict
 from ws.subspaces.algebra import empty
 from ws.subspaces.build import candidates
 from ws.subspaces.candidate import Candidate, load_candidates
-from ws.subspaces.kept import make_shelf, part_bases
+from ws.subspaces.kept import composed_of, make_shelf, part_bases
 from ws.subspaces.protocol import Protocol
 
 # what a reader compares first: column of the summary -> heading
@@ -39,7 +39,8 @@ class Stability:
     """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
     candidates their own data determine. significance: every score against blind copies; chance: every count over candidates
     and seeds against them; nulls: how many scores lie above the null diffs' spread. verdict: the winner, or why there is
-    none. bases: a sentence on whether the seeds share their A-side bases. A candidate whose bases depend on the seed
+    none. bases: a sentence on whether the seeds share their A-side bases; pairs: on whether they share their training pairs.
+    assessed: whether anybody looked at A-side stability. A candidate whose bases depend on the seed
     though its data determine them is of kind `seed-dependent` in every table, and in no ranking."""
 
     runs: SeedRuns
@@ -53,6 +54,8 @@ class Stability:
     nulls: pl.DataFrame
     verdict: Verdict
     bases: str
+    pairs: str = ""
+    assessed: bool = True
 
     @property
     def unstable(self) -> list[str]:
@@ -67,8 +70,9 @@ class Stability:
             self.nulls,
             self.significance,
             self.subspaces,
-            self.unstable,
+            self.unstable if self.assessed else None,
             self.bases,
+            self.pairs,
         )
 
     def save(self, folder: Path | str) -> Path:
@@ -121,9 +125,8 @@ def compare_seeds(
     shared = overlap.seed_overlaps(found, layers_of(found))
     runs = load_seeds(found, set(shared.filter("depends_on_seed")["candidate"]))
     scores, device = runs.scores, "cpu" if lm is None else lm.device.type
-    rows = []
+    rows, some, compounds = [], next(iter(found.values())), {}
     if lm is not None:
-        some = next(iter(found.values()))
         setting = some.setting
         behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or setting["behavior"])
         for what, mine in (("fingerprint", lm.fingerprint), ("behavior", behavior.name)):
@@ -132,6 +135,10 @@ def compare_seeds(
         protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
         known = {c.name: c for c in [*candidates(shelf.protocol), *own]}  # those whose functions are known
+        made_of = {
+            n: composed_of(known[n])[0] for n in scores.candidates if n in known and known[n].family == "compound"
+        }
+        compounds = {name: [part.name for part in parts] for name, parts in made_of.items()}
         for compared, parts in part_bases(shelf, [known[n] for n in scores.candidates if n in known]).items():
             for name in next(iter(parts.values())):
                 bases = {part: [of[name][l] for l in scores.layers] for part, of in parts.items()}
@@ -144,7 +151,8 @@ def compare_seeds(
     for side, parts in runs.oracles.items():
         rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)
-    a_side = overlap.a_side_stability(subspaces)
+    a_side = overlap.inherited(overlap.a_side_stability(subspaces), compounds)
+    unseen = [c["name"] for c in some.candidates if "prompts" in c["sees"]] if lm is None else []
     blind = blind_values(blind_scores(runs.geometry, n_null, seed, device, progress))
     significance = significance_table(scores, blind)
     doubtful = doubts(found, scores.layers).join(shared, on="candidate", how="left", maintain_order="left")
@@ -172,9 +180,27 @@ def compare_seeds(
         significance=significance,
         chance=chance_table(scores, blind),
         nulls=null_counts(scores),
-        verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering),
-        bases=overlap.same_bases(found, shared),
+        verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen),
+        bases=overlap.same_bases(found, shared) + _ready(some),
+        pairs=_pairs(found),
+        assessed=lm is not None,
     )
+
+
+def _ready(run: Explanation) -> str:
+    """What is not known of bases that were given ready."""
+    ready = [c["name"] for c in run.candidates if "unknown" in c["sees"]]
+    return f" Given ready, so that nobody knows what they were built from: {', '.join(ready)}." if ready else ""
+
+
+def _pairs(found: Mapping[int, Explanation]) -> str:
+    """Whether the seeds trained on the same pairs, where their weight differences say so."""
+    drawn = {run.setting["w_meta"].get("resampled") for run in found.values()}
+    if drawn <= {True, "True", "true"}:
+        return "Each seed drew its training pairs anew from one pool of answers (RESAMPLE_PAIRS)."
+    if None in drawn:
+        return "Whether the seeds share their training pairs is not recorded: if they do, they show the optimiser's spread only."
+    return "The seeds share their training pairs (RESAMPLE_PAIRS is off): they show the optimiser's spread, not that of the data."
 
 
 def own_candidates(folder: Path, given: str | list[str] = "") -> list[Candidate]:

@@ -99,14 +99,14 @@ def crossed_parts(
 def crossed_t_interval(
     values: Float[np.ndarray, "S C"], influence: Float[np.ndarray, "C n"], templates: int = 1, level: float = 0.95
 ) -> Interval:
-    """`mean +- t_f se`, `se^2 = sum_k se_k^2` over seeds, templates and topics: a t interval for new ones of each.
+    """`mean +- sqrt(sum_k (t_k se_k)^2)` over seeds, templates and topics: a t interval for new ones of each.
 
-    f by Satterthwaite, `se^4 / sum_k (se_k^4 / f_k)`; noise of single cells is counted in several parts, which errs on the
-    wide side. `influence`: `row_influence` (or a difference of two). NaN with one seed, and with one row, whose spread is
-    unknown. Never narrower than `t_interval`.
+    The standard errors of a crossed design, each with its own t quantile, added in quadrature (the MOVER rule); noise of
+    single cells is counted in several parts. Both err on the wide side. `influence`: `row_influence` (or a difference of
+    two). NaN with one seed, one template or one topic, whose spread is unknown. Never narrower than `t_interval`.
     """
     parts = crossed_parts(values, influence, templates)
-    if len(parts) == 1:
+    if len(parts) < 3:
         parts = [(np.full_like(parts[0][0], np.nan), 1)]
     return _around(values, parts, level)
 
@@ -116,18 +116,9 @@ def _part(values: Float[np.ndarray, "n C"]) -> Part:
     return (values.std(axis=0, ddof=1) / np.sqrt(n), n - 1) if n > 1 else (np.full(values.shape[1], np.nan), 1)
 
 
-def _total(parts: list[Part]) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-    """Standard error of all parts together, and Satterthwaite's degrees of freedom."""
-    var = sum(se**2 for se, _ in parts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sqrt(var), np.where(var > 0, var**2 / sum(se**4 / df for se, df in parts), 1.0)
-
-
 def half_width(parts: list[Part], level: float = 0.95) -> Float[np.ndarray, " C"]:
-    """Half of the interval of all parts; never under that of the first alone."""
-    se, df = _total(parts)
-    first, n = parts[0]
-    return np.maximum(stats.t.ppf(0.5 + level / 2, df) * se, stats.t.ppf(0.5 + level / 2, n) * first)
+    """`sqrt(sum_k (t_k se_k)^2)`."""
+    return np.sqrt(sum((stats.t.ppf(0.5 + level / 2, df) * se) ** 2 for se, df in parts))
 
 
 def _around(values: Float[np.ndarray, "S C"], parts: list[Part], level: float) -> Interval:
@@ -138,8 +129,9 @@ def _around(values: Float[np.ndarray, "S C"], parts: list[Part], level: float) -
 def told_probability(parts: list[Part], size: Float[np.ndarray, " C"], level: float = 0.95) -> Float[np.ndarray, " C"]:
     """Probability that the interval of `parts` lies above 0 where the true mean is `size`, at these standard errors: from the
     noncentral t. NaN where a standard error is unknown, 1 where it is 0."""
-    (se, df), half = _total(parts), half_width(parts, level)
+    var, half = sum(se**2 for se, _ in parts), half_width(parts, level)
     with np.errstate(divide="ignore", invalid="ignore"):
+        se, df = np.sqrt(var), np.where(var > 0, var**2 / sum(part**4 / n for part, n in parts), 1.0)  # Satterthwaite
         told = stats.nct.sf(half / se, df, size / se)
     return np.where(se == 0, (size > 0) * 1.0, np.where(np.isnan(told) & ~np.isnan(se), (size > half) * 1.0, told))
 

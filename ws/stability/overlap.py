@@ -97,6 +97,20 @@ def a_side_stability(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def inherited(a_side: pl.DataFrame, compounds: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+    """The table of `a_side_stability` with the flags of a candidate's parts: what is composed of an unstable one is unstable,
+    however much its other parts hold."""
+    flagged = set(a_side.filter("unstable")["candidate"])
+    through = {name: next((part for part in parts if part in flagged), "") for name, parts in compounds.items()}
+    part = pl.col("candidate").replace_strict({n: p for n, p in through.items() if p and n not in flagged}, default="")
+    if not any(through.values()):
+        return a_side
+    return a_side.with_columns(
+        unstable=pl.col("unstable") | (part != ""),
+        weakest=pl.when(part != "").then("its part " + part).otherwise("weakest"),
+    )
+
+
 def seed_overlaps(found: Mapping[int, Explanation], layers: Sequence[int]) -> pl.DataFrame:
     """One row per A-side candidate: do its bases span the same on every seed?
 

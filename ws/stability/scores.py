@@ -16,7 +16,14 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from ws.show.tables import sort_nan_last
-from ws.stability.intervals import BOOT, crossed_bootstrap, percentile_interval, t_interval
+from ws.stability.intervals import (
+    BOOT,
+    crossed_bootstrap,
+    crossed_t_interval,
+    percentile_interval,
+    row_influence,
+    t_interval,
+)
 
 SCORES = ("R_act", "R_w", "joint", "honest")
 TOP = 5
@@ -184,13 +191,16 @@ def sign_agreement(logs: Float[np.ndarray, "S C"]) -> Float[np.ndarray, " C"]:
 def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFrame:
     """`v7b_summary`: one row per candidate, highest mean log honest joint (natural log) first, undefined last.
 
-    For each score X: X_sd over seeds, and two intervals of X_geomean in units of R, X_boot (crossed bootstrap
-    percentiles, whose generator has `seed`) and X_t (over seeds). top5_count: seeds in whose top 5 it is by `honest`.
+    For each score X: X_sd over seeds, and three intervals of X_geomean in units of R: X_t (over seeds), X_crossed (seeds,
+    wordings and topics; NaN with one wording or topic) and X_boot (crossed bootstrap percentiles, whose generator has
+    `seed`; too narrow). top5_count: seeds in whose top 5 it is by `honest`.
     R_*_vs_null_diff: geometric mean over seeds / that of the null diffs.
     """
     S, C = len(scores.seeds), len(scores.candidates)
     values, logs = seed_values(scores), log_values(scores)
     of_w = {name: values[name] for name in ("R_w", "H_w")}
+    rows = {"R_act": row_influence(scores.act), "honest": 0.5 * row_influence(scores.act, scores.best_act)}
+    rows |= {"joint": 0.5 * rows["R_act"], "R_w": np.zeros_like(rows["R_act"])}
     draws = crossed_bootstrap(scores.act, scores.best_act, of_w, scores.templates, seed, boot)
     columns = {**scores.about, "S": [S] * C} | {f"mean_log_{n}": logs[n].mean(axis=0) for n in ("joint", "honest")}
     for name in SCORES:
@@ -199,6 +209,7 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFra
         boot_ends = np.where(np.isnan(log).any(axis=0), np.nan, percentile_interval(draws[name]))
         with np.errstate(over="ignore"):  # exp of a t bound may pass the largest float at S = 2
             (boot_lo, boot_hi), (t_lo, t_hi) = np.exp(boot_ends), np.exp(t_interval(log))
+            crossed_lo, crossed_hi = np.exp(crossed_t_interval(log, rows[name], scores.templates))
         columns |= {
             f"{name}_geomean": np.exp(log.mean(axis=0)),
             f"{name}_median": median,
@@ -210,6 +221,8 @@ def summary_table(scores: SeedScores, seed: int, boot: int = BOOT) -> pl.DataFra
             f"{name}_boot_hi": boot_hi,
             f"{name}_t_lo": t_lo,
             f"{name}_t_hi": t_hi,
+            f"{name}_crossed_lo": crossed_lo,
+            f"{name}_crossed_hi": crossed_hi,
         }
     del columns["honest_sign_agree"]  # a share has no side of 1
     columns |= {f"{name}_geomean": np.exp(logs[name].mean(axis=0)) for name in ("H_act", "H_w", "specific")}

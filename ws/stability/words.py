@@ -19,12 +19,15 @@ def _winner_lines(v: Verdict, summary: pl.DataFrame) -> list[str]:
     bound = f"a false winner has probability at most {ALPHA:g} where a rival is as good"
     lines = []
     if v.winner:
-        name, *logs = v.rivals.select("rival", "log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi").row(0)
+        name, other, *logs = v.rivals.select(
+            "rival", "mean_rank", "log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi"
+        ).row(0)
         ratio, t_lo, t_hi, crossed_lo, crossed_hi = np.exp(logs)
         lines += [
-            f"**Winner: {literal(v.winner)}**, above each of {v.rivals.height} rivals over {v.S} seeds ({bound}). Closest rival: "
-            f"{literal(name)}, rank-honest joint score {ratio:.2f} times lower (95 % t interval {t_lo:.2f} to {t_hi:.2f}; with "
-            f"the spread of templates and topics {crossed_lo:.2f} to {crossed_hi:.2f}; equal: 1)."
+            f"**Winner: {literal(v.winner)}** ({_beside_nulls(v.winner, summary)}), above each of {v.rivals.height} rivals over"
+            f" {v.S} seeds ({bound}){_left_out(v)}. Closest rival: {literal(name)}{_rank(other, v.rank)},"
+            f" rank-honest joint score {ratio:.2f} times lower (95 % t interval {t_lo:.2f} to {t_hi:.2f}; with the spread of"
+            f" templates and topics {crossed_lo:.2f} to {crossed_hi:.2f}; equal: 1)."
         ]
     else:
         lines += [f"**No winner** ({bound}): " + "; ".join(map(literal, v.reasons)) + "."]
@@ -41,11 +44,31 @@ def _winner_lines(v: Verdict, summary: pl.DataFrame) -> list[str]:
             lines += [f"Not told apart because its interval is wide, not because it is close: {', '.join(said)}."]
     if v.establishable == v.establishable:
         lines.append(
-            f"Power: with {v.S} seeds and the noise of this run, a leader {v.establishable:.2f} times better than the"
+            f"Power: with {v.S} seeds and the noise of this run, a leader about {v.establishable:.2f} times better than the"
             f" closest rival is named with probability {POWER:g} (the other rivals as far behind that one as they are here)."
         )
     lines += [f"Steering: {v.steering.text}"] if v.steering else []
     return lines + _named_against_nulls(v.winner or v.leader, summary)
+
+
+def _beside_nulls(name: str, summary: pl.DataFrame) -> str:
+    """Whether the winner's scores lie above those of null diffs, for the line that names it."""
+    if "R_w_above_null" not in summary.columns:
+        return "not compared with null diffs"
+    row = summary.row(by_predicate=pl.col("candidate") == name, named=True)
+    if not row["R_w_null_hi"] > 0:
+        return "not compared with null diffs"
+    above = {m: row[f"{m}_above_null"] for m in ("R_act", "R_w")}
+    return ", ".join(f"{m} {'above' if yes else '**not** above'} null diffs" for m, yes in above.items())
+
+
+def _left_out(v: Verdict) -> str:
+    n = len(v.undefined)
+    return f"; {n} contender{'s' if n > 1 else ''} without a score left out" if n else ""
+
+
+def _rank(other: float, own: float) -> str:
+    return "" if other == own else f" (of rank {other:g}, the winner's is {own:g})"
 
 
 def _named_against_nulls(name: str | None, summary: pl.DataFrame) -> list[str]:
@@ -97,6 +120,8 @@ def _significance_lines(table: pl.DataFrame, chance: pl.DataFrame) -> list[str]:
         *_chance_lines(chance, found),
         f"R_w of {most} candidates is above what the best of all blind copies reaches in {1 - ALPHA:.0%} of draws (max-T).",
         f"{draws:,} blind copies; smallest possible p: {1 / (1 + draws):.1g}. z-scores are descriptive.",
+        "Blind copies know nothing of the training texts either: what any training on them does passes this test as w does."
+        " Null diffs are the control.",
     ]
 
 
@@ -120,7 +145,7 @@ def _null_lines(nulls: pl.DataFrame) -> list[str]:
     return lines + ([f"The method asks for at least 5 null diffs; here are {J}."] if J < 5 else [])
 
 
-def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list[str]:
+def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str] | None) -> list[str]:
     lines = []
     if table is not None:
         between = table.filter((pl.col("side") == "B") & pl.col("overlap").is_not_nan())
@@ -130,11 +155,13 @@ def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str]) -> list
             f"smallest principal cosine {part['smallest_cos'].mean():.2f}."
             for (name,), part in between.group_by("object", maintain_order=True)
         ]
+    if unstable is None:
+        return [*lines, "Whether candidates are determined by their data was not looked at: that takes the model."]
     flagged = _names(unstable) or "none"
     return [*lines, f"Flagged unstable (energy-weighted overlap between halves of the data under 0.5): {flagged}."]
 
 
-def _limits(v: Verdict) -> list[str]:
+def _limits(v: Verdict, pairs: str) -> list[str]:
     if v.S < 2:
         return ["One seed: no statement about other seeds is possible."]
     lines = [
@@ -143,8 +170,11 @@ def _limits(v: Verdict) -> list[str]:
         f"Chance levels are those of {COPIES:,} or more blind copies: the candidates' own bases under one random rotation, so"
         " that they overlap as they do and know nothing of w.",
     ]
-    if v.S < 5:
-        lines += ["Percentile bootstrap intervals are too narrow with so few seeds; read the t interval beside them."]
+    lines += [
+        "Percentile bootstrap intervals (X_boot) hold the truth less often than they say, at any number of seeds: read the t"
+        " interval (these wordings and topics) and the crossed one (new ones as well).",
+        *filter(None, [pairs]),
+    ]
     rows = f"{v.n_topics} EVAL topic{'s' if v.n_topics > 1 else ''} in {v.n_templates} wording{'s' if v.n_templates > 1 else ''}"
     lines.append(
         f"Seeds share {rows} and one base model: more seeds do not tell about other topics, wordings, models or behaviours."
@@ -164,23 +194,29 @@ def conclusion(
     nulls: pl.DataFrame,
     significance: pl.DataFrame,
     subspace: pl.DataFrame | None = None,
-    unstable: Sequence[str] = (),
+    unstable: Sequence[str] | None = (),
     bases: str = "",
+    pairs: str = "",
 ) -> str:
     """`v7b_conclusion.md`: the verdict and every count beside its chance level, all computed from the tables given."""
     on_all = summary.filter((pl.col("kind") == "A-hypothesis") & (pl.col("top5_count") == v.S))["candidate"]
     sections = {
         "Verdict": _winner_lines(v, summary),
-        "Agreement between seeds": [
-            *_chance_lines(chance, COUNTS),
-            f"In the top 5 on all {v.S} seeds by the rank-honest joint score: {_names(on_all) or 'none'}.",
+        "Agreement between seeds": []
+        if v.S < 2
+        else [
+            *_chance_lines(chance, COUNTS if v.S > 1 else ()),
+            *(
+                [f"In the top 5 on all {v.S} seeds by the rank-honest joint score: {_names(on_all) or 'none'}."]
+                * (v.S > 1)
+            ),
         ],
         "Against blind copies": _significance_lines(significance, chance),
         "Against null diffs": _null_lines(nulls),
         "Subspaces": [*filter(None, [bases]), *_subspace_lines(subspace, unstable)],
-        f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v),
+        f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v, pairs),
     }
     if v.undefined:
         sections["Undefined"] = [f"No joint score, so out of the ranking: {_names(v.undefined)}."]
-    parts = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in sections.items()]
+    parts = [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in sections.items() if lines]
     return "# v7b: stability over seeds\n\n" + "\n\n".join(parts) + "\n"

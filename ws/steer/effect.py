@@ -69,20 +69,29 @@ def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np
     return nulls.mean(axis=0) + wide * nulls.std(axis=0, ddof=1)
 
 
+def null_end(nulls: Float[np.ndarray, "J C"], ranks: Float[np.ndarray, " C"], d: int) -> Float[np.ndarray, " C"]:
+    """`upper_end` of scores R over null diffs, in units of R: taken in logit f, `f = R r / d`, so that it stays under what a
+    score can reach, d / r. NaN for fewer than two null diffs, and where a score is undefined."""
+    with np.errstate(invalid="ignore"):
+        f = np.clip(nulls * ranks / d, 1e-6, 1 - 1e-6)
+        return d / np.maximum(ranks, 1e-9) / (1 + np.exp(-upper_end(np.log(f / (1 - f)))))
+
+
 @dataclass(frozen=True)
 class Steering:
     """Does w steer? effects: per seed, mean over claims, nats; nulls: the same of the null diffs; seen: whether every seed's
-    effect is above what it is held against; text: that in words."""
+    effect is above the null diffs' spread, None where there are too few of them to know; text: that in words."""
 
     effects: tuple[float, ...]
     nulls: tuple[float, ...]
-    seen: bool
+    seen: bool | None
     text: str
 
 
 def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Steering:
-    """by_claim: per seed, the effect on every held-out false claim (nats). Against the spread of two or more null diffs; of
-    fewer, against 0 by a t interval over the claims, which needs three of them."""
+    """by_claim: per seed, the effect on every held-out false claim (nats). Against the spread of two or more null diffs. With
+    fewer nothing is known where a t interval over the claims (three or more) lies above 0, as that of most null diffs does,
+    and w is not seen to steer where it does not."""
     found, nulls = tuple(float(np.mean(row)) for row in by_claim), tuple(map(float, nulls))
     many = len(found) > 1
     said = f"w moves the log-ratio by {_range(found)} nats between alpha -1 and +1"
@@ -90,6 +99,7 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Ste
         end = float(upper_end(np.asarray(nulls)[:, None])[0])
         seen = bool(min(found) > end)
         above = f"above their spread{' on every seed' if many else ''}"
+        above += ", and against the behaviour" if not seen and max(found) < min(nulls) else ""
         held = f"{len(nulls)} null diffs by {_range(nulls)} (97.5 % of further ones stay under {end:+.2f})"
         return Steering(found, nulls, seen, f"{said}, {held}: {above if seen else f'**not {above}**'}.")
     had = f"with {len(nulls) or 'no'} null diff{'' if len(nulls) == 1 else 's'} (2 are needed for a spread)"
@@ -97,12 +107,12 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Ste
     if few < 3:
         return Steering(found, nulls, False, f"{said}; {had}, {few} held-out claims cannot show that this is steering.")
     lows = [stats.t.interval(LEVEL, len(r) - 1, np.mean(r), max(stats.sem(r), 1e-12))[0] for r in by_claim]
-    seen = bool(min(lows) > 0)
-    lies = "lies above 0" if seen else "**does not lie above 0**"
+    seen = None if min(lows) > 0 else False
+    lies = "lies above 0" if seen is None else "**does not lie above 0**"
     every = " on every seed" if many else ""
     return Steering(
-        found, nulls, seen, f"{said}; {had}, the 95 % t interval over {few} claims {lies}{every}; training noise is not"
-        " told apart from steering.",
+        found, nulls, seen, f"{said}; {had}, the 95 % t interval over {few} claims {lies}{every}; without null"
+        " diffs, steering is not told apart from what any training on these texts does.",
     )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def _trained(
         if "changed code" in {states[sign] for sign in stay}:
             told = "kept, although the training code changed since; --retrain trains them anew"
             tqdm.write(f"{folder / 'adapters'}: {told}")
-        w = _join(lm, behavior, kind, seed, sides, place, {"null": null, **counts})
+        w = _join(lm, behavior, kind, seed, sides, place, {"null": null, "resampled": cfg.resampled, **counts})
         if aside:
             write_json(place / READY, sorted(set(SIGNS) - stay))
             _publish(folder)
