@@ -97,14 +97,7 @@ def _chance_lines(chance: pl.DataFrame, what: Iterable[str]) -> list[str]:
             for row in part.iter_rows(named=True)
             if row["observed"] == row["observed"]
         ]
-        of = (
-            f" of {part['candidates'].max()} candidates"
-            if part.height and "tau" not in name and "rho" not in name
-            else ""
-        )
-        lines += (
-            [f"{name[0].upper()}{name[1:]}{of if 'places' not in name else ''}: {'; '.join(said)}."] if said else []
-        )
+        lines += [f"{name} ({part['candidates'].max()} candidates): {'; '.join(said)}."] if said else []
     return lines
 
 
