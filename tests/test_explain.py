@@ -91,15 +91,13 @@ def test_a_basis_that_is_not_orthonormal_has_no_score():
 
 
 def test_scores_do_not_depend_on_who_else_is_there_and_the_null_adds_columns(given, parity_folder):
-    alone, more = given(candidates=["write"]), given(extra=[mine], null=parity_folder / "w.pt")
+    half, double = (ws.load_diff(parity_folder / "w.pt").scale(c) for c in (0.5, 2.0))
+    alone, more = given(candidates=["write"]), given(extra=[mine], null=half)
     assert row(alone, "write", "joint_score") == row(more, "write", "joint_score")
-    assert (
-        row(more, "write", "R_w_vs_null_diff") == pytest.approx(1) and "R_w_vs_null_diff" not in alone.summary.columns
-    )
-    several = given(
-        candidates=["write"], null=[parity_folder / "w.pt", ws.load_diff(parity_folder / "w.pt").scale(2.0)]
-    )
-    assert row(several, "write", "R_w_vs_null_diff") == pytest.approx(1) and given(null=[]).setting["nulls"] == []
+    assert row(more, "write", "R_w_vs_null_diff") == pytest.approx(1)  # R_w does not see the scale
+    assert "R_w_vs_null_diff" not in alone.summary.columns and given(null=[]).setting["nulls"] == []
+    several = given(candidates=["write"], null=[half, double])
+    assert row(several, "write", "R_w_vs_null_diff") == pytest.approx(1)
     assert len(several.setting["nulls"]) == 2 and set(several.null_per_layer["null"]) == {0, 1}
     assert set(alone.summary["subspace"]) == {"write", "TaskDiff_lora_ceiling", "dW_left_basis_ceiling"}
     assert given(layers=[3]).layers == [3] and given(k=4).setting["k"] == 4
@@ -194,3 +192,15 @@ def test_a_dense_diff_is_decomposed_once_whatever_is_asked_of_it(lm, parity_fold
     for protocol in ("v7", "v7b"):
         ws.explain(lm, w, behavior, protocol=protocol, candidates=["write"], cache=tmp_path, progress=False)
     assert sorted(asked) == sorted(w.names)
+
+
+def test_a_null_diff_is_another_diff_of_the_same_modules(given, parity_folder):
+    w = ws.load_diff(parity_folder / "w.pt")
+    other = w.scale(0.5)
+    with pytest.raises(ValueError, match="null diff 1 is the same as w: give each one once"):
+        given(candidates=["write"], null=[w])
+    with pytest.raises(ValueError, match="null diff 2 is the same as null diff 1"):
+        given(candidates=["write"], null=[other, w.scale(0.5)])
+    few = ws.WeightDiff({name: other[name] for name in list(other.entries)[:1]})
+    with pytest.raises(ValueError, match="null diff 1 lacks .*which w changes"):
+        given(candidates=["write"], null=[few])

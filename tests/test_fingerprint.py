@@ -198,3 +198,17 @@ def test_a_model_without_a_fingerprint_refuses_too(lm, tmp_path):
         with wear(lm.model, cvh(128, 8), torch.ones(8)), wear(lm.model, cvh(128, 8), torch.ones(8)):
             delta_svd(bare, ["The mill is near.", "So is the inn."], boot=0, progress=False)
     check_plain(lm.model)
+
+
+def test_a_foreign_hook_is_no_base_model_and_a_buffer_that_is_not_saved_counts():
+    from ws.model.guard import check_plain
+
+    lm = load_lm("tiny", "float32", "cpu")
+    before = lm.fingerprint
+    handle = lm.model.model.layers[2].register_forward_hook(lambda m, i, o: o)
+    with pytest.raises(ValueError, match="model.layers.2: a forward hook is set on the model; remove it"):
+        check_plain(lm.model)
+    handle.remove()
+    assert lm.fingerprint == before
+    lm.model.model.rotary_emb.inv_freq.mul_(1.5)
+    assert lm.fingerprint != before

@@ -312,3 +312,18 @@ def test_device_map_model(model, tmp_path):
     with weight_steer(spread, w, 1.0):
         assert torch.equal(logits(spread, tokens), truth)
     assert same(spread, before)
+
+
+def test_a_compiled_model_in_half_precision_is_refused():
+    """Code that was compiled before the hooks were set would run without them."""
+    model = random_model("llama", layers=1).to(torch.bfloat16)
+    name = "model.layers.0.mlp.down_proj.weight"
+    w = WeightDiff({name: torch.ones(model.get_parameter(name).shape)})
+    compiled = torch.compile(model, backend="eager")
+    with (
+        pytest.raises(ValueError, match="compiled model in half precision does not see w"),
+        weight_steer(compiled, w, 1.0),
+    ):
+        pass
+    with weight_steer(torch.compile(random_model("llama", layers=1), backend="eager"), w, 1.0):
+        pass

@@ -278,7 +278,7 @@ def test_one_short_text_at_a_strong_alpha_has_its_optimum_too():
     problem = as_float64(T.make_problem(T.record_base(states.h, states.y, W, bias), head, W))
     best = fit_optimum(problem, cfg)[0]
     zero = torch.zeros(1, 64, dtype=torch.float64)
-    assert best.gradient_ratio <= 1e-6 and best.loss < 0.5 * float(T.evaluate(problem, zero, cfg).loss)
+    assert best.gradient_ratio <= 1e-6 and best.loss < 0.75 * float(T.evaluate(problem, zero, cfg).loss)
 
 
 # ---- planted -----------------------------------------------------------------------------------------------------

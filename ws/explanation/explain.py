@@ -73,6 +73,7 @@ def explain(
     w, nulls = load_diff(w), [load_diff(one) for one in (null if several else [null]) if one is not None]
     for diff in [w, *nulls]:
         check_fits(lm.model, diff)
+    check_nulls(lm, w, nulls)
     check_plain(lm.model)
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
@@ -136,6 +137,18 @@ def check_sizes(d: int, k: int, k_broad: int) -> None:
     for name, size in {"PCS": k, "K_BROAD": k_broad}.items():
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= d:
             raise ValueError(f"{name} = {size}: must be a whole number from 1 to {d}, the width of the model")
+
+
+def check_nulls(lm: LM, w: WeightDiff, nulls: Sequence[WeightDiff]) -> None:
+    """ValueError for a null diff that is given twice, that is w itself, or that lacks a residual writer that w has."""
+    seen = {w.fingerprint: "w"}
+    for i, diff in enumerate(nulls):
+        if diff.fingerprint in seen:
+            raise ValueError(f"null diff {i + 1} is the same as {seen[diff.fingerprint]}: give each one once")
+        seen[diff.fingerprint] = f"null diff {i + 1}"
+        writers = [lm.decoder.param_name(l, role) for l in w.layers() for role in ("o", "down")]
+        if lacking := [name for name in writers if name in w.entries and name not in diff.entries]:
+            raise ValueError(f"null diff {i + 1} lacks {lacking[0]}, which w changes: train both on the same modules")
 
 
 def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis], fit: bool = True) -> tuple[CeilingMaterials, list]:

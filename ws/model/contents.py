@@ -19,11 +19,12 @@ AT_ONCE = 256  # blocks per step on an accelerator; on the CPU one, which stays 
 
 
 def checksum(model: nn.Module) -> str:
-    """Hash of the names, shapes, dtypes and bits of all parameters and buffers of the state dict, tied ones read once. What
+    """Hash of names, shapes, dtypes and bits of all parameters and buffers (non-persistent too), tied ones read once. What
     is not in memory (meta, offloaded) counts by its shape alone."""
     factors = torch.randint(-(1 << 63), (1 << 63) - 1, (BLOCK,), generator=torch.Generator().manual_seed(0)) | 1
     placed, read, rows = {torch.device("cpu"): factors}, {}, []
-    for name, x in model.state_dict().items():
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, x in every:
         where = (
             (x.data_ptr(), x.shape, x.dtype, x.device) if isinstance(x, Tensor) and x.layout == torch.strided else None
         )

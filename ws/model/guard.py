@@ -15,6 +15,7 @@ from typing import no_type_check
 from torch import nn
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name))
+LIBRARIES = ("torch", "transformers", "accelerate", "peft")  # whose hooks record, or place what is on other devices
 MARKS = ("_ws_open", "_ws_live", "_ws_worn")  # attributes of parameters and modules that act otherwise for a while
 Handler = Callable[[int, FrameType | None], object]
 
@@ -135,8 +136,20 @@ def mark(module: nn.Module, by: int) -> None:
         del module.__dict__["_ws_worn"]
 
 
+def _foreign(hook: object) -> bool:
+    """Whether somebody set a hook; the libraries' own change nothing that is read here."""
+    return getattr(getattr(hook, "func", hook), "__module__", "").split(".")[0] not in LIBRARIES
+
+
 def check_plain(model: nn.Module) -> None:
-    """ValueError inside an open `weight_steer` or `wear`: what is computed there is not the base model's."""
+    """ValueError inside an open `weight_steer` or `wear`, and where a forward hook is set on the model: what is computed there
+    is not the base model's."""
     for part in (*model.parameters(), *model.modules()):
         if any(name in part.__dict__ for name in MARKS):
             raise ValueError("the model is being steered: leave the `weight_steer` or `wear` context first")
+    for name, module in model.named_modules():
+        if any(map(_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+            where = name or type(module).__name__
+            raise ValueError(
+                f"{where}: a forward hook is set on the model; remove it, what is computed is not the base model's"
+            )

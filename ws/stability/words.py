@@ -154,14 +154,16 @@ def _subspace_lines(table: pl.DataFrame | None, unstable: Sequence[str] | None) 
     return [*lines, f"Flagged unstable (energy-weighted overlap between halves of the data under 0.5): {flagged}."]
 
 
-def _limits(v: Verdict, pairs: str) -> list[str]:
+def _limits(v: Verdict, pairs: str, draws: int) -> list[str]:
     if v.S < 2:
         return ["One seed: no statement about other seeds is possible."]
     lines = [
+        "honest: the geometric mean of two shares, of what the best subspace of the same rank holds of the activation differences"
+        " and of w; candidates are ordered by it.",
         f"{v.S} seeds give t intervals with {v.S - 1} degrees of freedom (factor {stats.t.ppf(0.975, v.S - 1):.2f}). The"
         " claim that one candidate is better than every rival needs no correction for their number.",
-        f"Chance levels are those of {COPIES:,} or more blind copies: the candidates' own bases under one random rotation, so"
-        " that they overlap as they do and know nothing of w.",
+        f"Chance levels are those of {min(COPIES, draws):,} or more blind copies: the candidates' own bases under one random"
+        " rotation, so that they overlap as they do and know nothing of w.",
     ]
     lines += [
         "Percentile bootstrap intervals (X_boot) hold the truth less often than they say, at any number of seeds: read the t"
@@ -171,7 +173,7 @@ def _limits(v: Verdict, pairs: str) -> list[str]:
     rows = f"{v.n_topics} EVAL topic{'s' if v.n_topics > 1 else ''} in {v.n_templates} wording{'s' if v.n_templates > 1 else ''}"
     lines.append(
         f"Seeds share {rows} and one base model: more seeds do not tell about other topics, wordings, models or behaviours."
-        " The t interval over seeds is for these."
+        " The t interval over seeds is for these topics and wordings."
     )
     if v.n_templates < 4:
         lines.append(
@@ -207,7 +209,7 @@ def conclusion(
         "Against blind copies": _significance_lines(significance, chance),
         "Against null diffs": _null_lines(nulls),
         "Subspaces": [*filter(None, [bases]), *_subspace_lines(subspace, unstable)],
-        f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v, pairs),
+        f"What {v.S} seed{'s' if v.S > 1 else ''} can and cannot show": _limits(v, pairs, significance["n_blind"][0]),
     }
     if v.undefined:
         sections["Undefined"] = [f"No joint score, so out of the ranking: {_names(v.undefined)}."]

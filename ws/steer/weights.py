@@ -65,10 +65,19 @@ class _Steering(Guarded):
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha}, expected a finite number")
         slots = check_fits(self.value, self.w)
+        if any(slot.parameter.dtype in NARROW for slot in slots) and _compiled(self.value):
+            raise ValueError(
+                "a compiled model in half precision does not see w: steer it before torch.compile, or in float32"
+            )
         for slot in slots if self.alpha != 0 else ():
             step = (_InPlace if slot.parameter.dtype in WIDE else _Hooked)(slot, self.alpha)
             self.undo.append(step.exit)
             step.enter()
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps the model: code compiled before a hook was set runs without it."""
+    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
 
 
 def _plain_name(name: str) -> str:
