@@ -18,8 +18,8 @@
 # Two adapters were trained on opposite behaviours; their difference `w` steers the model when it is added to the
 # weights. Here candidate subspaces of the residual stream, built from the base model alone, are scored on two
 # questions: how much of what `w` does to **activations** lies inside them, and how much of **w itself** does. A score of
-# 1 is what a random subspace of the same rank gets. Two ceilings that do see `w` show how far a subspace of rank 8
-# could go.
+# 1 is what a random subspace of the same rank gets. Two ceilings that do see `w` show what eight directions of theirs
+# hold; `% best` is the strict bound.
 
 # %% tags=["parameters"]
 # model and behaviour

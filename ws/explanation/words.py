@@ -76,7 +76,7 @@ def setting_table(f: dict) -> str:
         ("protocol", f"{p['name']}: {switches}, persona pairs: {p['persona_pairs']}"),
         (
             "probes",
-            f"{f['n_fit']} FIT; {f['n_eval']} EVAL topics x {f['n_templates']} wordings; positions: {f['positions']}",
+            f"{f['n_fit']} FIT; {f['n_eval']} EVAL topics, wordings: {f['n_templates']}; positions: {f['positions']}",
         ),
         ("null diffs", f"{len(f['nulls'])}"),
         ("means over", f"layers {', '.join(map(str, f['layers']))}"),

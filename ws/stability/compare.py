@@ -27,10 +27,10 @@ from ws.subspaces.protocol import Protocol
 
 # what a reader compares first: column of the summary -> heading
 LEADING = {
-    "candidate": "candidate", "axis_kind": "axis", "mean_rank": "rank", "honest_geomean": "honest joint",
+    "candidate": "candidate", "mean_rank": "rank", "honest_geomean": "honest joint",
     "H_act_geomean": "H_act", "H_w_geomean": "H_w", "R_act_geomean": "R_act", "R_act_null_diff": "on null",
     "R_act_varying_geomean": "varying", "R_act_claim_geomean": "claim", "R_w_geomean": "R_w", "R_w_null_diff": "on null ",
-    "q_R_w": "q of R_w", "unstable": "unstable",
+    "q_R_w": "q of R_w",
 }  # fmt: skip
 
 
