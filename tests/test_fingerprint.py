@@ -200,15 +200,24 @@ def test_a_model_without_a_fingerprint_refuses_too(lm, tmp_path):
     check_plain(lm.model)
 
 
-def test_a_foreign_hook_is_no_base_model_and_a_buffer_that_is_not_saved_counts():
-    from ws.model.guard import check_plain
-
+def test_under_a_foreign_hook_nothing_is_kept_and_a_buffer_that_is_not_saved_counts():
     lm = load_lm("tiny", "float32", "cpu")
     before = lm.fingerprint
     handle = lm.model.model.layers[2].register_forward_hook(lambda m, i, o: o)
-    with pytest.raises(ValueError, match="model.layers.2: a forward hook is set on the model; remove it"):
-        check_plain(lm.model)
+    assert lm.fingerprint == ""  # activation steering by a hook: bases and captures are neither read nor kept
     handle.remove()
     assert lm.fingerprint == before
     lm.model.model.rotary_emb.inv_freq.mul_(1.5)
     assert lm.fingerprint != before
+
+
+def test_nothing_is_written_or_trained_under_a_foreign_hook(tmp_path):
+    from ws.train.pairs import PairConfig, make_pairs
+
+    lm, behavior = load_lm("tiny", "float32", "cpu"), load_behavior("sycophancy")
+    lm.model.model.layers[1].register_forward_hook(lambda m, i, o: o)
+    with pytest.raises(ValueError, match="a forward hook is set on the model: remove it"):
+        make_pairs(
+            lm, behavior, PairConfig(topics=2, personas=1, samples=1, max_new_tokens=4), tmp_path, progress=False
+        )
+    assert not any(tmp_path.iterdir())

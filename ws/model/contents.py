@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ws.cache.syntax import digest
-from ws.model.guard import check_plain
+from ws.model.guard import check_plain, hooked
 
 BLOCK = 1 << 15
 AT_ONCE = 256  # blocks per step on an accelerator; on the CPU one, which stays in its cache
@@ -58,15 +58,18 @@ def _sums(x: Tensor, factors: Int[Tensor, " b"]) -> Int[Tensor, " blocks"]:
 
 
 class Fingerprint:
-    """The field `LM.fingerprint`: what was given (a hub commit or a folder's content, and the dtype) while the model holds
-    what it held then, `<given>+<hash>` of what it holds where that was changed since, "" where nothing was given.
-    ValueError while the model is steered. Asking costs one pass over the weights: ask once per use."""
+    """The field `LM.fingerprint`: what was given (a hub commit or a folder's content, and the dtype) while the model holds what
+    it held then, `<given>+<hash>` of what it holds where that was changed since, "" where nothing was given and while
+    somebody's forward hook is set: what is computed then is kept nowhere. ValueError while the model is steered. Asking costs
+    one pass over the weights: ask once per use."""
 
     def __get__(self, lm: object | None, _owner: type | None = None) -> str:
         given, loaded = ("", "") if lm is None else lm.__dict__["_fingerprint"]
         if not given:
             return ""
         check_plain(lm.model)
+        if hooked(lm.model):
+            return ""
         now = checksum(lm.model)
         return given if now == loaded else f"{given}+{now}"
 

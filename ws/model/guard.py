@@ -136,20 +136,23 @@ def mark(module: nn.Module, by: int) -> None:
         del module.__dict__["_ws_worn"]
 
 
-def _foreign(hook: object) -> bool:
-    """Whether somebody set a hook; the libraries' own change nothing that is read here."""
-    return getattr(getattr(hook, "func", hook), "__module__", "").split(".")[0] not in LIBRARIES
+def hooked(model: nn.Module) -> bool:
+    """Whether somebody set a forward hook, which may change what the model computes; the libraries' own do not."""
+    hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(getattr(getattr(h, "func", h), "__module__", "").split(".")[0] not in LIBRARIES for h in hooks)
+
+
+def check_unhooked(model: nn.Module) -> None:
+    """`check_plain`, and ValueError where somebody's forward hook is set: for what is kept whatever the fingerprint."""
+    check_plain(model)
+    if hooked(model):
+        raise ValueError(
+            "a forward hook is set on the model: remove it, what is written or trained would not be the model's"
+        )
 
 
 def check_plain(model: nn.Module) -> None:
-    """ValueError inside an open `weight_steer` or `wear`, and where a forward hook is set on the model: what is computed there
-    is not the base model's."""
+    """ValueError inside an open `weight_steer` or `wear`: what is computed there is not the base model's."""
     for part in (*model.parameters(), *model.modules()):
         if any(name in part.__dict__ for name in MARKS):
             raise ValueError("the model is being steered: leave the `weight_steer` or `wear` context first")
-    for name, module in model.named_modules():
-        if any(map(_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
-            where = name or type(module).__name__
-            raise ValueError(
-                f"{where}: a forward hook is set on the model; remove it, what is computed is not the base model's"
-            )

@@ -147,9 +147,9 @@ def record_states(
     targets = [torch.tensor(ids[first:]) for ids, first in rows]
     y, index = torch.cat(targets), torch.repeat_interleave(torch.tensor([len(t) for t in targets]))
     blocks = _state_blocks(lm, rows, batch, progress)
-    if path is None:
+    if path is None or not (model := lm.fingerprint):
         return States(torch.cat(list(blocks)), y, index)
-    params = {"model": lm.fingerprint, "rows": rows, "batch": batch}
+    params = {"model": model, "rows": rows, "batch": batch}
     key = stage_key(params, code=["ws.theta.states._state_blocks", "ws.theta.states._write_states"])
     h = kept(path, key, lambda target: _write_states(target, blocks, (len(y), lm.decoder.d)), _read_states)
     return States(h, y, index)

@@ -24,7 +24,7 @@ from ws.cache.keys import Key, stage_key
 from ws.cache.made import mark_made, state
 from ws.cache.records import tell
 from ws.model.generate import turn_end
-from ws.model.guard import check_plain
+from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.runs.folders import resamples
 from ws.show.bars import tqdm
@@ -109,7 +109,7 @@ def train_adapter(
     sign: `pos` or `neg`. The base model is left as it was: modules, bits, `requires_grad`, mode. The same arguments on
     one machine with one thread count give the same bytes. Raises ValueError for an unknown sign, no pairs, or a loss
     that is not finite."""
-    check_plain(lm.model)
+    check_unhooked(lm.model)
     if sign not in SIGNS:
         raise ValueError(f"sign {sign!r} is unknown; one of {', '.join(SIGNS)}")
     if not rows:

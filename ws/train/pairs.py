@@ -18,7 +18,7 @@ from ws.cache.keys import Key, stage_key
 from ws.cache.made import kept
 from ws.data import Behavior
 from ws.model.generate import write_answers
-from ws.model.guard import check_plain
+from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.show.bars import tqdm
@@ -72,7 +72,7 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     """Write the pairs, or read those that were written from the same model, texts and settings by the same code. cache:
     a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when more
     topics or personas are asked for than there are, and when every pair was dropped (with the likely cause)."""
-    check_plain(lm.model)
+    check_unhooked(lm.model)
     cfg = counted(behavior, cfg)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
     turns = users, behavior.persona_pairs[: cfg.personas]
