@@ -442,7 +442,7 @@ def test_no_payload_runs_in_a_browser(tmp_path, monkeypatch):
             pages.append(folder / "run.html")
     (tmp_path / "out" / f"javascript:{RUN}").mkdir()
     shutil.copytree(tmp_path / "out/tiny/delta_svd", tmp_path / "out" / PAYLOADS[0].replace("/", "") / "delta_svd")
-    pages.append(report.report(tmp_path / "out"))
+    pages.append(index_of.report(tmp_path / "out"))
     with browser(tmp_path / "profile") as chromium:
         for page in pages:
             seen = chromium.visit(page)
