@@ -709,3 +709,13 @@ def test_pairs_of_a_name_with_blanks_lie_beside_its_adapters(lm, behavior, tmp_p
     make_pairs(lm, replace(behavior, name="my <view>"), replace(SMALL, topics=1, samples=1), tmp_path, progress=False)
     (path,) = tmp_path.rglob("pairs.jsonl")
     assert path.parent.name.startswith("my__view") and "<" not in path.parent.name
+
+
+def test_a_finished_diff_whose_bytes_changed_is_made_anew_not_read(lm, behavior, tmp_path):
+    """As a run does it: what is finished is looked for in the very folder that it goes to."""
+    folder = tmp_path / "seed_0"
+    want = train_diff(lm, behavior, config=CFG, folder=folder, progress=False).fingerprint  # before its file changes
+    content = (folder / "w.safetensors").read_bytes()
+    (folder / "w.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    again = train_diff(lm, behavior, config=CFG, folder=folder, finished=folder, progress=False)
+    assert again.fingerprint == want and (folder / "w.safetensors").read_bytes() == content

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ws.cache.files import lock, write_json
 from ws.cache.keys import Key, stage_key
-from ws.cache.made import kept, made, read_sidecar, sidecar, state
+from ws.cache.made import intact, kept, made, read_sidecar, sidecar, state
 from ws.cache.names import RunId, cache_folder, check_seed
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, from_adapters, geometry, load_diff, read_diff, save_diff, task_vectors
@@ -129,10 +129,11 @@ def _trained(
 
 def _finished(folder: Path, keys: dict[str, Key]) -> bool:
     """Whether both adapters of these keys, and w of these adapters, are finished in a folder."""
-    w, known = folder / W_FILE, read_sidecar(folder / W_FILE).get("key", {})
+    w, record = folder / W_FILE, read_sidecar(folder / W_FILE)
     sides = [folder / "adapters" / sign for sign in SIGNS]
     whole = all(state(side, keys[sign]) in ("done", "changed code") for sign, side in zip(SIGNS, sides, strict=True))
-    return whole and w.is_file() and known.get("inputs") == stage_key({}, inputs=sides, sources="-").inputs
+    made_of = record.get("key", {}).get("inputs")
+    return whole and intact(w, record) and made_of == stage_key({}, inputs=sides, sources="-").inputs
 
 
 def _typed(lm: LM, cfg: TrainConfig) -> dict[str, object]:
