@@ -2,11 +2,10 @@
 `joint_score = sqrt(mean_conc_act mean_conc_w_combined)`. A layer where w lacks a tensor counts for no candidate; a
 candidate that is empty at a layer is NaN there, stays NaN in the mean, sorts last."""
 
-import numpy as np
 import polars as pl
 
 from ws.show.tables import sort_nan_last
-from ws.steer.effect import null_end
+from ws.steer.effect import null_end, null_mean
 
 KEYS = ["subspace", "family", "axis_kind", "source", "kind"]
 WEIGHTS = ("oproj", "downproj", "combined")
@@ -65,16 +64,15 @@ def against_nulls(summary: pl.DataFrame, nulls: pl.DataFrame, d: int) -> pl.Data
     """The summary beside its null diffs (`null_summary`): R_X_null, their geometric mean, R_X_null_hi, the upper end of the
     prediction interval of one more (`ws.steer.effect.null_end`), R_X_vs_null_diff, the ratio to the mean (NaN where that is
     0). d: width of the model."""
-    ranks = dict(summary.select("subspace", "mean_rank").iter_rows())
+    known = summary.select("subspace", "mean_rank")
     for name, column in (("R_act", "mean_conc_act"), ("R_w", "mean_conc_w_combined")):
-        rows = []
-        for (of,), part in nulls.group_by("subspace", maintain_order=True):
-            values = part[name].to_numpy()
-            with np.errstate(divide="ignore"):
-                mean = float(np.exp(np.log(values).mean())) or float("nan")
-            rows.append((of, mean, float(null_end(values[:, None], np.array([ranks[of]]), d)[0])))
-        found = pl.DataFrame(rows, ["subspace", f"{name}_null", f"{name}_null_hi"], orient="row")
-        summary = summary.join(found, on="subspace", how="left", maintain_order="left")
+        scores = known.join(nulls.pivot("null", index="subspace", values=name), on="subspace", maintain_order="left")
+        values = scores.drop("subspace", "mean_rank").to_numpy().T
+        found = {
+            f"{name}_null": null_mean(values),
+            f"{name}_null_hi": null_end(values, scores["mean_rank"].to_numpy(), d),
+        }
+        summary = summary.with_columns(**found)
         summary = summary.with_columns((pl.col(column) / pl.col(f"{name}_null")).alias(f"{name}_vs_null_diff"))
     return summary
 

@@ -24,6 +24,7 @@ from ws.stability.intervals import (
     row_influence,
     t_interval,
 )
+from ws.steer.effect import null_mean
 
 SCORES = ("R_act", "R_w", "joint", "honest")
 TOP = 5
@@ -173,13 +174,6 @@ def per_seed_table(scores: SeedScores) -> pl.DataFrame:
         columns |= {f"{name}_vs_null_diff": values[name][s] / null for name, null in nulls.items()}
         parts.append(pl.DataFrame(columns | {"undefined": reasons[s]}))
     return pl.concat(parts).with_columns(pl.col("rank_in_seed").fill_nan(None))
-
-
-def null_mean(null: Float[np.ndarray, "J C"]) -> Float[np.ndarray, " C"]:
-    """Geometric mean over null diffs; NaN without any, or where one scores 0."""
-    with np.errstate(divide="ignore"):
-        logs = np.log(null).mean(axis=0) if len(null) else np.full(null.shape[1], np.nan)
-    return np.exp(np.where(np.isinf(logs), np.nan, logs))
 
 
 def sign_agreement(logs: Float[np.ndarray, "S C"]) -> Float[np.ndarray, " C"]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ws.explanation.result import Explanation
+from ws.explanation.scores import target, topic_terms, weight_targets
 from ws.explanation.summary import DOUBTS
 from ws.stability.blind import Geometry, combined_factor, thin
 from ws.stability.scores import SeedScores
@@ -113,19 +113,17 @@ def check_seeds(found: Mapping[int, Explanation]) -> None:
 
 def _best(F: Float[Tensor, "d n"], ranks: Float[np.ndarray, " C"]) -> Float[np.ndarray, "C n"]:
     """R of every EVAL row in the best subspace of each candidate's rank; NaN for an empty basis, and where the rank is not
-    under the number of rows. F: rows scaled to norm 1 / sqrt n."""
-    d, n = F.shape
-    U = torch.linalg.svd(F.double(), full_matrices=False)[0]
-    inside = (U.T @ F.double()).square().cumsum(dim=0).numpy() * n
-    rows = {r: inside[r - 1] * d / r for r in {int(r) for r in ranks} if 0 < r < n and r <= len(inside)}
-    return np.stack([rows.get(int(r), np.full(n, np.nan)) for r in ranks])
+    under the number of rows. F: the activation target's factor."""
+    rows, n = target(F), F.shape[1]
+    known = {r: topic_terms(rows, rows.axes[:, :r]).numpy() for r in {int(r) for r in ranks} if 0 < r < n}
+    return np.stack([known.get(int(r), np.full(n, np.nan)) for r in ranks])
 
 
 def _best_w(writers: list[Tensor], ranks: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
     """R_w of the best subspace of each candidate's rank; NaN for an empty basis."""
-    energies = torch.linalg.svdvals(torch.cat([F.double() / F.double().norm() for F in writers], dim=1)).square() / 2
-    inside, d = np.concatenate([[np.nan], energies.cumsum(dim=0).numpy()]), len(writers[0])
-    return np.array([inside[min(int(r), len(inside) - 1)] * d / max(r, 1) for r in ranks])
+    both = weight_targets(*writers)["combined"]
+    inside = [float(both.energies[: int(r)].sum()) for r in ranks]
+    return np.array([f * both.dim / r if r else np.nan for f, r in zip(inside, ranks, strict=True)])
 
 
 def _grid(table: pl.DataFrame, names: list[str], layers: list[int], columns: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -69,6 +69,13 @@ def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np
     return nulls.mean(axis=0) + wide * nulls.std(axis=0, ddof=1)
 
 
+def null_mean(nulls: Float[np.ndarray, "J C"]) -> Float[np.ndarray, " C"]:
+    """Geometric mean of scores over null diffs; NaN without any, and where one scores 0."""
+    with np.errstate(divide="ignore"):
+        logs = np.log(nulls).mean(axis=0) if len(nulls) else np.full(nulls.shape[1], np.nan)
+    return np.exp(np.where(np.isinf(logs), np.nan, logs))
+
+
 def null_end(nulls: Float[np.ndarray, "J C"], ranks: Float[np.ndarray, " C"], d: int) -> Float[np.ndarray, " C"]:
     """`upper_end` of scores R over null diffs, in units of R: taken in logit f, `f = R r / d`, so that it stays under what a
     score can reach, d / r. NaN for fewer than two null diffs, and where a score is undefined."""
