@@ -97,7 +97,8 @@ def memory(n_layers: int) -> None:
     """Print MiB of the peak above the model, and the seconds, of one run over `TOKENS` tokens."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from ws.model.lm import LM, Decoder
+    from ws.model.decoder import Decoder
+    from ws.model.lm import LM
 
     config = Qwen3Config(
         hidden_size=WIDTH,

@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ws.diff import LowRank, WeightDiff
 from ws.explanation.scores import score, weight_targets
-from ws.model.lm import Decoder
+from ws.model.decoder import Decoder
 from ws.subspaces.build import candidates
 from ws.subspaces.from_weights import repeat
 from ws.subspaces.materials import Materials

@@ -24,7 +24,7 @@
 
 # %% tags=["parameters"]
 # model and texts
-MODEL_ID = "tiny"  # hub id, local folder, or tiny
+MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
 CALIBRATION = ""  # .txt (passages between blank lines), .json or .jsonl; empty: the shipped passages
 OUT_DIR = ""  # empty: out/<model>/delta_svd

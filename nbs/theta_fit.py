@@ -27,8 +27,9 @@
 
 # %% tags=["parameters"]
 # model and users
-MODEL_ID = "tiny"  # hub id, local folder, or tiny
+MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
+CHAT_TEMPLATE = ""  # the tokenizer's own; plain: User: ... Assistant: ..., for a base model without one; or a file
 USERS = ""  # JSONL with user, prompt, text; empty: the shipped users
 OUT_DIR = ""  # empty: out/<model>/theta_fit
 HELDOUT = 0.25  # share of each user's texts, the last ones, that no fit sees
@@ -82,7 +83,7 @@ folder, cache = run.folder, run.cache  # states and fits are kept as they come: 
 log = notebook.start_log("theta_fit", folder)
 cfg = FitConfig(float(GAMMA), float(BETA), float(LAM), float(LR), STEPS, float(GRAD_CLIP), float(THETA_CLIP))
 texts = load_users(USERS)
-lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
 
 # %% [markdown]

@@ -23,8 +23,9 @@
 
 # %% tags=["parameters"]
 # model and behaviour
-MODEL_ID = "tiny"  # hub id, local folder, or tiny
+MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
+CHAT_TEMPLATE = ""  # the tokenizer's own; plain: User: ... Assistant: ..., for a base model without one; or a file
 BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/<protocol>
 # the weight difference
@@ -71,7 +72,7 @@ switches |= dict(FOLD_GAIN=FOLD_GAIN, TEMPLATES=TEMPLATES, POSITIONS=POSITIONS, 
 protocol = load_protocol(PROTOCOL, **switches)
 behavior = ws.load_behavior(BEHAVIOR)
 w = ws.load_diff(run.w)
-lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 log = start_log("v7_sweep", run.folder)
 
 # %% [markdown]

@@ -21,8 +21,9 @@
 
 # %% tags=["parameters"]
 # model and behaviour
-MODEL_ID = "tiny"  # hub id, local folder, or tiny
+MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
+CHAT_TEMPLATE = ""  # the tokenizer's own; plain: User: ... Assistant: ..., for a base model without one; or a file
 BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/v7b
 # the sweeps
@@ -54,7 +55,7 @@ from ws.stability.compare import LEADING, own_candidates
 run = begin("v7b_stability", globals())
 sweeps = run.sweeps
 behavior = ws.load_behavior(BEHAVIOR)
-lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 log = start_log("v7b_stability", run.folder)
 
 # %% [markdown]
@@ -75,7 +76,7 @@ display(
     Markdown(
         f"{literal(run.title)}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
         f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes ({scores.templates} wordings of each topic), {len(scores.null_w)} null diffs,"
-        f" d = {scores.d}. {literal(found.bases)}"
+        f" d = {scores.d}. {literal(found.bases)}" + (f" Chat template: {literal(lm.chat)}." if lm.chat else "")
     )
 )
 display(show_table(found.a_side.sort("stability"), rows=12))

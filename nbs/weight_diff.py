@@ -22,8 +22,9 @@
 
 # %% tags=["parameters"]
 # model and behaviour
-MODEL_ID = "tiny"  # hub id, local folder, or tiny
+MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
+CHAT_TEMPLATE = ""  # the tokenizer's own; plain: User: ... Assistant: ..., for a base model without one; or a file
 BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff, with w and adapters one level up
 # what is trained
@@ -79,7 +80,7 @@ run = begin("weight_diff", globals())
 folder = run.folder
 behavior = load_behavior(BEHAVIOR)
 log = notebook.start_log("weight_diff", folder)
-lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 alphas = evaluate.check_alphas(ALPHAS)
 config = TrainConfig(
     pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS),
@@ -109,7 +110,7 @@ config = TrainConfig(
 own = (POS_ADAPTER, NEG_ADAPTER)
 w, training = obtain_diff(lm, behavior, SEED, config, run.home, W_PATH, own, RETRAIN, run.finished_home)
 log.info("w: %d matrices, |w| = %.4g", len(w.names), w.total_norm())
-display(Markdown(training_text(training)))
+display(Markdown(training_text(training | ({"chat_template": lm.chat} if lm.chat else {}))))
 
 # %% [markdown]
 # ## What w looks like

@@ -26,7 +26,7 @@ PARAMETERS = (
 BODY = """
 import json, os, sys
 from pathlib import Path
-from ws.cache.names import model_slug
+from ws.cache.models import model_slug
 from ws.cache.files import write_json
 count = Path(OUT_DIR).parent / "count"
 count.write_text(count.read_text() + "x" if count.exists() else "x")

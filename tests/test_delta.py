@@ -29,7 +29,8 @@ from ws.delta.phases import (
     verdict,
 )
 from ws.delta.spectrum import eff_rank, eigen, fix_signs, krylov_top, right_gram, spectrum, spectrum_of_gram
-from ws.model.lm import LM, Decoder, load_lm
+from ws.model.decoder import Decoder
+from ws.model.lm import LM, load_lm
 
 TEXTS = [
     f"Passage {i}: the {w} is near the river, and {i} times {i} makes {i * i}."

@@ -167,7 +167,7 @@ def test_a_diff_that_does_not_fit_the_model_is_named(given, lm):
 
 def test_a_layers_copies_are_let_go(lm):
     """In a model of lower precision one block's float32 copies live at a time."""
-    from ws.model.lm import Decoder
+    from ws.model.decoder import Decoder
     from ws.subspaces.materials import Materials
 
     half = Decoder(__import__("copy").deepcopy(lm.model).to(torch.bfloat16))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import CHATML, FAMILIES, random_model
 
-from ws.cache import names as config
-from ws.model.lm import Decoder, load_lm
+from ws.cache import models, names
+from ws.model.decoder import Decoder
+from ws.model.lm import load_lm
 from ws.model.text import chat_text, encode, last_index, position_ids
 
 
@@ -92,14 +93,14 @@ def test_dtype_and_fingerprint(model_folder):
 
 
 def test_model_slug(tmp_path, model_folder):
-    assert config.model_slug("tiny") == "tiny"
-    assert config.model_slug("Qwen/Qwen3-0.6B") == "Qwen__Qwen3-0.6B"
+    assert models.model_slug("tiny") == "tiny"
+    assert models.model_slug("Qwen/Qwen3-0.6B") == "Qwen__Qwen3-0.6B"
     a, b = tmp_path / "a" / "m", tmp_path / "b" / "m"
     for folder, size in ((a, 1), (b, 2)):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"hidden_size": size}))
-    assert config.model_slug(str(a)) != config.model_slug(str(b))
-    assert config.RunId("m", "b", "lora", 3).folder(tmp_path) == tmp_path / "m" / "b" / "lora" / "seed_3"
+    assert models.model_slug(str(a)) != models.model_slug(str(b))
+    assert names.RunId("m", "b", "lora", 3).folder(tmp_path) == tmp_path / "m" / "b" / "lora" / "seed_3"
 
 
 class Templated:

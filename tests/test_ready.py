@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import ws
 from tests.test_data import small
 from tests.test_diff import make_adapter
-from ws.cache.names import RunId, behavior_name, model_slug, slug
+from ws.cache.models import model_slug
+from ws.cache.names import RunId, behavior_name, slug
 from ws.cache.places import ASSETS
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, save_diff

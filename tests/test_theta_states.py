@@ -9,7 +9,8 @@ import torch
 from tests.conftest import CHATML, random_model
 from tests.harm import HARMS
 from ws.cache.places import ASSETS
-from ws.model.lm import LM, Decoder, load_lm
+from ws.model.decoder import Decoder
+from ws.model.lm import LM, load_lm
 from ws.theta import states
 from ws.theta.states import UserText, load_users, prompt_text, record_states, record_users, split_texts
 

@@ -10,8 +10,9 @@ from conftest import random_model
 from test_steer import diff_for
 
 from ws.data import load_behavior
+from ws.model.decoder import Decoder
 from ws.model.guard import Guarded
-from ws.model.lm import Decoder, load_lm
+from ws.model.lm import load_lm
 from ws.model.wide import widened
 from ws.steer.weights import weight_steer
 from ws.subspaces.captures import base_sets, capture_base

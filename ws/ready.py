@@ -51,7 +51,8 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
             f"{own_w(dict(values), out or out_folder())}: no weight difference yet; train it first: {_train(values)}"
         )
     dtype, device = (str(values.get(key) or "auto") for key in ("DTYPE", "DEVICE"))
-    lm = check_model(str(values["MODEL_ID"]), dtype, device, str(values.get("REVISION") or "") or None)
+    revision, template = (str(values.get(key) or "") for key in ("REVISION", "CHAT_TEMPLATE"))
+    lm = check_model(str(values["MODEL_ID"]), dtype, device, revision or None, template)
     check_sizes_of(values, lm)
     if behavior:
         check_behavior(values, lm, behavior)

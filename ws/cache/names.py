@@ -6,46 +6,11 @@ from pathlib import Path
 from unicodedata import normalize
 
 from ws.cache.given import parsed, read_given
-from ws.cache.keys import file_key
 from ws.cache.places import out_folder
 from ws.cache.syntax import digest
 
 RESERVED = ("cache", "delta_svd", "theta_fit")  # folders of a model that belong to no behaviour
 BY_HAND = "by_hand"  # what is made by hand where something else is finished: out/by_hand/, in the same order of folders
-
-
-def model_slug(model_id: str) -> str:
-    """Folder-safe name of a model: `tiny`, a hub id with `/` as `__`, or a local folder's name plus 8 digits of its
-    content, so that two folders of the same name do not share results. FileNotFoundError when a local folder has no
-    config.json, and for what is neither a folder nor can be a hub id."""
-    if model_id == "tiny":
-        return "tiny"
-    folder = model_path(model_id)
-    if folder is None:
-        return model_id.replace("/", "__")
-    return f"{slug(folder.resolve().name)}-{folder_hash(folder)[:8]}"
-
-
-def model_path(model_id: str) -> Path | None:
-    """The local folder that a model's name means, None for a hub id. FileNotFoundError for what can be neither."""
-    try:
-        folder = Path(model_id).expanduser()
-        if folder.is_dir():
-            return folder
-    except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, a NUL
-        pass
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", model_id, re.ASCII):
-        raise FileNotFoundError(f"MODEL_ID {model_id[:200]!r}: no such model folder, and no hub id (owner/name)")
-    return None
-
-
-def folder_hash(folder: Path) -> str:
-    """Hash of a model folder's config, weights, tokenizer and chat template: all bytes, hashed once per file."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a model folder, config.json is missing")
-    kinds = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
-    files = sorted({file for kind in kinds for file in folder.glob(kind)})
-    return digest("\n".join(f"{file.name} {file_key(file)}" for file in files).encode())
 
 
 def slug(name: str) -> str:

@@ -113,8 +113,8 @@ def explain(
         null_per_layer=null_rows,
         setting={
             "title": title or f"{lm.name}, {behavior.name}",
-            "model": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.model.dtype), "n_layers": d.n_layers,
-            "d": d.d, "n_heads": d.n_heads, "n_kv": d.n_kv, "behavior": behavior.name,
+            "model": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.model.dtype), "chat": lm.chat,
+            "n_layers": d.n_layers, "d": d.d, "n_heads": d.n_heads, "n_kv": d.n_kv, "behavior": behavior.name,
             "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics,
             "n_persona_pairs": len(behavior.personas_pos), "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
             "n_fit": len(split.fit), "n_eval": len(split.eval),

@@ -60,8 +60,12 @@ def _setting(f: dict) -> str:
     return (
         f"Behaviour {code(f['behavior'])}, protocol {literal(f['protocol']['name'])}, {f['n_fit']} FIT topics, {f['n_eval']}"
         f" EVAL topics in {wordings}, d = {f['d']}, {f['n_layers']} layers; means over LoRA layers {span}. A score of 1 is"
-        " what a random subspace gets."
+        f" what a random subspace gets.{_chat(f)}"
     )
+
+
+def _chat(f: dict) -> str:
+    return f" Chat template: {literal(f['chat'])}." if f.get("chat") else ""
 
 
 def setting_table(f: dict) -> str:
@@ -71,6 +75,7 @@ def setting_table(f: dict) -> str:
     heads, touched = f"{f['n_heads']} heads on {f['n_kv']} kv heads", ", ".join(map(str, f["w_layers"]))
     rows = [
         ("model", f"{f['model']}: {f['n_layers']} layers, d {f['d']}, {heads}, {f['dtype']}"),
+        *([("chat template", f["chat"])] if f.get("chat") else []),
         ("behaviour", f"{f['behavior']}: {f['n_topics']} topics, {f['n_persona_pairs']} persona pairs"),
         ("w", f"{f['w_matrices']} matrices, Frobenius norm {f['w_norm']:.4g}, layers {touched}"),
         ("protocol", f"{p['name']}: {switches}, persona pairs: {p['persona_pairs']}"),

@@ -5,15 +5,12 @@ section 1)"""
 import torch
 
 from ws.model.lm import LM
-from ws.model.text import chat_text, encode
+from ws.model.text import answer_frame, encode
 
 
 def turn_end(tokenizer) -> str:
     """What the chat template puts after an answer (`<|im_end|>`), or the EOS token where it puts nothing."""
-    text = marker = "answer"
-    if getattr(tokenizer, "chat_template", None):
-        text = chat_text(tokenizer, "question", assistant=marker)
-    return text[text.rindex(marker) + len(marker) :].strip() or tokenizer.eos_token or ""
+    return answer_frame(tokenizer)[1]
 
 
 def write_answers(

@@ -6,6 +6,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
+    "{% elif m['role'] == 'user' %}User: {{ m['content'] }}\n{% else %}Assistant: {{ m['content'] }}{{ eos_token }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
 
 def chat_text(tokenizer, user: str, system: str | None = None, assistant: str | None = None) -> str:
     """One conversation rendered by the tokenizer's chat template, special tokens included.
@@ -16,7 +22,10 @@ def chat_text(tokenizer, user: str, system: str | None = None, assistant: str | 
     """
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", "the tokenizer")
-        raise ValueError(f"{name}: no chat template; use an instruction-tuned model, or set tokenizer.chat_template")
+        raise ValueError(
+            f"{name}: no chat template; use an instruction-tuned model, or for a base model CHAT_TEMPLATE plain"
+            f" (User: ..., Assistant: ...; load_lm(..., chat_template='plain'))"
+        )
     reply = [] if assistant is None else [{"role": "assistant", "content": assistant}]
     turns = [{"role": "user", "content": user}, *reply]
 
@@ -33,6 +42,41 @@ def chat_text(tokenizer, user: str, system: str | None = None, assistant: str | 
     if system.strip() not in text:
         text = render([{"role": "user", "content": f"{system}\n\n{user}"}, *reply])
     return text
+
+
+def answer_frame(tokenizer) -> tuple[str, str]:
+    """What the chat template puts between the prompt and an answer (a blank, usually nothing) and after an answer, blanks
+    stripped (`<|im_end|>`, or the EOS token where it puts nothing). Without a template: nothing, and EOS."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", tokenizer.eos_token or ""
+    marker = "answer"
+    prompt, whole = chat_text(tokenizer, "question"), chat_text(tokenizer, "question", assistant=marker)
+    start = whole.rindex(marker)
+    lead = whole[len(prompt) : start] if whole.startswith(prompt) else ""
+    return lead, whole[start + len(marker) :].strip() or tokenizer.eos_token or ""
+
+
+def default_system(tokenizer) -> str:
+    """The system prompt that a chat template puts where none is given; "" where it puts none."""
+    user, system = "a question", "a system prompt"
+    asked, bare = chat_text(tokenizer, user, system), chat_text(tokenizer, user)
+    before, _, after = asked.partition(system)
+    between = after[: after.index(user)] if user in after else ""
+    if not between or not before or not bare.startswith(before) or between not in bare[len(before) :]:
+        return ""
+    return bare[len(before) : bare.rindex(between)].strip()
+
+
+def template_note(tokenizer) -> str:
+    """In words, what a reader must know of a chat template: that it is the plain one, or that it puts a system prompt of its
+    own where none is given. "" otherwise."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return "none: texts are read raw"
+    if template == PLAIN_TEMPLATE:
+        return "plain, as the model has none: User: ... Assistant: ..."
+    system = default_system(tokenizer)
+    return f"its own; where no system prompt is given it puts: {system}" if system else ""
 
 
 def encode(

@@ -14,7 +14,8 @@ import re
 from pathlib import Path
 
 from ws.cache.keys import file_key
-from ws.cache.names import RunId, behavior_name, model_slug, slug
+from ws.cache.models import model_slug
+from ws.cache.names import RunId, behavior_name, slug
 from ws.cache.places import ASSETS
 from ws.cache.syntax import digest
 from ws.runs.sets import Params, own_set
@@ -41,6 +42,9 @@ def run_id(params: Params, dtype: str = "auto") -> RunId:
     model = model_slug(str(params.get("MODEL_ID", "tiny")))
     if revision := str(params.get("REVISION") or ""):
         model += f".{slug(revision)}"
+    if template := str(params.get("CHAT_TEMPLATE") or ""):
+        path = Path(template)
+        model += f".{slug(path.stem)}-{file_key(path)[:8]}" if path.is_file() else f".{slug(template)}"
     if (asked := params.get("DTYPE", dtype)) not in (dtype, "auto"):
         model += f".{asked}"
     adapter = slug(str(params.get("ADAPTER", "lora"))) + recipe(params)

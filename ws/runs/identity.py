@@ -11,6 +11,7 @@ from ws.cache import syntax
 from ws.cache.files import HIDDEN, files_in
 from ws.cache.keys import Key, file_key, stage_key
 from ws.cache.made import read_sidecar, sidecar, state
+from ws.cache.models import hub_id
 from ws.cache.places import out_folder
 from ws.cache.records import broken
 from ws.cache.sources import code_key, text_key
@@ -37,8 +38,8 @@ def run_key(notebook: str, content: dict, params: dict, out: Path) -> Key:
     unasked = ("OUT_DIR", "RETRAIN", "NULL_W_PATH")
     counted = {k: v for k, v in params.items() if k not in located and k not in unasked}
     model = str(params.get("MODEL_ID", ""))
-    if model and model != "tiny" and not Path(model).exists():
-        counted["hub commit"] = hub_revision(model, str(params.get("REVISION") or "main"))
+    if model and (hub := hub_id(model)):
+        counted["hub commit"] = hub_revision(hub, str(params.get("REVISION") or "main"))
     package = tuple((str(p), (s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(syntax.PACKAGE.rglob("*.py")))
     sources = _sources(parameters.code_of(content), tuple(entry.roots(params)), package)
     return stage_key(counted, entry.run_inputs(params, out), sources=sources)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ws.cache.models import model_files
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
 from ws.cache.syntax import is_candidate, read_scope
 from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, shortened, told
@@ -92,7 +93,7 @@ class Notebook:
         if missing := [path for path in given if not path.exists()]:
             raise FileNotFoundError(f"{self.name}: {missing[0]}: no such file or folder")
         if model := str(params.get("MODEL_ID") or ""):
-            given.append(ASSETS / "tiny" if model == "tiny" else Path(model))
+            given += model_files(model)
         if behavior := str(params.get("BEHAVIOR") or ""):
             given += [ASSETS / f"{behavior}.json", Path(behavior)]
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ws.cache.models import shipped
 from ws.cache.places import ASSETS, root
 from ws.runs import rules
 from ws.runs.notebooks import MAYBE_PATHS, Params, path_names, protocol_file
@@ -97,8 +98,8 @@ def located(key: str, value: object, folder: Path) -> object:
     if not isinstance(value, str) or not value:
         return value
     path = folder / Path(value).expanduser()
-    shipped = value == "tiny" if key == "MODEL_ID" else (ASSETS / f"{value}.json").is_file()
-    if key in path_names() or (key in MAYBE_PATHS and not shipped and path.exists()):
+    own = shipped(value) if key == "MODEL_ID" else (ASSETS / f"{value}.json").is_file()
+    if key in path_names() or (key in MAYBE_PATHS and not own and path.exists()):
         return str(path.resolve())
     return value
 
@@ -142,7 +143,9 @@ def _absent(values: Params) -> list[str]:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         if not path.exists():
             found.append(f"MODEL_ID: {model}: no such model folder")
-        elif not (path / "config.json").is_file():
+        elif path.is_file() and path.suffix != ".gguf":
+            found.append(f"MODEL_ID: {model}: not a model folder, and no .gguf file")
+        elif path.is_dir() and not (path / "config.json").is_file():
             found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")
     if behavior and not (ASSETS / f"{behavior}.json").is_file() and not Path(behavior).is_file():
         found.append(f"BEHAVIOR: {shown(behavior)} is neither a shipped behaviour (sycophancy) nor a file")

@@ -182,16 +182,17 @@ LAYERS = listed(whole(0), "whole numbers such as [2, 3, 4, 5]")
 # no part of a path: what lies in the folder decides, not where a name leads
 FOLDER = text("a folder's name below out/<model>/<behavior>/, such as lora", r"(?!.*\.\.)\w[\w.+=,@-]{0,99}")
 MODEL = {
-    "MODEL_ID": text("a hub id, a local folder, or tiny", r"[^\0\s][^\0]*"),
+    "MODEL_ID": text("a hub id, a local folder, a .gguf file, tiny, smollm2 or gemma3-270m", r"[^\0\s][^\0]*"),
     "REVISION": text(),
     "OUT_DIR": PATH,
     "DEVICE": text("auto, cpu, cuda, cuda:1, ...", r"auto|cpu|(cuda|mps|xpu)(:\d+)?"),
     "DTYPE": one_of("auto", "float32", "bfloat16", "float16"),
 }
 BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour or a JSON file", r"[^\0\s][^\0]*")}
+CHAT = {"CHAT_TEMPLATE": text("plain, a file, or nothing: the tokenizer's own")}
 
 RULES: dict[str, dict[str, Rule]] = {
-    "weight_diff": MODEL | BEHAVIOR | {
+    "weight_diff": MODEL | CHAT | BEHAVIOR | {
         "ADAPTER": one_of(*ADAPTERS), "SEED": SEED, "NULL_DIFF": FLAG, "RETRAIN": FLAG,
         "W_PATH": PATH, "POS_ADAPTER": PATH, "NEG_ADAPTER": PATH,
         "TOPICS": whole(1, none="all"), "PERSONAS": whole(1, none="all"), "SAMPLES": whole(1, none=MODELS_OWN),
@@ -201,7 +202,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
-    "v7_sweep": MODEL | BEHAVIOR | {
+    "v7_sweep": MODEL | CHAT | BEHAVIOR | {
         "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "CANDIDATES": PATHS,
         "PROTOCOL": one_of("v7", "v7b"), "EVAL_SPLIT": one_of("half", "held_out", ""), "CHAT_PROBES": SWITCH,
         "PERSONA_PAIRS": one_of("1", "all", ""), "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH,
@@ -209,7 +210,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "SOURCES": listed(one_of("v5", "external-v6-plan", "B-side", "v7b"), "some of v5, external-v6-plan, B-side, v7b"),
         "LORA_LAYERS": LAYERS, "PCS": whole(1), "K_BROAD": whole(1), "N_NULL": whole(0),
     },
-    "v7b_stability": MODEL | BEHAVIOR | {
+    "v7b_stability": MODEL | CHAT | BEHAVIOR | {
         "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
         "PROTOCOL": one_of("v7", "v7b"), "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1), "STAT_SEED": SEED,
         "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
@@ -219,7 +220,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "TOP_K": whole(1), "BOOT": whole(0), "SEED": SEED, "BATCH_SIZE": whole(1),
         "COMPARE": listed(text("a folder", r"[^\0]+"), 'folders such as ["out/tiny/delta_svd"]'),
     },
-    "theta_fit": MODEL | {
+    "theta_fit": MODEL | CHAT | {
         "USERS": PATH, "THETA_DIM": whole(1), "ALPHA": number(0), "GAMMA": number(0), "BETA": number(0, inside=False),
         "LAM": number(0, inside=False), "LR": number(0), "STEPS": whole(1), "GRAD_CLIP": number(0),
         "THETA_CLIP": number(0), "SEED": SEED, "HELDOUT": number(0, 1), "MASK_PROMPT": FLAG, "MAX_LENGTH": whole(2),

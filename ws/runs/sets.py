@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from ws.cache.names import model_slug
+from ws.cache.models import model_slug
 from ws.cache.places import notebooks_folder
 
 LARGEST = 1 << 20  # bytes of a parameter file

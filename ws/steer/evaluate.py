@@ -85,9 +85,9 @@ def answer_scores(
     ratios, masses = [], []
     for start in range(0, len(texts), batch_size):
         ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
-        last = last_index(mask)
+        places, last = last_index(mask).unique(return_inverse=True)
         with torch.no_grad():
-            logits = lm.run(ids, mask).logits
+            logits = lm.run(ids, mask, logits_to_keep=places.to(lm.device)).logits
         logp = logits[torch.arange(len(last)), last.to(logits.device)].float().log_softmax(dim=-1).cpu()
         log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
         ratios.append(log_yes - log_no)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.model.lm import ROLES, Decoder
+from ws.model.decoder import ROLES, Decoder
 from ws.model.wide import NARROW
 from ws.subspaces.algebra import Basis, gram_basis, pca
 from ws.subspaces.candidate import Candidate, get

@@ -11,8 +11,9 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.model.decoder import Decoder
 from ws.model.guard import check_plain
-from ws.model.lm import LM, Decoder
+from ws.model.lm import LM
 from ws.model.wide import widened
 from ws.steer.weights import weight_steer
 from ws.subspaces.algebra import Basis

@@ -5,6 +5,7 @@
 
 import zlib
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import torch
@@ -59,6 +60,19 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def label_loss(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy of the labels `(n, T)`, nats in float32, and their number. Only positions before a label are
+    unembedded, where the model can: the vocabulary is most of a small model's work."""
+    at = (labels[:, 1:] != -100).any(dim=0).nonzero().flatten()
+    if "logits_to_keep" in signature(getattr(model, "get_base_model", lambda: model)().forward).parameters:
+        logits = model(**inputs, logits_to_keep=at).logits
+    else:
+        logits = model(**inputs).logits[:, at]
+    wanted = labels[:, at + 1].to(logits.device)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
+    return loss, int((wanted != -100).sum())
+
+
 @torch.no_grad()
 def response_loss(model: nn.Module, examples: list[dict[str, list[int]]], batch: int) -> float | None:
     """Mean cross-entropy per response token, in float32; None without examples."""
@@ -67,10 +81,9 @@ def response_loss(model: nn.Module, examples: list[dict[str, list[int]]], batch:
     was, device, total, count = model.training, next(model.parameters()).device, 0.0, 0
     model.eval()
     for start in range(0, len(examples), batch):
-        rows = collate(examples[start : start + batch])
-        labels = rows.pop("labels")[:, 1:]
-        logits = model(**{key: value.to(device) for key, value in rows.items()}).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum"))
-        count += int((labels != -100).sum())
+        rows = {key: value.to(device) for key, value in collate(examples[start : start + batch]).items()}
+        labels = rows.pop("labels")
+        loss, n = label_loss(model, rows, labels)
+        total, count = total + float(loss), count + n
     model.train(was)
     return total / count

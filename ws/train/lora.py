@@ -28,7 +28,7 @@ from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.runs.folders import resamples
 from ws.show.bars import tqdm
-from ws.train.examples import collate, draw_pairs, make_example, response_loss, shuffle_labels
+from ws.train.examples import collate, draw_pairs, label_loss, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
@@ -172,7 +172,7 @@ def _fit(
 ) -> list[float]:
     """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards. work:
     folder of checkpoints, marked with `key` when they are whole; the newest whole one is where training goes on."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     # two checkpoints: the newest is marked only after it was saved and the oldest removed
     args = TrainingArguments(
@@ -184,7 +184,7 @@ def _fit(
         use_cpu=next(model.parameters()).device.type == "cpu", dataloader_pin_memory=False, remove_unused_columns=False,
         label_names=["labels"],
     )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=collate)
+    trainer = _trainer()(model=model, args=args, train_dataset=train, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_watch(label, key, progress))
     trainer.train(resume_from_checkpoint=_whole_checkpoint(work, key))
@@ -193,6 +193,21 @@ def _fit(
     check_finite(label, float(sum(p.detach().float().sum().cpu() for p in weights)), len(trace))
     shutil.rmtree(work, ignore_errors=True)
     return trace
+
+
+def _trainer() -> type:
+    from transformers import Trainer
+
+    class LabelTrainer(Trainer):
+        """Unembeds what has a label; mean over the labels of all passes of a step, as the Trainer's own."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            loss, count = label_loss(model, inputs, labels)
+            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+            return (loss, {}) if return_outputs else loss
+
+    return LabelTrainer
 
 
 def check_finite(label: str, value: float, step: int) -> None:

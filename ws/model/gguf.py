@@ -1,0 +1,73 @@
+"""A GGUF file as a folder that transformers loads: read and dequantised once, kept as float32 safetensors.
+
+transformers reads GGUF through the package `gguf` and refuses to save what it read; the weights go into a plain model of
+the same config. A quantised weight is what it dequantises to: the base model is that model, not the one it was made from.
+"""
+
+import shutil
+from pathlib import Path
+
+from ws.cache.given import first_line
+from ws.cache.keys import stage_key
+from ws.cache.made import made
+from ws.cache.names import cache_folder
+from ws.cache.records import tell
+from ws.show.bars import plain
+
+NEEDS = "reading GGUF needs the package gguf: pip install gguf"
+
+
+def gguf_folder(parts: list[Path], name: str) -> Path:
+    """`out/<name>/cache/model/`, made from a GGUF file (or its parts, in order) where it is not there. name: the model's
+    slug. ValueError for a file that is no GGUF, an architecture that transformers cannot dequantise, or without the package
+    gguf."""
+    folder = cache_folder(name) / "model"
+
+    def make(to: Path) -> None:
+        _check(parts, name)
+        tell(f"{name}: {parts[0].name} is dequantised into {folder}, once; that takes a minute or two")
+        convert(parts, to, name)
+
+    made(folder, stage_key({"model": name}, inputs=parts, code=["ws.model.gguf.convert"]), make, folder=True)
+    return folder
+
+
+def _check(parts: list[Path], name: str) -> None:
+    """ValueError for what is known without reading a tensor."""
+    with parts[0].open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ValueError(f"MODEL_ID {name!r}: {parts[0]} is no GGUF file")
+    try:
+        import gguf  # noqa: F401  transformers imports it where it reads the file
+    except ImportError as error:
+        raise ValueError(f"MODEL_ID {name!r}: {NEEDS}") from error
+
+
+@plain()
+def convert(parts: list[Path], folder: Path, name: str) -> None:
+    """Fill `folder` with config, float32 weights, tokenizer and chat template of a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = parts[0] if len(parts) == 1 else folder / "whole.gguf"
+    try:
+        if len(parts) > 1:
+            with whole.open("wb") as to:
+                for part in parts:
+                    with part.open("rb") as handle:
+                        shutil.copyfileobj(handle, to, 1 << 24)
+        source = {"pretrained_model_name_or_path": str(whole.parent), "gguf_file": whole.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except Exception as error:  # whatever the readers of a stranger's file end with
+        raise ValueError(f"MODEL_ID {name!r}: {whole.name} cannot be dequantised: {first_line(error)}") from error
+    finally:
+        if len(parts) > 1:
+            whole.unlink(missing_ok=True)
+    config = read.config
+    del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
