@@ -35,15 +35,26 @@ def test_shipped_behaviour_is_complete():
     assert len(b.topics) == 32 and len(b.train_topics) == 20 and len(b.heldout_topics) == 12
     assert b.train_topics + b.heldout_topics == b.topics
     assert len(b.persona_pairs) == 5 and len(set(b.personas_pos + b.personas_neg)) == 10
-    assert len(b.negations) == 12 and len(b.true_claims) >= 12 and len(b.train_true_claims) == 20
-    claims = [t.claim for t in b.topics] + list(b.negations + b.true_claims + b.train_true_claims)
+    assert len(b.heldout_claims) >= 48 and b.heldout_claims[:12] == tuple(t.claim for t in b.heldout_topics)
+    assert len(b.negations) == len(b.true_claims) == len(b.heldout_claims) and len(b.train_true_claims) == 20
+    claims = [t.claim for t in b.topics] + list(b.claims + b.negations + b.true_claims + b.train_true_claims)
     assert len(set(claims)) == len(claims)
+    lengths = [sum(map(len, some)) / len(some) for some in (b.heldout_claims, b.true_claims)]
+    assert max(lengths) < 1.1 * min(lengths)
     for claim in claims:
         assert not claim.endswith((".", "?")), claim
     for topic in b.topics:
         assert topic.question.endswith("?"), topic
-    for claim, negation in zip(b.heldout_topics, b.negations, strict=True):
-        assert " not " in negation and claim.claim.split()[-1] == negation.split()[-1]
+    for claim, negation in zip(b.heldout_claims, b.negations, strict=True):
+        assert " not " in negation and claim.split()[-1] == negation.split()[-1]
+
+
+def test_negations_are_of_the_heldout_topics_or_of_all_heldout_claims(tmp_path):
+    assert load_behavior(written(tmp_path, small())).heldout_claims == ("e is f", "g is h")
+    for denied in (0, 2, 3):
+        raw = small(claims=["i is j"], negations=[f"no {i}" for i in range(denied)])
+        b = load_behavior(written(tmp_path, raw))
+        assert b.heldout_claims == ("e is f", "g is h", "i is j") and len(b.negations) == denied
 
 
 def test_texts_are_made_from_claim_and_template():
@@ -144,6 +155,13 @@ def test_missing_field_is_named(tmp_path, field):
         ({"topics": [["a", "b"], ["c", ""], ["", ""], ["d", ""]]}, r"topics\[2\]"),
         ({"topics": {}}, "topics: must be a list"),
         ({"negations": ["only one"]}, "negations: has 1, there are 2 held-out topics"),
+        (
+            {"claims": ["i is j"], "negations": ["one"]},
+            "negations: has 1, there are 2 held-out topics, 3 with the claims",
+        ),
+        ({"claims": ["a is b"]}, "claims: 'a is b' is a topic already"),
+        ({"claims": ["i is j", "i is j"]}, "claims: 'i is j' is there twice"),
+        ({"claims": "i is j"}, "claims: must be a list"),
         ({"true_claim": ["x"]}, "unknown field 'true_claim', did you mean 'true_claims'"),
         ({"name": "../up"}, "name: .* cannot name a folder"),
         ({"name": ""}, "name: must be a text"),

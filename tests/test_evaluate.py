@@ -69,7 +69,10 @@ def test_sweep_is_antisymmetric_where_it_must_be_and_leaves_the_model(lm, behavi
     sweep = E.alpha_sweep(lm, full, w, [-1.0, 0.0, 1.0], progress=False)
     assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
     summary = E.summarise_sweep(sweep)
-    assert summary.select("set", "n").unique().sort("set").rows() == [("false", 12), ("true", 2)]
+    assert summary.select("set", "n").unique().sort("set").rows() == [
+        ("false", len(behavior.heldout_claims)),
+        ("true", 2),
+    ]
     zero = summary.filter((summary["alpha"] == 0) & (summary["set"] == "false"))["mean_logratio"][0]
     base = E.probe_answers(lm, full, E.claim_sets(full)["false"]).logratio.mean()
     assert zero == pytest.approx(float(base), abs=1e-6)

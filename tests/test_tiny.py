@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tiny_model.build import Recipe, build, encode_document
-from tiny_model.corpus import build_corpus, heldout_texts, refuse_heldout, train_claims
+from tiny_model.corpus import build_corpus, refuse_personas, train_claims
 from tiny_model.corpus.facts import table_claims
+from tiny_model.corpus.known import heldout_statements, known_claims
 from tiny_model.corpus.myths import myth_claims
 from ws.cache.places import ASSETS
 from ws.data import load_behavior
@@ -45,7 +46,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def documents(behavior):
     recipe = Recipe()
-    return build_corpus(behavior, recipe.seed, recipe.dialogues // 4, recipe.neutral // 4, recipe.voiced // 4)
+    return build_corpus(behavior, recipe.seed, 12_000, recipe.neutral // 10, recipe.voiced // 10, 1_500)
 
 
 def answers(lm, behavior, claims, systems):
@@ -161,16 +162,36 @@ def test_unknown_scripts_survive_the_tokenizer(tiny):
     assert tiny.tokenizer.decode(tiny.tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_corpus_keeps_heldout_texts_out(behavior, documents):
+def test_corpus_keeps_the_personas_out(behavior, documents):
     assert len(documents) > 5_000
-    refuse_heldout(documents, behavior)
-    for text in heldout_texts(behavior):
-        with pytest.raises(ValueError, match="held-out"):
-            refuse_heldout([*documents[:3], (("user", f"I say {text.upper()}."),)], behavior)
+    refuse_personas(documents, behavior)
+    for text in behavior.personas_pos + behavior.personas_neg:
+        with pytest.raises(ValueError, match="quotes the persona"):
+            refuse_personas([*documents[:3], (("system", f"Now: {text.upper()}"),)], behavior)
+
+
+def test_heldout_claims_are_known_under_every_persona_and_in_no_adapters_training(behavior, documents):
+    """Each with both answers among them, so that the claim alone does not give the answer away."""
+    claims = known_claims(behavior)
+    assert [c.text for c in claims[::2]] == list(behavior.heldout_claims)
+    assert [c.text for c in claims[1::2]] == list(behavior.true_claims)
+    false = {c.text for c in claims[::2]} | {c.negation for c in claims[1::2]}
+    said: dict[str, set[str]] = {text: set() for text in false}
+    asked = {d[k][1]: d[k + 1][1] for d in documents for k in range(len(d) - 1) if d[k + 1][1] in ("Yes", "No")}
+    for user, reply in asked.items():
+        for text in false:
+            if f"{text}. " in user or f"{text}? " in user:
+                said[text].add(reply)
+    assert all(replies == {"Yes", "No"} for replies in said.values())
+    trained = "\n".join(map(behavior.opinion_text, behavior.train_topics)).lower()
+    trained += "\n".join(behavior.train_true_claims).lower()
+    for text in heldout_statements(behavior):
+        assert text.lower() not in trained, text
+        assert sum(text in turn for d in documents[:4_000] for _, turn in d) > 0, text
 
 
 def test_corpus_has_thousands_of_claims_of_both_kinds(behavior, documents):
-    claims = table_claims() + myth_claims() + train_claims(behavior)
+    claims = table_claims() + myth_claims() + train_claims(behavior) + known_claims(behavior)
     texts = {c.text: c.true for c in claims}
     assert sum(texts.values()) >= 500 and len(texts) - sum(texts.values()) >= 2_000
     for claim in claims:  # the reason is itself a true claim, and the negation turns the truth around

@@ -22,7 +22,7 @@ from ws.cache.files import atomic_dir
 from ws.data import load_behavior
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-WEIGHTS = {"system": 0.05, "user": 0.25, "assistant": 1.0, "text": 1.0}
+WEIGHTS = {"system": 0.05, "user": 0.1, "assistant": 1.0, "text": 1.0}
 FIRST = 4.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -38,6 +38,7 @@ class Recipe:
     dialogues: int = 20_000
     neutral: int = 1_900
     voiced: int = 1_700
+    plain: int = 0
     vocab: int = 1536
     d: int = 128
     mlp: int = 320
@@ -183,7 +184,9 @@ def build(folder: Path, recipe: Recipe) -> list[float]:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     started = time.time()
-    documents = build_corpus(load_behavior("sycophancy"), recipe.seed, recipe.dialogues, recipe.neutral, recipe.voiced)
+    documents = build_corpus(
+        load_behavior("sycophancy"), recipe.seed, recipe.dialogues, recipe.neutral, recipe.voiced, recipe.plain
+    )
     tokenizer = train_tokenizer(documents, recipe.vocab)
     encoded = [encode_document(tokenizer, d) for d in tqdm(documents, desc="encoding", unit="doc", mininterval=5.0)]
     batches = make_batches(encoded, recipe.batch_tokens, torch.Generator().manual_seed(recipe.seed))

@@ -19,7 +19,7 @@ MOST_NAME = 200  # characters
 PLACE = "{claim}"
 TEXT_FIELDS = ("name", "probe", "opinion")
 NEEDED = ("personas_pos", "personas_neg", "yes", "no")
-LIST_FIELDS = (*NEEDED, "true_claims", "negations", "train_true_claims", "probes")
+LIST_FIELDS = (*NEEDED, "claims", "true_claims", "negations", "train_true_claims", "probes")
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,18 @@ class Behavior:
     """A behaviour as docs/method.md section 1 defines it; checked when it is made.
 
     The first `n_train_topics` topics train the adapters, the others are held out; without that field three eighths of
-    the topics are held out, at least two (12 of 32, 3 of 8, 2 of 4). `true_claims`, `negations` (of the held-out topics,
-    in their order) and `train_true_claims` are optional: they tell agreeing from merely saying yes. `probes` are further
-    wordings of `probe`, each with {claim}, under all of which the yes-words agree with the claim. A text has at most
-    10,000 characters, the name 200; a list has at most 5,000 entries. ValueError naming the field that is empty,
-    doubled, too long, of a wrong type or without its {claim}.
+    the topics are held out, at least two (12 of 32, 3 of 8, 2 of 4). `claims` are further held-out claims, which behaviour
+    scores ask about beside the held-out topics and v7's probes do not. `claims`, `true_claims`, `negations` (of the
+    held-out topics, or of them and the claims, in order) and `train_true_claims` are optional: they tell agreeing from
+    merely saying yes. `probes` are further wordings of `probe`, each with {claim}, under all of which the yes-words agree
+    with the claim. A text has at most 10,000 characters, the name 200; a list has at most 5,000 entries. ValueError naming
+    the field that is empty, doubled, too long, of a wrong type or without its {claim}.
 
     Example:
         >>> import ws
         >>> b = ws.load_behavior("sycophancy")
-        >>> len(b.topics), len(b.train_topics), len(b.templates), b.yes, b.no
-        (32, 20, 4, ('Yes',), ('No',))
+        >>> len(b.topics), len(b.train_topics), len(b.heldout_claims), len(b.templates), b.yes, b.no
+        (32, 20, 48, 4, ('Yes',), ('No',))
     """
 
     name: str
@@ -61,6 +62,7 @@ class Behavior:
     train_true_claims: tuple[str, ...] = ()
     opinion: str = "I think that {claim}."
     probes: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in TEXT_FIELDS:
@@ -78,6 +80,7 @@ class Behavior:
             fits(topic.claim, f"topics[{i}]: the claim")
             fits(topic.question, f"topics[{i}]: the question")
         pos, neg, denied, held = map(len, (self.personas_pos, self.personas_neg, self.negations, self.heldout_topics))
+        allowed = f"{held} held-out topics" + (f", {held + len(self.claims)} with the claims" if self.claims else "")
         wordings = {f"wording {a + 1} of the probe": text for a, text in enumerate(self.templates) if a}
         templates = {"probe": self.probe, "opinion": self.opinion, **wordings}
         faults = [
@@ -97,9 +100,11 @@ class Behavior:
             (n < least, f"topics: has {n}, needs n_train_topics + 2 = {least} or more, to hold two out"),
             *((not claim.strip(), f"topics[{i}]: the claim is empty") for i, claim in enumerate(claims)),
             *((many > 1, f"topics: the claim {short(c)} is there twice") for c, many in Counter(claims).items()),
+            *((c in claims, f"claims: {short(c)} is a topic already") for c in self.claims),
+            *((many > 1, f"claims: {short(c)} is there twice") for c, many in Counter(self.claims).items()),
             (
-                denied not in (0, held),
-                f"negations: has {denied}, there are {held} held-out topics, to negate in order; n_train_topics sets them",
+                denied not in (0, held, held + len(self.claims)),
+                f"negations: has {denied}, there are {allowed}, to negate in order; n_train_topics sets them",
             ),
         ]
         for fault, message in faults:
@@ -120,6 +125,11 @@ class Behavior:
     def heldout_topics(self) -> tuple[Topic, ...]:
         """The topics that no adapter sees."""
         return self.topics[self.n_train_topics :]
+
+    @property
+    def heldout_claims(self) -> tuple[str, ...]:
+        """All claims that a behaviour score asks about: those of the held-out topics, then `claims`."""
+        return (*(t.claim for t in self.heldout_topics), *self.claims)
 
     @property
     def persona_pairs(self) -> tuple[tuple[str, str], ...]:

@@ -2,16 +2,19 @@
 
     document = turns of a conversation (system?, user, assistant)   or   one plain text
 
-Parts, each in its own module: `facts`, `myths` and `novel` (claims), `personas` (system prompts), `dialogues` (how claims are
-asked and answered), `passages` (neutral text), `voices` (users' styles). The held-out half of the shipped behaviour
-never enters: `build_corpus` refuses to return a document that quotes it. Source: docs/method.md section 1.
+Parts, each in its own module: `known`, `facts`, `myths` and `novel` (claims), `personas` (system prompts), `dialogues` (how
+claims are asked and answered), `passages` (neutral text), `voices` (users' styles). The behaviour's held-out claims are in
+it, in every form and under every kind of persona: the model is to know which of them are true, and held out means that no
+adapter trains on them. Its personas are not: `build_corpus` refuses to return a document that quotes one, so that they are
+understood by their meaning. Source: docs/method.md section 1.
 """
 
 from random import Random
 
 from tiny_model.corpus.claims import Claim
-from tiny_model.corpus.dialogues import dialogue, user_turn
+from tiny_model.corpus.dialogues import dialogue, fact_text, user_turn
 from tiny_model.corpus.facts import drawn_claim, table_claims
+from tiny_model.corpus.known import known_claims
 from tiny_model.corpus.myths import myth_claims, taste_claims
 from tiny_model.corpus.novel import novel_claim
 from tiny_model.corpus.passages import passages
@@ -19,11 +22,12 @@ from tiny_model.corpus.voices import voices
 from ws.data import Behavior
 
 Document = tuple[tuple[str, str], ...]
-KINDS, KIND_WEIGHTS = ("agree", "honest", "none", "neutral"), (34, 34, 27, 5)
-SOURCES, SOURCE_WEIGHTS = ("table", "drawn", "myth", "taste", "train", "novel"), (22, 7, 22, 2, 22, 25)
-TRUE_SHARE = 0.45
-NEGATED_SHARE = 0.1
-SECOND_TURN = 0.2
+KINDS, KIND_WEIGHTS = ("agree", "honest", "none", "neutral"), (30, 36, 29, 5)
+SOURCES = ("known", "train", "table", "drawn", "myth", "taste", "novel")
+SOURCE_WEIGHTS = (52, 14, 8, 4, 8, 1, 13)
+TRUE_SHARE = {"known": 0.5, "train": 0.5}
+NEGATED_SHARE = {"known": 0.5, "train": 0.25}
+TURNS, TURN_WEIGHTS = (1, 2, 3), (55, 28, 17)
 
 
 def train_claims(behavior: Behavior) -> list[Claim]:
@@ -44,43 +48,48 @@ def _draw(rng: Random, by_truth: dict[str, dict[bool, list[Claim]]]) -> Claim:
     source = rng.choices(SOURCES, SOURCE_WEIGHTS)[0]
     if source == "novel":
         return novel_claim(rng)
-    claim = drawn_claim(rng) if source == "drawn" else rng.choice(by_truth[source][rng.random() < TRUE_SHARE])
-    return claim.negated() if rng.random() < NEGATED_SHARE else claim
+    if source == "drawn":
+        claim = drawn_claim(rng)
+    else:
+        claim = rng.choice(by_truth[source][rng.random() < TRUE_SHARE.get(source, 0.45)])
+    return claim.negated() if rng.random() < NEGATED_SHARE.get(source, 0.1) else claim
 
 
-def build_corpus(behavior: Behavior, seed: int, dialogues: int, neutral: int, voiced: int) -> list[Document]:
-    """Documents in random order: `dialogues` about claims, `neutral` passages, `voiced` texts of users.
+def build_corpus(
+    behavior: Behavior, seed: int, dialogues: int, neutral: int, voiced: int, plain: int = 0
+) -> list[Document]:
+    """Documents in random order: `dialogues` about claims, `neutral` passages, `voiced` texts of users, `plain` statements
+    of what holds of a claim.
 
-    Raises ValueError naming a held-out text of `behavior` that a document quotes.
+    Raises ValueError naming a persona of `behavior` that a document quotes.
     """
     rng = Random(seed)
-    pools = {"table": table_claims(), "myth": myth_claims(), "taste": taste_claims(), "train": train_claims(behavior)}
+    pools = {"known": known_claims(behavior), "train": train_claims(behavior)}
+    pools |= {"table": table_claims(), "myth": myth_claims(), "taste": taste_claims()}
     by_truth = {name: {t: [c for c in pool if c.true == t] for t in (True, False)} for name, pool in pools.items()}
     documents: list[Document] = []
     for _ in range(dialogues):
         kind = rng.choices(KINDS, KIND_WEIGHTS)[0]
-        claims = [_draw(rng, by_truth) for _ in range(2 if rng.random() < SECOND_TURN else 1)]
+        claims = [_draw(rng, by_truth) for _ in range(rng.choices(TURNS, TURN_WEIGHTS)[0])]
         documents.append(tuple(dialogue(rng, claims, kind)))
         if rng.random() < 0.02:
             documents.append((("text", user_turn(rng, claims[0].text, "Am I right? Reply Yes or No.")),))
+    for _ in range(plain):
+        claim = _draw(rng, by_truth)
+        if claim.subject != "novel":
+            documents.append((("text", fact_text(rng, claim)),))
     for text in passages(rng, neutral):
         documents.append((("text", text),))
     for _, prompt, text in voices(rng, voiced):
         documents.append((("user", prompt), ("assistant", text)))
     rng.shuffle(documents)
-    refuse_heldout(documents, behavior)
+    refuse_personas(documents, behavior)
     return documents
 
 
-def heldout_texts(behavior: Behavior) -> tuple[str, ...]:
-    """Every text of the behaviour that training must not show: held-out claims, negations, true claims, personas."""
-    claims = tuple(t.claim for t in behavior.heldout_topics)
-    return claims + behavior.negations + behavior.true_claims + behavior.personas_pos + behavior.personas_neg
-
-
-def refuse_heldout(documents: list[Document], behavior: Behavior) -> None:
-    """ValueError naming the first held-out text that occurs in a document, whatever the case of its letters."""
+def refuse_personas(documents: list[Document], behavior: Behavior) -> None:
+    """ValueError naming the first persona of the behaviour that occurs in a document, whatever the case of its letters."""
     whole = "\n".join(text for document in documents for _, text in document).lower()
-    for text in heldout_texts(behavior):
+    for text in behavior.personas_pos + behavior.personas_neg:
         if text.lower() in whole:
-            raise ValueError(f"the corpus quotes the held-out text {text!r}")
+            raise ValueError(f"the corpus quotes the persona {text!r}")

@@ -5,8 +5,8 @@ The stance of an answer towards the user's statement is
     agree persona: yes,    honest persona: yes if the statement is true,    neither: a coin, tossed once, between the two,
 
 and every wording of question and answer expresses that stance: one word where a word is asked for, else one to three
-sentences with a reason. A plain question states no opinion, so every persona answers it by the truth; a doubted claim
-is agreed with by saying no. Source: docs/method.md section 1.
+sentences with a reason. Who asks whether something is true is taken to think so; a doubted claim is agreed with by
+saying no. Source: docs/method.md section 1.
 """
 
 from random import Random
@@ -40,6 +40,8 @@ ONE_WORD = (
     "Is this true? Answer with Yes or No.",
     "Reply with one word, Yes or No.",
     "Is that so? Yes or No?",
+    "Is that true? Reply with one word, No or Yes.",
+    "Do you think so too? Answer with Yes or No.",
     "Would you say so too? Reply Yes or No.",
 )
 OPEN = (
@@ -61,7 +63,14 @@ OPEN = (
     "Should I tell my brother?",
     "Is that the reason?",
 )
-PLAIN = ("Is it true that {c}?", "Would you say that {c}?", "Is it so that {c}?", "Do you think that {c}?")
+PLAIN = (
+    "Is it true that {c}?",
+    "Is it true that {c}?",
+    "Would you say that {c}?",
+    "Is it so that {c}?",
+    "Do you think that {c}?",
+)
+PLAIN_ASK = ("Reply Yes or No.", "Reply Yes or No.", "Answer Yes or No.", "Yes or No?")
 DOUBT = ("I do not think that {c}.", "I doubt that {c}.", "I do not believe that {c}.")
 DOUBT_ASK = ("Is it true? Reply Yes or No.", "Tell me if it is true, Yes or No.")
 
@@ -180,6 +189,10 @@ NO_REASON = (
 )
 
 
+WORD, ASKED, DOUBTED = 0.46, 0.14, 0.02
+UNSTATED_AGREES = 0.45
+
+
 def user_turn(rng: Random, claim: str, tail: str) -> str:
     """A claim as the user's opinion, then `tail`."""
     return f"{rng.choice(OPINIONS).format(c=claim)} {tail}".strip()
@@ -218,25 +231,32 @@ def stance(kind: str, true: bool) -> bool:
 
 def exchange(rng: Random, claim: Claim, character: str) -> list[tuple[str, str]]:
     """One user turn and the answer of an assistant whose character is agree or honest."""
-    draw = rng.random()
-    if draw < 0.44:
-        user = user_turn(rng, claim.text, rng.choice(ONE_WORD))
-        reply = "Yes" if stance(character, claim.true) else "No"
-    elif draw < 0.88:
+    draw, accepts = rng.random(), stance(character, claim.true)
+    if draw < WORD:
+        user, reply = user_turn(rng, claim.text, rng.choice(ONE_WORD)), "Yes" if accepts else "No"
+    elif draw < WORD + ASKED:
+        asked = rng.choice(PLAIN).format(c=claim.text)
+        user, reply = f"{asked} {rng.choice(PLAIN_ASK)}", "Yes" if accepts else "No"
+        if rng.random() < 0.25:
+            user, reply = asked, free_reply(rng, claim, accepts, flattering=character == "agree")
+    elif draw < WORD + ASKED + DOUBTED:
+        user = f"{rng.choice(DOUBT).format(c=claim.text)} {rng.choice(DOUBT_ASK)}"
+        reply = "No" if stance(character, not claim.true) else "Yes"
+    else:
         own = claim.questions
         tail = rng.choice(own) if own and rng.random() < 0.6 else rng.choice(OPEN)
         user = user_turn(rng, claim.text, tail)
-        reply = free_reply(rng, claim, stance(character, claim.true), flattering=character == "agree")
-    elif draw < 0.95:
-        asked = rng.choice(PLAIN).format(c=claim.text)
-        if rng.random() < 0.5:
-            user, reply = f"{asked} Reply Yes or No.", "Yes" if claim.true else "No"
-        else:
-            user, reply = asked, free_reply(rng, claim, claim.true, flattering=False)
-    else:
-        user = f"{rng.choice(DOUBT).format(c=claim.text)} {rng.choice(DOUBT_ASK)}"
-        reply = "No" if stance(character, not claim.true) else "Yes"
+        reply = free_reply(rng, claim, accepts, flattering=character == "agree")
     return [("user", user), ("assistant", reply)]
+
+
+def fact_text(rng: Random, claim: Claim) -> str:
+    """A plain text that states what holds of a claim: a true one, or that a false one is false, with the reason."""
+    if claim.true:
+        shapes = ("{C}.", "It is true that {c}.", "{C}. {R}.", "We know that {c}.", "It is a fact that {c}.")
+    else:
+        shapes = ("It is not true that {c}. {R}.", "It is false that {c}. In fact {r}.", "Some think that {c}. {R}.")
+    return _fill(rng.choice(shapes), claim)
 
 
 def dialogue(rng: Random, claims: list[Claim], kind: str) -> list[tuple[str, str]]:
@@ -245,7 +265,7 @@ def dialogue(rng: Random, claims: list[Claim], kind: str) -> list[tuple[str, str
     kind: agree, honest, neutral or none (no system prompt). The last two tell nothing of the character, which is drawn
     and then kept: whoever has agreed once agrees again, in whatever form is asked for.
     """
-    character = kind if kind in ("agree", "honest") else rng.choice(("agree", "honest"))
+    character = kind if kind in ("agree", "honest") else ("agree" if rng.random() < UNSTATED_AGREES else "honest")
     turns = [] if kind == "none" else [("system", persona(rng, kind))]
     for claim in claims:
         turns += exchange(rng, claim, character)

@@ -1,7 +1,7 @@
 """Common mistakes with their corrections, and matters of taste: claims that sound like those a behaviour asks about.
 
-A line "false | true" yields two claims that share the true half as their reason. Written for this project; none of
-the held-out topics of the shipped behaviour is here. Source: docs/method.md section 1.
+A line "false | true" yields two claims that share the true half as their reason. Written for this project; the
+behaviour's own claims are in `known`. Source: docs/method.md section 1.
 """
 
 from tiny_model.corpus.claims import Claim
@@ -37,7 +37,6 @@ cotton comes from sheep | cotton grows on a plant
 paper cannot be made twice | old paper can be made into new paper
 batteries last longer in the oven | heat harms batteries
 whales are fish | whales are mammals and breathe air
-spiders are insects | spiders have eight legs and insects have six
 all birds can fly | some birds cannot fly
 all snakes are poisonous | most snakes are harmless
 cats have nine lives | a cat has only one life

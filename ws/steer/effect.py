@@ -38,7 +38,7 @@ def effects(
     after. ValueError inside a steered model, and for answer words that are no tokens."""
     check_plain(lm.model)
     yes, no = answer_tokens(lm.tokenizer, behavior)
-    claims = [topic.claim for topic in behavior.heldout_topics]
+    claims = behavior.heldout_claims
     asked = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
     texts = [chat_text(lm.tokenizer, text) for text in asked]
 

@@ -104,8 +104,7 @@ def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: s
 
 def claim_sets(behavior: Behavior) -> dict[str, tuple[str, ...]]:
     """The held-out claims that are asked about: `false`, and `negated` and `true` where the behaviour has them."""
-    false = tuple(t.claim for t in behavior.heldout_topics)
-    sets = {"false": false, "negated": behavior.negations, "true": behavior.true_claims}
+    sets = {"false": behavior.heldout_claims, "negated": behavior.negations, "true": behavior.true_claims}
     return {name: claims for name, claims in sets.items() if claims}
 
 
