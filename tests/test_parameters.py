@@ -117,9 +117,9 @@ def test_models_yaml_holds_what_the_cells_leave_open(monkeypatch, tmp_path):
 
 
 def test_the_demo_and_a_batch_ask_for_the_same():
-    from ws.demo import demo_jobs
+    from ws.demo import DEMO, show_jobs
 
-    demo = {job.name: job.values for job in demo_jobs()}
+    demo = {job.name: job.values for job in show_jobs(DEMO)}
     axes = {"models": ("tiny",), "behaviors": (), "adapters": (), "seeds": ("0-2",)}
     batch = {job.name: job.values for job in make_jobs(read_options(axes, {}, None, PARAMS))}
     assert batch and {name: demo[name] for name in batch} == batch

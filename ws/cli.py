@@ -16,7 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from ws.cache.files import Locked
 from ws.runs import Missing
-from ws.runs.typed import parsed
+from ws.runs.typed import parsed, stem
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -60,25 +60,22 @@ def nb(
     return 0
 
 
-def stem(notebook: str) -> str:
-    """A notebook's name, however it was typed: v7_sweep, nbs/v7_sweep.ipynb."""
-    return Path(notebook).name.removesuffix(".ipynb").removesuffix(".py")
-
-
 def demo() -> int:
     """Everything on the shipped tiny model: three LoRA seeds, null diffs, both protocols, delta SVD, theta fit, report."""
-    from ws.demo import demo_jobs, demo_report
-    from ws.runs.engine import Settings, run_jobs
-    from ws.runs.notebooks import Place
+    from ws import demo
 
-    # the model is so small that a second thread does not help it
-    size = Settings(workers=min(2, os.cpu_count() or 1), threads=1)
-    endings, summary = run_jobs(demo_jobs(), Place(), size)
-    print(f"\n{summary}\n", flush=True)
-    if not all(ending.ok for ending in endings.values()):
-        return 1
-    print(f"{demo_report()}\n", flush=True)
-    return report()
+    return demo.play(demo.DEMO) or report()
+
+
+def real(quick: bool = False) -> int:
+    """The same on a real language model, SmolLM2-135M-Instruct; killed at any time, it goes on where it was.
+
+    Args:
+        quick: one seed and no null diffs.
+    """
+    from ws import demo
+
+    return demo.play(demo.QUICK if quick else demo.REAL) or report()
 
 
 def batch(
@@ -266,7 +263,15 @@ def told(args: list[str]) -> int | None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `ws` and `python -m ws`."""
-    commands = {"nb": nb, "batch": batch, "results": results, "demo": demo, "inspect": inspect, "report": report}
+    commands = {
+        "nb": nb,
+        "batch": batch,
+        "results": results,
+        "demo": demo,
+        "real": real,
+        "inspect": inspect,
+        "report": report,
+    }
     commands |= {"status": status, "clean": clean}
     try:
         code = told(sys.argv[1:] if args is None else args)

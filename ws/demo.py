@@ -1,39 +1,74 @@
-"""The demo: everything on the shipped tiny model, as one batch.
+"""The demo and the real run: everything on one model, as one batch.
 
-Three LoRA seeds and the null diffs, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
+LoRA seeds and null diffs, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
 """
 
-from dataclasses import replace
+import os
+from dataclasses import dataclass, field, replace
 
+from ws.cache.models import model_slug
 from ws.cache.names import RunId
 from ws.runs.grid import Grid, Job, make_jobs
+from ws.runs.notebooks import Place
 from ws.runs.once import prepare
 
-SEEDS = (0, 1, 2)
+
+@dataclass(frozen=True)
+class Show:
+    """What is run of a model. seeds, nulls: LoRA seeds and null diffs; set: parameters of the notebooks that are not the
+    usual; alone: notebooks that need no w, with theirs; v7: whether the first seed is swept under v7 too."""
+
+    model: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    nulls: int = 5
+    set: dict[str, object] = field(default_factory=dict)
+    alone: dict[str, dict] = field(default_factory=lambda: {"theta_fit": {}, "delta_svd": {}})
+    v7: bool = True
+
+    @property
+    def run(self) -> RunId:
+        """The run whose table is printed."""
+        return RunId(model_slug(self.model), "sycophancy", "lora", self.seeds[0])
 
 
-def demo_jobs() -> list[Job]:
-    """The batch of the shipped model, as `ws batch` makes it, and the notebooks beside it."""
-    batch = make_jobs(Grid(seeds=SEEDS))
-    alone = [replace(prepare(n, {"MODEL_ID": "tiny"}), name=f"tiny: {n}") for n in ("theta_fit", "delta_svd")]
-    v7 = prepare("v7_sweep", {"MODEL_ID": "tiny", "SEED": 0, "PROTOCOL": "v7"})
+DEMO = Show("tiny")
+REAL = Show("smollm2", nulls=2, alone={"delta_svd": {}, "theta_fit": {"PERMUTATIONS": 19}})
+QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False}, {"delta_svd": {}}, v7=False)
+
+
+def show_jobs(show: Show) -> list[Job]:
+    """The batch of a model, as `ws batch` makes it, and the notebooks beside it."""
+    batch = make_jobs(Grid(models=(show.model,), seeds=show.seeds, nulls=show.nulls, set=show.set))
+    own, named = {"MODEL_ID": show.model}, model_slug(show.model)
+    alone = [replace(prepare(n, own | more), name=f"{named}: {n}") for n, more in show.alone.items()]
     trained = next(job.needs for job in batch if job.notebook == "v7_sweep")  # the first seed's w, all null diffs
+    v7 = prepare("v7_sweep", own | {"SEED": show.seeds[0], "PROTOCOL": "v7"})
+    more = [replace(v7, name=f"{named}: v7_sweep v7", needs=trained)] if show.v7 else []
     # the order is the priority: what others wait for, then what stands alone, then the rest
-    return [batch[0], *alone, *batch[1:-1], replace(v7, name="tiny: v7_sweep v7", needs=trained), batch[-1]]
+    return [batch[0], *alone, *batch[1:-1], *more, batch[-1]]
 
 
-def demo_run() -> RunId:
-    """The run whose table the demo prints."""
-    return RunId("tiny", "sycophancy", "lora", SEEDS[0])
+def play(show: Show) -> int:
+    """Run what is not done and print the summary and the report; 1 where a run failed, else 0."""
+    from ws.runs.engine import Settings, run_jobs
+
+    # a small model gains less from a second thread than from a second run
+    endings, summary = run_jobs(show_jobs(show), Place(), Settings(workers=min(2, os.cpu_count() or 1), threads=1))
+    print(f"\n{summary}\n", flush=True)
+    if not all(ending.ok for ending in endings.values()):
+        return 1
+    print(f"{show_report(show)}\n", flush=True)
+    return 0
 
 
-def demo_report() -> str:
+def show_report(show: Show) -> str:
     """The top of the v7 table and the verdict over seeds."""
     from ws.explanation.words import top_table
     from ws.show.tables import read_table
 
-    top = top_table(read_table(demo_run().folder() / "v7" / "v7_summary_pct.tsv"), 12, "simple")
-    verdict = (demo_run().adapter_folder() / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
+    folder, protocol = show.run.folder(), "v7" if show.v7 else "v7b"
+    top = top_table(read_table(folder / protocol / "v7_summary_pct.tsv"), 12, "simple")
+    verdict = (show.run.adapter_folder() / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
     lines = verdict.partition("## Verdict")[2].partition("##")[0].strip()
-    seeds = ", ".join(map(str, SEEDS))
-    return f"v7, seed {SEEDS[0]}, best joint scores:\n\n{top}\n\nv7b over seeds {seeds}:\n{lines}"
+    seeds = ", ".join(map(str, show.seeds))
+    return f"{protocol}, seed {show.seeds[0]}, best joint scores:\n\n{top}\n\nv7b over seeds {seeds}:\n{lines}"

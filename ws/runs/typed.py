@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
+from pathlib import Path
 
 import tyro
 
@@ -43,3 +44,8 @@ def unboxed(box: str) -> str:
     found = [wrong.partition("\n\n")[0], *known, *(f"did you mean {name}?" for name in near[:1])]
     told = "; ".join(" ".join(part.split()).removesuffix(".") for part in found)
     return told.replace("Expected 2 values", "Expected 2 values: KEY VALUE")
+
+
+def stem(notebook: str) -> str:
+    """A notebook's name, however it was typed: v7_sweep, nbs/v7_sweep.ipynb."""
+    return Path(notebook).name.removesuffix(".ipynb").removesuffix(".py")
