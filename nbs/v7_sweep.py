@@ -106,10 +106,12 @@ display(HTML(found.top(20, "html")))
 
 # %% [markdown]
 # The differences of one wording of the probe are nearly one vector, so `R_act` is mostly that of their mean. `varying`: R_act
-# of the rows minus their mean; `claim`: where v7b reads the claim's tokens.
+# of the rows minus their mean; `claim`: where v7b reads the claim's tokens; `without 3 coordinates`: without the three
+# coordinates of the residual stream that hold most of the differences, which in a trained model may be massive at any token.
 
 # %%
 display(show_table(found.summary, words.positions(found.summary), rows=12))
+display(Markdown(words.largest(found.summary, found.setting["d"])))
 
 # %% [markdown]
 # ## Activation against weight recovery

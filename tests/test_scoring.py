@@ -141,3 +141,22 @@ def test_rows_that_nearly_vanish_do_not_move_z():
     assert half.trace == pytest.approx(0.5, abs=1e-3)
     assert sc.score(half, B).conc == pytest.approx(sc.score(whole, B).conc / 2, rel=1e-3)
     assert sc.score(half, B).z == pytest.approx(sc.score(whole, B).z, rel=1e-3)
+
+
+def test_a_massive_coordinate_is_found_and_what_is_left_is_scored_without_it():
+    d = 24
+    X = matrix(10, d).clone()
+    X[:, 5] += 50.0
+    t = sc.activation_target(X)
+    largest, share = sc.largest_coordinates(t, 1)
+    assert largest.B[5, 0] == 1 and share > 0.9
+    assert share == pytest.approx(sc.score(t, largest.B).energy_frac)
+    axis = Basis(torch.eye(d)[:, 5:6])  # it scores by that coordinate alone
+    assert sc.score(t, axis.B).conc > 0.9 * d
+    rest = sc.without(X, largest)
+    assert sc.specific(rest, axis, largest)[0].conc == 0
+    other = Basis(torch.linalg.svd(X[:, [i for i in range(d) if i != 5]], full_matrices=False)[2][:2].T.float())
+    B = torch.zeros(d, 2)
+    B[[i for i in range(d) if i != 5]] = other.B
+    right = sc.score(sc.activation_target(X[:, [i for i in range(d) if i != 5]]), other.B).conc
+    assert sc.specific(rest, Basis(B), largest)[0].conc == pytest.approx(right, rel=1e-5)

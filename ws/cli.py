@@ -2,8 +2,7 @@
 
 Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an unknown parameter, a missing file or extra),
 3 another batch works on the same results, 130 interrupted, 143 ended by SIGTERM. Heavy modules are imported where they
-are used: a demo that is done ends within seconds.
-"""
+are used: a demo that is done ends within seconds."""
 
 import errno
 import os
@@ -68,7 +67,7 @@ def demo() -> int:
 
 
 def real(quick: bool = False) -> int:
-    """The same on a real language model, SmolLM2-135M-Instruct; killed at any time, it goes on where it was.
+    """The same on a real language model, SmolLM2-135M-Instruct.
 
     Args:
         quick: one seed and no null diffs.

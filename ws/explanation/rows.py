@@ -18,6 +18,7 @@ from ws.subspaces.check import skew
 from ws.subspaces.steered import CeilingMaterials
 
 CLEAN = "layer_clean_resid_pca"  # what specificity projects out
+LARGEST = 3  # coordinates of the residual stream without which R_act is told too
 WEIGHTS = ("oproj", "downproj", "combined")
 NULL_ROWS = {"null": pl.Int64, "layer": pl.Int64, "subspace": pl.String}
 NULL_ROWS |= {"conc_act": pl.Float64, "conc_w_combined": pl.Float64}
@@ -28,8 +29,9 @@ log = logging.getLogger(__name__)
 class LayerTargets:
     """What is scored at one layer: activation difference (cumulative, block-local, without the clean PCA) and weights.
 
-    more: the cumulative difference otherwise: `act_varying` (rows minus their mean), and where the protocol reads the
-    claim's tokens `act_claim`, `act_claim_varying`."""
+    largest, without_largest: the LARGEST coordinates that hold most of the activation difference, and it without them;
+    largest_share: what they hold. more: the cumulative difference otherwise: `act_varying` (rows minus their mean), and
+    where the protocol reads the claim's tokens `act_claim`, `act_claim_varying`."""
 
     act: sc.Target
     block: sc.Target
@@ -37,6 +39,9 @@ class LayerTargets:
     weights: dict[str, sc.Target | None]
     dw_left: Float[Tensor, "d r"]
     more: dict[str, sc.Target]
+    largest: Basis
+    largest_share: float
+    without_largest: sc.Target
 
 
 Targets = list[LayerTargets]
@@ -59,7 +64,10 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
         if steered.claim is not None:
             Y = steered.claim[l]
             more |= {"act_claim": sc.activation_target(Y), "act_claim_varying": sc.activation_target(Y - Y.mean(dim=0))}
-        targets.append(LayerTargets(sc.activation_target(X), block, sc.without(X, clean[l]), weights, dw, more))
+        act = sc.activation_target(X)
+        largest, share = sc.largest_coordinates(act, LARGEST)
+        beyond, rest = sc.without(X, clean[l]), sc.without(X, largest)
+        targets.append(LayerTargets(act, block, beyond, weights, dw, more, largest, share, rest))
     if missing:
         where = "; ".join(missing)
         log.warning("the weight diff lacks one of the two residual writers at %s: scores there are NaN", where)
@@ -106,6 +114,8 @@ def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
         row[f"pct_oracle_{name}"] = sc.oracle_fraction(t.weights[name], B)
         row[f"span_score_{name}"] = sc.span_score(t.weights[name], B)
     row |= {f"conc_{name}": sc.score(target, B, sc.ZERO).conc for name, target in t.more.items()}
+    row["conc_act_without_largest"] = sc.specific(t.without_largest, basis, t.largest)[0].conc
+    row["largest_share_act"] = t.largest_share
     return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note}
 
 

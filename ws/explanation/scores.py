@@ -166,6 +166,15 @@ def without(X: Float[Tensor, "n d"], C: Basis) -> Target:
     return activation_target(X - (X @ Q) @ Q.T, X.shape[1] - C.rank)
 
 
+def largest_coordinates(target: Target, count: int) -> tuple[Basis, float]:
+    """The coordinates of the residual stream that hold most of an activation target, as a basis `(d, count)`, and their share
+    of its energy (chance: count / d). A few coordinates of a trained transformer are massive at every token."""
+    energy = target.F.square().sum(dim=1)
+    places = energy.topk(min(count, len(energy))).indices.sort().values
+    share = float(energy[places].sum()) / target.trace if target.trace > 0 else NAN
+    return Basis(torch.eye(len(energy))[:, places]), share
+
+
 def specific(target: Target, basis: Basis, C: Basis) -> tuple[Score, int]:
     """Score and rank of what B adds to C: `project_away(B, C)` on the target of `without(X, C)`."""
     left = project_away(basis, C)

@@ -250,4 +250,13 @@ def positions(pct: pl.DataFrame) -> dict[str, str]:
     """Columns of R_act by what is read of the EVAL rows, and their headings: those that the summary has."""
     columns = {"subspace": "subspace", "mean_conc_act": "R_act", "mean_conc_act_varying": "varying"}
     columns |= {"mean_conc_act_claim": "claim", "mean_conc_act_claim_varying": "claim, varying"}
+    columns |= {"mean_conc_act_without_largest": "without 3 coordinates"}
     return {column: name for column, name in columns.items() if column in pct.columns}
+
+
+def largest(pct: pl.DataFrame, d: int) -> str:
+    """What the three largest coordinates hold of the activation differences, mean over the layers, beside chance."""
+    share = pct["mean_largest_share_act"].drop_nans().mean()
+    return (
+        "" if share is None else f"Those three coordinates hold {share:.1%} of the differences (chance: {3 / d:.1%})."
+    )
