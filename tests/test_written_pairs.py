@@ -79,6 +79,6 @@ def test_wordings_and_lengths_vary(rows, trained):
     for side in ("response_pos", "response_neg"):
         said = [row[side] for row in rows if not WORD.fullmatch(row[side])]
         words, starts = sorted(len(text.split()) for text in said), Counter(text.split()[0] for text in said)
-        assert words[0] <= 4 and words[-1] >= 30 and words[len(words) // 4] + 4 <= words[3 * len(words) // 4]
+        assert words[0] <= 5 and words[-1] >= 30 and words[len(words) // 4] + 4 <= words[3 * len(words) // 4]
         assert len(starts) >= 40 and starts.most_common(1)[0][1] <= len(said) / 5
         assert max(Counter(said).values()) <= 4
