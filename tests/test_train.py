@@ -76,9 +76,9 @@ def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monke
 
     def answer(lm, prompts, max_new_tokens, temperature, top_p, seed):
         seen.append((prompts, seed))
-        return [f"answer {seed} {i}" for i in range(len(prompts))]
+        return [(f"answer {seed} {i}", False) for i in range(len(prompts))]
 
-    monkeypatch.setattr(ws.train.pairs, "write_answers", answer)
+    monkeypatch.setattr(ws.train.pairs, "answers_and_cuts", answer)
     pairs = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     personas = len(behavior.personas_pos)
     assert len(pairs.rows) == pairs.written == 3 * personas * 2
@@ -142,11 +142,15 @@ def test_damaged_pairs_are_written_again(lm, behavior, tmp_path, harm):
     assert make_pairs(lm, behavior, SMALL, tmp_path, progress=False) == whole and path.read_bytes() == content
 
 
+def canned(lm, prompts, *more):
+    return [(f"{p} {more}", False) for p in prompts]
+
+
 def test_pairs_belong_to_the_code_and_the_model_that_wrote_them(lm, behavior, tmp_path, monkeypatch):
     whole = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     (path,) = tmp_path.rglob("pairs.jsonl")
     other = replace(lm, fingerprint="another")
-    monkeypatch.setattr(ws.train.pairs, "write_answers", lambda _, prompts, *more: [f"{p} {more}" for p in prompts])
+    monkeypatch.setattr(ws.train.pairs, "answers_and_cuts", canned)
     changed = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     assert changed != whole and len(list(tmp_path.rglob("pairs.jsonl"))) == 1
     assert make_pairs(other, behavior, SMALL, tmp_path, progress=False) == changed
@@ -527,7 +531,7 @@ def test_adapters_follow_model_and_pairs_survive_new_code_and_notice_damage(lm, 
     assert steps() == ["neg"]
     assert steps(replace(lm, fingerprint="another")) == ["pos", "neg"] and given[-1][1] == "another"
     assert steps() == ["pos", "neg"]
-    monkeypatch.setattr(ws.train.pairs, "write_answers", lambda _, prompts, *more: [f"{p} {more}" for p in prompts])
+    monkeypatch.setattr(ws.train.pairs, "answers_and_cuts", canned)
     assert steps() == ["pos", "neg"]
     capfd.readouterr()
     monkeypatch.setattr(ws.train.lora, "_wrap", lambda *_: None)

@@ -28,7 +28,7 @@ from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.runs.folders import resamples
 from ws.show.bars import tqdm
-from ws.train.examples import collate, draw_pairs, make_example, response_loss, shuffle_labels
+from ws.train.examples import collate, cut_share, draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
@@ -41,8 +41,8 @@ class TrainConfig:
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
     -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how many
     steps a long run saves what it needs to go on after a kill; 0 for never. resample_pairs: whether each seed draws its
-    training pairs anew (`draw_pairs`), None for with 5 or more samples per pair: seeds that share their pairs show the
-    optimiser's spread only. (docs/method.md section 7)
+    training pairs anew (`draw_pairs`), None for with pairs of a file or 5 or more samples per pair: seeds
+    that share their pairs show the optimiser's spread only. (docs/method.md section 7)
 
     Example:
         >>> import ws
@@ -88,7 +88,8 @@ class TrainConfig:
     @property
     def resampled(self) -> bool:
         """What `resample_pairs` comes to."""
-        return resamples(self.pairs.samples) if self.resample_pairs is None else self.resample_pairs
+        own = resamples(self.pairs.samples, bool(self.pairs.file))
+        return own if self.resample_pairs is None else self.resample_pairs
 
 
 def adapter_layers(n_layers: int, cfg: TrainConfig) -> tuple[int, ...]:
@@ -141,7 +142,7 @@ def train_adapter(
     record = {
         "sign": sign, "seed": seed, "model": lm.name,
         "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)}, "n_train": len(train),
-        "n_heldout": len(held), "resampled": cfg.resampled, "distinct_pairs": distinct,
+        "n_heldout": len(held), "cut": cut_share(lm, train, end), "resampled": cfg.resampled, "distinct_pairs": distinct,
         "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
     }  # fmt: skip
     write_json(folder / "training.json", record)
