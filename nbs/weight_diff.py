@@ -36,7 +36,7 @@ W_PATH = ""  # a weight difference to look at
 POS_ADAPTER = ""  # own PEFT folder for the behaviour, together with NEG_ADAPTER
 NEG_ADAPTER = ""  # own PEFT folder for its opposite
 # training pairs
-PAIRS = None  # written pairs, a JSONL file or sycophancy; PERSONAS, SAMPLES, MAX_NEW_TOKENS mean nothing then; "": the base model writes them; None: the model's own
+PAIRS = None  # written pairs: a JSONL file, or sycophancy (then PERSONAS, SAMPLES, MAX_NEW_TOKENS mean nothing); empty: the base model writes them; None: the model's own
 TOPICS = None  # training topics, from the first on; None: all that there are
 PERSONAS = None  # persona pairs, from the first on; None: all that the behaviour has
 SAMPLES = None  # answers per topic and persona; None: the model's own, nbs/params/models.yaml (10 where it has none)

@@ -19,12 +19,12 @@ from ws.cache.made import Damaged
 from ws.cache.names import RunId
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff, save_diff
-from ws.model.generate import complete, turn_end, write_answers
+from ws.model.generate import answers_and_cuts, complete, turn_end, write_answers
 from ws.model.lm import load_lm
 from ws.model.text import chat_text
 from ws.steer.weights import weight_steer
 from ws.train.difference import obtain_diff, train_diff
-from ws.train.examples import draw_pairs, make_example, response_loss, shuffle_labels
+from ws.train.examples import cut_share, draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.lora import ADAPTERS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import Pair, PairConfig, make_pairs
 
@@ -723,3 +723,39 @@ def test_a_finished_diff_whose_bytes_changed_is_made_anew_not_read(lm, behavior,
     (folder / "w.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     again = train_diff(lm, behavior, config=CFG, folder=folder, finished=folder, progress=False)
     assert again.fingerprint == want and (folder / "w.safetensors").read_bytes() == content
+
+
+def test_an_answer_that_was_cut_has_no_end_of_turn(lm, rows):
+    end = turn_end(lm.tokenizer)
+    (mark,) = lm.tokenizer(end, add_special_tokens=False)["input_ids"]
+    cut = replace(rows[0], cut_pos=True)
+    examples = [make_example(lm, row, sign, end, 512) for row in (rows[0], cut) for sign in ("pos", "neg")]
+    assert [e["labels"][-1] == mark for e in examples] == [True, True, False, True]
+    assert [e["input_ids"][-1] == mark for e in examples] == [True, True, False, True]
+    assert cut_share(lm, examples, end) == 0.25 and cut_share(lm, examples, "") == 0
+    short = make_example(lm, rows[0], "pos", end, len(examples[0]["labels"]) - 1)
+    assert mark not in short["labels"] and cut_share(lm, [short], end) == 1
+    (swapped,) = {r for r in shuffle_labels((cut,) * 40, 0) if r != cut}
+    assert swapped.cut_neg and not swapped.cut_pos and swapped.response_neg == cut.response_pos
+
+
+def test_what_is_cut_is_told_as_it_is_written(lm, monkeypatch):
+    """Planted: a model that ends one answer at its second token and never the other; the shorter row is padded."""
+    end = lm.tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+    yes = lm.tokenizer("Yes", add_special_tokens=False)["input_ids"][:1]
+
+    def generate(input_ids, **more):
+        new = torch.tensor([[*yes, *end, *end, *end], yes * 4, [*yes * 3, *end]])
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    found = answers_and_cuts(lm, ["a", "b", "c"], 4)
+    assert [cut for _, cut in found] == [False, True, False]
+    assert write_answers(lm, ["a", "b", "c"], 4) == [text for text, _ in found]
+    assert "im_end" not in "".join(text for text, _ in found)
+
+
+def test_kept_pairs_hold_what_was_cut(lm, behavior, tmp_path):
+    pairs = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
+    assert {type(r.cut_pos) for r in pairs.rows} == {bool} and any(r.cut_pos or r.cut_neg for r in pairs.rows)
+    assert make_pairs(lm, behavior, SMALL, tmp_path, progress=False) == pairs

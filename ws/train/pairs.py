@@ -23,7 +23,7 @@ from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.show.bars import tqdm
-from ws.train.written import split_written
+from ws.train.written import read_written, split_written
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
 
@@ -89,7 +89,7 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     if cfg.file:
         return from_file(behavior, cfg)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
-    return _kept_pairs(lm, behavior, (users, behavior.persona_pairs[: cfg.personas]), cfg, cache, progress)
+    return _kept_pairs(lm, behavior, (users, behavior.persona_pairs[: cfg.personas]), cfg, cache / "pairs", progress)
 
 
 def heldout_pairs(
@@ -103,7 +103,7 @@ def heldout_pairs(
     cfg = replace(cfg, topics=len(topics), personas=len(personas), samples=1)
     try:
         turns = [behavior.opinion_text(t) for t in topics], personas
-        return _kept_pairs(lm, behavior, turns, cfg, cache, progress).rows, ""
+        return _kept_pairs(lm, behavior, turns, cfg, cache / "pairs_held_out", progress).rows, ""
     except NoPairs as error:
         return (), str(error)
 
@@ -111,11 +111,10 @@ def heldout_pairs(
 def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     """The pairs of `cfg.file` as training has them: `topic` and `persona` number the file's topics and wordings in the
     order in which they are there first, so that a draw stays within both; `sample` is the line. (docs/method.md section 1)"""
-    parts = split_written(cfg.file, behavior, cfg.topics, cfg.seed)
-    rows = sorted((row for part in parts for row in part), key=lambda row: row.line)
+    parts, everything = split_written(cfg.file, behavior, cfg.topics, cfg.seed), read_written(cfg.file)
     topics, wordings = (
         {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        for texts in ([row.topic for row in rows], [row.wording for row in rows])
+        for texts in ([row.topic for row in everything], [row.wording for row in everything])
     )
     train, held = (
         tuple(
@@ -125,10 +124,11 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
         )
         for part in parts
     )
-    return Pairs(train, len(rows), 0, len(rows) - len(train) - len(held), held)
+    used = sum(map(len, parts))
+    return Pairs(train, used, 0, used - len(train) - len(held), held)
 
 
-def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, cache: Path, progress: bool) -> Pairs:
+def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, place: Path, progress: bool) -> Pairs:
     """What the base model writes in these turns, made once."""
     check_unhooked(lm.model)
     written = asdict(cfg)
@@ -136,7 +136,7 @@ def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, cache
     template = lm.tokenizer.chat_template
     params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": written}
     key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
-    folder = cache / "pairs" / f"{behavior.slug}_{key.params[:8]}"
+    folder = place / f"{behavior.slug}_{key.params[:8]}"
 
     def write(path: Path) -> None:
         write_pairs(drop_useless(_write_all(lm, turns, cfg, key, folder, progress)), path)
