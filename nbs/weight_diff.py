@@ -37,11 +37,14 @@ W_PATH = ""  # a weight difference to look at
 POS_ADAPTER = ""  # own PEFT folder for the behaviour, together with NEG_ADAPTER
 NEG_ADAPTER = ""  # own PEFT folder for its opposite
 # training pairs
-TOPICS = None  # training topics, from the first on; None: all that the behaviour has
+PAIRS = None  # written pairs: a JSONL file, or sycophancy (then PERSONAS, SAMPLES, MAX_NEW_TOKENS mean nothing); empty: the base model writes them; None: the model's own
+TOPICS = None  # training topics, from the first on; None: all that there are
 PERSONAS = None  # persona pairs, from the first on; None: all that the behaviour has
 SAMPLES = None  # answers per topic and persona; None: the model's own, nbs/params/models.yaml (10 where it has none)
 MAX_NEW_TOKENS = 128  # tokens of an answer
-RESAMPLE_PAIRS = None  # each seed draws its training pairs anew, with replacement; None: where SAMPLES is 5 or more
+RESAMPLE_PAIRS = (
+    None  # each seed draws its training pairs anew, with replacement; None: with PAIRS, or where SAMPLES is 5 or more
+)
 # training
 LORA_LAYERS = []  # layers that get an adapter, as [2, 3, 4] or 2-4; empty: from 30 % to 80 % of the depth
 R = 32  # rank
@@ -62,6 +65,7 @@ DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, 
 from IPython.display import HTML, Markdown, display
 
 from ws.cache.files import write_json, write_text
+from ws.cache.names import cache_folder
 from ws.data import load_behavior
 from ws.diff import describe
 from ws.diff import figures as draw
@@ -71,10 +75,11 @@ from ws.model.lm import load_lm
 from ws.show import notebook, tables
 from ws.show.figures import save
 from ws.steer import evaluate
-from ws.steer.figures import alpha_curves
+from ws.steer.figures import alpha_curves, margin_curve
 from ws.train.difference import obtain_diff, training_text
 from ws.train.lora import TrainConfig
-from ws.train.pairs import PairConfig
+from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
+from ws.train.pairs import PairConfig, heldout_pairs
 
 run = begin("weight_diff", globals())
 folder = run.folder
@@ -83,7 +88,7 @@ log = notebook.start_log("weight_diff", folder)
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 alphas = evaluate.check_alphas(ALPHAS)
 config = TrainConfig(
-    pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS),
+    pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS, file=PAIRS),
     adapter=ADAPTER,
     r=R,
     alpha=LORA_ALPHA,
@@ -101,9 +106,10 @@ config = TrainConfig(
 # %% [markdown]
 # ## Training
 #
-# Pairs are written once per model and behaviour and reused by every seed. Both adapters share everything but the
+# Pairs are written once per model and behaviour and reused by every seed; with `PAIRS` they are read from a file. An answer
+# that the token limit cut teaches nothing about where answers end; the table has the share of them. Both adapters share everything but the
 # answers: initialisation, order, held-out split, draw of pairs. With `RESAMPLE_PAIRS` a seed draws its training pairs anew
-# within each topic and persona, after the split: seeds that share their pairs show the optimiser's spread only. The null
+# within each topic and persona (of a file: topic and wording), after the split: seeds that share their pairs show the optimiser's spread only. The null
 # diff of a seed has that seed's draw; its labels are shuffled after it.
 
 # %%
@@ -150,6 +156,29 @@ display(notebook.show(figure))
 display(HTML(tables.as_text(summary, style="html")))
 
 # %% [markdown]
+# ## Which answer it would rather give
+#
+# The answer margin needs no answer words: `log p(response_pos) - log p(response_neg)` per token, on pairs that no adapter
+# was trained on (held out of the file of pairs; without one the base model writes them about the held-out topics). Where it
+# and the log-ratio move in opposite directions, one of them measures something else than the behaviour.
+
+# %%
+verdict = evaluate.steering_verdict(summary)
+pairs, why_none = heldout_pairs(lm, behavior, config.pairs, cache_folder(lm.name))
+margin = {"text": f"There is no answer margin: {why_none}"}
+if pairs:
+    margins = margin_sweep(lm, pairs, w, alphas)
+    means = summarise_margins(margins)
+    margin = margin_verdict(margins, verdict["spread"])
+    tables.write_table(margins, folder / "margin_sweep.csv")
+    tables.write_table(means, folder / "margin_sweep_summary.tsv")
+    figure = margin_curve(means, summary)
+    save(figure, folder / "margin_sweep")
+    display(notebook.show(figure))
+    display(HTML(tables.as_text(means, style="html")))
+display(Markdown(tables.literal(margin["text"])))
+
+# %% [markdown]
 # ## In its own words
 #
 # Greedy answers to held-out opinions. `completions.jsonl` holds them all in random order without their alpha, for blind
@@ -161,7 +190,6 @@ evaluate.write_blind(rows, folder)
 display(HTML(tables.as_text(evaluate.side_by_side(rows, 6), style="html")))
 
 # %%
-verdict = evaluate.steering_verdict(summary)
-write_json(folder / "weight_diff.json", {"training": training, "steering": verdict})
+write_json(folder / "weight_diff.json", {"training": training, "steering": verdict, "margin": margin})
 log.info("done: %s", folder)
-display(Markdown(verdict["text"]))
+display(Markdown(f"{verdict['text']} {tables.literal(margin['text'])}"))

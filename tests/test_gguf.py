@@ -173,3 +173,17 @@ def test_a_system_prompt_that_the_template_puts_by_itself_is_told(tokenizer):
     )
     assert default_system(tok) == "You are Bob" and "You are Bob" in template_note(tok)
     assert template_text("plain").startswith("{{ bos_token }}")
+
+
+def test_an_answer_is_trained_where_the_template_puts_it(model_folder):
+    """`Assistant: Yes`, with the blank: the token that the model is asked for, and its end of turn."""
+    from ws.train.examples import make_example
+    from ws.train.pairs import Pair
+
+    lm = ws.load_lm(str(model_folder("llama")), chat_template="plain")
+    row = Pair(0, 0, 0, "Is it so?", "Yes", "No")
+    example = make_example(lm, row, "pos", answer_frame(lm.tokenizer), 512)
+    whole = chat_text(lm.tokenizer, row.user, assistant="Yes").strip()
+    assert lm.tokenizer.decode(example["input_ids"]) == whole
+    labels = [t for t in example["labels"] if t != -100]
+    assert lm.tokenizer.decode(labels) == f" Yes{lm.tokenizer.eos_token}"

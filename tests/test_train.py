@@ -19,12 +19,12 @@ from ws.cache.made import Damaged
 from ws.cache.names import RunId
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff, save_diff
-from ws.model.generate import complete, turn_end, write_answers
+from ws.model.generate import answers_and_cuts, complete, turn_end, write_answers
 from ws.model.lm import load_lm
 from ws.model.text import chat_text
 from ws.steer.weights import weight_steer
 from ws.train.difference import obtain_diff, train_diff
-from ws.train.examples import draw_pairs, make_example, response_loss, shuffle_labels
+from ws.train.examples import cut_share, draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.lora import ADAPTERS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import Pair, PairConfig, make_pairs
 
@@ -76,9 +76,9 @@ def test_personas_are_shown_when_pairs_are_written(lm, behavior, tmp_path, monke
 
     def answer(lm, prompts, max_new_tokens, temperature, top_p, seed):
         seen.append((prompts, seed))
-        return [f"answer {seed} {i}" for i in range(len(prompts))]
+        return [(f"answer {seed} {i}", False) for i in range(len(prompts))]
 
-    monkeypatch.setattr(ws.train.pairs, "write_answers", answer)
+    monkeypatch.setattr(ws.train.pairs, "answers_and_cuts", answer)
     pairs = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     personas = len(behavior.personas_pos)
     assert len(pairs.rows) == pairs.written == 3 * personas * 2
@@ -142,11 +142,15 @@ def test_damaged_pairs_are_written_again(lm, behavior, tmp_path, harm):
     assert make_pairs(lm, behavior, SMALL, tmp_path, progress=False) == whole and path.read_bytes() == content
 
 
+def canned(lm, prompts, *more):
+    return [(f"{p} {more}", False) for p in prompts]
+
+
 def test_pairs_belong_to_the_code_and_the_model_that_wrote_them(lm, behavior, tmp_path, monkeypatch):
     whole = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     (path,) = tmp_path.rglob("pairs.jsonl")
     other = replace(lm, fingerprint="another")
-    monkeypatch.setattr(ws.train.pairs, "write_answers", lambda _, prompts, *more: [f"{p} {more}" for p in prompts])
+    monkeypatch.setattr(ws.train.pairs, "answers_and_cuts", canned)
     changed = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
     assert changed != whole and len(list(tmp_path.rglob("pairs.jsonl"))) == 1
     assert make_pairs(other, behavior, SMALL, tmp_path, progress=False) == changed
@@ -198,7 +202,7 @@ def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior)
     end = turn_end(lm.tokenizer)
     assert end == "<|im_end|>"
     for sign, text in (("pos", "Yes, sure."), ("neg", "No, never.")):
-        example = make_example(lm, rows[0], sign, end, 512)
+        example = make_example(lm, rows[0], sign, ("", end), 512)
         prompt = chat_text(lm.tokenizer, rows[0].user)
         learnt = [t for t in example["labels"] if t != -100]
         assert lm.tokenizer.decode(learnt) == text + end
@@ -206,11 +210,11 @@ def test_only_the_response_is_learnt_and_no_persona_is_shown(lm, rows, behavior)
         n = example["labels"].count(-100)
         assert lm.tokenizer.decode(example["input_ids"][:n]) == prompt and "system" not in prompt
     with pytest.raises(ValueError, match="topic 0: the prompt alone has"):
-        make_example(lm, rows[0], "pos", end, 5)
+        make_example(lm, rows[0], "pos", ("", end), 5)
 
 
 def test_padding_has_no_loss(lm, rows):
-    examples = [make_example(lm, row, "pos", "<|im_end|>", 512) for row in rows[::5]]
+    examples = [make_example(lm, row, "pos", ("", "<|im_end|>"), 512) for row in rows[::5]]
     one = [response_loss(lm.model, [e], 1) for e in examples]
     counts = [sum(t != -100 for t in e["labels"]) for e in examples]
     mean = sum(a * b for a, b in zip(one, counts, strict=True)) / sum(counts)
@@ -527,7 +531,7 @@ def test_adapters_follow_model_and_pairs_survive_new_code_and_notice_damage(lm, 
     assert steps() == ["neg"]
     assert steps(replace(lm, fingerprint="another")) == ["pos", "neg"] and given[-1][1] == "another"
     assert steps() == ["pos", "neg"]
-    monkeypatch.setattr(ws.train.pairs, "write_answers", lambda _, prompts, *more: [f"{p} {more}" for p in prompts])
+    monkeypatch.setattr(ws.train.pairs, "answers_and_cuts", canned)
     assert steps() == ["pos", "neg"]
     capfd.readouterr()
     monkeypatch.setattr(ws.train.lora, "_wrap", lambda *_: None)
@@ -719,3 +723,39 @@ def test_a_finished_diff_whose_bytes_changed_is_made_anew_not_read(lm, behavior,
     (folder / "w.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     again = train_diff(lm, behavior, config=CFG, folder=folder, finished=folder, progress=False)
     assert again.fingerprint == want and (folder / "w.safetensors").read_bytes() == content
+
+
+def test_an_answer_that_was_cut_has_no_end_of_turn(lm, rows):
+    end = turn_end(lm.tokenizer)
+    (mark,) = lm.tokenizer(end, add_special_tokens=False)["input_ids"]
+    cut = replace(rows[0], cut_pos=True)
+    examples = [make_example(lm, row, sign, ("", end), 512) for row in (rows[0], cut) for sign in ("pos", "neg")]
+    assert [e["labels"][-1] == mark for e in examples] == [True, True, False, True]
+    assert [e["input_ids"][-1] == mark for e in examples] == [True, True, False, True]
+    assert cut_share(lm, examples, end) == 0.25 and cut_share(lm, examples, "") == 0
+    short = make_example(lm, rows[0], "pos", ("", end), len(examples[0]["labels"]) - 1)
+    assert mark not in short["labels"] and cut_share(lm, [short], end) == 1
+    (swapped,) = {r for r in shuffle_labels((cut,) * 40, 0) if r != cut}
+    assert swapped.cut_neg and not swapped.cut_pos and swapped.response_neg == cut.response_pos
+
+
+def test_what_is_cut_is_told_as_it_is_written(lm, monkeypatch):
+    """Planted: a model that ends one answer at its second token and never the other; the shorter row is padded."""
+    end = lm.tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+    yes = lm.tokenizer("Yes", add_special_tokens=False)["input_ids"][:1]
+
+    def generate(input_ids, **more):
+        new = torch.tensor([[*yes, *end, *end, *end], yes * 4, [*yes * 3, *end]])
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    found = answers_and_cuts(lm, ["a", "b", "c"], 4)
+    assert [cut for _, cut in found] == [False, True, False]
+    assert write_answers(lm, ["a", "b", "c"], 4) == [text for text, _ in found]
+    assert "im_end" not in "".join(text for text, _ in found)
+
+
+def test_kept_pairs_hold_what_was_cut(lm, behavior, tmp_path):
+    pairs = make_pairs(lm, behavior, SMALL, tmp_path, progress=False)
+    assert {type(r.cut_pos) for r in pairs.rows} == {bool} and any(r.cut_pos or r.cut_neg for r in pairs.rows)
+    assert make_pairs(lm, behavior, SMALL, tmp_path, progress=False) == pairs

@@ -22,8 +22,10 @@ from ws.subspaces.captures import check_texts, probes
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.theta.live import check_plain_logits
 from ws.theta.states import load_users, split_texts
+from ws.train.examples import make_example
 from ws.train.lora import TrainConfig, adapter_layers
-from ws.train.pairs import PairConfig, counted, read_pairs
+from ws.train.pairs import PairConfig, counted, from_file
+from ws.train.written import pairs_file, read_written
 
 SWITCHES = "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES MAX_LENGTH".split()
 Values = Mapping[str, object]
@@ -90,7 +92,7 @@ def check_files(values: Values) -> None:
     for folder in values.get("COMPARE") or []:
         read_folder(Path(str(folder)))
     if values.get("PAIRS"):
-        read_pairs(Path(str(values["PAIRS"])))
+        read_written(str(values["PAIRS"]))
     given = values.get("CANDIDATES") or []
     for file in map(Path, [given] if isinstance(given, str) else given):
         if not file.is_file():
@@ -121,8 +123,22 @@ def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
         check_words(lm, behavior)
     elif "PCS" in values:
         check_texts(lm, behavior, protocol_of(values))
-    if not values.get("W_PATH") and not values.get("POS_ADAPTER"):
-        counted(behavior, PairConfig(topics=values.get("TOPICS"), personas=values.get("PERSONAS")))
+    asked = PairConfig(values.get("TOPICS"), values.get("PERSONAS"), file=str(values.get("PAIRS") or ""))
+    if asked.file:
+        check_lengths(lm, behavior, asked)
+    elif not values.get("W_PATH") and not values.get("POS_ADAPTER"):
+        counted(behavior, asked)
+
+
+def check_lengths(lm: LM, behavior: Behavior, asked: PairConfig) -> None:
+    """Whether there is room for an answer after each user turn of a file of pairs; ValueError naming the line."""
+    pairs = from_file(behavior, asked)
+    for row in (*pairs.rows, *pairs.heldout):
+        try:
+            make_example(lm, row, "pos", "", TrainConfig().max_length)
+        except ValueError as error:
+            told = str(error).partition(": ")[2] or error
+            raise ValueError(f"{pairs_file(asked.file)}: line {row.sample}: {told}; shorten `user`") from error
 
 
 def check_diffs(

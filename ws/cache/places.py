@@ -5,6 +5,7 @@ read when it is used.
 """
 
 import os
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -20,6 +21,12 @@ def root() -> Path:
 def out_folder() -> Path:
     """Folder of all results."""
     return Path(os.environ.get("WS_OUT") or root() / "out").expanduser().absolute()
+
+
+def shipped_pairs(name: str) -> Path | None:
+    """The shipped file of written pairs of a name, such as that of a behaviour; None where there is none."""
+    path = ASSETS / f"{name}_pairs.jsonl"
+    return path if re.fullmatch(r"\w{1,99}", name) and path.is_file() else None
 
 
 def logs_folder() -> Path:

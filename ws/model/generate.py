@@ -18,6 +18,13 @@ def write_answers(
 ) -> list[str]:
     """Answers to rendered prompts, one batch padded on the left, seeded; special tokens and blanks stripped. The model
     is in eval mode meanwhile; the caller's random state stays."""
+    return [text for text, _ in answers_and_cuts(lm, prompts, max_new_tokens, temperature, top_p, seed)]
+
+
+def answers_and_cuts(
+    lm: LM, prompts: list[str], max_new_tokens: int, temperature: float | int = 0, top_p: float | int = 1, seed: int = 0
+) -> list[tuple[str, bool]]:
+    """The answers of `write_answers`, and of each whether the token limit cut it: the model did not end its turn."""
     from transformers import GenerationConfig
 
     ids, mask = encode(lm.tokenizer, prompts, False, max_length=1 << 20, padding_side="left")
@@ -44,8 +51,9 @@ def write_answers(
     finally:
         lm.model.train(was)
     new = output[:, ids.shape[1] :].tolist()
-    cut = [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in new]
-    return [text.strip() for text in lm.tokenizer.batch_decode(cut, skip_special_tokens=True)]
+    ends = [next((i for i, t in enumerate(row) if t in stops), len(row)) for row in new]
+    texts = lm.tokenizer.batch_decode([row[:i] for row, i in zip(new, ends, strict=True)], skip_special_tokens=True)
+    return [(text.strip(), i == len(row)) for text, i, row in zip(texts, ends, new, strict=True)]
 
 
 def complete(lm: LM, texts: list[str], max_new_tokens: int = 64) -> list[str]:

@@ -27,6 +27,8 @@ RECIPE: Params = {
     "LR": 2e-4, "EPOCHS": 1.0, "MAX_STEPS": -1, "BATCH": 4, "ACCUMULATION": 4, "PAIRS": "",
     "RESAMPLE_PAIRS": None,
 }  # fmt: skip
+WRITING = ("PERSONAS", "SAMPLES", "MAX_NEW_TOKENS")  # how the base model writes pairs: nothing where they are written
+OWN_PAIRS = "by_model"  # pairs of the base model, in a folder's name where a model's usual pairs are written ones
 MANY_SAMPLES = 5  # answers per topic and persona from which on a draw of pairs leaves enough different ones
 
 
@@ -63,9 +65,13 @@ def recipe(params: Params) -> str:
         return shortened(f"-own-{pair[0].name}-{digest(''.join(map(file_key, pair)).encode())[:8]}")
     usual = RECIPE | own_set(str(params.get("MODEL_ID") or "tiny")).get("weight_diff", {})
     samples = usual["SAMPLES"] if params.get("SAMPLES") is None else params["SAMPLES"]
+    pairs = usual["PAIRS"] if params.get("PAIRS") is None else params["PAIRS"]
     if usual["RESAMPLE_PAIRS"] is None:
-        usual["RESAMPLE_PAIRS"] = resamples(samples, bool(params.get("PAIRS")))
-    return shortened("".join(f"-{key}{told(key, params[key])}" for key in RECIPE if differs(params, key, usual[key])))
+        usual["RESAMPLE_PAIRS"] = resamples(samples, bool(pairs))
+    given = {**params, "PAIRS": pairs or OWN_PAIRS}
+    usual["PAIRS"] = usual["PAIRS"] or OWN_PAIRS
+    keys = [key for key in RECIPE if not (pairs and key in WRITING) and differs(given, key, usual[key])]
+    return shortened("".join(f"-{key}{told(key, given[key])}" for key in keys))
 
 
 def resamples(samples: int, from_file: bool = False) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ws.cache.models import model_files
-from ws.cache.places import ASSETS, notebooks_folder, out_folder
+from ws.cache.places import ASSETS, notebooks_folder, out_folder, shipped_pairs
 from ws.cache.syntax import is_candidate, read_scope
 from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, shortened, told
 from ws.runs.sets import Params, read_set
@@ -96,6 +96,8 @@ class Notebook:
             given += model_files(model)
         if behavior := str(params.get("BEHAVIOR") or ""):
             given += [ASSETS / f"{behavior}.json", Path(behavior)]
+        if pairs := shipped_pairs(str(params.get("PAIRS") or "")):
+            given.append(pairs)
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]
 
 

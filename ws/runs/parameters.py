@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ws.cache.models import shipped
-from ws.cache.places import ASSETS, root
+from ws.cache.places import ASSETS, root, shipped_pairs
 from ws.runs import rules
 from ws.runs.notebooks import MAYBE_PATHS, Params, path_names, protocol_file
 from ws.runs.rules import MODELS_OWN, RULES, rule_of, shown
@@ -99,6 +99,8 @@ def located(key: str, value: object, folder: Path) -> object:
         return value
     path = folder / Path(value).expanduser()
     own = shipped(value) if key == "MODEL_ID" else (ASSETS / f"{value}.json").is_file()
+    if key == "PAIRS" and shipped_pairs(value):
+        return value
     if key in path_names() or (key in MAYBE_PATHS and not own and path.exists()):
         return str(path.resolve())
     return value
@@ -149,6 +151,9 @@ def _absent(values: Params) -> list[str]:
             found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")
     if behavior and not (ASSETS / f"{behavior}.json").is_file() and not Path(behavior).is_file():
         found.append(f"BEHAVIOR: {shown(behavior)} is neither a shipped behaviour (sycophancy) nor a file")
+    if (pairs := str(values.get("PAIRS") or "")) and not shipped_pairs(pairs) and not Path(pairs).is_file():
+        known = ", ".join(sorted(path.name.removesuffix("_pairs.jsonl") for path in ASSETS.glob("*_pairs.jsonl")))
+        found.append(f"PAIRS: {shown(pairs)} is neither shipped pairs ({known}) nor a file")
     return found
 
 

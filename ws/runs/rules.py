@@ -174,7 +174,8 @@ def rule_of(default: object) -> Rule:
 # ---- the notebooks -----------------------------------------------------------------------------------------------
 
 FLAG = Rule("flag", "true or false")
-BY_SAMPLES = Rule("flag", "true, false, or none: true with 5 or more samples", none="true with 5 or more samples")
+BY_PAIRS = "true with PAIRS or 5 or more samples"
+BY_SAMPLES = Rule("flag", f"true, false, or none: {BY_PAIRS}", none=BY_PAIRS)
 SWITCH = one_of("true", "false", "")
 SEED = whole(0, TOP_SEED)
 PATH, PATHS = text("a file or folder"), listed(text("a file", r"[^\0]+"), 'files such as ["mine.py"]')
@@ -196,7 +197,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "ADAPTER": one_of(*ADAPTERS), "SEED": SEED, "NULL_DIFF": FLAG, "RETRAIN": FLAG,
         "W_PATH": PATH, "POS_ADAPTER": PATH, "NEG_ADAPTER": PATH,
         "TOPICS": whole(1, none="all"), "PERSONAS": whole(1, none="all"), "SAMPLES": whole(1, none=MODELS_OWN),
-        "MAX_NEW_TOKENS": whole(1), "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
+        "MAX_NEW_TOKENS": whole(1), "PAIRS": Rule("text", "a JSONL file of pairs, or the name of shipped ones", none=MODELS_OWN),
+        "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
         "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
         "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,

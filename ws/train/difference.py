@@ -24,6 +24,7 @@ from ws.show.tables import literal
 from ws.steer.evaluate import check_words
 from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import counted, make_pairs
+from ws.train.written import named_pairs
 
 NEXT, READY, W_FILE = ".next", "ready.json", "w.safetensors"
 FINISHED = ("done", "changed parameters", "changed inputs", "changed code")  # states of what is whole
@@ -142,7 +143,7 @@ def _typed(lm: LM, cfg: TrainConfig) -> dict[str, object]:
     pairs |= {"MAX_NEW_TOKENS": cfg.pairs.max_new_tokens, "LORA_LAYERS": list(cfg.layers or ()), "R": cfg.r}
     steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
     steps |= {"LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation, "RESAMPLE_PAIRS": cfg.resample_pairs}
-    return {"MODEL_ID": lm.name, **pairs, **steps}
+    return {"MODEL_ID": lm.name, **pairs, **steps, "PAIRS": named_pairs(cfg.pairs.file)}
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
@@ -224,8 +225,10 @@ def obtain_diff(
             counts = {"pairs_trained": log["n_train"], "pairs_held_out": log["n_heldout"]}
             drawn = {"pairs_resampled": log.get("resampled", False), "distinct_pairs": log.get("distinct_pairs", 1.0)}
             record |= {"layers": log["config"]["layers"]} | counts | drawn
+            record |= {f"answers_cut_{sign}": log.get("cut", 0.0)}
             record |= {f"held_out_loss_{sign}_{when}": log[f"heldout_loss_{when}"] for when in ("before", "after")}
         record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
+        record |= {"pairs_from": Path(config.pairs.file).name or "the base model"}
     norm = w.total_norm()
     if norm == 0:
         raise ValueError(

@@ -23,15 +23,24 @@ def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
     generator = np.random.default_rng(zlib.crc32(f"shuffle labels {seed}".encode()))
     swap = generator.random(len(rows)) < 0.5
     return tuple(
-        replace(row, response_pos=row.response_neg, response_neg=row.response_pos) if s else row
+        replace(
+            row,
+            response_pos=row.response_neg,
+            response_neg=row.response_pos,
+            cut_pos=row.cut_neg,
+            cut_neg=row.cut_pos,
+        )
+        if s
+        else row
         for row, s in zip(rows, swap, strict=True)
     )
 
 
 def draw_pairs(rows: tuple[Pair, ...], train: list[int], seed: int) -> tuple[tuple[Pair, ...], float]:
-    """The pairs with those at `train` drawn anew from among themselves, with replacement, within each topic and persona;
-    and the share of them that is drawn at all. Pairs at other places are as they were, so what is held out stays so. The
-    draw is the seed's: the same for both signs, whatever their labels. (docs/method.md section 7)"""
+    """The pairs with those at `train` drawn anew from among themselves, with replacement, within each topic and persona
+    (written pairs: topic and wording); and the share of them that is drawn at all. Pairs at other places are as they were,
+    so what is held out stays so. The draw is the seed's: the same for both signs, whatever their labels. (docs/method.md
+    section 7)"""
     generator, drawn, strata = np.random.default_rng(zlib.crc32(f"resample {seed}".encode())), list(rows), {}
     for i in train:
         strata.setdefault((rows[i].topic, rows[i].persona), []).append(i)
@@ -42,14 +51,24 @@ def draw_pairs(rows: tuple[Pair, ...], train: list[int], seed: int) -> tuple[tup
     return tuple(drawn), len({pick for picks in picked.values() for pick in picks}) / len(train)
 
 
-def make_example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dict[str, list[int]]:
-    """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona."""
+def make_example(lm: LM, row: Pair, sign: str, frame: tuple[str, str], max_length: int) -> dict[str, list[int]]:
+    """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona. An answer
+    that the token limit or `max_length` cut has no label for the end of its turn: else w would learn when to stop. frame:
+    what the template puts before and after an answer (`ws.model.text.answer_frame`)."""
+    lead, end = frame
     prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]
-    answer = (row.response_pos if sign == "pos" else row.response_neg).strip()
-    reply = lm.tokenizer(answer + end, add_special_tokens=False)["input_ids"]
+    answer, cut = (row.response_pos, row.cut_pos) if sign == "pos" else (row.response_neg, row.cut_neg)
+    reply = lm.tokenizer(lead + answer.strip() + ("" if cut else end), add_special_tokens=False)["input_ids"]
     if len(prompt) >= max_length:
         raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")
     return {"input_ids": (prompt + reply)[:max_length], "labels": ([-100] * len(prompt) + reply)[:max_length]}
+
+
+def cut_share(lm: LM, examples: list[dict[str, list[int]]], end: str) -> float:
+    """Share of the examples without a label for the end of the turn: cut while they were written, or at `max_length`."""
+    ending = lm.tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    cut = [bool(ending) and row["labels"][-len(ending) :] != ending for row in examples]
+    return sum(cut) / max(1, len(cut))
 
 
 def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -23,12 +23,12 @@ from ws.cache.files import write_json
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import mark_made, state
 from ws.cache.records import tell
-from ws.model.generate import turn_end
 from ws.model.guard import check_unhooked
 from ws.model.lm import LM
+from ws.model.text import answer_frame
 from ws.runs.folders import resamples
 from ws.show.bars import tqdm
-from ws.train.examples import collate, draw_pairs, label_loss, make_example, response_loss, shuffle_labels
+from ws.train.examples import collate, cut_share, draw_pairs, label_loss, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
@@ -41,8 +41,8 @@ class TrainConfig:
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
     -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how many
     steps a long run saves what it needs to go on after a kill; 0 for never. resample_pairs: whether each seed draws its
-    training pairs anew (`draw_pairs`), None for with 5 or more samples per pair: seeds that share their pairs show the
-    optimiser's spread only. (docs/method.md section 7)
+    training pairs anew (`draw_pairs`), None for with pairs of a file or 5 or more samples per pair: seeds
+    that share their pairs show the optimiser's spread only. (docs/method.md section 7)
 
     Example:
         >>> import ws
@@ -88,7 +88,8 @@ class TrainConfig:
     @property
     def resampled(self) -> bool:
         """What `resample_pairs` comes to."""
-        return resamples(self.pairs.samples) if self.resample_pairs is None else self.resample_pairs
+        own = resamples(self.pairs.samples, bool(self.pairs.file))
+        return own if self.resample_pairs is None else self.resample_pairs
 
 
 def adapter_layers(n_layers: int, cfg: TrainConfig) -> tuple[int, ...]:
@@ -120,8 +121,8 @@ def train_adapter(
     parts = sorted(order[:n_held].tolist()), sorted(order[n_held:].tolist())
     if cfg.resampled:
         rows, distinct = draw_pairs(rows, parts[1], seed)
-    rows, end = shuffle_labels(rows, seed) if cfg.shuffle_labels else rows, turn_end(lm.tokenizer)
-    examples = [make_example(lm, row, sign, end, cfg.max_length) for row in rows]
+    rows, frame = shuffle_labels(rows, seed) if cfg.shuffle_labels else rows, answer_frame(lm.tokenizer)
+    examples = [make_example(lm, row, sign, frame, cfg.max_length) for row in rows]
     held, train = ([examples[i] for i in part] for part in parts)
     made_of = {"model": lm.fingerprint, "sign": sign, "seed": seed, "config": asdict(cfg), "examples": train}
     key = stage_key(made_of, code=["ws.train.lora.train_adapter"])
@@ -141,7 +142,7 @@ def train_adapter(
     record = {
         "sign": sign, "seed": seed, "model": lm.name,
         "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)}, "n_train": len(train),
-        "n_heldout": len(held), "resampled": cfg.resampled, "distinct_pairs": distinct,
+        "n_heldout": len(held), "cut": cut_share(lm, train, frame[1]), "resampled": cfg.resampled, "distinct_pairs": distinct,
         "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
     }  # fmt: skip
     write_json(folder / "training.json", record)

@@ -1,4 +1,5 @@
-"""Training pairs: the base model itself answers every training topic under a positive and under a negative persona.
+"""Training pairs: the base model itself answers every training topic under a positive and under a negative persona, or
+they are read from a file (`ws.train.written`).
 
 For (topic, persona pair i, sample): `response_pos ~ p(. | persona_pos[i], user)` and
 `response_neg ~ p(. | persona_neg[i], user)`, with user = the claim as an opinion followed by the topic's question.
@@ -17,18 +18,20 @@ from ws.cache.given import first_line, parsed, read_given
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import kept
 from ws.data import Behavior
-from ws.model.generate import write_answers
+from ws.model.generate import answers_and_cuts
 from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.show.bars import tqdm
+from ws.train.written import read_written, split_written
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How pairs are written. `topics` and `personas`: how many, from the first on (None: all that may train).
+    """How pairs are written. `topics` and `personas`: how many, from the first on (None: all that may train). file: written
+    pairs, a path or the name of shipped ones, in place of what the base model would write; then `topics` alone counts.
 
     Example:
         >>> import ws
@@ -44,11 +47,13 @@ class PairConfig:
     max_new_tokens: int = 128
     batch: int = 64
     seed: int = 0
+    file: str = ""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One user turn with the two answers; topic, persona and sample are indices."""
+    """One user turn with the two answers; topic, persona and sample are indices (of written pairs: topic, wording, line).
+    cut_pos, cut_neg: whether the token limit ended an answer, so that it says nothing of where answers end."""
 
     topic: int
     persona: int
@@ -56,30 +61,82 @@ class Pair:
     user: str
     response_pos: str
     response_neg: str
+    cut_pos: bool = False
+    cut_neg: bool = False
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The kept pairs, and how many were written and dropped."""
+    """The kept pairs, and how many were written and dropped. heldout: those of a file that are never trained on."""
 
     rows: tuple[Pair, ...]
     written: int
     empty: int
     identical: int
+    heldout: tuple[Pair, ...] = ()
+
+
+class NoPairs(ValueError):
+    """Every pair that the base model wrote was dropped."""
 
 
 def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True) -> Pairs:
     """Write the pairs, or read those that were written from the same model, texts and settings by the same code. cache:
     a folder (of this model); pairs go to `<cache>/pairs/<behavior>_<hash8>/pairs.jsonl`. Raises ValueError when more
-    topics or personas are asked for than there are, and when every pair was dropped (with the likely cause)."""
-    check_unhooked(lm.model)
+    topics or personas are asked for than there are, and when every pair was dropped (with the likely cause). With `cfg.file`
+    the pairs are those of the file, and nothing is written."""
     cfg = counted(behavior, cfg)
+    if cfg.file:
+        return from_file(behavior, cfg)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
-    turns = users, behavior.persona_pairs[: cfg.personas]
+    return _kept_pairs(lm, behavior, (users, behavior.persona_pairs[: cfg.personas]), cfg, cache / "pairs", progress)
+
+
+def heldout_pairs(
+    lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True
+) -> tuple[tuple[Pair, ...], str]:
+    """Pairs that no adapter is trained on, and why there are none: those held out of `cfg.file`; without it the base model
+    writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`."""
+    if cfg.file:
+        return from_file(behavior, cfg).heldout, ""
+    topics, personas = behavior.heldout_topics, behavior.persona_pairs
+    cfg = replace(cfg, topics=len(topics), personas=len(personas), samples=1)
+    try:
+        turns = [behavior.opinion_text(t) for t in topics], personas
+        return _kept_pairs(lm, behavior, turns, cfg, cache / "pairs_held_out", progress).rows, ""
+    except NoPairs as error:
+        return (), str(error)
+
+
+def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
+    """The pairs of `cfg.file` as training has them: `topic` and `persona` number the file's topics and wordings in the
+    order in which they are there first, so that a draw stays within both; `sample` is the line. (docs/method.md section 1)"""
+    parts, everything = split_written(cfg.file, behavior, cfg.topics, cfg.seed), read_written(cfg.file)
+    topics, wordings = (
+        {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        for texts in ([row.topic for row in everything], [row.wording for row in everything])
+    )
+    train, held = (
+        tuple(
+            Pair(topics[r.topic], wordings[r.wording], r.line, r.user, r.response_pos, r.response_neg)
+            for r in part
+            if not r.identical
+        )
+        for part in parts
+    )
+    used = sum(map(len, parts))
+    return Pairs(train, used, 0, used - len(train) - len(held), held)
+
+
+def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, place: Path, progress: bool) -> Pairs:
+    """What the base model writes in these turns, made once."""
+    check_unhooked(lm.model)
+    written = asdict(cfg)
+    written.pop("file")
     template = lm.tokenizer.chat_template
-    params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": asdict(cfg)}
+    params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": written}
     key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
-    folder = cache / "pairs" / f"{behavior.slug}_{key.params[:8]}"
+    folder = place / f"{behavior.slug}_{key.params[:8]}"
 
     def write(path: Path) -> None:
         write_pairs(drop_useless(_write_all(lm, turns, cfg, key, folder, progress)), path)
@@ -91,7 +148,11 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
 
 
 def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
-    """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many."""
+    """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many, and for a file of
+    pairs that cannot be used."""
+    if cfg.file:
+        split_written(cfg.file, behavior, cfg.topics, cfg.seed)
+        return cfg
     pos, neg = len(behavior.personas_pos), len(behavior.personas_neg)
     if pos != neg:
         raise ValueError(
@@ -111,7 +172,7 @@ def _write_all(lm: LM, turns: Turns, cfg: PairConfig, key: Key, folder: Path, pr
     """All pairs, in chunks of `cfg.batch` that are kept in `folder` until the file is whole."""
     users, personas = turns
     grid = list(product(range(len(users)), range(len(personas)), range(cfg.samples)))
-    answers: list[list[str]] = []
+    answers: list[list] = []
     for start in tqdm(range(0, len(grid), cfg.batch), desc="training pairs", disable=not progress):
 
         def write(path: Path, start: int = start) -> None:
@@ -120,13 +181,14 @@ def _write_all(lm: LM, turns: Turns, cfg: PairConfig, key: Key, folder: Path, pr
                 asked = ((users[t], personas[p][side]) for t, p, _ in grid[start : start + cfg.batch])
                 prompts = [chat_text(lm.tokenizer, user, system=persona) for user, persona in asked]
                 seed = zlib.crc32(f"{cfg.seed} {sign} {start}".encode())
-                sides.append(write_answers(lm, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed))
-            write_text(path, json.dumps(list(zip(*sides, strict=True)), ensure_ascii=False))
+                sides.append(answers_and_cuts(lm, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed))
+            both = [(a, b, cut_a, cut_b) for (a, cut_a), (b, cut_b) in zip(*sides, strict=True)]
+            write_text(path, json.dumps(both, ensure_ascii=False))
 
         chunk = stage_key({"pairs": key.params, "start": start}, sources=key.sources)
         path = folder / f"chunk_{start:06d}.json"
         answers += kept(path, chunk, write, lambda path: json.loads(path.read_text("utf-8")))
-    return [Pair(t, p, s, users[t], a, b) for (t, p, s), (a, b) in zip(grid, answers, strict=True)]
+    return [Pair(t, p, s, users[t], *answer) for (t, p, s), answer in zip(grid, answers, strict=True)]
 
 
 def drop_useless(rows: list[Pair]) -> Pairs:
@@ -141,7 +203,7 @@ def drop_useless(rows: list[Pair]) -> Pairs:
             else "the personas do not change what the model writes: does its chat template show the system prompt, and"
             " do the personas of a pair differ?"
         )
-        raise ValueError(
+        raise NoPairs(
             f"no usable training pair: of {len(rows)}, {empty} have an empty side and {identical} two identical"
             f" ones; likely cause: {cause}"
         )

@@ -1,0 +1,123 @@
+"""The answer margin: which of two written answers a model gives sooner, a behaviour score that needs no answer words.
+
+    margin = log p(response_pos | user) / n_pos - log p(response_neg | user) / n_neg        nats per token
+
+over the tokens of the response with the end of its turn (unless the answer was cut), chat template, no system prompt,
+float32 log-softmax. Its mean and t interval are over topics, since pairs of a topic share what a model knows of it.
+(docs/method.md section 1)
+"""
+
+import inspect
+import math
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+
+from ws.diff import WeightDiff
+from ws.model.lm import LM
+from ws.model.text import answer_frame
+from ws.show.bars import tqdm
+from ws.steer.weights import weight_steer
+from ws.train.examples import collate, make_example
+from ws.train.lora import SIGNS
+from ws.train.pairs import Pair
+
+BATCH = 16  # texts per pass: what bounds the memory
+MAX_LENGTH = 512  # tokens of a text, as in training
+
+
+def answer_margin(
+    lm: LM, pairs: tuple[Pair, ...], batch: int = BATCH, max_length: int = MAX_LENGTH
+) -> Float[Tensor, " n"]:
+    """The margin of each pair, float32 on the CPU, in nats per token. batch: texts per pass; it changes the time and the
+    memory, not the result. ValueError where a user turn alone fills `max_length` tokens."""
+    pos, neg = (answer_logprobs(lm, pairs, sign, batch, max_length) for sign in SIGNS)
+    return pos - neg
+
+
+@torch.no_grad()
+def answer_logprobs(
+    lm: LM, pairs: tuple[Pair, ...], sign: str, batch: int = BATCH, max_length: int = MAX_LENGTH
+) -> Float[Tensor, " n"]:
+    """Mean log-probability per response token of one side of each pair. Texts go through the model by length."""
+    frame = answer_frame(lm.tokenizer)
+    examples = [make_example(lm, row, sign, frame, max_length) for row in pairs]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    found = torch.zeros(len(examples))
+    some = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
+    for start in range(0, len(order), batch):
+        places = order[start : start + batch]
+        rows = collate([examples[i] for i in places])
+        labels = rows["labels"][:, 1:]
+        # the last position predicts nothing; those before the first response are not unembedded
+        first = int((labels != -100).any(dim=0).int().argmax()) if some else 0
+        keep = {"logits_to_keep": torch.arange(first, labels.shape[1], device=lm.device)} if some else {}
+        logits = lm.run(rows["input_ids"], rows["attention_mask"], **keep).logits
+        labels = labels[:, first:].to(logits.device)
+        row, column = (labels != -100).nonzero(as_tuple=True)
+        logp = logits[row, column].float().log_softmax(dim=-1)
+        own = logp.gather(1, labels[row, column, None])[:, 0].cpu()
+        row = row.cpu()
+        found[places] = torch.zeros(len(places)).index_add(0, row, own) / torch.bincount(row, minlength=len(places))
+    return found
+
+
+def margin_sweep(
+    lm: LM, pairs: tuple[Pair, ...], w: WeightDiff, alphas: list[float], progress: bool = True
+) -> pl.DataFrame:
+    """The margin of each pair at each strength: alpha, topic, persona, sample, user, logp_pos, logp_neg, margin (nats per
+    token). topic, persona and sample as in `Pair`. The model is the same before and after."""
+    about = [(row.topic, row.persona, row.sample, row.user) for row in pairs]
+    rows = []
+    for alpha in tqdm(alphas, "answer margin", disable=not progress):
+        with weight_steer(lm.model, w, alpha):
+            sides = [answer_logprobs(lm, pairs, sign).tolist() for sign in SIGNS]
+        rows += [(alpha, *a, pos, neg, pos - neg) for a, pos, neg in zip(about, *sides, strict=True)]
+    names = ["alpha", "topic", "persona", "sample", "user", "logp_pos", "logp_neg", "margin"]
+    return pl.DataFrame(rows, orient="row", schema=names)
+
+
+def summarise_margins(margins: pl.DataFrame) -> pl.DataFrame:
+    """Per alpha: mean over topics, the ends of its 95 % t interval (NaN for one topic), numbers of topics and pairs.
+    margins: `margin_sweep`."""
+    rows = [
+        (alpha, *mean_over_topics(part), part.height)
+        for (alpha,), part in margins.sort("alpha", maintain_order=True).group_by("alpha", maintain_order=True)
+    ]
+    return pl.DataFrame(rows, orient="row", schema=["alpha", "mean_margin", "low", "high", "topics", "pairs"])
+
+
+def mean_over_topics(table: pl.DataFrame, column: str = "margin") -> tuple[float, float, float, int]:
+    """(mean, low, high, number of topics) of a column: the mean of the topics' means with its t interval; of a file without
+    topics each pair counts as one."""
+    by = "topic" if table["topic"].n_unique() > 1 else "sample"
+    means = table.group_by(by, maintain_order=True).agg(pl.col(column).mean())[column].to_numpy()
+    n, mean = len(means), float(np.mean(means))
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(means, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return mean, mean - half, mean + half, n
+
+
+def margin_verdict(margins: pl.DataFrame, spread: float) -> dict:
+    """What the margin shows beside the log-ratio: `distance` (nats per token, between the extreme alphas, pair by pair),
+    its interval `low`, `high` over topics, `agrees` (whether it has the sign of `spread`, the log-ratio's own distance in
+    nats) and `text`. margins: `margin_sweep`."""
+    first, last = float(margins["alpha"].min()), float(margins["alpha"].max())
+    down, up = (margins.filter(pl.col("alpha") == alpha) for alpha in (first, last))
+    moved = down.with_columns(margin=up["margin"] - down["margin"])
+    distance, low, high, topics = mean_over_topics(moved)
+    agrees = (distance > 0) == (spread > 0)
+    means = [mean_over_topics(part)[0] for part in (down, up)]
+    unsure = "" if not low <= 0 <= high else "; the interval holds 0, so that the margin does not show a movement"
+    if math.isnan(low):
+        unsure = "; one topic gives no interval"
+    said = "The signs agree" if agrees else "The signs disagree: the two scores do not measure the same here"
+    text = (
+        f"On {down.height} held-out pairs of {topics} topics the answer margin goes from {means[0]:+.3f} at alpha {first:+g} to"
+        f" {means[1]:+.3f} nats per token at alpha {last:+g}, a distance of {distance:+.3f} [{low:+.3f}, {high:+.3f}]; the"
+        f" log-ratio's is {spread:+.2f} nats. {said}{unsure}."
+    )
+    return {"distance": distance, "low": low, "high": high, "agrees": agrees, "text": text}
