@@ -135,7 +135,7 @@ def check_lengths(lm: LM, behavior: Behavior, asked: PairConfig) -> None:
     pairs = from_file(behavior, asked)
     for row in (*pairs.rows, *pairs.heldout):
         try:
-            make_example(lm, row, "pos", "", TrainConfig().max_length)
+            make_example(lm, row, "pos", ("", ""), TrainConfig().max_length)
         except ValueError as error:
             told = str(error).partition(": ")[2] or error
             raise ValueError(f"{pairs_file(asked.file)}: line {row.sample}: {told}; shorten `user`") from error
