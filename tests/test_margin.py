@@ -15,6 +15,7 @@ from ws.diff import LowRank, WeightDiff
 from ws.model.generate import turn_end
 from ws.model.lm import load_lm
 from ws.model.text import chat_text
+from ws.steer.figures import margin_curve
 from ws.train.examples import make_example, response_loss
 from ws.train.margin import (
     answer_logprobs,
@@ -141,10 +142,21 @@ def test_the_interval_is_over_topics():
     assert "interval holds 0" not in margin_verdict(many, 1.0)["text"]
 
 
+def test_the_figure_shows_both_scores():
+    ratio = pl.DataFrame(
+        {"set": ["false", "false", "true"], "alpha": [-1.0, 1.0, 1.0], "mean_logratio": [0.0, 2.0, 9.0]}
+    )
+    margins = summarise_margins(sweep([(0, 0.0, 1.0), (1, 0.0, 2.0)]))
+    left, right = margin_curve(margins, ratio).axes
+    assert left.containers[0].lines[0].get_ydata().tolist() == margins["mean_margin"].to_list() == [0.0, 1.5]
+    assert right.lines[0].get_ydata().tolist() == [0.0, 2.0] and "false claims" in right.get_ylabel()
+
+
 def test_pairs_without_topics_count_one_by_one_and_a_single_one_has_no_interval():
     assert mean_over_topics(sweep([(0, 0.0, 1.0), (0, 0.0, 2.0)]).filter(alpha=1.0))[3] == 2
     found = margin_verdict(sweep([(0, 0.0, 1.0)]), 1.0)
-    assert np.isnan(found["low"]) and "one topic gives no interval" in found["text"]
+    assert found["low"] is found["high"] is None and "a distance of +1.000; the" in found["text"]
+    assert "one topic gives no interval" in found["text"]
 
 
 def answers(lm, prompts, *more):

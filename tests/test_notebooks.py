@@ -61,6 +61,29 @@ def test_the_shipped_models_adapters_steer_it(trained):
         assert (trained / name).stat().st_size > 0, name
     shown = [json.loads(line) for line in (trained / "completions.jsonl").read_text().splitlines()]
     assert len(shown) == 36 and all(r["completion"] for r in shown)
+    margin = json.loads((trained / "weight_diff.json").read_text())["margin"]
+    assert margin["agrees"] and margin["low"] > 0 and margin["text"] in (trained / "weight_diff.html").read_text()
+    assert read_table(trained / "margin_sweep.csv").height == 5 * 60  # 12 held-out topics, 5 persona pairs
+
+
+def test_a_training_on_pairs_from_a_file(model_folder, tmp_path):
+    """From the command's file to the margin of what the file holds out; the personas are not asked."""
+    rows = [{"user": f"Is it {i}?", "response_pos": f"Yes, {i}.", "response_neg": f"No, {i}."} for i in range(20)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {
+        "MODEL_ID": str(model_folder("qwen3")),
+        "PAIRS": str(tmp_path / "mine.jsonl"),
+        "MAX_STEPS": 2,
+        "ALPHAS": [0.0, 1.0],
+    }
+    run("weight_diff", tmp_path / "run", **given, R=4, LR=1e-2, BATCH=2, ACCUMULATION=1, NULL_DIFF=True)
+    found = json.loads((tmp_path / "run" / "weight_diff.json").read_text())
+    training, margins = found["training"], read_table(tmp_path / "run" / "margin_sweep.csv")
+    assert training["pairs_from"] == "mine.jsonl" and training["pairs_trained"] + training["pairs_held_out"] == 18
+    assert training["answers_cut_pos"] == 0 and training["pairs_resampled"] and "labels shuffled" in training["source"]
+    assert set(margins["user"]) < {row["user"] for row in rows} and margins.height == 2 * 2
+    assert read_table(tmp_path / "run" / "margin_sweep_summary.tsv")["pairs"].to_list() == [2, 2]
+    assert "2 held-out pairs" in found["margin"]["text"] and not list((tmp_path / "run").rglob("pairs.jsonl"))
 
 
 def test_v7_sweep_on_the_trained_difference(trained, tmp_path):

@@ -33,7 +33,8 @@ def spectra(values: dict[str, list[np.ndarray]]) -> Figure:
         width = min(map(len, rows))
         scaled = np.stack([r[:width] / max(r[0], 1e-30) for r in rows])
         scaled = np.where(scaled > 1e-9, scaled, np.nan)
-        index = np.arange(1, width + 1)
+        some = ~np.isnan(scaled).all(axis=0)  # w may have a lower rank than its factors
+        index, scaled = np.arange(1, width + 1)[some], scaled[:, some]
         axis.plot(index, np.nanmedian(scaled, axis=0), c=PALETTE[i % len(PALETTE)], lw=1.4, label=module)
         axis.fill_between(index, np.nanmin(scaled, axis=0), np.nanmax(scaled, axis=0), color=PALETTE[i % len(PALETTE)],
                           alpha=0.12, lw=0)  # fmt: skip

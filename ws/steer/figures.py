@@ -13,10 +13,10 @@ def margin_curve(margins: pl.DataFrame, sweep: pl.DataFrame) -> Figure:
     low, high = margins["mean_margin"] - margins["low"], margins["high"] - margins["mean_margin"]
     left.errorbar(margins["alpha"], margins["mean_margin"], yerr=[low.fill_nan(0), high.fill_nan(0)], c="#0072B2",
                   marker="o", ms=5, capsize=2, lw=1.4)  # fmt: skip
-    left.set(xlabel="alpha", ylabel="answer margin, nats per token (bars: 95 % over topics)")
+    left.set(xlabel="alpha", ylabel="answer margin, nats per token (bars: 95 %)")
     part = sweep.filter(pl.col("set") == sweep["set"][0]).sort("alpha")
     right.plot(part["alpha"], part["mean_logratio"], c="#D55E00", marker="o", ms=5, lw=1.4)
-    right.set(xlabel="alpha", ylabel=f"log P(yes) - log P(no), nats, {part['set'][0]} claims")
+    right.set(xlabel="alpha", ylabel=f"log-ratio, nats ({part['set'][0]} claims)")
     for axes in (left, right):
         axes.axhline(0, ls="--", c="0.5", lw=1)
     return figure

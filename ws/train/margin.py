@@ -103,21 +103,24 @@ def mean_over_topics(table: pl.DataFrame, column: str = "margin") -> tuple[float
 
 def margin_verdict(margins: pl.DataFrame, spread: float) -> dict:
     """What the margin shows beside the log-ratio: `distance` (nats per token, between the extreme alphas, pair by pair),
-    its interval `low`, `high` over topics, `agrees` (whether it has the sign of `spread`, the log-ratio's own distance in
-    nats) and `text`. margins: `margin_sweep`."""
+    its interval `low`, `high` over topics (None for one), `agrees` (whether it has the sign of `spread`, the log-ratio's
+    own distance in nats) and `text`. margins: `margin_sweep`."""
     first, last = float(margins["alpha"].min()), float(margins["alpha"].max())
     down, up = (margins.filter(pl.col("alpha") == alpha) for alpha in (first, last))
     moved = down.with_columns(margin=up["margin"] - down["margin"])
     distance, low, high, topics = mean_over_topics(moved)
     agrees = (distance > 0) == (spread > 0)
     means = [mean_over_topics(part)[0] for part in (down, up)]
-    unsure = "" if not low <= 0 <= high else "; the interval holds 0, so that the margin does not show a movement"
-    if math.isnan(low):
-        unsure = "; one topic gives no interval"
+    if topics > 1:
+        interval = f"{distance:+.3f} [{low:+.3f}, {high:+.3f}]"
+        unsure = "; the interval holds 0, so that the margin does not show a movement" if low <= 0 <= high else ""
+    else:
+        low, high, interval, unsure = None, None, f"{distance:+.3f}", "; one topic gives no interval"
     said = "The signs agree" if agrees else "The signs disagree: the two scores do not measure the same here"
+    told = f" of {topics} topics" if margins["topic"].n_unique() > 1 else ""
     text = (
-        f"On {down.height} held-out pairs of {topics} topics the answer margin goes from {means[0]:+.3f} at alpha {first:+g} to"
-        f" {means[1]:+.3f} nats per token at alpha {last:+g}, a distance of {distance:+.3f} [{low:+.3f}, {high:+.3f}]; the"
+        f"On {down.height} held-out pairs{told} the answer margin goes from {means[0]:+.3f} at alpha {first:+g} to"
+        f" {means[1]:+.3f} nats per token at alpha {last:+g}, a distance of {interval}; the"
         f" log-ratio's is {spread:+.2f} nats. {said}{unsure}."
     )
     return {"distance": distance, "low": low, "high": high, "agrees": agrees, "text": text}
