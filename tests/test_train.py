@@ -487,7 +487,7 @@ def test_finished_parts_are_not_made_again(lm, behavior, tmp_path, monkeypatch):
     monkeypatch.setattr(ws.train.difference, "train_adapter", counted)
     with pytest.raises(KeyboardInterrupt):
         train_diff(lm, behavior, config=CFG, progress=False)
-    recipe = ws.train.difference.recipe(ws.train.difference._typed(lm, CFG))
+    recipe = ws.train.difference.recipe(ws.train.difference._typed(lm, behavior, CFG))
     folder = RunId(lm.name, behavior.name, f"lora{recipe}", 0).folder()
     assert [p.name for p in (folder / "adapters").iterdir() if not p.name.startswith(".")] == ["pos"]
     w = train_diff(lm, behavior, config=CFG, progress=False)

@@ -152,7 +152,7 @@ def test_a_folder_is_named_after_the_file_and_its_content_alone(file, monkeypatc
     file([pair(0), pair(2)])
     assert recipe({"PAIRS": path}) != named
     assert recipe({"PAIRS": "sycophancy"}) == "-PAIRSsycophancy" and recipe({"PAIRS": ""}) == recipe({}) == ""
-    monkeypatch.setattr("ws.runs.folders.own_set", lambda _: {"weight_diff": {"PAIRS": "sycophancy", "SAMPLES": 4}})
+    monkeypatch.setattr("ws.runs.folders.own_set", lambda *_: {"weight_diff": {"PAIRS": "sycophancy", "SAMPLES": 4}})
     assert recipe({"PAIRS": "sycophancy"}) == recipe({"PAIRS": None}) == recipe({"SAMPLES": 9}) == ""
     assert recipe({"PAIRS": path}) != named and recipe({"PAIRS": ""}) == "-PAIRSby_model"
     assert recipe({"PAIRS": "", "SAMPLES": 9, "RESAMPLE_PAIRS": True}) == "-SAMPLES9-PAIRSby_model"

@@ -63,7 +63,8 @@ def recipe(params: Params) -> str:
     if params.get("POS_ADAPTER"):
         pair = [Path(str(params[side])) for side in ("POS_ADAPTER", "NEG_ADAPTER") if params.get(side)]
         return shortened(f"-own-{pair[0].name}-{digest(''.join(map(file_key, pair)).encode())[:8]}")
-    usual = RECIPE | own_set(str(params.get("MODEL_ID") or "tiny")).get("weight_diff", {})
+    model, behavior = (str(params.get(k) or v) for k, v in {"MODEL_ID": "tiny", "BEHAVIOR": "sycophancy"}.items())
+    usual = RECIPE | own_set(model, behavior).get("weight_diff", {})
     samples = usual["SAMPLES"] if params.get("SAMPLES") is None else params["SAMPLES"]
     pairs = usual["PAIRS"] if params.get("PAIRS") is None else params["PAIRS"]
     if usual["RESAMPLE_PAIRS"] is None:

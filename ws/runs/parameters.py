@@ -159,7 +159,7 @@ def _absent(values: Params) -> list[str]:
 
 def model_defaults(notebook: str, values: Params) -> dict[str, object]:
     """The model's own values of those parameters that are None."""
-    own = own_set(str(values.get("MODEL_ID") or "tiny")).get(notebook, {})
+    own = own_set(str(values.get("MODEL_ID") or "tiny"), str(values.get("BEHAVIOR") or "")).get(notebook, {})
     return {key: value for key, value in own.items() if key in values and values[key] is None}
 
 

@@ -199,7 +199,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "TOPICS": whole(1, none="all"), "PERSONAS": whole(1, none="all"), "SAMPLES": whole(1, none=MODELS_OWN),
         "MAX_NEW_TOKENS": whole(1), "PAIRS": Rule("text", "a JSONL file of pairs, or the name of shipped ones", none=MODELS_OWN),
         "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
-        "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False), "BATCH": whole(1),
+        "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False, none=MODELS_OWN), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
         "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),

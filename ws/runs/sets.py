@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ws.cache.models import model_slug
-from ws.cache.places import notebooks_folder
+from ws.cache.places import notebooks_folder, shipped_pairs
 
 LARGEST = 1 << 20  # bytes of a parameter file
 Params = dict[str, object]
@@ -40,11 +40,15 @@ def models() -> dict[str, dict[str, Params]]:
     return found
 
 
-def own_set(model_id: str) -> dict[str, Params]:
-    """What is a model's own, by notebook: over `default` what stands under its id or its folder's name."""
+def own_set(model_id: str, behavior: str = "") -> dict[str, Params]:
+    """What is a model's own, by notebook: over `default` what stands under its id or its folder's name. Shipped pairs are a
+    model's own for the behaviour they were written for, by whose name they go."""
     known, names, found = models(), ["default", model_id], {}
     with suppress(FileNotFoundError):  # a folder that is no model (any more) has no name
         names.append(model_slug(model_id))
     for of in (known.get(name, {}) for name in names):
         found |= {notebook: found.get(notebook, {}) | values for notebook, values in of.items()}
+    for values in found.values():
+        if shipped_pairs(str(values.get("PAIRS") or "")) and values["PAIRS"] != behavior:
+            values["PAIRS"] = ""
     return found

@@ -85,7 +85,7 @@ def _trained(
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     kind, null = cfg.adapter, cfg.shuffle_labels
     check_training(lm, behavior, seed, cfg)
-    own = RunId(lm.name, behavior.name, kind + recipe(_typed(lm, cfg)), seed).folder(null=null)
+    own = RunId(lm.name, behavior.name, kind + recipe(_typed(lm, behavior, cfg)), seed).folder(null=null)
     if folder in (None, own) and (known := read_meta(own / W_FILE).get("behavior", behavior.name)) != behavior.name:
         whose = f"belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
         raise ValueError(f"{own}: {whose}")
@@ -137,13 +137,13 @@ def _finished(folder: Path, keys: dict[str, Key]) -> bool:
     return whole and intact(w, record) and made_of == stage_key({}, inputs=sides, sources="-").inputs
 
 
-def _typed(lm: LM, cfg: TrainConfig) -> dict[str, object]:
+def _typed(lm: LM, behavior: Behavior, cfg: TrainConfig) -> dict[str, object]:
     """A training's settings as the notebook's parameters of the same meaning: they name its folder."""
     pairs = {"TOPICS": cfg.pairs.topics, "PERSONAS": cfg.pairs.personas, "SAMPLES": cfg.pairs.samples}
     pairs |= {"MAX_NEW_TOKENS": cfg.pairs.max_new_tokens, "LORA_LAYERS": list(cfg.layers or ()), "R": cfg.r}
     steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
     steps |= {"LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation, "RESAMPLE_PAIRS": cfg.resample_pairs}
-    return {"MODEL_ID": lm.name, **pairs, **steps, "PAIRS": named_pairs(cfg.pairs.file)}
+    return {"MODEL_ID": lm.name, "BEHAVIOR": behavior.name, **pairs, **steps, "PAIRS": named_pairs(cfg.pairs.file)}
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
