@@ -123,6 +123,7 @@ def explain(
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
             "nulls": [diff.fingerprint for diff in nulls], "effects": moved[0].tolist(),
             "null_effects": [float(effect.mean()) for effect in moved[1:]],
+            "score": "margin of the matching answer" if behavior.answers else "log-ratio",
         },
         candidates=[c.about for c in everyone],
         checks=rows.self_checks(table, layers) | {"orthonormality": rows.largest_deviation(bases)},

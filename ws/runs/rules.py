@@ -188,7 +188,7 @@ MODEL = {
     "DEVICE": text("auto, cpu, cuda, cuda:1, ...", r"auto|cpu|(cuda|mps|xpu)(:\d+)?"),
     "DTYPE": one_of("auto", "float32", "bfloat16", "float16"),
 }
-BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour or a JSON file", r"[^\0\s][^\0]*")}
+BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour, a JSON file, or a JSONL file of statements", r"[^\0\s][^\0]*")}
 
 RULES: dict[str, dict[str, Rule]] = {
     "weight_diff": MODEL | BEHAVIOR | {
@@ -199,6 +199,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
         "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
+        "TARGET_LOSS": number(0, inside=False), "BALANCE": FLAG, "N_HELDOUT": whole(4, none="all"),
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
     "v7_sweep": MODEL | BEHAVIOR | {

@@ -2,7 +2,8 @@
 
 For (topic, persona pair i, sample): `response_pos ~ p(. | persona_pos[i], user)` and
 `response_neg ~ p(. | persona_neg[i], user)`, with user = the claim as an opinion followed by the topic's question.
-Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs.
+Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs. Of a behaviour of
+statements nothing is written: the question is the user turn, the matching answer `response_pos`, the other `response_neg`.
 (docs/method.md section 1)
 """
 
@@ -48,7 +49,8 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class Pair:
-    """One user turn with the two answers; topic, persona and sample are indices."""
+    """One user turn with the two answers; topic, persona and sample are indices. Of a statement: topic is the half (0 where the
+    yes-word matches, 1 where the no-word does), sample the statement, so that a draw of pairs keeps the halves."""
 
     topic: int
     persona: int
@@ -74,6 +76,8 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     topics or personas are asked for than there are, and when every pair was dropped (with the likely cause)."""
     check_unhooked(lm.model)
     cfg = counted(behavior, cfg)
+    if behavior.answers:
+        return statement_pairs(behavior, cfg.topics)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
     turns = users, behavior.persona_pairs[: cfg.personas]
     template = lm.tokenizer.chat_template
@@ -90,14 +94,26 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     return pairs
 
 
+def statement_pairs(behavior: Behavior, n: int | None = None) -> Pairs:
+    """The pairs of a behaviour of statements: its first `n` training ones (None: all), with one-word answers."""
+    rows = []
+    for i, (topic, answer) in enumerate(zip(behavior.train_topics[:n], behavior.answers, strict=False)):
+        matches = answer in behavior.yes
+        other = (behavior.no if matches else behavior.yes)[0]
+        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other))
+    return Pairs(tuple(rows), len(rows), 0, 0)
+
+
 def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
-    """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many."""
+    """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many. Statements need no
+    personas."""
     pos, neg = len(behavior.personas_pos), len(behavior.personas_neg)
     if pos != neg:
         raise ValueError(
             f"{behavior.name}: personas are paired by index, but there are {pos} positive and {neg} negative ones"
         )
-    for what, have in {"topics": len(behavior.train_topics), "personas": pos}.items():
+    personas = {} if behavior.answers else {"personas": pos}
+    for what, have in {"topics": len(behavior.train_topics), **personas}.items():
         asked = getattr(cfg, what)
         if asked is not None and not 1 <= asked <= have:
             raise ValueError(f"{behavior.name}: {asked} training {what} asked for, it has {have}")
