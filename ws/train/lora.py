@@ -30,6 +30,7 @@ from ws.runs.folders import resamples
 from ws.show.bars import tqdm
 from ws.train.examples import collate, draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
+from ws.train.stopping import stop_at
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
 SIGNS = ("pos", "neg")
@@ -139,7 +140,7 @@ def train_adapter(
         adapted = _wrap(lm, cfg)
         try:
             before = response_loss(adapted, held, cfg.batch)
-            stop = _enough(held, cfg) if cfg.target_loss and held else None
+            stop = stop_at(held, cfg.target_loss, cfg.target_every, 16) if cfg.target_loss and held else None
             trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress, stop)
             after = response_loss(adapted, held, cfg.batch)
             check_finite(f"{cfg.adapter} {sign} seed {seed}", after or 0.0, len(trace))
@@ -213,19 +214,6 @@ def _fit(
     check_finite(label, float(sum(p.detach().float().sum().cpu() for p in weights)), len(trace))
     shutil.rmtree(work, ignore_errors=True)
     return trace
-
-
-def _enough(held: list[dict], cfg: TrainConfig):
-    """A callback that ends a training where the held-out loss is at most `cfg.target_loss`."""
-    from transformers import TrainerCallback
-
-    class Enough(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **_):
-            if state.global_step % cfg.target_every == 0:
-                loss = response_loss(model, held, cfg.batch * cfg.accumulation)
-                control.should_training_stop = control.should_training_stop or loss <= cfg.target_loss
-
-    return Enough()
 
 
 def check_finite(label: str, value: float, step: int) -> None:
