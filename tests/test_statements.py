@@ -14,6 +14,9 @@ from ws.diff import balanced_diff, task_vectors
 from ws.steer import statements
 from ws.steer.effect import effects
 from ws.steer.evaluate import alpha_sweep, claim_sets, completions, steering_verdict, summarise_sweep
+from ws.subspaces.captures import eval_set, probes
+from ws.subspaces.kept import make_shelf
+from ws.subspaces.protocol import load_protocol
 from ws.train.difference import obtain_diff
 from ws.train.examples import draw_pairs
 from ws.train.lora import TrainConfig
@@ -238,6 +241,43 @@ def test_balanced_signs_have_one_norm(kind, tmp_path):
     assert not plain.meta.get("balanced") and plain.fingerprint != w.fingerprint
     assert all(torch.allclose(plain[name], plus[name] - minus[name], atol=1e-6) for name in plain.names)
     assert balanced_diff(*sides, lm.model).fingerprint == w.fingerprint
+
+
+@pytest.mark.parametrize("protocol", ["v7", "v7b"])
+def test_a_sweep_leaves_out_what_needs_personas(kind, tmp_path, protocol):
+    lm = ws.load_lm("tiny")
+    found = ws.explain(lm, "tiny", kind, protocol=protocol, cache=tmp_path, progress=False)
+    need = [c.name for c in ws.candidates(protocol) if "personas" in c.sees]
+    assert found.setting["left_out"] == need and len(need) > 10
+    assert set(found.summary["subspace"]).isdisjoint(need) and "layer_clean_resid_pca" in set(found.summary["subspace"])
+    assert f"{len(need)} candidates need personas" in found.conclusion()
+    split = probes(kind, load_protocol(protocol))
+    assert split.fit == tuple(t.claim for t in kind.train_topics) and split.eval == tuple(
+        t.claim for t in kind.heldout_topics
+    )
+    assert found.setting["n_templates"] == 1 and found.setting["score"] == "margin of the matching answer"
+    assert len(found.setting["effects"]) == 8
+
+
+def test_the_candidates_that_need_personas_are_those_that_look_at_them(kind, tmp_path):
+    lm = ws.load_lm("tiny")
+    shelf = make_shelf(lm, kind, load_protocol("v7b"), cache=tmp_path)
+    for c in ws.candidates("v7b"):
+        if c.kind == "ceiling" or "prompts" not in c.sees:
+            continue
+        if c.works(personas=False):
+            assert shelf.bases([c], progress=False)
+        else:
+            with pytest.raises(ValueError, match="under personas was asked for"):
+                shelf.bases([c], progress=False)
+
+
+def test_the_claim_of_a_statement_is_where_it_stands_in_its_question(kind):
+    lm = ws.load_lm("tiny")
+    texts = eval_set(lm, kind, load_protocol("v7b"))
+    for text, claim, places in zip(texts.texts, texts.claims, texts.claim_tokens(lm), strict=True):
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert claim in lm.tokenizer.decode([ids[i] for i in places])
 
 
 @pytest.mark.skipif(not PERSONA.is_dir(), reason="../shared/data/persona is not there")
