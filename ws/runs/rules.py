@@ -215,6 +215,12 @@ RULES: dict[str, dict[str, Rule]] = {
         "PROTOCOL": one_of("v7", "v7b"), "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1), "STAT_SEED": SEED,
         "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
     },
+    "cross_behaviours": MODEL | {
+        "BEHAVIORS": listed(text("a file", r"[^\0]+"), "two or more files of statements with answers", 2, once=True),
+        "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
+        "PROTOCOL": one_of("v7", "v7b"), "N_HELDOUT": whole(4, none="all"),
+        "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
+    },
     "delta_svd": MODEL | {
         "CALIBRATION": PATH, "MODE": one_of("stream", "documents"), "FINAL_NORM": FLAG, "MAX_LENGTH": whole(3),
         "TOP_K": whole(1), "BOOT": whole(0), "SEED": SEED, "BATCH_SIZE": whole(1),
