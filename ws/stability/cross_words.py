@@ -7,9 +7,9 @@ from ws.steer.statements import BOTH, MIN_PMASS, together
 
 
 def verdicts(moves: pl.DataFrame) -> dict[str, str]:
-    """Per w: `bias` (its own halves do not move together), `against` (they move against the behaviour), `specific` (its own statements move more than those of every other
-    behaviour, beyond the intervals), `general` (some other behaviour's statements are not seen to move less) or `none` (its own
-    statements do not move)."""
+    """Per w: `none` (its own statements do not move), `bias` (its own halves do not move together), `against` (they move against
+    the behaviour), `specific` (its own statements move more than those of every other behaviour, beyond the intervals) or
+    `general` (some other behaviour's statements are not seen to move less)."""
     found = {}
     for w in moves["w"].unique(maintain_order=True):
         own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
