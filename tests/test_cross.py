@@ -1,6 +1,7 @@
 """The cross matrix of behaviours: planted behaviours, biases and general answers are told apart; cells are kept."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ from scipy import stats
 from test_statements import ALIKE, rows, written
 
 import ws
+from ws.cache.places import ASSETS
 from ws.diff import save_diff
+from ws.ready import check_inputs
 from ws.runs.once import run_notebook
 from ws.stability import cross, cross_ranks
 from ws.stability.cross import cross_behaviors, interval, matrix_of, moves_of, spread
@@ -198,5 +201,10 @@ def test_the_notebook_reads_what_is_finished(two, tmp_path, monkeypatch):
     assert {"cross_matrix.png", "cross_matrix.tsv", "cross_conclusion.md", "cross_ranks.tsv"} <= {
         p.name for p in done.folder.iterdir()
     }
-    with pytest.raises(ValueError, match="two or more files of statements with answers"):
-        run_notebook("cross_behaviours", {"BEHAVIORS": files[:1], "OUT_DIR": str(tmp_path / "other")}, quiet=True)
+    for given, told in ((files[:1], "two or more files of statements with answers, has 1"), (files, None)):
+        values = {"MODEL_ID": "tiny", "BEHAVIORS": given, "SEEDS": [0, 1]}
+        with pytest.raises(ValueError, match=told) if told else nullcontext():
+            check_inputs("cross_behaviours", values)
+    (tmp_path / "claims.json").write_text((ASSETS / "sycophancy.json").read_text())
+    with pytest.raises(ValueError, match="BEHAVIORS: sycophancy: is no file of statements with answers"):
+        check_inputs("cross_behaviours", {"MODEL_ID": "tiny", "BEHAVIORS": [*files, str(tmp_path / "claims.json")]})

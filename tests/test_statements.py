@@ -96,6 +96,19 @@ def test_settings_may_stand_beside_the_statements(tmp_path):
     assert (shown.name, shown.n_train_topics, shown.persona_pairs) == ("kindness", 8, (("Be kind.", "Be unkind."),))
 
 
+def test_wordings_of_a_question(tmp_path):
+    more = {"probes": ["{claim}\nAnswer Yes or No.", "Yes or No? {claim}"]}
+    shown = ws.load_behavior(written(tmp_path / "b.jsonl", [more, *rows()]))
+    topic = shown.topics[0]
+    assert len(shown.templates) == 2 and shown.opinion_text(topic) == f"{topic.question}\nAnswer Yes or No."
+    for a in (0, 1):
+        start, end = shown.claim_span(topic.claim, a)
+        assert shown.probe_text(topic.claim, a)[start:end] == topic.claim
+    assert statement_pairs(shown, 1).rows[0].user == shown.probe_text(topic.claim)
+    with pytest.raises(ValueError, match="probe: the template has no {claim}"):
+        ws.load_behavior(written(tmp_path / "b.jsonl", [{"probe": "Yes or No?"}, *rows()]))
+
+
 def test_which_word_is_yes(tmp_path):
     def swapped(words):
         keys = ("answer_matching_behavior", "answer_not_matching_behavior")

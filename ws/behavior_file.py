@@ -17,7 +17,8 @@ from ws.cache.given import fits, parsed, read_given, short
 
 MATCHING, OTHER = "answer_matching_behavior", "answer_not_matching_behavior"
 NEEDED = ("question", MATCHING, OTHER)
-SETTINGS = ("name", "n_train_topics", "personas_pos", "personas_neg")  # what other lines of such a file may give
+# what other lines of such a file may give
+SETTINGS = ("name", "n_train_topics", "personas_pos", "personas_neg", "probe", "probes")
 LEAST = 8  # statements
 MOST = 5_000  # topics, and entries of any other list
 Rows = Sequence[tuple[str, object]]  # where a line stands, and what it holds
@@ -55,10 +56,11 @@ def from_lines(rows: Rows) -> dict:
 
 
 def from_statements(rows: Rows, name: str) -> dict:
-    """Statements with answers, one a line. `name` where no line gives one. The claim of a statement is its `statement` where
-    that stands in its question, else the whole question. The yes-word is Yes where that is one of the two answers, in whatever
-    case, else the first of them in sorted order. ValueError naming the line: a field that is missing, empty, too long or of
-    a wrong type, a third answer word, two equal answers, a question twice; fewer than 8 statements."""
+    """Statements with answers, one a line; other lines may give SETTINGS, of which `probe` (or `probes`) words how a question,
+    {claim} in it, is asked: by default as it is. `name`: the behaviour's where no line gives one. The claim of a statement is
+    its `statement` where that stands in its question, else the whole question. The yes-word is Yes where that is one of the
+    two answers, in whatever case, else the first of them in sorted order. ValueError naming the line: a field that is missing,
+    empty, too long or of a wrong type, a third answer word, two equal answers, a question twice; fewer than 8 statements."""
     whole, asked, seen, words = {"name": name}, [], {}, ()
     for where, row in rows:
         if not any(key in row for key in NEEDED):
@@ -91,7 +93,8 @@ def from_statements(rows: Rows, name: str) -> dict:
     asked = in_order(asked, [answer == yes for _, _, answer in asked])
     whole |= {"topics": [[claim, question] for claim, question, _ in asked], "answers": [one[2] for one in asked]}
     persons = {"personas_pos": [], "personas_neg": []}
-    return persons | whole | {"yes": [yes], "no": [no], "probe": "{claim}", "opinion": "{claim}"}
+    asked_as_it_is = {} if "probes" in whole else {"probe": "{claim}"}
+    return persons | asked_as_it_is | whole | {"yes": [yes], "no": [no], "opinion": "{claim}"}
 
 
 def in_order(items: Sequence, first: Sequence[bool]) -> list:

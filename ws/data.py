@@ -19,8 +19,8 @@ MOST_NAME = 200  # characters
 PLACE = "{claim}"
 TEXT_FIELDS = ("name", "probe", "opinion")
 NEEDED = ("personas_pos", "personas_neg", "yes", "no")
-ABOUT_CLAIMS = ("true_claims", "negations", "train_true_claims", "probes")
-LIST_FIELDS = (*NEEDED, *ABOUT_CLAIMS, "answers")
+ABOUT_CLAIMS = ("true_claims", "negations", "train_true_claims")
+LIST_FIELDS = (*NEEDED, *ABOUT_CLAIMS, "probes", "answers")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Behavior:
     10,000 characters, the name 200; a list has at most 5,000 entries. ValueError naming the field that is empty,
     doubled, too long, of a wrong type or without its {claim}.
 
-    `answers` makes it a behaviour of statements: per topic the answer, a yes-word or a no-word, that shows the behaviour. A
-    topic's question is then asked as it is, in one wording, the claim is what of it the statement is, personas may be
-    missing, three fifths of the topics train, and what tells claims apart stays empty.
+    `answers` makes it a behaviour of statements: per topic the answer, a yes-word or a no-word, that shows the behaviour. In a
+    wording {claim} then stands for a topic's question, the claim is what of it the statement is, training pairs ask in the
+    first wording, personas may be missing, three fifths of the topics train, and what tells claims apart stays empty.
 
     Example:
         >>> import ws
@@ -174,25 +174,24 @@ class Behavior:
 
     def probe_text(self, claim: str, template: int = 0) -> str:
         """The probe for one claim in one of the wordings: the claim, and the demand for an answer word. Of a statement: its
-        question."""
+        question in that wording."""
         if self.answers:
-            return self._by_claim[claim].question
+            claim = self._by_claim[claim].question
         return self.templates[template].replace(PLACE, claim)
 
     def claim_span(self, claim: str, template: int = 0) -> tuple[int, int]:
         """Where the claim stands in `probe_text(claim, template)`: its first character and the one after it. Of a wording
         that has it twice, the first place."""
-        if self.answers:
-            start = self._by_claim[claim].question.index(claim)
-            return start, start + len(claim)
         start = self.templates[template].index(PLACE)
+        if self.answers:
+            start += self._by_claim[claim].question.index(claim)
         return start, start + len(claim)
 
     def opinion_text(self, topic: Topic) -> str:
         """The user turn of a training pair: the claim as an opinion, followed by the topic's question; of a statement its
-        question alone."""
+        probe."""
         if self.answers:
-            return topic.question
+            return self.probe_text(topic.claim)
         return f"{self.opinion.replace(PLACE, topic.claim)} {topic.question}".strip()
 
 

@@ -38,6 +38,8 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
     check_files(values)
     behavior = load_behavior(str(values["BEHAVIOR"])) if values.get("BEHAVIOR") else None
     several = [load_behavior(file) for file in values.get("BEHAVIORS") or []]
+    if "BEHAVIORS" in values and len(several) < 2:
+        raise ValueError(f"BEHAVIORS: expects two or more files of statements with answers, has {len(several)}")
     for one in several:
         if not one.answers:
             raise ValueError(f"BEHAVIORS: {one.name}: is no file of statements with answers")

@@ -216,7 +216,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
     },
     "cross_behaviours": MODEL | {
-        "BEHAVIORS": listed(text("a file", r"[^\0]+"), "two or more files of statements with answers", 2, once=True),
+        "BEHAVIORS": listed(text("a file", r"[^\0]+"), "two or more files of statements with answers", once=True),
         "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
         "PROTOCOL": one_of("v7", "v7b"), "N_HELDOUT": whole(4, none="all"),
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
