@@ -11,6 +11,8 @@ from scipy import stats
 
 import ws
 from ws.diff import balanced_diff, task_vectors
+from ws.runs.once import run_notebook
+from ws.show.tables import read_table
 from ws.steer import statements
 from ws.steer.effect import effects
 from ws.steer.evaluate import alpha_sweep, claim_sets, completions, steering_verdict, summarise_sweep
@@ -163,6 +165,9 @@ def test_pairs_of_statements_are_their_answers(kind, tmp_path):
     for row, topic, answer in zip(pairs.rows, kind.topics, kind.answers, strict=False):
         assert (row.user, row.response_pos) == (topic.question, answer)
         assert {row.response_pos, row.response_neg} == {"Yes", "No"}
+    held = statement_pairs(kind, heldout=True)
+    assert [row.user for row in held.rows] == [t.question for t in kind.heldout_topics]
+    assert [row.response_pos for row in held.rows] == list(kind.heldout_answers)
     drawn, distinct = draw_pairs(pairs.rows, list(range(10)), 0)  # within the halves
     assert [row.response_pos for row in drawn] == [row.response_pos for row in pairs.rows] and distinct < 1
     with pytest.raises(ValueError, match="13 training topics asked for, it has 12"):
@@ -291,6 +296,39 @@ def test_the_claim_of_a_statement_is_where_it_stands_in_its_question(kind):
     for text, claim, places in zip(texts.texts, texts.claims, texts.claim_tokens(lm), strict=True):
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert claim in lm.tokenizer.decode([ids[i] for i in places])
+
+
+def test_seeds_are_compared_without_personas_and_one_wording_names_nobody(kind, tmp_path):
+    lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
+    chosen = ["write", "mlp_write", "layer_clean_resid_pca", "TaskDiff_contrast"]
+    other = w.map(lambda name, entry: entry.dense().flip(0))
+    each = {
+        seed: ws.explain(lm, diff, kind, candidates=chosen, cache=tmp_path, progress=False)
+        for seed, diff in enumerate((w, other))
+    }
+    found = ws.compare_seeds(each, lm, kind, boot=50, n_null=50, cache=tmp_path)
+    assert "1 candidate needs personas, which the behaviour has not: TaskDiff_contrast" in found.conclusion()
+    assert found.verdict.winner is None and "moves the margin of the matching answer by" in found.runs.steering.text
+    assert set(found.a_side["candidate"]) == {"layer_clean_resid_pca"}
+
+
+def test_the_notebook_trains_on_statements(tmp_path):
+    file = written(tmp_path / "kind.jsonl", rows())
+    params = {
+        "BEHAVIOR": str(file),
+        "OUT_DIR": str(tmp_path / "run"),
+        "MAX_STEPS": 2,
+        "N_HELDOUT": 4,
+        "ALPHAS": [-1.0, 1.0],
+    }
+    done = run_notebook(
+        "weight_diff", params | {"TARGET_LOSS": 0.1, "BALANCE": True, "R": 2, "LORA_ALPHA": 4}, quiet=True
+    )
+    assert done.ok, done.error
+    table = read_table(done.folder / "alpha_sweep_summary.tsv")
+    assert sorted(set(table["set"])) == ["both", "no", "yes"] and {"accuracy", "lo", "hi"} <= set(table.columns)
+    record = json.loads((done.folder / "weight_diff.json").read_text())
+    assert "held-out statements" in record["steering"]["text"] and record["training"]["balanced"]
 
 
 @pytest.mark.skipif(not PERSONA.is_dir(), reason="../shared/data/persona is not there")

@@ -94,10 +94,12 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     return pairs
 
 
-def statement_pairs(behavior: Behavior, n: int | None = None) -> Pairs:
-    """The pairs of a behaviour of statements: its first `n` training ones (None: all), with one-word answers."""
-    rows = []
-    for i, (topic, answer) in enumerate(zip(behavior.train_topics[:n], behavior.answers, strict=False)):
+def statement_pairs(behavior: Behavior, n: int | None = None, heldout: bool = False) -> Pairs:
+    """The pairs of a behaviour of statements: its first `n` training (or held-out) ones, None for all, with one-word answers."""
+    topics, answers, rows = behavior.train_topics, behavior.answers, []
+    if heldout:
+        topics, answers = behavior.heldout_topics, behavior.heldout_answers
+    for i, (topic, answer) in enumerate(zip(topics[:n], answers, strict=False)):
         matches = answer in behavior.yes
         other = (behavior.no if matches else behavior.yes)[0]
         rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other))
