@@ -1,6 +1,7 @@
 """Behaviours of statements with answers: the file, the pairs, the score of both halves, balanced signs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ws.runs.once import run_notebook
 from ws.show.tables import read_table
 from ws.steer import statements
 from ws.steer.effect import effects
-from ws.steer.evaluate import alpha_sweep, claim_sets, completions, steering_verdict, summarise_sweep
+from ws.steer.evaluate import alpha_sweep, check_words, claim_sets, completions, steering_verdict, summarise_sweep
 from ws.subspaces.captures import eval_set, probes
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol
@@ -118,6 +119,16 @@ def test_which_word_is_yes(tmp_path):
 
     for words, yes in (({"Yes": "no", "No": "yes"}, "yes"), ({"Yes": "True", "No": "False"}, "False")):
         assert ws.load_behavior(written(tmp_path / "b.jsonl", swapped(words))).yes == (yes,)
+
+
+def test_answers_other_than_yes_and_no_are_told(kind):
+    lm = ws.load_lm("tiny")
+    check_words(lm, kind)
+    swapped = replace(kind, yes=("No",), no=("Yes",))
+    with pytest.warns(
+        UserWarning, match="neither answer word is Yes: 'No' counts as the yes-word, 'Yes' as the no-word"
+    ):
+        check_words(lm, swapped)
 
 
 def broken(i: int, **change) -> list:

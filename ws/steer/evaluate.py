@@ -63,8 +63,13 @@ def answer_tokens(tokenizer, behavior: Behavior) -> tuple[list[int], list[int]]:
 def check_words(lm: LM, behavior: Behavior) -> None:
     """Whether the behaviour can be asked about: ValueError for what `probe_answers` would raise, without the model (no
     chat template, answer words that are no single token, a tokenizer of another model), a warning for each answer word
-    that is left out because the vocabulary has it in pieces."""
+    that is left out because the vocabulary has it in pieces, and where the answers of statements are not Yes and No."""
     answer_tokens(lm.tokenizer, behavior)
+    if behavior.answers and behavior.yes[0].lower() != "yes":
+        told = (
+            f"neither answer word is Yes: {behavior.yes[0]!r} counts as the yes-word, {behavior.no[0]!r} as the no-word"
+        )
+        warnings.warn(f"{behavior.name}: {told}", stacklevel=2)
     for word in (*behavior.yes, *behavior.no):
         with suppress(ValueError):
             answer_ids(lm.tokenizer, (word,))

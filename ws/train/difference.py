@@ -82,8 +82,6 @@ def _trained(
 ) -> tuple[WeightDiff, Path]:
     """The difference, and the folder that holds it and its adapters."""
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
-    if behavior.answers and cfg.resample_pairs is None:
-        cfg = replace(cfg, resample_pairs=True)  # one answer per statement, many statements
     kind, null = cfg.adapter, cfg.shuffle_labels
     check_training(lm, behavior, seed, cfg)
     own = RunId(lm.name, behavior.name, kind + recipe(_typed(lm, cfg)), seed).folder(null=null)
@@ -91,6 +89,8 @@ def _trained(
         whose = f"belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
         raise ValueError(f"{own}: {whose}")
     folder = Path(folder or own)
+    if behavior.answers and cfg.resample_pairs is None:
+        cfg = replace(cfg, resample_pairs=True)  # one answer per statement, many statements
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
