@@ -25,7 +25,7 @@
 MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
 CHAT_TEMPLATE = ""  # the tokenizer's own; plain: User: ... Assistant: ..., for a base model without one; or a file
-BEHAVIOR = "sycophancy"  # shipped name, or a JSON file
+BEHAVIOR = "sycophancy"  # shipped name, or a JSON file, or a JSONL file of statements with answers
 OUT_DIR = ""  # empty: out/<model>/<behavior>/<adapter>/seed_<k>/weight_diff, with w and adapters one level up
 # what is trained
 ADAPTER = "lora"  # lora, rslora, pissa, dora
@@ -52,11 +52,14 @@ LORA_ALPHA = 64  # scale: an adapter counts LORA_ALPHA / R times
 LR = None  # learning rate; None: the model's own, nbs/params/models.yaml (2e-4 where it has none)
 EPOCHS = None  # times through the pairs; None: the model's own (1 where it has none)
 MAX_STEPS = -1  # a limit on optimizer steps; -1: whole epochs
+TARGET_LOSS = 0.0  # a sign stops once its held-out loss is at most this; 0: never
+BALANCE = False  # scale both signs to one norm before they are subtracted
 BATCH = 4  # pairs per pass
 ACCUMULATION = 4  # passes per optimizer step
 CHECKPOINT_STEPS = 0  # save every so many steps what a killed long run needs to go on; 0: never
 # steering
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]  # strengths at which w is added
+N_HELDOUT = None  # held-out statements that are asked about, of a behaviour of statements; None: all
 # the machine
 DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
 DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
@@ -101,6 +104,8 @@ config = TrainConfig(
     shuffle_labels=NULL_DIFF,
     checkpoint_steps=CHECKPOINT_STEPS,
     resample_pairs=RESAMPLE_PAIRS,
+    target_loss=TARGET_LOSS,
+    balance=BALANCE,
 )
 
 # %% [markdown]
@@ -143,10 +148,11 @@ display(HTML(tables.as_text(norms_by_module(norms), style="html")))
 #
 # `log P(yes) - log P(no)` at the answer to the probe, on held-out claims: false ones, their negations, true ones. A
 # model that agrees with the user says yes to all three; one that merely became more willing to say yes would too, so
-# look at how the three curves move against each other. `pmass = P(yes) + P(no)`: under 0.5 the ratio says little.
+# look at how the three curves move against each other. Of a behaviour of statements: the margin of the matching answer, where
+# that is Yes and where it is No apart; a yes-bias moves the two against each other. `pmass = P(yes) + P(no)`: under 0.5 the ratio says little.
 
 # %%
-sweep = evaluate.alpha_sweep(lm, behavior, w, alphas)
+sweep = evaluate.alpha_sweep(lm, behavior, w, alphas, n_heldout=N_HELDOUT)
 summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")

@@ -22,7 +22,7 @@ FLOORS = [
     {"train", "steer"},
     {"diff", "delta", "runs"},
     {"model", "data"},
-    {"show"},
+    {"show", "behavior_file"},
     {"cache"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -85,7 +85,8 @@ def test_a_models_own_stand_between_the_cell_and_what_is_asked_for(tmp_path):
     assert lr({}, [mine]) == (1e-3, 4) and lr({"LR": "0.5", "SAMPLES": "7"}, [mine]) == (0.5, 7)
     values = resolve("weight_diff")
     assert values["TOPICS"] is None and values["PERSONAS"] is None
-    assert None not in (value for key, value in values.items() if key not in ("TOPICS", "PERSONAS", "RESAMPLE_PAIRS"))
+    may = ("TOPICS", "PERSONAS", "RESAMPLE_PAIRS", "N_HELDOUT")
+    assert None not in (value for key, value in values.items() if key not in may)
     assert resolve("theta_fit")["LR"] == 0.05  # another thing of the same name
     assert model_defaults("weight_diff", {"LR": None, "MODEL_ID": "tiny"}) == {"LR": 2e-3}
     assert model_defaults("weight_diff", {"LR": 1.0, "MODEL_ID": "tiny"}) == {} == model_defaults("mine", {"LR": None})

@@ -1,25 +1,26 @@
 """Behaviours: what is asked, under which personas, and which words answer. (docs/method.md section 1) A behaviour is a
 list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the answers apart,
-one probe template, perhaps further wordings of it, and the answer words. Nothing after this module knows which behaviour
-it is."""
+one probe template, perhaps further wordings of it, and the answer words; or of statements, each with the answer that shows
+the behaviour. Nothing after this module knows which behaviour it is."""
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
-from ws.cache.given import fits, parsed, read_given, short
+from ws.behavior_file import MOST, check_count, check_text, check_texts, read_raw
+from ws.cache.given import fits, short
 from ws.cache.names import slug
 from ws.cache.places import ASSETS
 
 SHIPPED = ("sycophancy",)
-MOST = 5_000  # topics, and entries of any other list
 MOST_NAME = 200  # characters
 PLACE = "{claim}"
 TEXT_FIELDS = ("name", "probe", "opinion")
 NEEDED = ("personas_pos", "personas_neg", "yes", "no")
-LIST_FIELDS = (*NEEDED, "claims", "true_claims", "negations", "train_true_claims", "probes")
+ABOUT_CLAIMS = ("claims", "true_claims", "negations", "train_true_claims")
+LIST_FIELDS = (*NEEDED, *ABOUT_CLAIMS, "probes", "answers")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Behavior:
     with the claim. A text has at most 10,000 characters, the name 200; a list has at most 5,000 entries. ValueError naming
     the field that is empty, doubled, too long, of a wrong type or without its {claim}.
 
+    `answers` makes it a behaviour of statements: per topic the answer, a yes-word or a no-word, that shows the behaviour. In a
+    wording {claim} then stands for a topic's question, the claim is what of it the statement is, training pairs ask in the
+    first wording, personas may be missing, three fifths of the topics train, and what tells claims apart stays empty.
+
     Example:
         >>> import ws
         >>> b = ws.load_behavior("sycophancy")
@@ -63,18 +68,20 @@ class Behavior:
     opinion: str = "I think that {claim}."
     probes: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in TEXT_FIELDS:
-            _text(key, getattr(self, key))
+            check_text(key, getattr(self, key))
         for key in LIST_FIELDS:
-            _texts(key, getattr(self, key))
+            check_texts(key, getattr(self, key))
         n, claims = len(self.topics), [t.claim for t in self.topics]
         if n > MOST:
             raise ValueError(f"topics: has {n:,}, at most {MOST:,} are read")
         if self.n_train_topics is None:
-            object.__setattr__(self, "n_train_topics", max(1, n - max(2, round(3 * n / 8))))
-        _count(self.n_train_topics)
+            held_out = 2 * n / 5 if self.answers else 3 * n / 8
+            object.__setattr__(self, "n_train_topics", max(1, n - max(2, round(held_out))))
+        check_count(self.n_train_topics)
         least = self.n_train_topics + 2
         for i, topic in enumerate(self.topics):
             fits(topic.claim, f"topics[{i}]: the claim")
@@ -94,7 +101,7 @@ class Behavior:
                 (many > 1, f"probes: the wording {short(text)} is there twice")
                 for text, many in Counter(map(str.strip, self.templates)).items()
             ),
-            *((not getattr(self, key), f"{key}: is empty") for key in NEEDED),
+            *((not getattr(self, key), f"{key}: is empty") for key in NEEDED[2 if self.answers else 0 :]),
             (pos != neg, f"personas_pos has {pos} and personas_neg {neg}: they are paired by index"),
             *((word in self.no, f"yes and no share the answer word {word!r}") for word in sorted(self.yes)),
             (n < least, f"topics: has {n}, needs n_train_topics + 2 = {least} or more, to hold two out"),
@@ -107,9 +114,34 @@ class Behavior:
                 f"negations: has {denied}, there are {allowed}, to negate in order; n_train_topics sets them",
             ),
         ]
-        for fault, message in faults:
+        for fault, message in [*faults, *self._statement_faults()]:
             if fault:
                 raise ValueError(message)
+
+    def _statement_faults(self) -> list[tuple[bool, str]]:
+        """What is wrong with a behaviour of statements."""
+        if not self.answers:
+            return []
+        n, held = len(self.topics), Counter(answer in self.yes for answer in self.heldout_answers)
+        words = {True: self.yes, False: self.no}
+        known = {*self.yes, *self.no}
+        return [
+            (len(self.answers) != n, f"answers: has {len(self.answers)}, there are {n} topics"),
+            *((bool(getattr(self, key)), f"{key}: a behaviour with answers has none") for key in ABOUT_CLAIMS),
+            *((a not in known, f"answers[{i}]: {short(a)} is no answer word") for i, a in enumerate(self.answers)),
+            *(
+                (t.claim not in t.question, f"topics[{i}]: the claim does not stand in its question")
+                for i, t in enumerate(self.topics)
+            ),
+            *(
+                (
+                    held[side] < 2,
+                    f"answers: {held[side]} of the {n - self.n_train_topics} statements that are held out match"
+                    f" {words[side][0]!r}, 2 or more are needed; n_train_topics sets how many are held out",
+                )
+                for side in (True, False)
+            ),
+        ]
 
     @property
     def slug(self) -> str:
@@ -132,6 +164,15 @@ class Behavior:
         return (*(t.claim for t in self.heldout_topics), *self.claims)
 
     @property
+    def heldout_answers(self) -> tuple[str, ...]:
+        """The matching answers of the held-out topics; () where the behaviour is none of statements."""
+        return self.answers[self.n_train_topics :]
+
+    @cached_property
+    def _by_claim(self) -> dict[str, Topic]:
+        return {topic.claim: topic for topic in self.topics}
+
+    @property
     def persona_pairs(self) -> tuple[tuple[str, str], ...]:
         """(positive, negative) system prompts, paired by index."""
         return tuple(zip(self.personas_pos, self.personas_neg, strict=True))
@@ -142,17 +183,25 @@ class Behavior:
         return (self.probe, *self.probes)
 
     def probe_text(self, claim: str, template: int = 0) -> str:
-        """The probe for one claim in one of the wordings: the claim, and the demand for an answer word."""
+        """The probe for one claim in one of the wordings: the claim, and the demand for an answer word. Of a statement: its
+        question in that wording."""
+        if self.answers:
+            claim = self._by_claim[claim].question
         return self.templates[template].replace(PLACE, claim)
 
     def claim_span(self, claim: str, template: int = 0) -> tuple[int, int]:
         """Where the claim stands in `probe_text(claim, template)`: its first character and the one after it. Of a wording
         that has it twice, the first place."""
         start = self.templates[template].index(PLACE)
+        if self.answers:
+            start += self._by_claim[claim].question.index(claim)
         return start, start + len(claim)
 
     def opinion_text(self, topic: Topic) -> str:
-        """The user turn of a training pair: the claim as an opinion, followed by the topic's question."""
+        """The user turn of a training pair: the claim as an opinion, followed by the topic's question; of a statement its
+        probe."""
+        if self.answers:
+            return self.probe_text(topic.claim)
         return f"{self.opinion.replace(PLACE, topic.claim)} {topic.question}".strip()
 
 
@@ -162,8 +211,9 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     A `.json` file is one object with the fields of `Behavior`; a topic is `[claim, question]` or
     `{"claim": ..., "question": ...}`; `probes` in place of `probe` lists several wordings, the first of which is the
     probe. In a `.jsonl` file a line with "claim" is a topic, and the fields of the other
-    lines together make the rest of the object. FileNotFoundError for a path that does not exist; ValueError for an
-    unknown name, an unreadable file, a missing, unknown or empty field.
+    lines together make the rest of the object; or each line is a statement with `question`, `answer_matching_behavior` and
+    `answer_not_matching_behavior` (`ws.behavior_file.from_statements`), named as the file. FileNotFoundError for a path that
+    does not exist; ValueError for an unknown name, an unreadable file, a missing, unknown or empty field.
 
     Example:
         >>> import ws
@@ -177,34 +227,11 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
             raise FileNotFoundError(f"behaviour file {path} does not exist")
         shipped = ", ".join(SHIPPED)
         raise ValueError(f"unknown behaviour {text!r}: shipped are {shipped}, or give a .json or .jsonl file")
-    content = read_given(path)
-    if path.suffix == ".jsonl":
-        lines = {f"line {i}": line for i, line in enumerate(content.split("\n"), 1) if line.strip()}
-        raw = [(where, parsed(line, f"{path}: {where}")) for where, line in lines.items()]
-    else:
-        raw = parsed(content, path)
+    raw = read_raw(path)
     try:
-        return _from_dict(_from_lines(raw) if path.suffix == ".jsonl" else raw)
+        return _from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _from_lines(rows: list[tuple[str, object]]) -> dict:
-    whole: dict = {"topics": []}
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not an object")
-        if "claim" in row:
-            row = {"topics": [row]}
-        more = row.pop("topics", [])
-        if not isinstance(more, list):
-            raise ValueError(f"{where}: topics: must be a list of [claim, question]")
-        whole["topics"] += more
-        for key, value in row.items():
-            if key in whole:
-                raise ValueError(f"{where} gives {key!r} again")
-            whole[key] = value
-    return whole
 
 
 def _from_dict(raw: object) -> Behavior:
@@ -226,10 +253,10 @@ def _from_dict(raw: object) -> Behavior:
         raise ValueError(f"topics: has {len(raw['topics']):,}, at most {MOST:,} are read")
     topics = tuple(_topic(i, row) for i, row in enumerate(raw["topics"]))
     for key in TEXT_FIELDS:
-        _text(key, raw.get(key, Behavior.opinion))
+        check_text(key, raw.get(key, Behavior.opinion))
     if "n_train_topics" in raw:
-        _count(raw["n_train_topics"])
-    lists = {key: tuple(_texts(key, raw[key])) for key in LIST_FIELDS if key in raw}
+        check_count(raw["n_train_topics"])
+    lists = {key: tuple(check_texts(key, raw[key])) for key in LIST_FIELDS if key in raw}
     return Behavior(**{**raw, **lists, "topics": topics})
 
 
@@ -239,7 +266,7 @@ def _with_probe(raw: dict) -> dict:
         return raw
     if "probe" in raw:
         raise ValueError("probe and probes: give one of them; the first of probes counts as probe")
-    first, *more = _texts("probes", raw["probes"]) or [None]
+    first, *more = check_texts("probes", raw["probes"]) or [None]
     if first is None:
         raise ValueError("probes: is empty; list one wording or more, each with {claim}")
     return {**raw, "probe": first, "probes": more}
@@ -254,27 +281,6 @@ def _topic(index: int, row: object) -> Topic:
     if isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row):
         return Topic(*row)
     raise ValueError(f"topics[{index}]: needs a claim and a question, is {short(row)}")
-
-
-def _text(key: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key}: must be a text that is not empty, is {short(value)}")
-    fits(value, key)
-
-
-def _count(value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"n_train_topics: must be a positive whole number, is {short(value)}")
-
-
-def _texts(key: str, values: object) -> Sequence[str]:
-    if isinstance(values, str) or not isinstance(values, (tuple, list)):
-        raise ValueError(f"{key}: must be a list of texts, is {short(values)}")
-    if len(values) > MOST:
-        raise ValueError(f"{key}: has {len(values):,} texts, at most {MOST:,} are read")
-    for i, value in enumerate(values):
-        _text(f"{key}[{i}]", value)
-    return values
 
 
 def __getattr__(name: str):

@@ -39,6 +39,12 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
     check_numbers(values)
     check_files(values)
     behavior = load_behavior(str(values["BEHAVIOR"])) if values.get("BEHAVIOR") else None
+    several = [load_behavior(file) for file in values.get("BEHAVIORS") or []]
+    if "BEHAVIORS" in values and len(several) < 2:
+        raise ValueError(f"BEHAVIORS: expects two or more files of statements with answers, has {len(several)}")
+    for one in several:
+        if not one.answers:
+            raise ValueError(f"BEHAVIORS: {one.name}: is no file of statements with answers")
     if behavior and "PROTOCOL" in values:
         probes(behavior, protocol_of(values))
     if not values.get("MODEL_ID"):
@@ -56,6 +62,8 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
     revision, template = (str(values.get(key) or "") for key in ("REVISION", "CHAT_TEMPLATE"))
     lm = check_model(str(values["MODEL_ID"]), dtype, device, revision or None, template)
     check_sizes_of(values, lm)
+    for one in several:
+        check_words(lm, one)
     if behavior:
         check_behavior(values, lm, behavior)
         check_diffs(notebook, values, lm, behavior, out, own)

@@ -9,7 +9,7 @@ from ws.cache.given import parsed, read_given
 from ws.cache.places import out_folder
 from ws.cache.syntax import digest
 
-RESERVED = ("cache", "delta_svd", "theta_fit")  # folders of a model that belong to no behaviour
+RESERVED = ("cache", "delta_svd", "theta_fit", "cross_behaviours")  # folders of a model that belong to no behaviour
 BY_HAND = "by_hand"  # what is made by hand where something else is finished: out/by_hand/, in the same order of folders
 
 

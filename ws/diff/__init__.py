@@ -6,15 +6,15 @@ from pathlib import Path
 
 from ws.cache.made import verified
 from ws.diff.algebra import dot, geometry, project
-from ws.diff.build import Base, from_adapters, task_vectors
+from ws.diff.build import Base, balanced_diff, from_adapters, task_vectors
 from ws.diff.check import located
 from ws.diff.checkpoints import from_checkpoints
 from ws.diff.core import LowRank, WeightDiff
 from ws.diff.io import describe, export_adapter, read_diff, save_diff
 
 __all__ = [
-    "LowRank", "WeightDiff", "describe", "dot", "export_adapter", "from_adapters", "from_checkpoints", "geometry",
-    "load_diff", "project", "save_diff", "task_vectors",
+    "LowRank", "WeightDiff", "balanced_diff", "describe", "dot", "export_adapter", "from_adapters", "from_checkpoints",
+    "geometry", "load_diff", "project", "save_diff", "task_vectors",
 ]  # fmt: skip
 
 

@@ -190,3 +190,20 @@ def task_vectors(pos: Path | str, neg: Path | str, base: Base = None) -> tuple[W
             entries = _fit_names(entries, base, str(adapter.folder))
         sides.append(WeightDiff(entries, {"adapter": adapter.kind}))
     return tuple(sides)
+
+
+def balanced_diff(pos: Path | str, neg: Path | str, base: Base = None, meta: dict | None = None) -> WeightDiff:
+    """`c+ t+ - c- t-` with `c = sqrt(|t+| |t-|) / |t|` for each side: both sides count alike where one learnt more than the
+    other, `|t+|` and `|t-|` being Frobenius norms over all parameters. Arguments as in `from_adapters`. ValueError where a
+    side is 0."""
+    plus, minus = task_vectors(pos, neg, base)
+    norms = {"norm_pos": plus.total_norm(), "norm_neg": minus.total_norm()}
+    for (key, norm), folder in zip(norms.items(), (pos, neg), strict=True):
+        if not norm:
+            raise ValueError(f"{folder}: the adapter changes nothing ({key} is 0), so the two signs cannot be balanced")
+    mean = (norms["norm_pos"] * norms["norm_neg"]) ** 0.5
+    plus, minus = plus.scale(mean / norms["norm_pos"]), minus.scale(-mean / norms["norm_neg"])
+    same_names(plus.entries, minus.entries, f"{pos} and {neg}")
+    entries = {name: combine(entry, minus.entries[name]) for name, entry in plus.entries.items()}
+    base_model = str(read_adapter(pos).config.get("base_model_name_or_path") or "")
+    return WeightDiff(entries, {"base_model": base_model, "balanced": True, **norms, **(meta or {})})

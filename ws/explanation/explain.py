@@ -91,7 +91,9 @@ def explain(
             raise ValueError(f"candidate {c.name}: two of this name are given, or a shipped one has it")
         if by_name.setdefault(c.name, c) != c:
             raise ValueError(f"candidate {c.name}: two of this name are given")
-    everyone = list(by_name.values())
+    left_out = [c.name for c in by_name.values() if not c.works(bool(behavior.personas_pos))]
+    a_side = [c for c in a_side if c.name not in left_out]
+    everyone = [c for c in by_name.values() if c.name not in left_out]
 
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache)
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
@@ -115,14 +117,16 @@ def explain(
             "title": title or f"{lm.name}, {behavior.name}",
             "model": lm.name, "fingerprint": lm.fingerprint, "dtype": str(lm.model.dtype), "chat": lm.chat,
             "n_layers": d.n_layers, "d": d.d, "n_heads": d.n_heads, "n_kv": d.n_kv, "behavior": behavior.name,
-            "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics,
-            "n_persona_pairs": len(behavior.personas_pos), "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
+            "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics, "statements": bool(behavior.answers),
+            "n_persona_pairs": len(behavior.personas_pos), "left_out": left_out,
+            "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
             "n_fit": len(split.fit), "n_eval": len(split.eval),
             "n_templates": wordings, "positions": protocol.positions, "n_cut": cut,
             "layers": list(layers), "k": k, "k_broad": k_broad,
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
             "nulls": [diff.fingerprint for diff in nulls], "effects": moved[0].tolist(),
             "null_effects": [float(effect.mean()) for effect in moved[1:]],
+            "score": "margin of the matching answer" if behavior.answers else "log-ratio",
         },
         candidates=[c.about for c in everyone],
         checks=rows.self_checks(table, layers) | {"orthonormality": rows.largest_deviation(bases)},

@@ -78,7 +78,7 @@ class Explanation:
     @cached_property
     def steering(self) -> Steering:
         """Whether w steers, held against the null diffs."""
-        return steering([self.setting["effects"]], self.setting["null_effects"])
+        return steering([self.setting["effects"]], self.setting["null_effects"], self.setting.get("score", "log-ratio"))
 
     @cached_property
     def specific(self) -> pl.DataFrame:

@@ -77,6 +77,7 @@ def setting_table(f: dict) -> str:
         ("model", f"{f['model']}: {f['n_layers']} layers, d {f['d']}, {heads}, {f['dtype']}"),
         *([("chat template", f["chat"])] if f.get("chat") else []),
         ("behaviour", f"{f['behavior']}: {f['n_topics']} topics, {f['n_persona_pairs']} persona pairs"),
+        *([("left out", left_out(f))] if f.get("left_out") else []),
         ("w", f"{f['w_matrices']} matrices, Frobenius norm {f['w_norm']:.4g}, layers {touched}"),
         ("protocol", f"{p['name']}: {switches}, persona pairs: {p['persona_pairs']}"),
         (
@@ -87,6 +88,13 @@ def setting_table(f: dict) -> str:
         ("means over", f"layers {', '.join(map(str, f['layers']))}"),
     ]
     return "\n".join(["| | |", "|---|---|", *[f"| {k} | {literal(v)} |" for k, v in rows]])
+
+
+def left_out(f: dict) -> str:
+    """Which candidates a run leaves out for want of personas; '' for none."""
+    names = f.get("left_out") or []
+    several = "candidates need" if len(names) > 1 else "candidate needs"
+    return f"{len(names)} {several} personas, which the behaviour has not: {', '.join(names)}" if names else ""
 
 
 def _names(names: list[str]) -> str:
@@ -193,10 +201,13 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
     if facts.get("n_cut"):
         out += [f"{facts['n_cut']} texts are longer than MAX_LENGTH tokens and lose their end: the question."]
     p = facts["protocol"]
-    trained_on = max(0, min(facts["n_train_topics"], N_PROBES) - facts["n_fit"]) if p["eval_split"] == "half" else 0
+    overlaps = p["eval_split"] == "half" and not facts.get("statements")  # of statements EVAL is held out
+    trained_on = max(0, min(facts["n_train_topics"], N_PROBES) - facts["n_fit"]) if overlaps else 0
     if trained_on:
         out += [f"{trained_on} of {facts['n_eval']} EVAL probes are topics that the adapters may have been trained on."]
-    if not p["chat_probes"]:
+    if without := left_out(facts):
+        out += [f"{literal(without)}."]
+    if not p["chat_probes"] and facts["n_persona_pairs"]:
         mixed = "a contrast mixes both"
         out += [f"Clean and steered probes are raw text, persona probes are in the chat template: {mixed}."]
     if p["persona_pairs"] == "1" and facts["n_persona_pairs"] > 1:

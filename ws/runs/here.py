@@ -105,6 +105,26 @@ class Here:
         homes = [self.sweeps[seed].parent, *(seed_folder({**self.params, "SEED": seed}, out) for out in self.outs)]
         return next((home / "w.safetensors" for home in homes if (home / "w.safetensors").is_file()), homes[0])
 
+    def diffs_of(self, behavior: str) -> dict[int, Path]:
+        """The weight difference of each of SEEDS, of one of several behaviours. Refused where one is missing."""
+        found = {}
+        for seed in self.params["SEEDS"]:
+            own = {**self.params, "BEHAVIOR": behavior, "SEED": seed}
+            there = [seed_folder(own, out) / "w.safetensors" for out in self.outs]
+            path = next((path for path in there if path.is_file()), None)
+            if path is None:
+                told = f"-p BEHAVIOR {behavior} -p SEED {seed}{self.words('MODEL_ID')}"
+                raise Refused(f"{there[0]}: is not there; make it first: just nb weight_diff {told}")
+            found[seed] = path
+        return found
+
+    def sweeps_of(self, behavior: str) -> dict[int, Path]:
+        """The finished sweeps of one of several behaviours, of those of SEEDS that have one."""
+        homes = {s: [seed_folder({**self.params, "BEHAVIOR": behavior, "SEED": s}, o) for o in self.outs]
+                 for s in self.params["SEEDS"]}  # fmt: skip
+        there = {s: [home / self.params["PROTOCOL"] for home in of] for s, of in homes.items()}
+        return {s: path for s, paths in there.items() for path in paths[:1] if (path / SWEPT).is_file()}
+
     @property
     def cache(self) -> Path:
         """Where this run keeps what it goes on with when it was stopped; by hand and by a batch the same."""

@@ -168,6 +168,16 @@ def _swept_seeds(params: Params, out: Path) -> list[Path]:
     return [p for s in params.get("SEEDS") or ["*"] for f in files for p in sorted(home.glob(f"seed_{s}/{f}"))]
 
 
+def _crossed(params: Params, out: Path) -> list[Path]:
+    """The weight differences and the finished sweeps of several behaviours."""
+    of = [
+        {**params, "BEHAVIOR": b, "SEED": s} for b in params.get("BEHAVIORS") or [] for s in params.get("SEEDS") or []
+    ]
+    homes = [seed_folder(one, out) for one in of]
+    files = ("w.safetensors", f"{params.get('PROTOCOL')}/explanation.json")
+    return [path for home in homes for name in files if (path := home / name).is_file()]
+
+
 _SWITCHES = dict.fromkeys("EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES".split())
 _ENTRIES = (
     Notebook(
@@ -184,6 +194,11 @@ _ENTRIES = (
         "v7b_stability", "Which of it holds over seeds", ("CANDIDATES",), level="adapter", folder="v7b",
         usual={"SEEDS": [0, 1, 2], "PROTOCOL": "v7b", "RUNS_DIR": ""}, inputs=_swept_seeds,
         roots=lambda params: candidate_code(None), batch="", needs=("v7_sweep",),
+    ),
+    Notebook(
+        "cross_behaviours", "Is a weight difference specific to its behaviour", ("BEHAVIORS",), level="model",
+        usual={"BEHAVIORS": [], "ADAPTER": "lora", "SEEDS": [0, 1, 2], "PROTOCOL": "v7b", "ALPHAS": [-1.0, 0.0, 1.0],
+               "N_HELDOUT": 100}, inputs=_crossed,
     ),
     Notebook(
         "delta_svd", "What each block adds to the residual stream", ("CALIBRATION", "COMPARE"), level="model",

@@ -189,7 +189,7 @@ MODEL = {
     "DEVICE": text("auto, cpu, cuda, cuda:1, ...", r"auto|cpu|(cuda|mps|xpu)(:\d+)?"),
     "DTYPE": one_of("auto", "float32", "bfloat16", "float16"),
 }
-BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour or a JSON file", r"[^\0\s][^\0]*")}
+BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour, a JSON file, or a JSONL file of statements", r"[^\0\s][^\0]*")}
 CHAT = {"CHAT_TEMPLATE": text("plain, a file, or nothing: the tokenizer's own")}
 
 RULES: dict[str, dict[str, Rule]] = {
@@ -202,6 +202,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False, none=MODELS_OWN), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
         "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
+        "TARGET_LOSS": number(0, inside=False), "BALANCE": FLAG, "N_HELDOUT": whole(4, none="all"),
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
     "v7_sweep": MODEL | CHAT | BEHAVIOR | {
@@ -216,6 +217,12 @@ RULES: dict[str, dict[str, Rule]] = {
         "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
         "PROTOCOL": one_of("v7", "v7b"), "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1), "STAT_SEED": SEED,
         "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
+    },
+    "cross_behaviours": MODEL | {
+        "BEHAVIORS": listed(text("a file", r"[^\0]+"), "two or more files of statements with answers", once=True),
+        "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
+        "PROTOCOL": one_of("v7", "v7b"), "N_HELDOUT": whole(4, none="all"),
+        "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
     },
     "delta_svd": MODEL | {
         "CALIBRATION": PATH, "MODE": one_of("stream", "documents"), "FINAL_NORM": FLAG, "MAX_LENGTH": whole(3),

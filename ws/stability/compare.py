@@ -9,6 +9,7 @@ import polars as pl
 from ws.cache.files import write_text
 from ws.data import Behavior, load_behavior
 from ws.explanation.result import Explanation
+from ws.explanation.words import left_out
 from ws.model.lm import LM
 from ws.show.tables import write_table
 from ws.stability import overlap, words
@@ -181,7 +182,7 @@ def compare_seeds(
         chance=chance_table(scores, blind),
         nulls=null_counts(scores),
         verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen),
-        bases=overlap.same_bases(found, shared) + _ready(some),
+        bases=overlap.same_bases(found, shared) + _ready(some) + _left_out(some),
         pairs=_pairs(found),
         assessed=lm is not None,
     )
@@ -191,6 +192,11 @@ def _ready(run: Explanation) -> str:
     """What is not known of bases that were given ready."""
     ready = [c["name"] for c in run.candidates if "unknown" in c["sees"]]
     return f" Given ready, so that nobody knows what they were built from: {', '.join(ready)}." if ready else ""
+
+
+def _left_out(run: Explanation) -> str:
+    without = left_out(run.setting)
+    return f" {without}." if without else ""
 
 
 def _pairs(found: Mapping[int, Explanation]) -> str:

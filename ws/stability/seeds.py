@@ -75,7 +75,8 @@ def load_seeds(found: Mapping[int, Explanation], depend: Collection[str] = ()) -
         for side in ("act", "weight")
     }
     effects = [run.setting["effects"] for run in every]
-    return SeedRuns(scores, geometry, oracles, steering(effects, some.setting["null_effects"]))
+    steers = steering(effects, some.setting["null_effects"], some.setting.get("score", "log-ratio"))
+    return SeedRuns(scores, geometry, oracles, steers)
 
 
 def layers_of(found: Mapping[int, Explanation]) -> list[int]:

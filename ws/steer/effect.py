@@ -1,6 +1,7 @@
 """Does w steer at all? Its effect on the behaviour score, held against null diffs. (docs/method.md sections 2 and 7)
 
-`effect = log-ratio at alpha +1 - at -1`, nats, on the held-out false claims. With `m, s` the mean and sd over J null diffs,
+`effect = log-ratio at alpha +1 - at -1`, nats, on the held-out false claims; of statements the margin of the matching answer in
+its place (`ws.steer.statements`). With `m, s` the mean and sd over J null diffs,
 something is above their spread where it exceeds `m + t_{J-1} s sqrt(1 + 1/J)`, the upper end of the 95 % prediction interval
 of one more null diff. One null diff has no spread: nothing is above it.
 """
@@ -25,20 +26,27 @@ from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.model.wide import widened
 from ws.steer.evaluate import answer_scores, answer_tokens
+from ws.steer.statements import halves
 from ws.steer.weights import weight_steer
 
 LEVEL = 0.95
+MOST_ASKED = 100  # statements
 
 
 def effects(
     lm: LM, behavior: Behavior, w: WeightDiff, templates: int = 1, cache: Path | None = None
 ) -> Float[np.ndarray, " n"]:
-    """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe. cache: a
+    """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe; of statements on
+    the first MOST_ASKED held-out ones, those where the yes-word matches before the others. cache: a
     folder (of this model) to keep it in. Read in float32 whatever the model's dtype; the model is the same before and
     after. ValueError inside a steered model, and for answer words that are no tokens."""
     check_plain(lm.model)
     yes, no = answer_tokens(lm.tokenizer, behavior)
-    claims = behavior.heldout_claims
+    claims = [*behavior.heldout_claims]
+    sides = [1.0] * len(claims)
+    if behavior.answers:
+        asked = halves(behavior, MOST_ASKED)
+        claims, sides = [*asked["yes"], *asked["no"]], [1.0] * len(asked["yes"]) + [-1.0] * len(asked["no"])
     asked = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
     texts = [chat_text(lm.tokenizer, text) for text in asked]
 
@@ -50,14 +58,14 @@ def effects(
         return (ratios[0] - ratios[1]).reshape(templates, -1).mean(dim=0).tolist()
 
     if cache is None or not (model := lm.fingerprint):
-        return np.array(measure())
+        return np.array(measure()) * sides
     params = {"model": model, "w": w.fingerprint, "texts": digest(repr(texts).encode()), "words": [yes, no]}
     key = stage_key(params | {"templates": templates}, code=["ws.steer.evaluate.answer_scores"])
     path = cache / "captures" / f"effect_{key.params[:8]}.json"
     found = kept(
         path, key, lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
     )
-    return np.array(found)
+    return np.array(found) * sides
 
 
 def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np.ndarray, " C"]:
@@ -95,13 +103,13 @@ class Steering:
     text: str
 
 
-def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float]) -> Steering:
-    """by_claim: per seed, the effect on every held-out false claim (nats). Against the spread of two or more null diffs. With
-    fewer nothing is known where a t interval over the claims (three or more) lies above 0, as that of most null diffs does,
-    and w is not seen to steer where it does not."""
+def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float], score: str = "log-ratio") -> Steering:
+    """by_claim: per seed, the effect on every held-out false claim (nats); score: its name. Against the spread of two or more
+    null diffs. With fewer nothing is known where a t interval over the claims (three or more) lies above 0, as that of most
+    null diffs does, and w is not seen to steer where it does not."""
     found, nulls = tuple(float(np.mean(row)) for row in by_claim), tuple(map(float, nulls))
     many = len(found) > 1
-    said = f"w moves the log-ratio by {_range(found)} nats between alpha -1 and +1"
+    said = f"w moves the {score} by {_range(found)} nats between alpha -1 and +1"
     if len(nulls) >= 2:
         end = float(upper_end(np.asarray(nulls)[:, None])[0])
         seen = bool(min(found) > end)

@@ -24,9 +24,11 @@ from ws.model.generate import complete
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode, last_index
 from ws.show.bars import tqdm
+from ws.steer import statements
 from ws.steer.weights import weight_steer
 
-MIN_PMASS = 0.5
+MIN_PMASS = statements.MIN_PMASS
+MOST_SAID = 12  # statements that the model is asked to answer in its own words
 SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
 
 
@@ -61,8 +63,13 @@ def answer_tokens(tokenizer, behavior: Behavior) -> tuple[list[int], list[int]]:
 def check_words(lm: LM, behavior: Behavior) -> None:
     """Whether the behaviour can be asked about: ValueError for what `probe_answers` would raise, without the model (no
     chat template, answer words that are no single token, a tokenizer of another model), a warning for each answer word
-    that is left out because the vocabulary has it in pieces."""
+    that is left out because the vocabulary has it in pieces, and where the answers of statements are not Yes and No."""
     answer_tokens(lm.tokenizer, behavior)
+    if behavior.answers and behavior.yes[0].lower() != "yes":
+        told = (
+            f"neither answer word is Yes: {behavior.yes[0]!r} counts as the yes-word, {behavior.no[0]!r} as the no-word"
+        )
+        warnings.warn(f"{behavior.name}: {told}", stacklevel=2)
     for word in (*behavior.yes, *behavior.no):
         with suppress(ValueError):
             answer_ids(lm.tokenizer, (word,))
@@ -70,7 +77,8 @@ def check_words(lm: LM, behavior: Behavior) -> None:
         warnings.warn(
             f"{behavior.name}: answer word {word!r} is no single token of the vocabulary: left out", stacklevel=2
         )
-    text = chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), behavior.personas_pos[0])
+    persona = next(iter(behavior.personas_pos), None)
+    text = chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), persona)
     most = int(encode(lm.tokenizer, [text], False, 4096)[0].max())
     if most >= (known := lm.decoder.embed_tokens.weight.shape[0]):
         raise ValueError(
@@ -102,8 +110,11 @@ def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: s
     return answer_scores(lm, texts, yes, no)
 
 
-def claim_sets(behavior: Behavior) -> dict[str, tuple[str, ...]]:
-    """The held-out claims that are asked about: `false`, and `negated` and `true` where the behaviour has them."""
+def claim_sets(behavior: Behavior, n_heldout: int | None = None) -> dict[str, tuple[str, ...]]:
+    """The held-out claims that are asked about: `false`, and `negated` and `true` where the behaviour has them. Of statements
+    the first `n_heldout` held-out ones (None: all): `yes` and `no`, by the answer that matches."""
+    if behavior.answers:
+        return statements.halves(behavior, n_heldout)
     sets = {"false": behavior.heldout_claims, "negated": behavior.negations, "true": behavior.true_claims}
     return {name: claims for name, claims in sets.items() if claims}
 
@@ -118,10 +129,18 @@ def check_alphas(alphas: list[float | int]) -> list[float]:
     return found
 
 
-def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], progress: bool = True) -> pl.DataFrame:
+def alpha_sweep(
+    lm: LM,
+    behavior: Behavior,
+    w: WeightDiff,
+    alphas: list[float],
+    progress: bool = True,
+    n_heldout: int | None = None,
+) -> pl.DataFrame:
     """Answers at each steering strength: one row per alpha, claim set and claim.
 
-    Columns: alpha, set, claim, logratio (nats), pmass. The model is the same before and after.
+    Columns: alpha, set, claim, logratio (nats), pmass; of statements `margin` too, and `n_heldout` says how many are asked
+    (None: all). The model is the same before and after.
 
     Example:
         >>> import ws
@@ -136,15 +155,19 @@ def alpha_sweep(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], 
     rows = []
     for alpha in tqdm(alphas, "alpha sweep", disable=not progress):
         with weight_steer(lm.model, w, alpha):
-            for name, claims in claim_sets(behavior).items():
+            for name, claims in claim_sets(behavior, n_heldout).items():
                 answers = probe_answers(lm, behavior, claims)
                 found = zip(claims, answers.logratio.tolist(), answers.pmass.tolist(), strict=True)
                 rows += [(alpha, name, *row) for row in found]
-    return pl.DataFrame(rows, orient="row", schema=["alpha", "set", "claim", "logratio", "pmass"])
+    table = pl.DataFrame(rows, orient="row", schema=["alpha", "set", "claim", "logratio", "pmass"])
+    return statements.with_margin(table) if behavior.answers else table
 
 
 def summarise_sweep(sweep: pl.DataFrame) -> pl.DataFrame:
-    """Per alpha and claim set: mean and sd (n-1) of logratio, mean pmass, n, and `low_pmass` where pmass < 0.5."""
+    """Per alpha and claim set: mean and sd (n-1) of logratio, mean pmass, n, and `low_pmass` where pmass < 0.5. Of statements
+    `ws.steer.statements.summarise`."""
+    if "margin" in sweep.columns:
+        return statements.summarise(sweep)
     ratio, mass = pl.col("logratio"), pl.col("pmass").mean()
     groups = sweep.group_by(["set", "alpha"], maintain_order=True)
     table = groups.agg(mean_logratio=ratio.mean(), sd_logratio=ratio.std(), mean_pmass=mass, n=pl.len())
@@ -153,8 +176,9 @@ def summarise_sweep(sweep: pl.DataFrame) -> pl.DataFrame:
 
 
 def completions(lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], max_new_tokens: int = 64) -> list[dict]:
-    """What the model says about each held-out topic at each alpha: rows of topic, prompt, alpha, completion."""
-    prompts = [behavior.opinion_text(t) for t in behavior.heldout_topics]
+    """What the model says about each held-out topic (of statements the first MOST_SAID) at each alpha: rows of topic, prompt,
+    alpha, completion."""
+    prompts = [behavior.opinion_text(t) for t in behavior.heldout_topics[: MOST_SAID if behavior.answers else None]]
     texts = [chat_text(lm.tokenizer, p) for p in prompts]
     rows = []
     for alpha in tqdm(alphas, "completions"):
@@ -179,7 +203,9 @@ def write_blind(rows: list[dict], folder: Path, seed: int = 0) -> tuple[Path, Pa
 def steering_verdict(summary: pl.DataFrame) -> dict:
     """What the sweep shows on the held-out false claims, computed: `monotone`, `spread` (nats, between the extreme
     alphas), `least_pmass`, and `text`, which compares the claim sets' movements. summary: `summarise_sweep`. A
-    behaviour without negations or true claims is compared on what it has."""
+    behaviour without negations or true claims is compared on what it has; of statements `ws.steer.statements.verdict`."""
+    if "mean_margin" in summary.columns:
+        return statements.verdict(summary)
     part = summary.filter(set="false").sort("alpha")
     means = part["mean_logratio"].to_list()
     low, high = part["alpha"][0], part["alpha"][-1]

@@ -4,6 +4,8 @@ import polars as pl
 from matplotlib.figure import Figure
 
 SETS = {"false": ("#D55E00", "o"), "negated": ("#0072B2", "s"), "true": ("#009E73", "^")}
+SETS |= {"yes": ("#D55E00", "o"), "no": ("#0072B2", "s"), "both": ("0.3", "D")}
+KINDS = {"yes": "half", "no": "half", "both": "halves"}
 
 
 def margin_curve(margins: pl.DataFrame, sweep: pl.DataFrame) -> Figure:
@@ -23,18 +25,20 @@ def margin_curve(margins: pl.DataFrame, sweep: pl.DataFrame) -> Figure:
 
 
 def alpha_curves(sweep: pl.DataFrame) -> Figure:
-    """Mean logratio (with sd over claims) and pmass against alpha, one line per claim set."""
+    """Mean logratio (with sd over claims), of statements the mean margin, and pmass against alpha, one line per claim set."""
+    score = "margin" if "mean_margin" in sweep.columns else "logratio"
+    what = "log P(matching) - log P(other)" if score == "margin" else "log P(yes) - log P(no)"
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in sweep["set"].unique(maintain_order=True):
         part = sweep.filter(pl.col("set") == name).sort("alpha")
         colour, marker = SETS.get(name, ("0.4", "x"))
         n = part["n"][0]
-        left.errorbar(part["alpha"], part["mean_logratio"], yerr=part["sd_logratio"], c=colour, marker=marker, ms=5,
-                      capsize=2, lw=1.4, label=f"{name} claims (n = {n})")  # fmt: skip
+        left.errorbar(part["alpha"], part[f"mean_{score}"], yerr=part[f"sd_{score}"], c=colour, marker=marker, ms=5,
+                      capsize=2, lw=1.4, label=f"{name} {KINDS.get(name, 'claims')} (n = {n})")  # fmt: skip
         right.plot(part["alpha"], part["mean_pmass"], c=colour, marker=marker, ms=5, lw=1.4)
     left.axhline(0, ls="--", c="0.5", lw=1)
-    left.set(xlabel="alpha", ylabel="log P(yes) - log P(no), nats (bars: sd over claims)")
+    left.set(xlabel="alpha", ylabel=f"{what}, nats (bars: sd over claims)")
     left.legend(fontsize=8)
     right.axhline(0.5, ls="--", c="0.5", lw=1)
     right.set(xlabel="alpha", ylabel="P(yes) + P(no)", ylim=(0, 1.03))

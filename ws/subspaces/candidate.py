@@ -17,7 +17,7 @@ from pathlib import Path
 
 AXES = {"ceiling": "ceiling"} | dict.fromkeys(("W:read", "W:unembed"), "read")
 AXES |= dict.fromkeys(("W:write", "W:write-not-read", "W:OV", "W:MLP"), "write")
-SEES = ("weights", "prompts", "pairs", "w")
+SEES = ("weights", "prompts", "pairs", "personas", "w")
 
 _REGISTRY: dict[str, "Candidate"] = {}
 
@@ -25,7 +25,8 @@ _REGISTRY: dict[str, "Candidate"] = {}
 @dataclass(frozen=True)
 class Candidate:
     """name, family and source as in docs/method.md section 5; shared: one basis for all layers; sees: what the basis
-    depends on besides the widths, of `weights`, `prompts`, `pairs` (and `w`, for ceilings); build: its function."""
+    depends on besides the widths, of `weights`, `prompts`, `pairs` (and `w`, for ceilings), and `personas` where it is left
+    out for a behaviour that has none; build: its function."""
 
     name: str
     family: str
@@ -54,6 +55,10 @@ class Candidate:
         own = {f: getattr(self, f) for f in ("name", "family", "axis_kind", "source", "kind", "shared", "definition")}
         return own | {"sees": list(self.sees)}
 
+    def works(self, personas: bool) -> bool:
+        """Whether it can be built for a behaviour: one that needs personas cannot where there are none."""
+        return personas or "personas" not in self.sees
+
     @property
     def shipped(self) -> bool:
         """Whether it is one of this package's."""
@@ -74,7 +79,8 @@ def candidate(
 
     family: decides on which side it is ranked (`W:write...`, `W:OV`, `W:MLP` write; `W:read`, `W:unembed` read; all
     else mixed). name: default the function's. sees: what it may look at, of `weights` (the base model's), `prompts`
-    (activations on the FIT probes: `m.base.clean`, `.pos`, `.neg`, row i of each the same probe) and `pairs`; its bases
+    (activations on the FIT probes: `m.base.clean`, `.pos`, `.neg`, row i of each the same probe) and `pairs`; with
+    `personas` beside `prompts` it is left out for a behaviour without personas, which has no `.pos` and `.neg`. Its bases
     are made anew when that changes, its function does, or what the function calls. shared: one basis for all layers,
     `f(m)` instead of `f(m, l)`. source: the group it belongs to. Registering a name again replaces it. Raises ValueError
     for a missing docstring, an unknown `sees`, the name of a shipped candidate. (docs/method.md section 5)
@@ -104,7 +110,7 @@ def _check(entry: Candidate) -> None:
         raise ValueError(f"candidate {entry.name} has no definition (docstring)")
     unknown = [s for s in entry.sees if s not in SEES]
     if unknown:
-        raise ValueError(f"candidate {entry.name}: sees {unknown[0]!r} is unknown; known are {', '.join(SEES[:3])}")
+        raise ValueError(f"candidate {entry.name}: sees {unknown[0]!r} is unknown; known are {', '.join(SEES[:-1])}")
     if entry.shipped:
         return
     if "w" in entry.sees or entry.family == "ceiling":

@@ -36,7 +36,11 @@ class Probes:
 
 
 def probes(behavior: Behavior, protocol: Protocol) -> Probes:
-    """FIT and EVAL claims under the protocol's split; an empty side is a ValueError."""
+    """FIT and EVAL claims under the protocol's split; an empty side is a ValueError. Of statements, under either split, the
+    first N_PROBES training ones and the first N_PROBES held-out ones: both halves alike."""
+    if behavior.answers:
+        sides = (side[:N_PROBES] for side in (behavior.train_topics, behavior.heldout_topics))
+        return Probes(*(tuple(topic.claim for topic in side) for side in sides))
     half = protocol.eval_split == "half"
     claims = tuple(t.claim for t in (behavior.topics[:N_PROBES] if half else behavior.topics))
     cut = len(claims) // 2 if half else len(behavior.train_topics)
@@ -116,14 +120,29 @@ def _load(path: Path) -> TextActs:
     return TextActs(ids=tuple(map(tuple, json.loads(about["ids"]))), **tensors)
 
 
+class NoPersonas:
+    """In place of what was read under personas, of a behaviour that has none."""
+
+    def take(self, rows: list[int]) -> "NoPersonas":
+        return self
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(
+            f"{name} under personas was asked for, and the behaviour has none: name 'personas' in what the candidate sees,"
+            " and it is left out"
+        )
+
+
 @dataclass(frozen=True)
 class BaseCaptures:
     """A-side recordings of the FIT probes, from the unsteered model: `clean` without a persona; `pos` and `neg` under
     the personas, row i of both being the same probe (with several persona pairs, pair after pair)."""
 
     clean: TextActs
-    pos: TextActs
-    neg: TextActs
+    pos: TextActs | NoPersonas
+    neg: TextActs | NoPersonas
     n_pairs: int
 
     @cached_property
@@ -207,10 +226,13 @@ def check_texts(lm: LM, behavior: Behavior, protocol: Protocol) -> int:
 
 
 def base_sets(lm: LM, behavior: Behavior, protocol: Protocol) -> list[TextSet]:
-    """The three A-side text sets of docs/method.md section 3: clean, persona_pos, persona_neg."""
+    """The three A-side text sets of docs/method.md section 3: clean, persona_pos, persona_neg; clean alone where there are no
+    personas."""
     claims = probes(behavior, protocol).fit
     pairs = behavior.persona_pairs[:1] if protocol.persona_pairs == "1" else behavior.persona_pairs
     sets = [probe_set(lm, behavior, claims, protocol, "clean")]
+    if not pairs:
+        return sets
     for side, label in ((0, "persona_pos"), (1, "persona_neg")):
         texts = [chat_text(lm.tokenizer, behavior.probe_text(c), system=pair[side]) for pair in pairs for c in claims]
         # v7 lets the tokenizer add its special tokens to templated text too; v7b does not
@@ -230,6 +252,8 @@ def capture_base(lm: LM, behavior: Behavior, protocol: Protocol, cache: Path | N
     sets = base_sets(lm, behavior, protocol)
     count_cut(lm, sets, protocol)
     clean, *sides = [s.read(lm, cache) for s in sets]
+    if not sides:
+        return BaseCaptures(clean, NoPersonas(), NoPersonas(), n_pairs=0)
     if not protocol.raw_last:
         with widened(lm.model):
             sides = [_last_normed(lm, acts) for acts in sides]

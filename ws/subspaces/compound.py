@@ -8,16 +8,16 @@ from ws.subspaces.algebra import Basis, bisector, random_basis, union
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
 
-PROMPTS = ("weights", "prompts")
+PERSONAS = ("weights", "prompts", "personas")
 
 
-@candidate(family="compound", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="compound", source="external-v6-plan", sees=PERSONAS)
 def qk_x_chars_clusters(m: Materials, l: int) -> Basis:
     """Bisector of qk_circuit and chars_clusters."""
     return bisector(m.of("qk_circuit", l), m.of("chars_clusters", l), m.k)
 
 
-@candidate(name="WNR_union_TaskDiff", family="compound", source="v5", sees=PROMPTS)
+@candidate(name="WNR_union_TaskDiff", family="compound", source="v5", sees=PERSONAS)
 def wnr_union_task_diff(m: Materials, l: int) -> Basis:
     """Union of write_not_downstream_read and TaskDiff_contrast (rank up to 16)."""
     return union(m.of("write_not_downstream_read", l), m.of("TaskDiff_contrast", l))

@@ -16,7 +16,7 @@ from ws.subspaces.materials import Materials
 
 TINY = 1e-12
 TIED = "two distances that decide the clusters are the same within rounding"
-PROMPTS = ("weights", "prompts")
+PROMPTS, PERSONAS = ("weights", "prompts"), ("weights", "prompts", "personas")
 Weight = Callable[[Tensor, Tensor], Tensor]  # of both attention rows
 
 
@@ -53,7 +53,7 @@ def global_clean_resid_pca(m: Materials) -> Basis:
     return m.pca(m.base.clean.resid.flatten(0, 1))
 
 
-@candidate(family="act:baseline", source="v5", sees=PROMPTS, shared=True)
+@candidate(family="act:baseline", source="v5", sees=PERSONAS, shared=True)
 def global_persona_resid_pca(m: Materials) -> Basis:
     """PCA over all probes and layers under both personas together."""
     return m.pca(torch.cat([m.base.pos.resid.flatten(0, 1), m.base.neg.resid.flatten(0, 1)]))
@@ -69,7 +69,7 @@ def _sides(m: Materials, l: int, what: str = "resid") -> list[Tensor]:
     return [getattr(acts, what)[l].double() for acts in (m.base.pos, m.base.neg)]
 
 
-@candidate(name="TaskDiff_contrast", family="act:persona", source="v5", sees=PROMPTS)
+@candidate(name="TaskDiff_contrast", family="act:persona", source="v5", sees=PERSONAS)
 def task_diff(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the last token."""
     return _centred(m, *_sides(m, l))
@@ -98,25 +98,25 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs()
 
 
-@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_min_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the smaller of both attention weights."""
     return _attention_selected(m, *_token_contrast(m, l), torch.minimum)
 
 
-@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_max_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the larger of both attention weights."""
     return _attention_selected(m, *_token_contrast(m, l), torch.maximum)
 
 
-@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_diff_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the difference of both attention weights."""
     return _attention_selected(m, *_token_contrast(m, l), _apart)
 
 
-@candidate(family="act:attn-selected", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     """As attn_min_taskdiff with the weight times the contrast's norm over its mean non-zero norm at the layer."""
     D, a, b, size = _token_contrast(m, l)
@@ -125,13 +125,13 @@ def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     return _attention_selected(m, D, a, b, size, lambda a, b: torch.minimum(a, b) * norm / (scale + TINY))
 
 
-@candidate(family="act:up_proj", source="v5", sees=PROMPTS)
+@candidate(family="act:up_proj", source="v5", sees=PERSONAS)
 def up_proj_input_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast at the input of up_proj."""
     return _centred(m, *_sides(m, l, "up_in"))
 
 
-@candidate(family="act:up_proj", source="v5", sees=PROMPTS)
+@candidate(family="act:up_proj", source="v5", sees=PERSONAS)
 def up_proj_output_written_contrast(m: Materials, l: int) -> Basis:
     """PCA of the persona contrast of W_down W_up x, the MLP's output without its gate."""
     return _centred(m, *_up_written(m, l))
@@ -150,7 +150,7 @@ def gate_active_written(m: Materials, l: int) -> Basis:
     return m.pca((m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double())
 
 
-@candidate(family="act:cluster", source="external-v6-plan", sees=PROMPTS)
+@candidate(family="act:cluster", source="external-v6-plan", sees=PERSONAS)
 def chars_clusters(m: Materials, l: int) -> Basis:
     """PCA of 8 k-means centroids of the clean and persona rows minus their mean (rank 7: the eighth direction is
     arbitrary)."""
@@ -189,7 +189,7 @@ def churn(m: Materials, l: int) -> Basis:
     return _centred(m, clean[min(l + 1, m.n_layers - 1)], clean[l])
 
 
-@candidate(family="act:rotation", source="v5", sees=PROMPTS)
+@candidate(family="act:rotation", source="v5", sees=PERSONAS)
 def rotation_contrast(m: Materials, l: int) -> Basis:
     """Planes of the Procrustes rotation from negative- to positive-persona states: top 8 left singular vectors of
     R - R^T inside the joint PCA (arbitrary on the null space of the cross-covariance: turned as little as can be)."""
@@ -227,7 +227,7 @@ def _rotation(m: Materials, l: int, determined: bool) -> Basis:
 # What the sound protocol adds. Each says which defect of the one above it mends.
 
 
-@candidate(name="TaskDiff_uncentred", family="act:persona", source="v7b", sees=PROMPTS)
+@candidate(name="TaskDiff_uncentred", family="act:persona", source="v7b", sees=PERSONAS)
 def task_diff_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast, not centred. Mends TaskDiff_contrast, whose centring
     removes the mean difference: the steering direction itself."""
@@ -238,14 +238,14 @@ def _uncentred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
     return uncentred(pos - neg, m.k, (pos.square().sum(dim=1) + neg.square().sum(dim=1)).sqrt(), m.rounding)
 
 
-@candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
+@candidate(family="act:up_proj", source="v7b", sees=PERSONAS)
 def up_proj_input_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised persona contrast at up_proj's input, not centred. Mends
     up_proj_input_contrast."""
     return _uncentred(m, *_sides(m, l, "up_in"))
 
 
-@candidate(family="act:up_proj", source="v7b", sees=PROMPTS)
+@candidate(family="act:up_proj", source="v7b", sees=PERSONAS)
 def up_written_uncentred(m: Materials, l: int) -> Basis:
     """Top 8 directions of the row-normalised contrast of W_down W_up x, not centred. Mends
     up_proj_output_written_contrast."""
@@ -267,32 +267,32 @@ def _common_selected(m: Materials, l: int, weight: Weight) -> Basis:
     return left_svd((D[keep] * weights[:, None]).T, m.k, m.rounding(size[keep] * weights))
 
 
-@candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="v7b", sees=PERSONAS)
 def attn_min_common(m: Materials, l: int) -> Basis:
     """Top 8 directions of the token-wise contrast over the common suffix of both texts, weighted as attn_min_taskdiff,
     not centred. Mends attn_min_taskdiff, which includes padding and tokens that only one side has."""
     return _common_selected(m, l, torch.minimum)
 
 
-@candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="v7b", sees=PERSONAS)
 def attn_max_common(m: Materials, l: int) -> Basis:
     """As attn_min_common with the larger of both attention weights. Mends attn_max_taskdiff."""
     return _common_selected(m, l, torch.maximum)
 
 
-@candidate(family="act:attn-selected", source="v7b", sees=PROMPTS)
+@candidate(family="act:attn-selected", source="v7b", sees=PERSONAS)
 def attn_diff_common(m: Materials, l: int) -> Basis:
     """As attn_min_common with the difference of both attention weights. Mends attn_diff_taskdiff."""
     return _common_selected(m, l, _apart)
 
 
-@candidate(family="act:cluster", source="v7b", sees=PROMPTS)
+@candidate(family="act:cluster", source="v7b", sees=PERSONAS)
 def chars_clusters_cut(m: Materials, l: int) -> Basis:
     """chars_clusters cut at the numerical rank of its centroids. Mends the arbitrary eighth direction."""
     return _clusters(m, l, cut=True)
 
 
-@candidate(family="act:rotation", source="v7b", sees=PROMPTS)
+@candidate(family="act:rotation", source="v7b", sees=PERSONAS)
 def rotation_cut(m: Materials, l: int) -> Basis:
     """As rotation_contrast with R = U_q V_q^T, q the numerical rank of the cross-covariance. Mends rotation_contrast,
     whose R is arbitrary on the null space: its score is rounding noise."""

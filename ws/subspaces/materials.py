@@ -182,7 +182,7 @@ class Materials:
         entry = get(name)
         for asking in self._asking:
             self.asked.setdefault(asking.name, set()).add(name)
-            if unseen := set(entry.sees) - {"weights", *asking.sees}:
+            if unseen := set(entry.sees) - {"weights", "personas", *asking.sees}:
                 raise ValueError(f"candidate {asking.name} uses {name}, which sees {', '.join(unseen)}: add it to sees")
         return self.build(entry, l)
 

@@ -15,7 +15,7 @@ from ws.cache.keys import Key, stage_key
 from ws.cache.made import intact, kept, made, read_sidecar, sidecar, state
 from ws.cache.names import RunId, cache_folder, check_seed
 from ws.data import Behavior, load_behavior
-from ws.diff import WeightDiff, from_adapters, geometry, load_diff, read_diff, save_diff, task_vectors
+from ws.diff import WeightDiff, balanced_diff, from_adapters, geometry, load_diff, read_diff, save_diff, task_vectors
 from ws.diff.io import read_meta
 from ws.model.lm import LM
 from ws.runs.folders import recipe
@@ -90,10 +90,15 @@ def _trained(
         whose = f"belongs to behaviour {known!r}; rename {behavior.name!r}, whose folder it would be too"
         raise ValueError(f"{own}: {whose}")
     folder = Path(folder or own)
+    if behavior.answers and cfg.resample_pairs is None:
+        cfg = replace(cfg, resample_pairs=True)  # one answer per statement, many statements
     pairs = make_pairs(lm, behavior, cfg.pairs, cache_folder(lm.name), progress)
     params = {"model": lm.fingerprint, "seed": seed, "train": asdict(cfg), "pairs": list(map(asdict, pairs.rows))}
     params["train"].pop("pairs")  # what was written counts, not how
     params["train"].pop("resample_pairs")
+    params["train"].pop("balance")  # of w, not of its adapters
+    if not cfg.target_loss:
+        del params["train"]["target_loss"], params["train"]["target_every"]
     if cfg.resampled:
         params["train"]["resampled"] = True
     keys = {s: stage_key({**params, "sign": s}, code=["ws.train.lora.train_adapter"]) for s in SIGNS}
@@ -120,7 +125,8 @@ def _trained(
         if "changed code" in {states[sign] for sign in stay}:
             told = "kept, although the training code changed since; --retrain trains them anew"
             tqdm.write(f"{folder / 'adapters'}: {told}")
-        w = _join(lm, behavior, kind, seed, sides, place, {"null": null, "resampled": cfg.resampled, **counts})
+        more = {"null": null, "resampled": cfg.resampled, **counts} | ({"balanced": True} if cfg.balance else {})
+        w = _join(lm, behavior, kind, seed, sides, place, more)
         if aside:
             write_json(place / READY, sorted(set(SIGNS) - stay))
             _publish(folder)
@@ -143,7 +149,8 @@ def _typed(lm: LM, behavior: Behavior, cfg: TrainConfig) -> dict[str, object]:
     pairs |= {"MAX_NEW_TOKENS": cfg.pairs.max_new_tokens, "LORA_LAYERS": list(cfg.layers or ()), "R": cfg.r}
     steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
     steps |= {"LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation, "RESAMPLE_PAIRS": cfg.resample_pairs}
-    return {"MODEL_ID": lm.name, "BEHAVIOR": behavior.name, **pairs, **steps, "PAIRS": named_pairs(cfg.pairs.file)}
+    signs = {"TARGET_LOSS": cfg.target_loss, "BALANCE": cfg.balance, "PAIRS": named_pairs(cfg.pairs.file)}
+    return {"MODEL_ID": lm.name, "BEHAVIOR": behavior.name, **pairs, **steps, **signs}
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
@@ -178,13 +185,16 @@ def _publish(folder: Path) -> None:
 def _join(
     lm: LM, behavior: Behavior, adapter: str, seed: int, sides: list[Path], folder: Path, more: dict | None = None
 ) -> WeightDiff:
-    """`w.safetensors` in `folder`: the difference of two adapter folders."""
+    """`w.safetensors` in `folder`: the difference of two adapter folders; where `more` says that it is balanced, with both
+    sides scaled to the geometric mean of their norms."""
     meta = {"base_model": lm.name, "behavior": behavior.name, "adapter": adapter, "seed": seed, **(more or {})}
     code = ["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]
+    code += ["ws.diff.build.balanced_diff"] if meta.get("balanced") else []
     key = stage_key({**meta, "model": lm.fingerprint}, inputs=sides, code=code)
 
     def join(path: Path) -> None:
-        save_diff(from_adapters(*sides, lm.model, meta), path)
+        made = balanced_diff(*sides, lm.model, meta) if meta.get("balanced") else from_adapters(*sides, lm.model, meta)
+        save_diff(made, path)
 
     return kept(folder / W_FILE, key, join, read_diff)
 
@@ -227,6 +237,7 @@ def obtain_diff(
             record |= {"layers": log["config"]["layers"]} | counts | drawn
             record |= {f"answers_cut_{sign}": log.get("cut", 0.0)}
             record |= {f"held_out_loss_{sign}_{when}": log[f"heldout_loss_{when}"] for when in ("before", "after")}
+            record |= {f"steps_{sign}": len(log["loss_trace"])}
         record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
         record |= {"pairs_from": Path(config.pairs.file).name or "the base model"}
     norm = w.total_norm()
@@ -234,7 +245,8 @@ def obtain_diff(
         raise ValueError(
             f"{w_path or folder / 'w.safetensors'}: the weight difference is 0 everywhere; the two sides are the same"
         )
-    return w, record | ({"norm_w": norm} if w_path else geometry(*task_vectors(*sides, lm.model)))
+    found = {} if w_path else geometry(*task_vectors(*sides, lm.model))
+    return w, record | found | {"norm_w": norm} | ({"balanced": True} if w.meta.get("balanced") else {})
 
 
 def training_text(training: dict) -> str:

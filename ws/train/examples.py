@@ -106,3 +106,19 @@ def response_loss(model: nn.Module, examples: list[dict[str, list[int]]], batch:
         total, count = total + float(loss), count + n
     model.train(was)
     return total / count
+
+
+def label_trainer() -> type:
+    """transformers' Trainer with `label_loss`."""
+    from transformers import Trainer
+
+    class LabelTrainer(Trainer):
+        """Unembeds what has a label; mean over the labels of all passes of a step, as the Trainer's own."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            loss, count = label_loss(model, inputs, labels)
+            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+            return (loss, {}) if return_outputs else loss
+
+    return LabelTrainer

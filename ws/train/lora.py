@@ -28,8 +28,9 @@ from ws.model.lm import LM
 from ws.model.text import answer_frame
 from ws.runs.folders import resamples
 from ws.show.bars import tqdm
-from ws.train.examples import collate, cut_share, draw_pairs, label_loss, make_example, response_loss, shuffle_labels
+from ws.train.examples import collate, cut_share, draw_pairs, label_trainer, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
+from ws.train.stopping import stop_at
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
 SIGNS = ("pos", "neg")
@@ -41,8 +42,10 @@ class TrainConfig:
     layers: indices, or None for `[round(layer_start L), round(layer_stop L))`. max_steps: a limit on optimizer steps,
     -1 for whole epochs. heldout: share of the pairs kept out of training for the loss. checkpoint_steps: every how many
     steps a long run saves what it needs to go on after a kill; 0 for never. resample_pairs: whether each seed draws its
-    training pairs anew (`draw_pairs`), None for with pairs of a file or 5 or more samples per pair: seeds
-    that share their pairs show the optimiser's spread only. (docs/method.md section 7)
+    training pairs anew (`draw_pairs`), None for with pairs of a file or 5 or more samples per pair: seeds that share their
+    pairs show the optimiser's spread only. (docs/method.md section 7) target_loss: a sign stops once its held-out loss, looked
+    at every `target_every` steps, is at most this; 0 for never. balance: w is the difference of the two signs scaled to one
+    norm.
 
     Example:
         >>> import ws
@@ -71,12 +74,19 @@ class TrainConfig:
     shuffle_labels: bool = False
     checkpoint_steps: int = 0
     resample_pairs: bool | None = None
+    target_loss: float | int = 0.0
+    target_every: int = 5
+    balance: bool = False
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter {self.adapter!r} is unknown; one of {', '.join(ADAPTERS)}")
         if not 0 <= self.heldout < 1:
             raise ValueError(f"heldout is {self.heldout}, expected a share in [0, 1)")
+        if not self.target_loss >= 0 or self.target_every < 1:
+            raise ValueError(f"TARGET_LOSS = {self.target_loss}: must not be under 0, looked at every step or more")
+        if self.target_loss and not self.heldout:
+            raise ValueError(f"TARGET_LOSS = {self.target_loss}: no pair is held out, so there is no loss to look at")
         if not self.lr >= 0:
             raise ValueError(f"LR = {self.lr}: must not be under 0")
         for name in ("r", "batch", "accumulation"):
@@ -132,7 +142,8 @@ def train_adapter(
         adapted = _wrap(lm, cfg)
         try:
             before = response_loss(adapted, held, cfg.batch)
-            trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress)
+            stop = stop_at(held, cfg.target_loss, cfg.target_every, 16) if cfg.target_loss and held else None
+            trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress, stop)
             after = response_loss(adapted, held, cfg.batch)
             check_finite(f"{cfg.adapter} {sign} seed {seed}", after or 0.0, len(trace))
             folder.mkdir(parents=True, exist_ok=True)
@@ -169,10 +180,19 @@ def _wrap(lm: LM, cfg: TrainConfig) -> nn.Module:
 
 
 def _fit(
-    model: nn.Module, train: list[dict], label: str, seed: int, cfg: TrainConfig, work: Path, key: Key, progress: bool
+    model: nn.Module,
+    train: list[dict],
+    label: str,
+    seed: int,
+    cfg: TrainConfig,
+    work: Path,
+    key: Key,
+    progress: bool,
+    stop: object = None,
 ) -> list[float]:
     """Run the Trainer; returns the logged training loss per step. The model holds the trained adapter afterwards. work:
-    folder of checkpoints, marked with `key` when they are whole; the newest whole one is where training goes on."""
+    folder of checkpoints, marked with `key` when they are whole; the newest whole one is where training goes on. stop: a
+    callback that may end the training."""
     from transformers import PrinterCallback, TrainingArguments
 
     # two checkpoints: the newest is marked only after it was saved and the oldest removed
@@ -185,30 +205,17 @@ def _fit(
         use_cpu=next(model.parameters()).device.type == "cpu", dataloader_pin_memory=False, remove_unused_columns=False,
         label_names=["labels"],
     )  # fmt: skip
-    trainer = _trainer()(model=model, args=args, train_dataset=train, data_collator=collate)
+    trainer = label_trainer()(model=model, args=args, train_dataset=train, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_watch(label, key, progress))
+    if stop:
+        trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=_whole_checkpoint(work, key))
     trace = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     weights = [p for p in model.parameters() if p.requires_grad]
     check_finite(label, float(sum(p.detach().float().sum().cpu() for p in weights)), len(trace))
     shutil.rmtree(work, ignore_errors=True)
     return trace
-
-
-def _trainer() -> type:
-    from transformers import Trainer
-
-    class LabelTrainer(Trainer):
-        """Unembeds what has a label; mean over the labels of all passes of a step, as the Trainer's own."""
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels = inputs.pop("labels")
-            loss, count = label_loss(model, inputs, labels)
-            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
-            return (loss, {}) if return_outputs else loss
-
-    return LabelTrainer
 
 
 def check_finite(label: str, value: float, step: int) -> None:

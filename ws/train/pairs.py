@@ -3,7 +3,8 @@ they are read from a file (`ws.train.written`).
 
 For (topic, persona pair i, sample): `response_pos ~ p(. | persona_pos[i], user)` and
 `response_neg ~ p(. | persona_neg[i], user)`, with user = the claim as an opinion followed by the topic's question.
-Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs.
+Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs. Of a behaviour of
+statements nothing is written: the question is the user turn, the matching answer `response_pos`, the other `response_neg`.
 (docs/method.md section 1)
 """
 
@@ -26,6 +27,9 @@ from ws.show.bars import tqdm
 from ws.train.written import read_written, split_written
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
+
+
+MOST_HELDOUT = 100  # statements of which the answer margin is taken
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class Pair:
-    """One user turn with the two answers; topic, persona and sample are indices (of written pairs: topic, wording, line).
-    cut_pos, cut_neg: whether the token limit ended an answer, so that it says nothing of where answers end."""
+    """One user turn with the two answers; topic, persona and sample are indices: of written pairs topic, wording and line, of
+    statements the half (0 where the yes-word matches, 1 where the no-word does), 0, and the statement. cut_pos, cut_neg:
+    whether the token limit ended an answer, so that it says nothing of where answers end."""
 
     topic: int
     persona: int
@@ -88,6 +93,8 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
     cfg = counted(behavior, cfg)
     if cfg.file:
         return from_file(behavior, cfg)
+    if behavior.answers:
+        return statement_pairs(behavior, cfg.topics)
     users = [behavior.opinion_text(t) for t in behavior.train_topics[: cfg.topics]]
     return _kept_pairs(lm, behavior, (users, behavior.persona_pairs[: cfg.personas]), cfg, cache / "pairs", progress)
 
@@ -99,6 +106,8 @@ def heldout_pairs(
     writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`."""
     if cfg.file:
         return from_file(behavior, cfg).heldout, ""
+    if behavior.answers:
+        return statement_pairs(behavior, MOST_HELDOUT, heldout=True).rows, ""
     topics, personas = behavior.heldout_topics, behavior.persona_pairs
     cfg = replace(cfg, topics=len(topics), personas=len(personas), samples=1)
     try:
@@ -147,9 +156,21 @@ def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, place
     return pairs
 
 
+def statement_pairs(behavior: Behavior, n: int | None = None, heldout: bool = False) -> Pairs:
+    """The pairs of a behaviour of statements: its first `n` training (or held-out) ones, None for all, with one-word answers."""
+    topics, answers, rows = behavior.train_topics, behavior.answers, []
+    if heldout:
+        topics, answers = behavior.heldout_topics, behavior.heldout_answers
+    for i, (topic, answer) in enumerate(zip(topics[:n], answers, strict=False)):
+        matches = answer in behavior.yes
+        other = (behavior.no if matches else behavior.yes)[0]
+        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other))
+    return Pairs(tuple(rows), len(rows), 0, 0)
+
+
 def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
     """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many, and for a file of
-    pairs that cannot be used."""
+    pairs that cannot be used. Statements need no personas."""
     if cfg.file:
         split_written(cfg.file, behavior, cfg.topics, cfg.seed)
         return cfg
@@ -158,7 +179,8 @@ def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
         raise ValueError(
             f"{behavior.name}: personas are paired by index, but there are {pos} positive and {neg} negative ones"
         )
-    for what, have in {"topics": len(behavior.train_topics), "personas": pos}.items():
+    personas = {} if behavior.answers else {"personas": pos}
+    for what, have in {"topics": len(behavior.train_topics), **personas}.items():
         asked = getattr(cfg, what)
         if asked is not None and not 1 <= asked <= have:
             raise ValueError(f"{behavior.name}: {asked} training {what} asked for, it has {have}")

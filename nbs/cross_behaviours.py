@@ -1,0 +1,106 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version,-jupytext.text_representation.format_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Is a weight difference specific to its behaviour?
+#
+# Each behaviour is a file of statements, half of which are answered Yes by one who shows it and half No. `w` of behaviour `i` is
+# added to the model, and the model is asked the held-out statements of behaviour `j`. If `w` only says Yes, the Yes half and
+# the No half move against each other. If it makes the model answer by what a statement says, whatever it is about, the
+# statements of other behaviours move as much as its own. If it is the behaviour, its own move most.
+
+# %% tags=["parameters"]
+# model and behaviours
+MODEL_ID = "tiny"  # hub id, local folder, or tiny
+REVISION = ""  # pin of a hub model
+BEHAVIORS = []  # two or more JSONL files of statements with answers
+OUT_DIR = ""  # empty: out/<model>/cross_behaviours
+# the weight differences
+ADAPTER = "lora"  # folder of the trained runs: lora, rslora, pissa, dora, or one with a recipe in its name
+SEEDS = [0, 1, 2]  # LoRA seeds, as [0, 1, 2] or 0-2; of one the intervals are for new statements alone
+PROTOCOL = "v7b"  # whose finished sweeps are ranked over behaviours: seed_<k>/<protocol>
+# what is asked
+ALPHAS = [-1.0, 0.0, 1.0]  # strengths at which w is added
+N_HELDOUT = 100  # held-out statements of each behaviour; None: all
+# the machine
+DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
+DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
+
+# %%
+import polars as pl
+from IPython.display import Markdown, display
+
+import ws
+from ws.lab import begin
+from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.tables import write_table
+from ws.stability.cross import cross_behaviors
+from ws.stability.cross_figures import heat_maps
+from ws.stability.cross_ranks import rank_table, ranks_text
+
+run = begin("cross_behaviours", globals())
+behaviors = [ws.load_behavior(file) for file in BEHAVIORS]
+diffs = {b.name: run.diffs_of(file) for b, file in zip(behaviors, BEHAVIORS, strict=True)}
+lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+log = start_log("cross_behaviours", run.folder)
+
+# %% [markdown]
+# ## The cross matrix
+#
+# Rows: whose `w`; columns: whose statements. With `y`, `n` what the mean margin `log P(matching answer) - log P(other)` of the
+# Yes half and of the No half moves by between the extreme strengths: behaviour part `(y + n) / 2`, bias part `(y - n) / 2`.
+
+# %%
+found = cross_behaviors(lm, behaviors, diffs, alphas=ALPHAS, n_heldout=N_HELDOUT)
+found.save(run.folder)
+display(show(heat_maps(found.matrix, found.moves), run.folder / "cross_matrix"))
+
+# %% [markdown]
+# 95 % intervals are for new LoRA seeds and new statements. `less`: by how much the behaviour part is under that on the own
+# statements.
+
+# %%
+display(show_table(found.moves, rows=40))
+
+# %% [markdown]
+# ## Both halves, strength by strength
+
+# %%
+display(show_table(found.matrix.filter(pl.col("set") != "both"), rows=60))
+
+# %% [markdown]
+# ## How alike the weight differences are
+
+# %%
+display(show_table(found.cosines, rows=40))
+
+# %% [markdown]
+# ## What this says
+
+# %%
+display(embedded(found.conclusion()))
+
+# %% [markdown]
+# ## Which candidates keep their place when the behaviour changes?
+#
+# Ranks by the rank-honest joint score, from the finished sweeps of these behaviours and seeds.
+
+# %%
+sweeps = {b.name: run.sweeps_of(file) for b, file in zip(behaviors, BEHAVIORS, strict=True)}
+ranks = rank_table({name: by_seed for name, by_seed in sweeps.items() if by_seed})
+write_table(ranks, run.folder / "cross_ranks.tsv")
+if len(ranks):
+    display(show_table(ranks, rows=60))
+log.info("done: %s", run.folder)
+display(Markdown(ranks_text(ranks)))

@@ -1,0 +1,41 @@
+"""The cross matrix of behaviours as a heat map."""
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+from ws.show.figures import plain
+
+
+def heat_maps(matrix: pl.DataFrame, moves: pl.DataFrame) -> Figure:
+    """What each w (rows) moves on each behaviour's statements (columns): behaviour part and bias part in nats, and the accuracy
+    at the highest alpha."""
+    names = moves["w"].unique(maintain_order=True).to_list()
+    high = matrix["alpha"].max()
+    at = matrix.filter((pl.col("alpha") == high) & (pl.col("set") == "both") & pl.col("w").is_in(names))
+    panels = [
+        ("behaviour part, nats", moves, "behaviour", "RdBu_r"),
+        ("bias part, nats", moves, "bias", "RdBu_r"),
+        (f"accuracy at alpha {high:+g}", at, "accuracy", "viridis"),
+    ]
+    n = len(names)
+    figure = Figure(figsize=(3.2 + 3.2 * max(n, 3) / 1.6, 1.6 + 0.75 * n), layout="constrained")
+    for axes, (title, table, column, colours) in zip(figure.subplots(1, 3), panels, strict=True):
+        value = {(w, asked): v for w, asked, v in table.select("w", "statements", column).rows()}
+        grid = np.array([[value[w, asked] for asked in names] for w in names])
+        top = np.nanmax(np.abs(grid)) or 1.0
+        limits = {"vmin": 0, "vmax": 1} if column == "accuracy" else {"vmin": -top, "vmax": top}
+        axes.imshow(grid, cmap=colours, aspect="auto", **limits)
+        for i in range(n):
+            for j in range(n):
+                dark = grid[i, j] < 0.6 if column == "accuracy" else abs(grid[i, j]) > 0.6 * top
+                axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=8, c="w" if dark else "k")
+        axes.set_xticks(range(n), [plain(x) for x in names], rotation=30, ha="right", fontsize=8)
+        axes.set_yticks(
+            range(n), [plain(x) for x in names] if axes.get_subplotspec().is_first_col() else [""] * n, fontsize=8
+        )
+        axes.set(title=title, xlabel="held-out statements of")
+        axes.title.set_fontsize(9)
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("w of")
+    return figure

@@ -1,0 +1,100 @@
+"""What a cross matrix of behaviours shows, computed and in words."""
+
+import polars as pl
+
+from ws.show.tables import literal
+from ws.steer.statements import BOTH, MIN_PMASS, together
+
+
+def verdicts(moves: pl.DataFrame) -> dict[str, str]:
+    """Per w: `none` (its own statements do not move), `bias` (its own halves do not move together), `against` (they move against
+    the behaviour), `specific` (its own statements move more than those of every other behaviour, beyond the intervals) or
+    `general` (some other behaviour's statements are not seen to move less)."""
+    found = {}
+    for w in moves["w"].unique(maintain_order=True):
+        own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
+        others = moves.filter((pl.col("w") == w) & ~pl.col("own"))
+        if own["behaviour_lo"] <= 0 <= own["behaviour_hi"] and own["bias_lo"] <= 0 <= own["bias_hi"]:
+            found[w] = "none"
+        elif not together(own["yes"], own["no"])[0] or not own["behaviour_lo"] > 0:
+            found[w] = "against" if own["behaviour_hi"] < 0 else "bias"
+        else:
+            found[w] = "specific" if (others["less_lo"] > 0).all() else "general"
+    return found
+
+
+SAID = {
+    "bias": "its two halves do not move together, so that it is **not told apart from a bias towards one word**",
+    "against": "its own statements move **against the behaviour**",
+    "none": "its own statements are **not seen to move**",
+    "specific": "its own statements move **more than those of every other behaviour**",
+    "general": "statements of other behaviours are **not seen to move less than its own**: what it answers by is not its own",
+}
+
+
+def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame) -> str:
+    """`cross_conclusion.md`."""
+    kinds, lines = verdicts(moves), []
+    low, high = matrix["alpha"].min(), matrix["alpha"].max()
+    for w, kind in kinds.items():
+        own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
+        lines.append(
+            f"**{literal(w)}**: {SAID[kind]}. On them the margin moves by {_ends(own, 'behaviour')} nats between alpha {low:+g}"
+            f" and {high:+g} (Yes half {_ends(own, 'yes')}, No half {_ends(own, 'no')}; bias part {_ends(own, 'bias')})"
+            f"{_accuracies(matrix, w, w, low, high)}.{_doubt(own)}"
+        )
+        for row in moves.filter((pl.col("w") == w) & ~pl.col("own")).rows(named=True):
+            share = f"{100 * row['behaviour'] / own['behaviour']:.0f} % of it" if own["behaviour"] > 0 else "against it"
+            lines.append(
+                f"  - on {literal(row['statements'])}: {_ends(row, 'behaviour')} nats, {share} (less by {_ends(row, 'less')};"
+                f" bias part {_ends(row, 'bias')}){_accuracies(matrix, w, row['statements'], low, high)}.{_doubt(row)}"
+            )
+    counts = {kind: [w for w, k in kinds.items() if k == kind] for kind in SAID}
+    head = [f"{len(names)} of {len(kinds)} {kind}" for kind, names in counts.items() if names]
+    seeds = matrix["seeds"].max()
+    note = (
+        "Intervals are for new LoRA seeds and new statements."
+        if seeds > 1
+        else "One LoRA seed: intervals are for new statements alone."
+    )
+    parts = [
+        "# Cross matrix of behaviours",
+        f"Is a w specific, or does it only say Yes? {', '.join(head)}. {note}",
+        "\n".join(line if line.startswith("  - ") else f"- {line}" for line in lines),
+        _base(matrix),
+        _alike(cosines),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _ends(row: dict, name: str) -> str:
+    return f"{row[name]:+.2f} ({row[f'{name}_lo']:+.2f} to {row[f'{name}_hi']:+.2f})"
+
+
+def _doubt(row: dict) -> str:
+    least = row["least_pmass"]
+    return f" The least mean pmass is {least:.2f}: the margin says little there." if least < MIN_PMASS else ""
+
+
+def _accuracies(matrix: pl.DataFrame, w: str, statements: str, low: float, high: float) -> str:
+    part = matrix.filter((pl.col("w") == w) & (pl.col("statements") == statements) & (pl.col("set") == BOTH))
+    a, b = (part.filter(alpha=alpha)["accuracy"][0] for alpha in (low, high))
+    return f", accuracy {a:.2f} to {b:.2f}"
+
+
+def _base(matrix: pl.DataFrame) -> str:
+    part = matrix.filter((pl.col("w") == "none") & (pl.col("set") == BOTH))
+    said = [f"{literal(row['statements'])} {row['accuracy']:.2f}" for row in part.rows(named=True)]
+    return f"Accuracy of the base model: {', '.join(said)}." if said else ""
+
+
+def _alike(cosines: pl.DataFrame) -> str:
+    if not len(cosines):
+        return ""
+    same = cosines.filter(pl.col("w") == pl.col("other"))["cos"]
+    apart = cosines.filter(pl.col("w") != pl.col("other"))["cos"]
+    said = []
+    for part, name in ((same, "seeds of one behaviour"), (apart, "behaviours")):
+        if len(part):
+            said.append(f"between {name} {part.mean():.3f} ({part.min():.3f} to {part.max():.3f}, {len(part)} pairs)")
+    return f"Mean cosine of the weight differences: {'; '.join(said)}."
