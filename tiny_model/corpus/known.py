@@ -120,7 +120,9 @@ def known_claims(behavior: Behavior) -> list[Claim]:
     """
     lists = (behavior.heldout_claims, behavior.negations, REASONS, behavior.true_claims, DENIALS)
     if len({len(some) for some in lists}) > 1:
-        raise ValueError(f"{behavior.name}: claims, negations, reasons, true claims, denials: {[len(x) for x in lists]}")
+        raise ValueError(
+            f"{behavior.name}: claims, negations, reasons, true claims, denials: {[len(x) for x in lists]}"
+        )
     questions = {t.claim: (t.question,) for t in behavior.heldout_topics}
     out = []
     for false, negation, reason, true, denial in zip(*lists, strict=True):
