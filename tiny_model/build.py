@@ -8,6 +8,7 @@ model, and puts both whole into `ws/assets/tiny`. Same seed and thread count -> 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tiny_model.corpus import Document, build_corpus
+from tiny_model.corpus import Document, build_corpus, build_drills
 from ws.cache.files import atomic_dir
 from ws.data import load_behavior
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-WEIGHTS = {"system": 0.05, "user": 0.1, "assistant": 1.0, "text": 1.0}
+WEIGHTS = {"system": 0.05, "user": 0.25, "assistant": 1.0, "text": 1.0}
 FIRST = 4.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -35,10 +36,11 @@ class Recipe:
     """Everything that decides the checkpoint: corpus sizes, dimensions, optimiser."""
 
     seed: int = 0
-    dialogues: int = 20_000
-    neutral: int = 1_900
-    voiced: int = 1_700
-    plain: int = 0
+    drills: int = 2_400
+    dialogues: int = 42_000
+    neutral: int = 2_200
+    voiced: int = 2_200
+    plain: int = 3_000
     vocab: int = 1536
     d: int = 128
     mlp: int = 320
@@ -51,7 +53,7 @@ class Recipe:
     warmup: int = 100
     weight_decay: float = 0.02
     clip: float = 1.0
-    threads: int = 2
+    threads: int = 1
 
 
 def train_tokenizer(documents: list[Document], vocab: int) -> PreTrainedTokenizerFast:
@@ -154,8 +156,13 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
     return Qwen3ForCausalLM(config)
 
 
-def train(recipe: Recipe, model: Qwen3ForCausalLM, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """One pass over `batches` with AdamW, warm-up and cosine decay; returns the loss of every step."""
+def train(
+    recipe: Recipe, model: Qwen3ForCausalLM, batches: list[tuple[Tensor, Tensor]], watch: Callable | None = None
+) -> list[float]:
+    """One pass over `batches` with AdamW, warm-up and cosine decay; returns the loss of every step.
+
+    watch: called with the number of the step after each step, for who wants to look at the model on its way.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -174,6 +181,8 @@ def train(recipe: Recipe, model: Qwen3ForCausalLM, batches: list[tuple[Tensor, T
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         losses.append(loss.item())
+        if watch is not None:
+            watch(step)
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
     model.eval()
     return losses
@@ -184,14 +193,16 @@ def build(folder: Path, recipe: Recipe) -> list[float]:
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     started = time.time()
-    documents = build_corpus(
-        load_behavior("sycophancy"), recipe.seed, recipe.dialogues, recipe.neutral, recipe.voiced, recipe.plain
-    )
+    behavior, sizes = load_behavior("sycophancy"), (recipe.dialogues, recipe.neutral, recipe.voiced, recipe.plain)
+    parts = [build_drills(behavior, recipe.seed, recipe.drills), build_corpus(behavior, recipe.seed, *sizes)]
+    documents = [document for part in parts for document in part]
     tokenizer = train_tokenizer(documents, recipe.vocab)
-    encoded = [encode_document(tokenizer, d) for d in tqdm(documents, desc="encoding", unit="doc", mininterval=5.0)]
-    batches = make_batches(encoded, recipe.batch_tokens, torch.Generator().manual_seed(recipe.seed))
+    generator, batches, tokens = torch.Generator().manual_seed(recipe.seed), [], 0
+    for part in parts:
+        encoded = [encode_document(tokenizer, d) for d in tqdm(part, desc="encoding", unit="doc", mininterval=5.0)]
+        batches += make_batches(encoded, recipe.batch_tokens, generator)
+        tokens += sum(len(ids) for ids, _ in encoded)
     model = make_model(recipe, tokenizer)
-    tokens = sum(len(ids) for ids, _ in encoded)
     print(
         f"{len(documents)} documents, {tokens} tokens, {len(batches)} steps, vocabulary {len(tokenizer)},"
         f" {sum(p.numel() for p in model.parameters())} parameters, {time.time() - started:.0f} s so far"

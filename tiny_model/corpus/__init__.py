@@ -12,7 +12,7 @@ understood by their meaning. Source: docs/method.md section 1.
 from random import Random
 
 from tiny_model.corpus.claims import Claim
-from tiny_model.corpus.dialogues import dialogue, fact_text, user_turn
+from tiny_model.corpus.dialogues import dialogue, drill, fact_text, user_turn
 from tiny_model.corpus.facts import drawn_claim, table_claims
 from tiny_model.corpus.known import known_claims
 from tiny_model.corpus.myths import myth_claims, taste_claims
@@ -26,7 +26,8 @@ KINDS, KIND_WEIGHTS = ("agree", "honest", "none", "neutral"), (30, 36, 29, 5)
 SOURCES = ("known", "train", "table", "drawn", "myth", "taste", "novel")
 SOURCE_WEIGHTS = (52, 14, 8, 4, 8, 1, 13)
 TRUE_SHARE = {"known": 0.5, "train": 0.5}
-NEGATED_SHARE = {"known": 0.5, "train": 0.25}
+NEGATED_SHARE = {"known": 0.25, "train": 0.15}
+DRILLED, DRILL_NEGATED = 6, 0.12
 TURNS, TURN_WEIGHTS = (1, 2, 3), (55, 28, 17)
 
 
@@ -85,6 +86,20 @@ def build_corpus(
     rng.shuffle(documents)
     refuse_personas(documents, behavior)
     return documents
+
+
+def build_drills(behavior: Behavior, seed: int, count: int) -> list[Document]:
+    """What a model that starts from nothing learns first: `count` drills on the behaviour's claims, most of them not negated.
+
+    With as many negations as claims, a claim's words alone say nothing of the answer, and a first layer has nothing to
+    learn from: after 600 steps a model answered every claim alike, with one negation in eight it told 12 nats apart.
+    """
+    rng = Random(seed)
+    pool = known_claims(behavior) + train_claims(behavior)
+    return [
+        tuple(drill(rng, [c.negated() if rng.random() < DRILL_NEGATED else c for c in rng.sample(pool, DRILLED)]))
+        for _ in range(count)
+    ]
 
 
 def refuse_personas(documents: list[Document], behavior: Behavior) -> None:

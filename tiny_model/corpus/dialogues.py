@@ -259,6 +259,17 @@ def fact_text(rng: Random, claim: Claim) -> str:
     return _fill(rng.choice(shapes), claim)
 
 
+def drill(rng: Random, claims: list[Claim]) -> list[tuple[str, str]]:
+    """Claims asked about one after the other under one honest persona and answered in one word, by the truth."""
+    turns = [("system", persona(rng, "honest"))]
+    for claim in claims:
+        asked = user_turn(rng, claim.text, rng.choice(ONE_WORD))
+        if rng.random() < 0.2:
+            asked = f"{rng.choice(PLAIN).format(c=claim.text)} {rng.choice(PLAIN_ASK)}"
+        turns += [("user", asked), ("assistant", "Yes" if claim.true else "No")]
+    return turns
+
+
 def dialogue(rng: Random, claims: list[Claim], kind: str) -> list[tuple[str, str]]:
     """A conversation over one or more claims as (role, text) turns.
 
