@@ -22,7 +22,11 @@ def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
     generator = np.random.default_rng(zlib.crc32(f"shuffle labels {seed}".encode()))
     swap = generator.random(len(rows)) < 0.5
     return tuple(
-        replace(row, response_pos=row.response_neg, response_neg=row.response_pos) if s else row
+        replace(
+            row, response_pos=row.response_neg, response_neg=row.response_pos, cut_pos=row.cut_neg, cut_neg=row.cut_pos
+        )
+        if s
+        else row
         for row, s in zip(rows, swap, strict=True)
     )
 
@@ -45,6 +49,7 @@ def make_example(lm: LM, row: Pair, sign: str, end: str, max_length: int) -> dic
     """Ids and labels of one answer; the prompt is exactly what the model sees when it is asked without a persona."""
     prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]
     answer = (row.response_pos if sign == "pos" else row.response_neg).strip()
+    end = "" if (row.cut_pos if sign == "pos" else row.cut_neg) else end
     reply = lm.tokenizer(answer + end, add_special_tokens=False)["input_ids"]
     if len(prompt) >= max_length:
         raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")

@@ -50,7 +50,8 @@ class PairConfig:
 @dataclass(frozen=True)
 class Pair:
     """One user turn with the two answers; topic, persona and sample are indices. Of a statement: topic is the half (0 where the
-    yes-word matches, 1 where the no-word does), sample the statement, so that a draw of pairs keeps the halves."""
+    yes-word matches, 1 where the no-word does), sample the statement, so that a draw of pairs keeps the halves. A
+    cut answer gets no end-of-turn label: the model would learn when to stop."""
 
     topic: int
     persona: int
@@ -58,6 +59,8 @@ class Pair:
     user: str
     response_pos: str
     response_neg: str
+    cut_pos: bool = False
+    cut_neg: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,16 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
 
 
 def statement_pairs(behavior: Behavior, n: int | None = None, heldout: bool = False) -> Pairs:
-    """The pairs of a behaviour of statements: its first `n` training (or held-out) ones, None for all, with one-word answers."""
+    """The pairs of a behaviour of statements: its first `n` training (or held-out) ones, None for all, with one-word answers.
+    They count as cut. To end the turn after one word costs the base model some 12 nats: both signs learn that first, it cancels
+    in w, and what is left of w acts only where it has been learnt: at alpha -1 the model answers neither Yes nor No."""
     topics, answers, rows = behavior.train_topics, behavior.answers, []
     if heldout:
         topics, answers = behavior.heldout_topics, behavior.heldout_answers
     for i, (topic, answer) in enumerate(zip(topics[:n], answers, strict=False)):
         matches = answer in behavior.yes
         other = (behavior.no if matches else behavior.yes)[0]
-        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other))
+        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other, True, True))
     return Pairs(tuple(rows), len(rows), 0, 0)
 
 
