@@ -22,8 +22,9 @@
 
 # %% tags=["parameters"]
 # model and behaviours
-MODEL_ID = "tiny"  # hub id, local folder, or tiny
+MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
 REVISION = ""  # pin of a hub model
+CHAT_TEMPLATE = ""  # the tokenizer's own; plain: User: ... Assistant: ..., for a base model without one; or a file
 BEHAVIORS = []  # two or more JSONL files of statements with answers
 OUT_DIR = ""  # empty: out/<model>/cross_behaviours
 # the weight differences
@@ -52,7 +53,7 @@ from ws.stability.cross_ranks import rank_table, ranks_text
 run = begin("cross_behaviours", globals())
 behaviors = [ws.load_behavior(file) for file in BEHAVIORS]
 diffs = {b.name: run.diffs_of(file) for b, file in zip(behaviors, BEHAVIORS, strict=True)}
-lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
+lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 log = start_log("cross_behaviours", run.folder)
 
 # %% [markdown]

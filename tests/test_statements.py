@@ -21,7 +21,7 @@ from ws.subspaces.captures import eval_set, probes
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol
 from ws.train.difference import obtain_diff
-from ws.train.examples import draw_pairs
+from ws.train.examples import draw_pairs, make_example, shuffle_labels
 from ws.train.lora import TrainConfig
 from ws.train.pairs import make_pairs, statement_pairs
 
@@ -183,6 +183,18 @@ def test_pairs_of_statements_are_their_answers(kind, tmp_path):
     assert [row.response_pos for row in drawn] == [row.response_pos for row in pairs.rows] and distinct < 1
     with pytest.raises(ValueError, match="13 training topics asked for, it has 12"):
         make_pairs(lm, kind, ws.PairConfig(topics=13), tmp_path)
+
+
+def test_only_the_answer_is_learnt_not_the_end_of_the_turn(kind):
+    lm = ws.load_lm("tiny")
+    row = statement_pairs(kind, 1).rows[0]
+    for sign, answer in (("pos", row.response_pos), ("neg", row.response_neg)):
+        labels = [label for label in make_example(lm, row, sign, "<|im_end|>", 512)["labels"] if label != -100]
+        assert labels == lm.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    whole = make_example(lm, replace(row, cut_pos=False), "pos", "<|im_end|>", 512)["labels"]
+    assert len([label for label in whole if label != -100]) > 1
+    swapped = shuffle_labels((replace(row, cut_neg=False),) * 8, 0)
+    assert {(one.response_pos, one.cut_pos) for one in swapped} == {(row.response_pos, True), (row.response_neg, False)}
 
 
 def planted(yes: tuple[float, float], no: tuple[float, float], n: int = 6) -> pl.DataFrame:

@@ -122,7 +122,9 @@ def test_w_moves_false_claims_and_not_true_ones(tiny, behavior):
     from ws import load_diff
     from ws.steer.evaluate import alpha_sweep, steering_verdict, summarise_sweep
 
-    summary = summarise_sweep(alpha_sweep(tiny, behavior, load_diff("tiny"), [-1.0, -0.5, 0.0, 0.5, 1.0], progress=False))
+    summary = summarise_sweep(
+        alpha_sweep(tiny, behavior, load_diff("tiny"), [-1.0, -0.5, 0.0, 0.5, 1.0], progress=False)
+    )
     mean = {(s, a): m for s, a, m in summary.select("set", "alpha", "mean_logratio").rows()}
     moved = {name: mean[name, 1.0] - mean[name, -1.0] for name in ("false", "negated", "true")}
     print(steering_verdict(summary)["text"], moved)

@@ -218,7 +218,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "PROTOCOL": one_of("v7", "v7b"), "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1), "STAT_SEED": SEED,
         "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
     },
-    "cross_behaviours": MODEL | {
+    "cross_behaviours": MODEL | CHAT | {
         "BEHAVIORS": listed(text("a file", r"[^\0]+"), "two or more files of statements with answers", once=True),
         "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
         "PROTOCOL": one_of("v7", "v7b"), "N_HELDOUT": whole(4, none="all"),

@@ -119,7 +119,8 @@ def heldout_pairs(
 
 def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     """The pairs of `cfg.file` as training has them: `topic` and `persona` number the file's topics and wordings in the
-    order in which they are there first, so that a draw stays within both; `sample` is the line. (docs/method.md section 1)"""
+    order in which they are there first, so that a draw stays within both; `sample` is the line. An answer of `one_word` counts
+    as cut. (docs/method.md section 1)"""
     parts, everything = split_written(cfg.file, behavior, cfg.topics, cfg.seed), read_written(cfg.file)
     topics, wordings = (
         {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -127,7 +128,16 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     )
     train, held = (
         tuple(
-            Pair(topics[r.topic], wordings[r.wording], r.line, r.user, r.response_pos, r.response_neg)
+            Pair(
+                topics[r.topic],
+                wordings[r.wording],
+                r.line,
+                r.user,
+                r.response_pos,
+                r.response_neg,
+                one_word(r.response_pos),
+                one_word(r.response_neg),
+            )  # fmt: skip
             for r in part
             if not r.identical
         )
@@ -135,6 +145,13 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     )
     used = sum(map(len, parts))
     return Pairs(train, used, 0, used - len(train) - len(held), held)
+
+
+def one_word(answer: str) -> bool:
+    """Whether an answer is one word, whose end of turn is no label. To end the turn after one word costs a base model some 12
+    nats: both signs learn that first, it cancels in w, and what is left of w acts only where it has been learnt: the steered
+    model then answers neither Yes nor No."""
+    return len(answer.split()) == 1
 
 
 def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, place: Path, progress: bool) -> Pairs:
@@ -157,14 +174,15 @@ def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, place
 
 
 def statement_pairs(behavior: Behavior, n: int | None = None, heldout: bool = False) -> Pairs:
-    """The pairs of a behaviour of statements: its first `n` training (or held-out) ones, None for all, with one-word answers."""
+    """The pairs of a behaviour of statements: its first `n` training (or held-out) ones, None for all, with one-word answers.
+    They count as cut, as every answer of `one_word`."""
     topics, answers, rows = behavior.train_topics, behavior.answers, []
     if heldout:
         topics, answers = behavior.heldout_topics, behavior.heldout_answers
     for i, (topic, answer) in enumerate(zip(topics[:n], answers, strict=False)):
         matches = answer in behavior.yes
         other = (behavior.no if matches else behavior.yes)[0]
-        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other))
+        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other, True, True))
     return Pairs(tuple(rows), len(rows), 0, 0)
 
 
