@@ -286,6 +286,31 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_real_runs_one_batch_on_smollm2(monkeypatch, tmp_path, quick):
+    from ws.runs.once import Ending
+
+    asked_for = []
+
+    def run_jobs(jobs, place, settings):
+        asked_for.extend(jobs)
+        return {job.name: Ending("done") for job in jobs}, "THE SUMMARY"
+
+    monkeypatch.setattr("ws.demo.show_report", lambda show: "THE TABLE")
+    monkeypatch.setattr("ws.runs.index.report", lambda: tmp_path / "index.html")
+    monkeypatch.setattr("ws.runs.engine.run_jobs", run_jobs)
+    assert call("real", *(["--quick"] if quick else [])) == 0
+    assert {job.values["MODEL_ID"] for job in asked_for} == {"smollm2"}
+    seeds = {job.values["SEED"] for job in asked_for if job.notebook == "weight_diff" and not job.values["NULL_DIFF"]}
+    assert seeds == ({0} if quick else {0, 1, 2})
+    nulls = [job for job in asked_for if job.values.get("NULL_DIFF")]
+    assert len(nulls) == (0 if quick else 2)  # two at least have a spread
+    trained = [job for job in asked_for if job.notebook == "weight_diff"]
+    assert all(job.values["PAIRS"] == "sycophancy" and job.identity.adapter == "lora" for job in trained)
+    counts = Counter(job.notebook for job in asked_for)
+    assert counts["v7b_stability"] == counts["delta_svd"] == 1 and counts["theta_fit"] == (not quick)
+
+
 def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     from ws import demo
     from ws.show.tables import write_table

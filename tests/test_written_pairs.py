@@ -78,7 +78,18 @@ def test_wordings_and_lengths_vary(rows, trained):
     assert min(cells.values()) >= 2, "a draw within topic and wording has to have something to draw from"
     for side in ("response_pos", "response_neg"):
         said = [row[side] for row in rows if not WORD.fullmatch(row[side])]
-        words, starts = sorted(len(text.split()) for text in said), Counter(text.split()[0] for text in said)
+        words = sorted(len(text.split()) for text in said)
         assert words[0] <= 5 and words[-1] >= 30 and words[len(words) // 4] + 4 <= words[3 * len(words) // 4]
-        assert len(starts) >= 40 and starts.most_common(1)[0][1] <= len(said) / 5
+        # most begin with the word that the probe asks for; behind it they vary
+        answered = [text for text in said if re.match(r"(Yes|No)\b", text)]
+        assert 0.4 <= len(answered) / len(said) <= 0.8
+        starts = Counter(" ".join(re.sub(r"^(Yes|No)\W+", "", text).split()[:2]) for text in said)
+        assert len(starts) >= 90 and starts.most_common(1)[0][1] <= len(said) / 6
         assert max(Counter(said).values()) <= 4
+
+
+def test_both_sides_say_yes_or_no_alike(rows):
+    """Where one side begins with Yes or No far more often than the other, w carries that habit, and at one end the steered
+    model answers neither."""
+    begun = [sum(bool(re.match(r"(Yes|No)\b", row[side])) for row in rows) for side in ("response_pos", "response_neg")]
+    assert abs(begun[0] - begun[1]) <= 0.05 * len(rows), begun
