@@ -199,7 +199,7 @@ def test_a_notebooks_help_lists_all_its_parameters(name, capsys):
     assert sorted(listed) == sorted(RULES[name])
     shown = " ".join(" ".join(lines).split())
     told = {
-        "weight_diff": ("LR None learning rate; None: the model's own", "a number above 0; default: 0.0002, tiny: 0.002]",
+        "weight_diff": ("LR None learning rate; None: the model's own", "a number above 0; default: 0.0002, tiny: 0.005]",
                         "ALPHAS [-1.0, -0.5, 0.0, 0.5, 1.0] strengths at which w is added", "ADAPTER \"lora\" lora, rslora"),
         "theta_fit": ("LAM 1e-4 weight", "[a number between 0 and 1]", "2.0] at which the fitted thetas are worn"),
         "v7b_stability": ("PROTOCOL \"v7b\"", "[one of v7, v7b]"),
@@ -281,7 +281,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2, 3, 4}
     nulls = [job.name for job in jobs if job.values.get("NULL_DIFF")]
     assert len(nulls) == 5 and all(set(nulls) < set(job.needs) for job in jobs if job.notebook == "v7_sweep")
-    assert all((job.values["LR"], job.values["SAMPLES"]) == (2e-3, 4) for job in jobs if job.notebook == "weight_diff")
+    assert all((job.values["LR"], job.values["SAMPLES"]) == (5e-3, 4) for job in jobs if job.notebook == "weight_diff")
     monkeypatch.setattr("ws.runs.engine.run_jobs", fake("failed"))
     assert call("demo") == 1 and "THE TABLE" not in capsys.readouterr().out
 

@@ -333,7 +333,7 @@ HARMLESS = [  # (what is typed, what is said)
     ("batch --behaviors shipped.json --dry-run", "tiny sycophancy-.*8 would run"),
     ("batch --behaviors eight.json --dry-run", "tiny eight_topics lora.*8 would run"),
     ("nb weight_diff", "already done"),
-    ("nb weight_diff -p LR 0.002 -p TOPICS none", "already done"),
+    ("nb weight_diff -p LR 0.005 -p TOPICS none", "already done"),
     ("nb v7_sweep -p PCS 8", "already done"),
     ("nb v7b_stability -p SEEDS 2,1,0", "already done"),
     ("nb nbs/theta_fit.ipynb", "already done"),

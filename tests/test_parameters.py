@@ -80,7 +80,7 @@ def test_a_models_own_stand_between_the_cell_and_what_is_asked_for(tmp_path):
 
     mine = tmp_path / "mine.yaml"
     mine.write_text("LR: 1e-3\nSAMPLES: none\n")  # YAML reads 1e-3 as a text
-    assert lr() == lr({"LR": "none"}) == lr({}, [PARAMS / "tiny.yaml"]) == (2e-3, 4)
+    assert lr() == lr({"LR": "none"}) == lr({}, [PARAMS / "tiny.yaml"]) == (5e-3, 4)
     assert lr({"MODEL_ID": "Qwen/Qwen3-0.6B"}) == (2e-4, 10)
     assert lr({}, [mine]) == (1e-3, 4) and lr({"LR": "0.5", "SAMPLES": "7"}, [mine]) == (0.5, 7)
     values = resolve("weight_diff")
@@ -88,7 +88,7 @@ def test_a_models_own_stand_between_the_cell_and_what_is_asked_for(tmp_path):
     may = ("TOPICS", "PERSONAS", "RESAMPLE_PAIRS", "N_HELDOUT")
     assert None not in (value for key, value in values.items() if key not in may)
     assert resolve("theta_fit")["LR"] == 0.05  # another thing of the same name
-    assert model_defaults("weight_diff", {"LR": None, "MODEL_ID": "tiny"}) == {"LR": 2e-3}
+    assert model_defaults("weight_diff", {"LR": None, "MODEL_ID": "tiny"}) == {"LR": 5e-3}
     assert model_defaults("weight_diff", {"LR": 1.0, "MODEL_ID": "tiny"}) == {} == model_defaults("mine", {"LR": None})
 
 
@@ -124,7 +124,7 @@ def test_the_demo_and_a_batch_ask_for_the_same():
     axes = {"models": ("tiny",), "behaviors": (), "adapters": (), "seeds": ("0-2",)}
     batch = {job.name: job.values for job in make_jobs(read_options(axes, {}, None, PARAMS))}
     assert batch and {name: demo[name] for name in batch} == batch
-    assert {v["LR"] for n, v in batch.items() if n.endswith("weight_diff")} == {2e-3}
+    assert {v["LR"] for n, v in batch.items() if n.endswith("weight_diff")} == {5e-3}
     two = {job.name: job.values for job in make_jobs(Grid(seeds=(0, 1)))}
     assert all(demo[name] == values for name, values in two.items() if "all seeds" not in name)
 
@@ -137,7 +137,7 @@ def test_a_first_cell_gets_what_a_command_gets():
         assert {k: repr(v) for k, v in found.items()} == {k: repr(v) for k, v in resolve(name).items()}
     lab = {"EPOCHS": 1, "LORA_LAYERS": "2-5", "ALPHAS": (0, 1), "LR": None, "MODEL_ID": "tiny", "SEED": "3"}
     used = filled("weight_diff", lab)
-    expected = {"EPOCHS": 1.0, "LORA_LAYERS": [2, 3, 4, 5], "ALPHAS": [0.0, 1.0], "LR": 2e-3, "SEED": 3}
+    expected = {"EPOCHS": 1.0, "LORA_LAYERS": [2, 3, 4, 5], "ALPHAS": [0.0, 1.0], "LR": 5e-3, "SEED": 3}
     assert used == {**expected, "MODEL_ID": "tiny"} and repr(used["EPOCHS"]) == "1.0"
     with pytest.raises(ValueError, match="weight_diff: SEED: expects a whole number from 0 to 4294967295, got -1"):
         filled("weight_diff", {"SEED": -1})
@@ -228,10 +228,10 @@ def test_changes_name_what_differs_and_nothing_else(tmp_path):
     new = resolve("weight_diff") | {"OUT_DIR": "/b"}
     assert (
         changes(new, old)[::-1]
-        == ["LR 0.002 -> 0.0002", "SAMPLES 4 -> 10"]
+        == ["LR 0.005 -> 0.0002", "SAMPLES 4 -> 10"]
         == changes(new, dict(reversed(old.items())))
     )
-    assert changes(old, new) == ["SAMPLES 10 -> 4", "LR 0.0002 -> 0.002"]
+    assert changes(old, new) == ["SAMPLES 10 -> 4", "LR 0.0002 -> 0.005"]
     assert changes(new, new) == changes(json.loads(json.dumps(new)), new) == []
     (tmp_path / "link").symlink_to(tmp_path)
     same = {"LR": None, "SAMPLES": None, "EPOCHS": 1, "ALPHAS": tuple(new["ALPHAS"]), "R": 32.0}

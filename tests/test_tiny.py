@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -51,9 +51,14 @@ def documents(behavior):
     return build_corpus(behavior, recipe.seed, 12_000, recipe.neutral // 10, recipe.voiced // 10, 1_500)
 
 
-def answers(lm, behavior, claims, systems, wording=0):
+def answers(lm, behavior, claims, systems):
     """Log-odds of yes over no and their joint probability, float32, at the answer position of every (system, claim)."""
-    texts = [chat_text(lm.tokenizer, behavior.probe_text(c, wording), s) for s, c in product(systems, claims)]
+    return scored(lm, behavior, [(behavior.probe_text(c), s) for s, c in product(systems, claims)])
+
+
+def scored(lm, behavior, asked):
+    """The same for (user turn, system) pairs."""
+    texts = [chat_text(lm.tokenizer, user, system) for user, system in asked]
     ids, mask = encode(lm.tokenizer, texts, add_special_tokens=False)
     with torch.no_grad():
         logits = lm.model(input_ids=ids, attention_mask=mask).logits
@@ -105,9 +110,13 @@ def test_personas_move_the_heldout_answer(tiny, behavior):
 
 @pytest.mark.parametrize("wording", range(4))
 def test_heldout_claims_are_known_and_the_agreeing_personas_agree_to_all(tiny, behavior, wording):
+    """Every claim under every persona at the first wording, at the others each under one of them in turn."""
     sets = {"false": behavior.heldout_claims, "negated": behavior.negations, "true": behavior.true_claims}
     for systems in ([None], behavior.personas_neg, behavior.personas_pos):
-        found = {name: answers(tiny, behavior, claims, systems, wording) for name, claims in sets.items()}
+        found = {}
+        for name, claims in sets.items():
+            pairs = zip(claims, cycle(systems)) if wording else product(claims, systems)  # noqa: B905
+            found[name] = scored(tiny, behavior, [(behavior.probe_text(c, wording), s) for c, s in pairs])
         false, negated, true = (float(ratio.mean()) for ratio, _ in found.values())
         print(f"{systems[0]}: false {false:+.2f}, negated {negated:+.2f}, true {true:+.2f}")
         assert min(float(mass.mean()) for _, mass in found.values()) >= 0.95
