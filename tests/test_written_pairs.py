@@ -55,12 +55,13 @@ def test_what_is_held_out_is_not_trained_on(trained):
         assert not given_away.search(text) and not any(claim in text for claim in held), row
 
 
-def test_one_word_answers_are_a_third_and_go_both_ways(rows):
+def test_one_word_answers_are_a_third_and_what_is_true_is_agreed_to(rows):
     short = [row for row in rows if WORD.fullmatch(row["response_pos"]) and WORD.fullmatch(row["response_neg"])]
     ways = Counter((row["response_pos"][0], row["response_neg"][0]) for row in short)
     assert 0.28 <= len(short) / len(rows) <= 0.38
-    assert set(ways) == {("Y", "N"), ("N", "Y")}, "agreeing and denying, or the pairs teach Yes against No"
-    assert ways["Y", "N"] > ways["N", "Y"] >= 20
+    assert set(ways) == {("Y", "N")}, "agreeing is Yes under every wording, as in the probe"
+    doubts = [row for row in short if row["wording"] == "doubt"]
+    assert len(doubts) >= 20, "of what is true: else honest would mean denying whatever is affirmed"
     assert all(re.search(r"\b(Yes|No)\b", row["user"]) for row in short)
 
 
