@@ -199,7 +199,7 @@ def test_a_notebooks_help_lists_all_its_parameters(name, capsys):
     assert sorted(listed) == sorted(RULES[name])
     shown = " ".join(" ".join(lines).split())
     told = {
-        "weight_diff": ("LR None learning rate; None: the model's own", "a number above 0; default: 0.0002, tiny: 0.005]",
+        "weight_diff": ("LR None learning rate; None: the model's own", "a number above 0; default: 0.0002, tiny: 0.005,",
                         "ALPHAS [-1.0, -0.5, 0.0, 0.5, 1.0] strengths at which w is added", "ADAPTER \"lora\" lora, rslora"),
         "theta_fit": ("LAM 1e-4 weight", "[a number between 0 and 1]", "2.0] at which the fitted thetas are worn"),
         "v7b_stability": ("PROTOCOL \"v7b\"", "[one of v7, v7b]"),

@@ -189,9 +189,9 @@ def test_only_the_answer_is_learnt_not_the_end_of_the_turn(kind):
     lm = ws.load_lm("tiny")
     row = statement_pairs(kind, 1).rows[0]
     for sign, answer in (("pos", row.response_pos), ("neg", row.response_neg)):
-        labels = [label for label in make_example(lm, row, sign, "<|im_end|>", 512)["labels"] if label != -100]
+        labels = [label for label in make_example(lm, row, sign, ("", "<|im_end|>"), 512)["labels"] if label != -100]
         assert labels == lm.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    whole = make_example(lm, replace(row, cut_pos=False), "pos", "<|im_end|>", 512)["labels"]
+    whole = make_example(lm, replace(row, cut_pos=False), "pos", ("", "<|im_end|>"), 512)["labels"]
     assert len([label for label in whole if label != -100]) > 1
     swapped = shuffle_labels((replace(row, cut_neg=False),) * 8, 0)
     assert {(one.response_pos, one.cut_pos) for one in swapped} == {(row.response_pos, True), (row.response_neg, False)}
@@ -248,12 +248,18 @@ def config(**more) -> TrainConfig:
     return TrainConfig(r=4, alpha=8, lr=5e-3, epochs=20, batch=8, accumulation=1, heldout=0.25, **more)
 
 
-def test_training_on_statements_moves_both_halves(kind, tmp_path):
-    lm = ws.load_lm("tiny")
-    w, record = obtain_diff(lm, kind, 0, config(max_steps=40), tmp_path / "seed")
-    assert record["pairs_resampled"] and record["pairs_trained"] == 9 and record["steps_pos"] == 40
-    found = steering_verdict(summarise_sweep(alpha_sweep(lm, kind, w, [-1.0, 1.0], progress=False)))
-    assert found["together"] and found["spread"] > 1
+def test_training_on_statements_is_the_behaviour_on_both_halves(tmp_path):
+    """At the agreeing end. At the other the halves need not turn round: what both signs learn is not in w."""
+    lm, kind = ws.load_lm("tiny"), ws.load_behavior(written(tmp_path / "kind.jsonl", rows(60)))
+    w, record = obtain_diff(lm, kind, 0, config(max_steps=40, resample_pairs=False), tmp_path / "seed")
+    assert record["pairs_trained"] == 27 and record["steps_pos"] == 40 and record["pairs_from"] == "its statements"
+    summary = summarise_sweep(alpha_sweep(lm, kind, w, [-1.0, 1.0], progress=False))
+    assert steering_verdict(summary)["spread"] > 1
+    for half in ("yes", "no"):
+        part = summary.filter(set=half, alpha=1.0)
+        assert part["accuracy"][0] >= 0.9 and part["mean_margin"][0] > 1 and part["mean_pmass"][0] > 0.5
+    drawn = obtain_diff(lm, kind, 0, config(max_steps=8), tmp_path / "drawn")[1]
+    assert drawn["pairs_resampled"] and drawn["distinct_pairs"] < 1
 
 
 def test_a_sign_stops_at_its_target_loss(kind, tmp_path):

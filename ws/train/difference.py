@@ -239,7 +239,9 @@ def obtain_diff(
             record |= {f"held_out_loss_{sign}_{when}": log[f"heldout_loss_{when}"] for when in ("before", "after")}
             record |= {f"steps_{sign}": len(log["loss_trace"])}
         record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
-        record |= {"pairs_from": Path(config.pairs.file).name or "the base model"}
+        record |= {
+            "pairs_from": Path(config.pairs.file).name or ("its statements" if behavior.answers else "the base model")
+        }
     norm = w.total_norm()
     if norm == 0:
         raise ValueError(
