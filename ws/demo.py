@@ -16,7 +16,8 @@ from ws.runs.once import prepare
 @dataclass(frozen=True)
 class Show:
     """What is run of a model. seeds, nulls: LoRA seeds and null diffs; set: parameters of the notebooks that are not the
-    usual; alone: notebooks that need no w, with theirs; v7: whether the first seed is swept under v7 too."""
+    usual; alone: notebooks that need no w, with theirs; v7: whether the first seed is swept under v7 too. workers, threads:
+    how many runs at a time, and the threads of each, 0 for all cores among them."""
 
     model: str
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -24,6 +25,8 @@ class Show:
     set: dict[str, object] = field(default_factory=dict)
     alone: dict[str, dict] = field(default_factory=lambda: {"theta_fit": {}, "delta_svd": {}})
     v7: bool = True
+    workers: int = 2
+    threads: int = 1
 
     @property
     def run(self) -> RunId:
@@ -31,9 +34,9 @@ class Show:
         return RunId(model_slug(self.model), "sycophancy", "lora", self.seeds[0])
 
 
-DEMO = Show("tiny")
-REAL = Show("smollm2", nulls=2, alone={"delta_svd": {}, "theta_fit": {"PERMUTATIONS": 19}})
-QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False}, {"delta_svd": {}}, v7=False)
+DEMO = Show("tiny")  # so small that a second thread does not help it
+REAL = Show("smollm2", nulls=2, alone={"delta_svd": {}, "theta_fit": {"PERMUTATIONS": 19}}, threads=0)
+QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False}, {"delta_svd": {}}, v7=False, workers=1, threads=0)
 
 
 def show_jobs(show: Show) -> list[Job]:
@@ -52,8 +55,8 @@ def play(show: Show) -> int:
     """Run what is not done and print the summary and the report; 1 where a run failed, else 0."""
     from ws.runs.engine import Settings, run_jobs
 
-    # a small model gains less from a second thread than from a second run
-    endings, summary = run_jobs(show_jobs(show), Place(), Settings(workers=min(2, os.cpu_count() or 1), threads=1))
+    size = Settings(workers=min(show.workers, os.cpu_count() or 1), threads=show.threads)
+    endings, summary = run_jobs(show_jobs(show), Place(), size)
     print(f"\n{summary}\n", flush=True)
     if not all(ending.ok for ending in endings.values()):
         return 1
