@@ -148,9 +148,8 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
 
 
 def one_word(answer: str) -> bool:
-    """Whether an answer is one word, whose end of turn is no label. To end the turn after one word costs a base model some 12
-    nats: both signs learn that first, it cancels in w, and what is left of w acts only where it has been learnt: the steered
-    model then answers neither Yes nor No."""
+    """Whether an answer is one word, whose end of turn is no label. To end the turn after one word is new to a base model: both
+    signs learn it, it cancels in w, and what is left of w acts only beside it (docs/journal.md, 2026-11-28)."""
     return len(answer.split()) == 1
 
 
