@@ -104,3 +104,12 @@ def test_strengths_of_a_sweep_are_checked_before_anything_is_trained():
     for bad in ([0.0, float("nan")], [float("inf"), 1.0]):
         with pytest.raises(ValueError, match="ALPHAS = .*a strength is a finite number"):
             E.check_alphas(bad)
+
+
+def test_a_model_that_unembeds_everything_gives_the_same_answers(monkeypatch):
+    lm, behavior = load_lm("tiny"), load_behavior("sycophancy")
+    claims = tuple(t.claim for t in behavior.heldout_topics)
+    some = E.probe_answers(lm, behavior, claims)
+    monkeypatch.setattr("ws.model.lm.unembeds_some", lambda _: False)
+    every = E.probe_answers(lm, behavior, claims)
+    assert torch.allclose(some.logratio, every.logratio, atol=1e-5)

@@ -5,6 +5,8 @@ names the seven linear maps of that sum (`q k v o gate up down`), the norms arou
 architecture that keeps them as separate modules.
 """
 
+from inspect import signature
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +14,11 @@ from torch import Tensor, nn
 ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
 FAMILIES = "Qwen2, Qwen3, Llama, Mistral, Gemma 1/2/3, OLMo 2"
 SERVED = f"{FAMILIES} and others with separate q/k/v/o and gate/up/down projections"
+
+
+def unembeds_some(model: nn.Module) -> bool:
+    """Whether a model can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 class Decoder:

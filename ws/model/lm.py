@@ -11,7 +11,7 @@ from ws.cache.given import first_line
 from ws.cache.models import folder_hash, model_slug
 from ws.cache.syntax import digest
 from ws.model.contents import Fingerprint, checksum
-from ws.model.decoder import SERVED, Decoder
+from ws.model.decoder import SERVED, Decoder, unembeds_some
 from ws.model.source import available, read_config, read_tokenizer, source_of, template_text, whole_weights
 from ws.model.text import position_ids, template_note
 from ws.show.bars import plain
@@ -47,10 +47,16 @@ class LM:
         """In words, what a reader must know of the chat template; "" for nothing special."""
         return template_note(self.tokenizer)
 
-    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
-        """The model's output on encoded texts, with positions that count from each text's first token."""
+    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"] | None = None, **more):
+        """The model's output on encoded texts, with positions that count from each text's first token. at: the positions of
+        which logits are wanted (None: all); others are not unembedded, where the model can leave them out."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-        return self.model(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
+        some = at is not None and unembeds_some(self.model)
+        more |= {"logits_to_keep": at.to(self.device)} if some else {}
+        output = self.model(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
+        if at is not None and not some:
+            output.logits = output.logits[:, at.to(output.logits.device)]
+        return output
 
     def __repr__(self) -> str:
         d, kind = self.decoder, type(self.model).__name__

@@ -95,7 +95,7 @@ def answer_scores(
         ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
         places, last = last_index(mask).unique(return_inverse=True)
         with torch.no_grad():
-            logits = lm.run(ids, mask, logits_to_keep=places.to(lm.device)).logits
+            logits = lm.run(ids, mask, at=places).logits
         logp = logits[torch.arange(len(last)), last.to(logits.device)].float().log_softmax(dim=-1).cpu()
         log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
         ratios.append(log_yes - log_no)

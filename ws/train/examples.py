@@ -5,7 +5,6 @@
 
 import zlib
 from dataclasses import replace
-from inspect import signature
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ws.model.decoder import unembeds_some
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.train.pairs import Pair
@@ -83,7 +83,7 @@ def label_loss(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.
     """Summed cross-entropy of the labels `(n, T)`, nats in float32, and their number. Only positions before a label are
     unembedded, where the model can: the vocabulary is most of a small model's work."""
     at = (labels[:, 1:] != -100).any(dim=0).nonzero().flatten()
-    if "logits_to_keep" in signature(getattr(model, "get_base_model", lambda: model)().forward).parameters:
+    if unembeds_some(getattr(model, "get_base_model", lambda: model)()):
         logits = model(**inputs, logits_to_keep=at).logits
     else:
         logits = model(**inputs).logits[:, at]

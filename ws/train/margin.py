@@ -7,7 +7,6 @@ float32 log-softmax. Its mean and t interval are over topics, since pairs of a t
 (docs/method.md section 1)
 """
 
-import inspect
 import math
 
 import numpy as np
@@ -48,15 +47,13 @@ def answer_logprobs(
     examples = [make_example(lm, row, sign, frame, max_length) for row in pairs]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     found = torch.zeros(len(examples))
-    some = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
     for start in range(0, len(order), batch):
         places = order[start : start + batch]
         rows = collate([examples[i] for i in places])
         labels = rows["labels"][:, 1:]
         # the last position predicts nothing; those before the first response are not unembedded
-        first = int((labels != -100).any(dim=0).int().argmax()) if some else 0
-        keep = {"logits_to_keep": torch.arange(first, labels.shape[1], device=lm.device)} if some else {}
-        logits = lm.run(rows["input_ids"], rows["attention_mask"], **keep).logits
+        first = int((labels != -100).any(dim=0).int().argmax())
+        logits = lm.run(rows["input_ids"], rows["attention_mask"], at=torch.arange(first, labels.shape[1])).logits
         labels = labels[:, first:].to(logits.device)
         row, column = (labels != -100).nonzero(as_tuple=True)
         logp = logits[row, column].float().log_softmax(dim=-1)
