@@ -17,6 +17,9 @@ import ws.steer.weights as steer
 from ws.model.guard import MARKS, Guarded
 from ws.steer.weights import weight_steer
 
+# an interrupt that is raised while the measuring of coverage holds its lock leaves it locked: all later tests would hang
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.fixture(autouse=True)
 def pythons_own_handler():
@@ -47,8 +50,9 @@ def nested(model, w, v):
                 pass
 
 
-def bombard(model, tries: int, seconds: float) -> dict[str, int]:
-    """Interrupts at random moments between before and after `nested`; how many were raised where."""
+def bombard(model, tries: int, each: int, seconds: float) -> dict[str, int]:
+    """At least `tries` interrupts at random moments between before and after `nested`, until `each` were raised in entering and
+    in leaving, as long as `seconds` last; how many were raised where."""
     w, v = diff_for(model, 0.3), diff_for(model, 0.2, seed=9, roles=("o_proj", "gate_proj"))
     before, rng, landed = bits(model), random.Random(0), {"__enter__": 0, "__exit__": 0, "body": 0, "after": 0}
     times = []
@@ -65,7 +69,9 @@ def bombard(model, tries: int, seconds: float) -> dict[str, int]:
     interval = sys.getswitchinterval()  # half of the delays aim at the last quarter, for leaving is short
     sys.setswitchinterval(1e-6)
     try:
-        while sum(landed.values()) < tries and time.perf_counter() - start < seconds:
+        while time.perf_counter() - start < seconds:
+            if sum(landed.values()) >= tries and min(landed["__enter__"], landed["__exit__"]) >= each:
+                break
             sender = threading.Thread(target=interrupt, args=(rng.uniform(rng.choice((0, 0.75)) * span, 1.1 * span),))
             try:
                 sender.start()
@@ -94,9 +100,8 @@ def where(trace) -> str:
 
 
 def test_five_hundred_interrupts_at_random_moments(model):
-    landed = bombard(model, 500, 60.0)
-    total = sum(landed.values())
-    assert total >= 100 and landed["__enter__"] > 0.03 * total and landed["__exit__"] > 0.03 * total, landed
+    landed = bombard(model, 500, 20, 120.0)
+    assert sum(landed.values()) >= 100 and min(landed["__enter__"], landed["__exit__"]) >= 20, landed
 
 
 class Stepper:
