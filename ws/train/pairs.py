@@ -24,7 +24,7 @@ from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.show.bars import tqdm
-from ws.train.written import read_written, split_written
+from ws.train.written import Written, read_written, split, split_written
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
 
@@ -121,28 +121,18 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     """The pairs of `cfg.file` as training has them: `topic` and `persona` number the file's topics and wordings in the
     order in which they are there first, so that a draw stays within both; `sample` is the line. An answer of `one_word` counts
     as cut. (docs/method.md section 1)"""
-    parts, everything = split_written(cfg.file, behavior, cfg.topics, cfg.seed), read_written(cfg.file)
+    everything = read_written(cfg.file)
     topics, wordings = (
         {text: i for i, text in enumerate(dict.fromkeys(texts))}
         for texts in ([row.topic for row in everything], [row.wording for row in everything])
     )
-    train, held = (
-        tuple(
-            Pair(
-                topics[r.topic],
-                wordings[r.wording],
-                r.line,
-                r.user,
-                r.response_pos,
-                r.response_neg,
-                one_word(r.response_pos),
-                one_word(r.response_neg),
-            )  # fmt: skip
-            for r in part
-            if not r.identical
-        )
-        for part in parts
-    )
+
+    def pair(row: Written) -> Pair:
+        sides = row.response_pos, row.response_neg
+        return Pair(topics[row.topic], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
+
+    parts = split(everything, cfg.file, behavior, cfg.topics, cfg.seed)
+    train, held = (tuple(pair(row) for row in part if not row.identical) for part in parts)
     used = sum(map(len, parts))
     return Pairs(train, used, 0, used - len(train) - len(held), held)
 

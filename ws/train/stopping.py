@@ -1,7 +1,7 @@
 """When a training has learnt enough: the held-out loss, looked at as it goes.
 
-Two signs of one behaviour are not learnt equally fast: the one that the base model leans to reaches a loss of .02 where the
-other is at .4 after as many steps. Stopped at one loss they have learnt alike. (docs/method.md section 2)
+Two signs of one behaviour are not learnt equally fast: the base model leans to one of them. Stopped at one loss they have
+learnt alike. (docs/method.md section 2)
 """
 
 from ws.train.examples import response_loss

@@ -87,7 +87,14 @@ def split_written(
     """(what may be trained on, what is never trained on) of a file of pairs, identical sides in both. topics: how many
     topics are trained on, from the file's first on (None: all). seed: of the draw where the behaviour decides nothing.
     ValueError where a part has no usable pair, or the file has not so many topics."""
-    rows, path = read_written(name), pairs_file(name)
+    return split(read_written(name), name, behavior, topics, seed)
+
+
+def split(
+    rows: tuple[Written, ...], name: str, behavior: Behavior, topics: int | None = None, seed: int = 0
+) -> tuple[tuple[Written, ...], tuple[Written, ...]]:
+    """`split_written` of the rows that were read."""
+    path = pairs_file(name)
     held = _held_out(rows, behavior, seed)
     parts = [tuple(row for row in rows if (row.line in held) is out) for out in (False, True)]
     there = list(dict.fromkeys(row.topic for row in parts[0] if row.topic))
