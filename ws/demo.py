@@ -23,7 +23,7 @@ class Show:
     seeds: tuple[int, ...] = (0, 1, 2)
     nulls: int = 5
     set: dict[str, object] = field(default_factory=dict)
-    alone: dict[str, dict] = field(default_factory=lambda: {"theta_fit": {}, "delta_svd": {}})
+    alone: dict[str, dict] = field(default_factory=lambda: {"theta_fit": {}, "delta_svd": {}}, threads=0)
     v7: bool = True
     workers: int = 2
     threads: int = 1
@@ -35,7 +35,9 @@ class Show:
 
 
 DEMO = Show("tiny")  # so small that a second thread does not help it
-REAL = Show("smollm2", nulls=2, alone={"delta_svd": {}, "theta_fit": {"PERMUTATIONS": 19}}, threads=0)
+REAL = Show(
+    "smollm2", (0, 1, 2), 1, {"CORRECTIONS": False}, {"theta_fit": {"PERMUTATIONS": 19}, "delta_svd": {}}, threads=0
+)
 QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False}, {"delta_svd": {}}, v7=False, workers=1, threads=0)
 
 
