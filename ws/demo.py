@@ -23,7 +23,7 @@ class Show:
     seeds: tuple[int, ...] = (0, 1, 2)
     nulls: int = 5
     set: dict[str, object] = field(default_factory=dict)
-    alone: dict[str, dict] = field(default_factory=lambda: {"theta_fit": {}, "delta_svd": {}}, threads=0)
+    alone: dict[str, dict] = field(default_factory=lambda: {"theta_fit": {}, "delta_svd": {}})
     v7: bool = True
     workers: int = 2
     threads: int = 1
