@@ -175,6 +175,22 @@ def test_a_system_prompt_that_the_template_puts_by_itself_is_told(tokenizer):
     assert template_text("plain").startswith("{{ bos_token }}")
 
 
+def test_an_answered_turn_that_the_template_puts_first_is_told_and_not_trained(model_folder):
+    """examples/one_turn.jinja: shown once what an answer looks like, a model need not learn it."""
+    from ws.train.examples import make_example
+    from ws.train.pairs import Pair
+
+    one_turn = Path(__file__).parents[1] / "examples" / "one_turn.jinja"
+    lm = ws.load_lm(str(model_folder("llama")), chat_template=str(one_turn))
+    assert "I drink water." in lm.chat and "answered turn" in lm.chat
+    prompt = chat_text(lm.tokenizer, "Is it so?")
+    assert prompt.count("<|im_start|>assistant") == 2 and prompt.index("Yes<|im_end|>") < prompt.index("Is it so?")
+    assert "water" not in chat_text(lm.tokenizer, "Is it so?", "You are Bob")
+    example = make_example(lm, Pair(0, 0, 0, "Is it so?", "No", "Yes", True), "pos", answer_frame(lm.tokenizer), 512)
+    assert lm.tokenizer.decode([t for t in example["labels"] if t != -100]) == "No"
+    assert lm.tokenizer.decode(example["input_ids"]).startswith(prompt)
+
+
 def test_an_answer_is_trained_where_the_template_puts_it(model_folder):
     """`Assistant: Yes`, with the blank: the token that the model is asked for, and its end of turn."""
     from ws.train.examples import make_example

@@ -67,14 +67,22 @@ def default_system(tokenizer) -> str:
     return bare[len(before) : bare.rindex(between)].strip()
 
 
+def earlier_turn(tokenizer) -> str:
+    """What a chat template puts before a question where that holds an answered turn of its own; "" where it does not."""
+    before, _, after = chat_text(tokenizer, "the question").partition("the question")
+    return before.strip() if after.strip() and after in before else ""
+
+
 def template_note(tokenizer) -> str:
-    """In words, what a reader must know of a chat template: that it is the plain one, or that it puts a system prompt of its
-    own where none is given. "" otherwise."""
+    """In words, what a reader must know of a chat template: that it is the plain one, or that it puts a system prompt or an
+    answered turn of its own where none is given. "" otherwise."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return "none: texts are read raw"
     if template == PLAIN_TEMPLATE:
         return "plain, as the model has none: User: ... Assistant: ..."
+    if turn := earlier_turn(tokenizer):
+        return f"an answered turn stands before each question: {' '.join(turn.split())}"
     system = default_system(tokenizer)
     return f"its own; where no system prompt is given it puts: {system}" if system else ""
 
