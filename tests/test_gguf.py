@@ -1,5 +1,7 @@
 """Models in GGUF files, under names of this project's own, and base models without a chat template."""
 
+from pathlib import Path
+
 import pytest
 import torch
 

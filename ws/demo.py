@@ -36,7 +36,12 @@ class Show:
 
 DEMO = Show("tiny")  # so small that a second thread does not help it
 REAL = Show(
-    "smollm2", (0, 1, 2), 1, {"CORRECTIONS": False}, {"theta_fit": {"PERMUTATIONS": 19}, "delta_svd": {}}, threads=0
+    "smollm2",
+    (0, 1, 2),
+    1,
+    {"CORRECTIONS": False},
+    {"theta_fit": {"PERMUTATIONS": 5, "CONTROL_HEADS": ["unconditional"], "BETAS": [0.0, 0.25]}, "delta_svd": {}},
+    threads=0,
 )
 QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False}, {"delta_svd": {}}, v7=False, workers=1, threads=0)
 
