@@ -79,7 +79,7 @@ def test_what_is_no_gguf_or_of_another_architecture_is_one_line(llama, tokenizer
     strange = write_gguf(llama, tokenizer, tmp_path / "strange.gguf", architecture="rwkv9")
     with pytest.raises(ValueError, match=r"strange.gguf cannot be dequantised: .*rwkv9") as error:
         ws.load_lm(str(strange))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"MODEL_ID '{strange}'")
     whole = write_gguf(llama, tokenizer, tmp_path / "cut.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut.gguf cannot be dequantised"):
@@ -89,10 +89,42 @@ def test_what_is_no_gguf_or_of_another_architecture_is_one_line(llama, tokenizer
     assert not list(out.glob("*/cache/model"))
 
 
+class Part:
+    """A model some of whose tensors are left out, or are others."""
+
+    def __init__(self, model, **others):
+        self.config, self.tensors = model.config, model.state_dict()
+        for name, tensor in others.items():
+            full = next(key for key in self.tensors if key.endswith(f"{name}.weight"))
+            if tensor is None:
+                del self.tensors[full]
+            else:
+                self.tensors[full] = tensor
+
+    def state_dict(self):
+        return self.tensors
+
+
+@pytest.mark.parametrize(
+    ("others", "architecture", "told"),
+    [
+        ({"up_proj": None}, "llama", r"its weights lack model.layers.0.mlp.up_proj.weight \(1 such"),
+        ({"model.norm": None}, "llama", r"its weights lack model.norm.weight \(1 such"),
+        ({}, "qwen2", r"its weights lack model.layers.0.self_attn.k_proj.bias \(9 such"),
+        ({"up_proj": torch.zeros(17, 64)}, "llama", r"up_proj.weight has shape \(17, 64\), its config .* \(128, 64\)$"),
+    ],
+)
+def test_a_gguf_file_that_lacks_weights_is_no_model(llama, tokenizer, out, tmp_path, others, architecture, told):
+    path = write_gguf(Part(llama, **others), tokenizer, tmp_path / "less.gguf", architecture=architecture)
+    with pytest.raises(ValueError, match=rf"^MODEL_ID '{path}': .*{told}") as error:
+        ws.load_lm(str(path))
+    assert "\n" not in str(error.value) and not list(out.glob("*/cache/model"))
+
+
 def test_a_killed_conversion_leaves_nothing_that_counts(llama, tokenizer, out, tmp_path, monkeypatch):
     path = write_gguf(llama, tokenizer, tmp_path / "small.gguf")
 
-    def killed(parts, folder, name):
+    def killed(parts, folder, where):
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 

@@ -12,6 +12,7 @@ from ws.cache.models import folder_hash, model_slug
 from ws.cache.syntax import digest
 from ws.model.contents import Fingerprint, checksum
 from ws.model.decoder import SERVED, Decoder, unembeds_some
+from ws.model.gguf import check_loaded
 from ws.model.source import available, read_config, read_tokenizer, source_of, template_text, whole_weights
 from ws.model.text import position_ids, template_note
 from ws.show.bars import plain
@@ -142,14 +143,14 @@ def load_lm(
     sketch = _sketch(model_id, source, revision, chat_template)
     placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     options = {"device_map": None if placement == "cpu" else placement, "revision": revision}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True, **options
+            source, dtype=DTYPES[dtype], trust_remote_code=False, **options
         )
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"MODEL_ID {model_id!r}: its weights cannot be loaded: {first_line(error)}") from error
-    if lacking := sorted(info["missing_keys"]):
-        raise ValueError(f"MODEL_ID {model_id!r}: its weights lack {lacking[0]} ({len(lacking)} such names)")
+    check_loaded(info, f"MODEL_ID {model_id!r}")
     model.eval()
     commit = getattr(model.config, "_commit_hash", None) or revision
     # a hub model's files may have been changed in its cache: what was read counts too

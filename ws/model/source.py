@@ -14,7 +14,7 @@ from ws.model.text import PLAIN_TEMPLATE
 def source_of(model_id: str) -> str:
     """What transformers is given: a folder's path, or a hub id. A GGUF file is dequantised first, where it was not yet."""
     if parts := gguf_parts(model_id):
-        return str(gguf_folder(parts, model_slug(model_id)))
+        return str(gguf_folder(parts, model_id, model_slug(model_id)))
     return hub_id(model_id) or str(model_files(model_id)[0])
 
 
