@@ -1,5 +1,6 @@
 """Models in GGUF files, under names of this project's own, and base models without a chat template."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,19 @@ def test_quantised_weights_are_what_they_dequantise_to(llama, tokenizer, out, tm
     assert (lm.model.model.layers[1].mlp.down_proj.weight.detach().numpy() == right).all()
 
 
-def test_it_is_converted_once_and_anew_when_the_file_changes(llama, tokenizer, out, tmp_path):
+def test_it_is_converted_once_and_anew_when_the_file_changes(llama, tokenizer, out, tmp_path, monkeypatch):
     path = write_gguf(llama, tokenizer, tmp_path / "small.gguf")
     first = ws.load_lm(str(path))
     weights = out / first.name / "cache" / "model" / "model.safetensors"
     inode = weights.stat().st_ino
     again = ws.load_lm(str(path))
     assert again.fingerprint == first.fingerprint and again.name == first.name and weights.stat().st_ino == inode
+    monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda: True)
+    damaged = weights.read_bytes()[:-1]
+    for spoil in (lambda: shutil.rmtree(weights.parent), lambda: weights.write_bytes(damaged)):
+        spoil()
+        assert ws.load_lm(str(path)).fingerprint == first.fingerprint  # made anew, it is the same model
+    assert weights.stat().st_ino != inode
     other = random_model("llama", d=64, seed=1)
     changed = ws.load_lm(str(write_gguf(other, tokenizer, path)))
     assert changed.name != first.name and changed.fingerprint != first.fingerprint

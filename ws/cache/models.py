@@ -108,9 +108,10 @@ def model_path(model_id: str) -> Path | None:
 
 
 def folder_hash(folder: Path) -> str:
-    """Hash of a model folder's config, weights, tokenizer and chat template: all bytes, hashed once per file."""
+    """Hash of a model folder's config, weights, tokenizer and chat template: all bytes, hashed once per file. Hidden files,
+    such as the record of when a GGUF file was dequantised, are no part of the model."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: not a model folder, config.json is missing")
     kinds = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
-    files = sorted({file for kind in kinds for file in folder.glob(kind)})
+    files = sorted({file for kind in kinds for file in folder.glob(kind) if not file.name.startswith(".")})
     return digest("\n".join(f"{file.name} {file_key(file)}" for file in files).encode())

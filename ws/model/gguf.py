@@ -68,7 +68,8 @@ def convert(parts: list[Path], folder: Path, where: str) -> None:
                     with part.open("rb") as handle:
                         shutil.copyfileobj(handle, to, 1 << 24)
         source = {"pretrained_model_name_or_path": str(whole.parent), "gguf_file": whole.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # the tokenizer's file says whether it was asked for offline: always, so that two conversions are the same bytes
+        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         read, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **options)
     except Exception as error:  # whatever the readers of a stranger's file end with
