@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ws
-from tests.conftest import random_model
+from tests.conftest import CHATML, random_model
 from ws.cache import models
 from ws.model.source import template_text
 from ws.model.text import answer_frame, chat_text, default_system, encode, template_note
@@ -186,13 +186,14 @@ def test_a_base_model_gets_a_template_only_where_it_is_asked_for(model_folder, t
     assert chat_text(plain.tokenizer, "hi", "be kind") == "be kind\n\nUser: hi\nAssistant:"
     end = plain.tokenizer.eos_token
     assert chat_text(plain.tokenizer, "hi", assistant="Yes") == f"User: hi\nAssistant: Yes{end}\n"
-    assert answer_frame(plain.tokenizer) == (" ", end) and plain.chat.startswith("plain")
+    assert answer_frame(plain.tokenizer) == (" ", end) and plain.chat.startswith("plain, as the model has none")
     assert plain.fingerprint != lm.fingerprint and "template" in plain.fingerprint
     with pytest.raises(FileNotFoundError, match="CHAT_TEMPLATE 'none.jinja'"):
         ws.load_lm(str(folder), chat_template="none.jinja")
     own = tmp_path / "mine.jinja"
     own.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    assert chat_text(ws.load_lm(str(folder), chat_template=str(own)).tokenizer, "hi") == "[hi]"
+    given = ws.load_lm(str(folder), chat_template=str(own))
+    assert chat_text(given.tokenizer, "hi") == "[hi]" and given.chat == "given: mine.jinja"
 
 
 def test_a_run_with_another_template_has_a_folder_of_its_own(tmp_path):
@@ -213,6 +214,9 @@ def test_a_system_prompt_that_the_template_puts_by_itself_is_told(tokenizer):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     assert default_system(tok) == "You are Bob" and "You are Bob" in template_note(tok)
+    assert template_note(tok) == "its own; where no system prompt is given it puts: You are Bob"
+    tok.chat_template = tok.chat_template.replace("You are Bob", "Say your question and your answer")
+    assert default_system(tok) == "Say your question and your answer"
     assert template_text("plain").startswith("{{ bos_token }}")
 
 
@@ -223,13 +227,72 @@ def test_an_answered_turn_that_the_template_puts_first_is_told_and_not_trained(m
 
     one_turn = Path(__file__).parents[1] / "examples" / "one_turn.jinja"
     lm = ws.load_lm(str(model_folder("llama")), chat_template=str(one_turn))
-    assert "I drink water." in lm.chat and "answered turn" in lm.chat
+    assert lm.chat.startswith("given: one_turn.jinja; an answered turn stands") and "I drink water." in lm.chat
     prompt = chat_text(lm.tokenizer, "Is it so?")
     assert prompt.count("<|im_start|>assistant") == 2 and prompt.index("Yes<|im_end|>") < prompt.index("Is it so?")
     assert "water" not in chat_text(lm.tokenizer, "Is it so?", "You are Bob")
     example = make_example(lm, Pair(0, 0, 0, "Is it so?", "No", "Yes", True), "pos", answer_frame(lm.tokenizer), 512)
     assert lm.tokenizer.decode([t for t in example["labels"] if t != -100]) == "No"
     assert lm.tokenizer.decode(example["input_ids"]).startswith(prompt)
+
+
+def test_the_words_of_a_template_are_not_taken_for_those_of_a_conversation(tokenizer):
+    import copy
+
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = (
+        "{% for m in messages %}the question, a question: {{ m['content'] }} the question, my answer.{% endfor %}"
+    )
+    assert answer_frame(tok)[1] == "the question, my answer." and template_note(tok) == ""
+    tok.chat_template = "the answer is no{% if messages %}{% endif %}"
+    with pytest.raises(ValueError, match="leaves out or changes the answer's text"):
+        answer_frame(tok)
+
+
+def test_a_report_says_which_template_was_given(tmp_path):
+    assert ws.load_lm("tiny").chat == ""
+    assert ws.load_lm("tiny", chat_template="plain").chat.startswith("plain, in place of the model's own: User:")
+    bob = tmp_path / "bob.jinja"
+    bob.write_text(
+        "{% if messages[0]['role'] != 'system' %}<s>You are Bob</s>\n{% endif %}"
+        + CHATML.replace(
+            "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>",
+            "<{{ m['role'][0] }}>{{ m['content'] }}</{{ m['role'][0] }}>",
+        )
+    )
+    said = ws.load_lm("tiny", chat_template=str(bob)).chat
+    assert said == "given: bob.jinja; where no system prompt is given it puts: You are Bob"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the file is blank"),
+        ("\ufeff \n", "the file is blank"),
+        ("{% for m in messages %}{{ m.content }", "no Jinja template that renders: line 1: "),
+        ("{{ nothing.at.all }}", "no Jinja template that renders: 'nothing' is undefined"),
+        ("{# nothing #} ", "leaves out or changes the user's text"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "leaves out or changes the user's text"),
+        ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "leaves out or changes the user's text"),
+        ("{{ messages[0].content }} answer", "leaves out or changes the assistant's text"),
+    ],
+)
+def test_a_template_that_is_none_is_one_line_before_a_kernel_starts(tmp_path, text, told):
+    from ws.ready import check_inputs
+
+    file = tmp_path / "mine.jinja"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"^CHAT_TEMPLATE '{file}': {told}") as error:
+        check_inputs("weight_diff", {"MODEL_ID": "tiny", "CHAT_TEMPLATE": str(file)})
+    assert "\n" not in str(error.value)
+
+
+def test_the_mark_of_a_files_byte_order_is_no_part_of_a_template(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("\ufeff" + CHATML)
+    assert template_text(str(file)) == CHATML
+    with pytest.raises(FileNotFoundError, match="^CHAT_TEMPLATE .{% for .*neither plain nor a file"):
+        template_text(CHATML * 20)
 
 
 def test_an_answer_is_trained_where_the_template_puts_it(model_folder):

@@ -1,6 +1,6 @@
 """Loading a causal language model: from the hub, a folder, a GGUF file, or under a name of this project's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 class LM:
     """A loaded causal LM with its tokenizer, its `Decoder` view, its folder-safe name, and a fingerprint of its weights
     and dtype for keys of what is computed from it: the hub's commit or a folder's content, and what changed in memory
-    since (`ws.model.contents`); "" keeps nothing on disk.
+    since (`ws.model.contents`); "" keeps nothing on disk. template: which chat template was given, in words; "" for none.
 
     Example:
         >>> import ws
@@ -38,6 +38,7 @@ class LM:
     decoder: Decoder
     name: str
     fingerprint: str = Fingerprint()
+    template: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +47,7 @@ class LM:
     @property
     def chat(self) -> str:
         """In words, what a reader must know of the chat template; "" for nothing special."""
-        return template_note(self.tokenizer)
+        return template_note(self.tokenizer, self.template)
 
     def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"] | None = None, **more):
         """The model's output on encoded texts, with positions that count from each text's first token. at: the positions of
@@ -110,8 +111,8 @@ def _sketch(model_id: str, source: str, revision: str | None, chat_template: str
         raise ValueError(f"{where}: its config.json describes no {kind}: {first_line(error)}") from error
     decoder = Decoder(model)
     whole_weights(source, revision)
-    tokenizer = read_tokenizer(model_id, source, revision, chat_template)
-    return LM(model, tokenizer, decoder, model_slug(model_id))
+    tokenizer, told = read_tokenizer(model_id, source, revision, chat_template)
+    return LM(model, tokenizer, decoder, model_slug(model_id), template=told)
 
 
 @plain()
@@ -156,4 +157,5 @@ def load_lm(
     # a hub model's files may have been changed in its cache: what was read counts too
     content = folder_hash(Path(source)) if Path(source).is_dir() else f"{commit}-{checksum(model)[:8]}"
     told = f"/template-{digest(sketch.tokenizer.chat_template.encode())[:8]}" if chat_template else ""
-    return LM(model, sketch.tokenizer, Decoder(model), sketch.name, f"{content}/{model.dtype}{told}")
+    fingerprint = f"{content}/{model.dtype}{told}"
+    return replace(sketch, model=model, decoder=Decoder(model), fingerprint=fingerprint)
