@@ -93,7 +93,11 @@ def test_what_is_no_gguf_or_of_another_architecture_is_one_line(llama, tokenizer
         ws.load_lm(str(tmp_path / "cut.gguf"))
     with pytest.raises(FileNotFoundError, match="no such GGUF file"):
         ws.load_lm(str(tmp_path / "absent.gguf"))
-    assert not list(out.glob("*/cache/model"))
+    with pytest.raises(
+        ValueError, match=rf"^MODEL_ID '{tmp_path}/fused.gguf': Phi3ForCausalLM: .* lacks .*; served are"
+    ):
+        ws.load_lm(str(write_gguf(llama, tokenizer, tmp_path / "fused.gguf", architecture="phi3")))
+    assert not out.exists() or not list(out.iterdir())
 
 
 class Part:
@@ -125,7 +129,18 @@ def test_a_gguf_file_that_lacks_weights_is_no_model(llama, tokenizer, out, tmp_p
     path = write_gguf(Part(llama, **others), tokenizer, tmp_path / "less.gguf", architecture=architecture)
     with pytest.raises(ValueError, match=rf"^MODEL_ID '{path}': .*{told}") as error:
         ws.load_lm(str(path))
-    assert "\n" not in str(error.value) and not list(out.glob("*/cache/model"))
+    assert "\n" not in str(error.value) and not list(out.iterdir())
+
+
+def test_a_suffix_in_capitals_is_one(llama, tokenizer, out, tmp_path):
+    from ws.runs.notebooks import Place
+    from ws.runs.once import prepare
+
+    path = write_gguf(llama, tokenizer, tmp_path / "SMALL.GGUF")
+    assert ws.load_lm(str(path)).name.startswith("SMALL-")
+    assert prepare("theta_fit", {"MODEL_ID": str(path)}, place=Place(out=out)).params["MODEL_ID"] == str(path)
+    with pytest.raises(FileNotFoundError, match="NONE.GGUF': no such GGUF file"):
+        ws.load_lm(str(tmp_path / "NONE.GGUF"))
 
 
 def test_a_killed_conversion_leaves_nothing_that_counts(llama, tokenizer, out, tmp_path, monkeypatch):

@@ -96,11 +96,11 @@ def model_path(model_id: str) -> Path | None:
     """The local folder or GGUF file that a model's name means, None for a hub id. FileNotFoundError for what can be none."""
     try:
         path = Path(model_id).expanduser()
-        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        if path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file()):
             return path
     except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, a NUL
         pass
-    if model_id.endswith(".gguf"):
+    if model_id.lower().endswith(".gguf"):
         raise FileNotFoundError(f"MODEL_ID {model_id[:200]!r}: no such GGUF file")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", model_id, re.ASCII):
         raise FileNotFoundError(f"MODEL_ID {model_id[:200]!r}: no such model folder, and no hub id (owner/name)")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ws.cache.given import first_line
 from ws.cache.keys import stage_key
-from ws.cache.made import made
+from ws.cache.made import clear_failure, made
 from ws.cache.names import cache_folder
 from ws.cache.records import tell
+from ws.model.decoder import Decoder
 from ws.show.bars import plain
 
 NEEDS = "reading GGUF needs the package gguf: pip install gguf"
@@ -28,7 +29,11 @@ def gguf_folder(parts: list[Path], model_id: str, name: str) -> Path:
         tell(f"{name}: {parts[0].name} is dequantised into {folder}, once; that takes a minute or two")
         convert(parts, to, f"MODEL_ID {model_id!r}")
 
-    made(folder, stage_key({"model": name}, inputs=parts, code=["ws.model.gguf.convert"]), make, folder=True)
+    try:
+        made(folder, stage_key({"model": name}, inputs=parts, code=["ws.model.gguf.convert"]), make, folder=True)
+    finally:
+        if not folder.exists():
+            clear_failure(folder)
     return folder
 
 
@@ -77,6 +82,10 @@ def convert(parts: list[Path], folder: Path, where: str) -> None:
     finally:
         if len(parts) > 1:
             whole.unlink(missing_ok=True)
+    try:
+        Decoder(read)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     check_loaded(info, where)
     config = read.config
     del config.quantization_config

@@ -145,7 +145,7 @@ def _absent(values: Params) -> list[str]:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         if not path.exists():
             found.append(f"MODEL_ID: {model}: no such model folder")
-        elif path.is_file() and path.suffix != ".gguf":
+        elif path.is_file() and path.suffix.lower() != ".gguf":
             found.append(f"MODEL_ID: {model}: not a model folder, and no .gguf file")
         elif path.is_dir() and not (path / "config.json").is_file():
             found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")
