@@ -9,6 +9,7 @@ import torch
 import ws
 from tests.conftest import CHATML, random_model
 from ws.cache import models
+from ws.cache.keys import file_key
 from ws.model.source import template_text
 from ws.model.text import answer_frame, chat_text, default_system, encode, template_note
 from ws.runs.folders import run_id
@@ -138,7 +139,7 @@ def test_a_suffix_in_capitals_is_one(llama, tokenizer, out, tmp_path):
 
     path = write_gguf(llama, tokenizer, tmp_path / "SMALL.GGUF")
     assert ws.load_lm(str(path)).name.startswith("SMALL-")
-    assert prepare("theta_fit", {"MODEL_ID": str(path)}, place=Place(out=out)).params["MODEL_ID"] == str(path)
+    assert prepare("theta_fit", {"MODEL_ID": str(path)}, place=Place(out=out)).values["MODEL_ID"] == str(path)
     with pytest.raises(FileNotFoundError, match="NONE.GGUF': no such GGUF file"):
         ws.load_lm(str(tmp_path / "NONE.GGUF"))
 
@@ -213,9 +214,30 @@ def test_a_base_model_gets_a_template_only_where_it_is_asked_for(model_folder, t
 
 def test_a_run_with_another_template_has_a_folder_of_its_own(tmp_path):
     own = tmp_path / "mine.jinja"
-    own.write_text("{{ messages[0]['content'] }}")
+    own.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     names = [run_id({"MODEL_ID": "tiny", "CHAT_TEMPLATE": t}).model for t in ("", "plain", str(own))]
-    assert names[:2] == ["tiny", "tiny.plain"] and names[2].startswith("tiny.mine-")
+    assert names[:2] == ["tiny", "tiny.plain"] and names[2] == f"tiny.mine-{file_key(own)[:8]}"
+    loaded = [ws.load_lm("tiny", chat_template=t) for t in ("", "plain", str(own))]
+    assert [lm.name for lm in loaded] == names
+
+
+def test_python_trains_with_another_template_where_the_command_does(out, monkeypatch):
+    """No training: only the folder that it takes."""
+    from ws.runs.folders import seed_folder
+    from ws.train import difference
+    from ws.train.lora import TrainConfig
+    from ws.train.pairs import PairConfig, Pairs
+
+    def first(folder, **_):
+        raise InterruptedError(str(folder))
+
+    monkeypatch.setattr(difference, "lock", first)
+    monkeypatch.setattr(difference, "make_pairs", lambda *_: Pairs((), 0, 0, 0))
+    config = TrainConfig(PairConfig(samples=4), lr=5e-3)  # tiny's own: no part of the folder's name
+    for template in ("", "plain"):
+        folder = seed_folder({"MODEL_ID": "tiny", "CHAT_TEMPLATE": template}, out)
+        with pytest.raises(InterruptedError, match=f"^{folder}$"):
+            ws.train_diff(ws.load_lm("tiny", chat_template=template), "sycophancy", config=config, progress=False)
 
 
 def test_a_system_prompt_that_the_template_puts_by_itself_is_told(tokenizer):

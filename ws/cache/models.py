@@ -7,6 +7,7 @@ a .gguf file            one file, quantised or not
 anything else           a hub id, owner/name
 """
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -90,6 +91,16 @@ def model_slug(model_id: str) -> str:
     if path.is_file():
         return f"{slug(path.resolve().stem)}-{file_key(path)[:8]}"
     return f"{slug(path.resolve().name)}-{folder_hash(path)[:8]}"
+
+
+def model_name(model_id: str, revision: str = "", chat_template: str = "") -> str:
+    """The name under which results of a model go: its slug, and what else was asked for: a revision, a chat template
+    (`plain`, or a file's name and 8 digits of its content)."""
+    name = model_slug(model_id) + (f".{slug(revision)}" if revision else "")
+    if chat_template:
+        path = Path(chat_template).expanduser()
+        name += f".{slug(path.stem)}-{file_key(path)[:8]}" if os.path.isfile(path) else f".{slug(chat_template)}"
+    return name
 
 
 def model_path(model_id: str) -> Path | None:

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ws.cache.given import first_line
-from ws.cache.models import folder_hash, model_slug
+from ws.cache.models import folder_hash, model_name, model_slug
 from ws.cache.syntax import digest
 from ws.model.contents import Fingerprint, checksum
 from ws.model.decoder import SERVED, Decoder, unembeds_some
@@ -22,9 +22,11 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class LM:
-    """A loaded causal LM with its tokenizer, its `Decoder` view, its folder-safe name, and a fingerprint of its weights
-    and dtype for keys of what is computed from it: the hub's commit or a folder's content, and what changed in memory
-    since (`ws.model.contents`); "" keeps nothing on disk. template: which chat template was given, in words; "" for none.
+    """A loaded causal LM with its tokenizer, its `Decoder` view, the name under which its results go (`model_name` of
+    `ws.cache.models`), and a fingerprint of its weights and dtype for keys of what is computed from it: the hub's commit or
+    a folder's content, and what changed in memory since (`ws.model.contents`); "" keeps nothing on disk. template: which
+    chat template was given, in words; "" for none. slug: the name without revision and template, by which `nbs/params`
+    knows the model.
 
     Example:
         >>> import ws
@@ -39,6 +41,7 @@ class LM:
     name: str
     fingerprint: str = Fingerprint()
     template: str = ""
+    slug: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +115,8 @@ def _sketch(model_id: str, source: str, revision: str | None, chat_template: str
     decoder = Decoder(model)
     whole_weights(source, revision)
     tokenizer, told = read_tokenizer(model_id, source, revision, chat_template)
-    return LM(model, tokenizer, decoder, model_slug(model_id), template=told)
+    name = model_name(model_id, revision or "", chat_template)
+    return LM(model, tokenizer, decoder, name, template=told, slug=model_slug(model_id))
 
 
 @plain()
