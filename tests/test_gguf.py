@@ -221,6 +221,18 @@ def test_a_run_with_another_template_has_a_folder_of_its_own(tmp_path):
     assert [lm.name for lm in loaded] == names
 
 
+def test_a_template_is_looked_for_where_it_was_typed_and_counts_by_what_it_holds(tmp_path, monkeypatch, out):
+    from ws.runs.identity import input_keys
+    from ws.runs.once import prepare
+
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    values = prepare("weight_diff", {"CHAT_TEMPLATE": "mine.jinja"}, cwd=tmp_path).values
+    assert values["CHAT_TEMPLATE"] == str(tmp_path / "mine.jinja")
+    assert values["CHAT_TEMPLATE"] in input_keys("weight_diff", values, out)
+    (tmp_path / "plain").write_text(CHATML)
+    assert prepare("weight_diff", {"CHAT_TEMPLATE": "plain"}, cwd=tmp_path).values["CHAT_TEMPLATE"] == "plain"
+
+
 def test_python_trains_with_another_template_where_the_command_does(out, monkeypatch):
     """No training: only the folder that it takes."""
     from ws.runs.folders import seed_folder
