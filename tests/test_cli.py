@@ -93,6 +93,17 @@ def test_a_full_disk_is_told_in_a_line(monkeypatch, capsys):
         cli.main(["nb", "probe"])
 
 
+@pytest.mark.parametrize("words", [["real", "--help"], ["nb", "delta_svd", "--help"]])
+def test_output_that_nobody_reads_ends_the_command_quietly(words):
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "ws", *words], stdout=writes, stderr=subprocess.PIPE, text=True, cwd=HOME
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_wrong_parameters_exit_2_before_anything_runs(tmp_path, monkeypatch, capsys):
     write_notebook(tmp_path, "probe", "print(1)")
     monkeypatch.setattr(once, "run_notebook", partial(once.run_notebook, place=Place(nbs=tmp_path)))

@@ -1,8 +1,8 @@
 """The command `ws`: run notebooks, one or many, the demo, inspect a weight difference, the report.
 
 Exit codes: 0 all is well, 1 a run failed, 2 the command was not understood (an unknown parameter, a missing file or extra),
-3 another batch works on the same results, 130 interrupted, 143 ended by SIGTERM. Heavy modules are imported where they
-are used: a demo that is done ends within seconds."""
+3 another batch works on the same results, 130 interrupted, 141 nobody reads the output any more, 143 ended by SIGTERM. Heavy
+modules are imported where they are used: a demo that is done ends within seconds."""
 
 import errno
 import os
@@ -241,11 +241,8 @@ def clean(failed: bool = False, yes: bool = False) -> int:
     if not failed:
         raise ValueError("say what to clean: ws clean --failed")
     found = clear_failed(out_folder(), yes)
-    print(
-        "\n".join(
-            [*map(str, found), f"{len(found)} failed tries {'removed' if yes else 'would go; --yes removes them'}"]
-        )
-    )
+    sum_of_it = f"{len(found)} failed tries {'removed' if yes else 'would go; --yes removes them'}"
+    print("\n".join([*map(str, found), sum_of_it]))
     return 0
 
 
@@ -262,16 +259,20 @@ def told(args: list[str]) -> int | None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `ws` and `python -m ws`."""
-    commands = {
-        "nb": nb,
-        "batch": batch,
-        "results": results,
-        "demo": demo,
-        "real": real,
-        "inspect": inspect,
-        "report": report,
-    }
-    commands |= {"status": status, "clean": clean}
+    try:
+        try:
+            code = answered(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read the output wants no more of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def answered(args: list[str] | None) -> int:
+    """The exit code of a command; what it has to say of an error is printed."""
+    commands = {f.__name__: f for f in (nb, batch, results, demo, real, inspect, report, status, clean)}
     try:
         code = told(sys.argv[1:] if args is None else args)
         code = parsed(commands, args)() if code is None else code
@@ -284,10 +285,8 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(
-            f"error: {error.strerror}: make room; what was finished is as it was, the same command goes on",
-            file=sys.stderr,
-        )
+        more = "make room; what was finished is as it was, the same command goes on"
+        print(f"error: {error.strerror}: {more}", file=sys.stderr)
         code = 1
     except SystemExit as ended:
         if ended.code != 128 + signal.SIGTERM:
@@ -297,4 +296,4 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to finish", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    return code

@@ -11,6 +11,7 @@ by whoever makes it (`made`, `kept`) and refused by whoever only reads it (`veri
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -131,6 +132,15 @@ def mark_failed(target: Path | str, key: Key, error: str) -> None:
     """Record that making `target` under `key` ended with `error`."""
     target = Path(target)
     write_record(_failure(target), {"key": asdict(key), "error": error, "failed_at": time.time()})
+
+
+def clear_failure(target: Path) -> None:
+    """Let nothing stay of a target that could not be made: neither the record of it nor the two folders above, where they
+    hold nothing else."""
+    _failure(target).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        for folder in target.parents[:2]:
+            folder.rmdir()
 
 
 def made(

@@ -7,6 +7,7 @@ a .gguf file            one file, quantised or not
 anything else           a hub id, owner/name
 """
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -92,15 +93,25 @@ def model_slug(model_id: str) -> str:
     return f"{slug(path.resolve().name)}-{folder_hash(path)[:8]}"
 
 
+def model_name(model_id: str, revision: str = "", chat_template: str = "") -> str:
+    """The name under which results of a model go: its slug, and what else was asked for: a revision, a chat template
+    (`plain`, or a file's name and 8 digits of its content)."""
+    name = model_slug(model_id) + (f".{slug(revision)}" if revision else "")
+    if chat_template:
+        path = Path(chat_template).expanduser()
+        name += f".{slug(path.stem)}-{file_key(path)[:8]}" if os.path.isfile(path) else f".{slug(chat_template)}"
+    return name
+
+
 def model_path(model_id: str) -> Path | None:
     """The local folder or GGUF file that a model's name means, None for a hub id. FileNotFoundError for what can be none."""
     try:
         path = Path(model_id).expanduser()
-        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        if path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file()):
             return path
     except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, a NUL
         pass
-    if model_id.endswith(".gguf"):
+    if model_id.lower().endswith(".gguf"):
         raise FileNotFoundError(f"MODEL_ID {model_id[:200]!r}: no such GGUF file")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", model_id, re.ASCII):
         raise FileNotFoundError(f"MODEL_ID {model_id[:200]!r}: no such model folder, and no hub id (owner/name)")
@@ -108,9 +119,10 @@ def model_path(model_id: str) -> Path | None:
 
 
 def folder_hash(folder: Path) -> str:
-    """Hash of a model folder's config, weights, tokenizer and chat template: all bytes, hashed once per file."""
+    """Hash of a model folder's config, weights, tokenizer and chat template: all bytes, hashed once per file. Hidden files,
+    such as the record of when a GGUF file was dequantised, are no part of the model."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: not a model folder, config.json is missing")
     kinds = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
-    files = sorted({file for kind in kinds for file in folder.glob(kind)})
+    files = sorted({file for kind in kinds for file in folder.glob(kind) if not file.name.startswith(".")})
     return digest("\n".join(f"{file.name} {file_key(file)}" for file in files).encode())

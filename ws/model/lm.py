@@ -1,6 +1,6 @@
 """Loading a causal language model: from the hub, a folder, a GGUF file, or under a name of this project's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,10 +8,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ws.cache.given import first_line
-from ws.cache.models import folder_hash, model_slug
+from ws.cache.models import folder_hash, model_name, model_slug
 from ws.cache.syntax import digest
 from ws.model.contents import Fingerprint, checksum
 from ws.model.decoder import SERVED, Decoder, unembeds_some
+from ws.model.gguf import check_loaded
 from ws.model.source import available, read_config, read_tokenizer, source_of, template_text, whole_weights
 from ws.model.text import position_ids, template_note
 from ws.show.bars import plain
@@ -21,9 +22,11 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class LM:
-    """A loaded causal LM with its tokenizer, its `Decoder` view, its folder-safe name, and a fingerprint of its weights
-    and dtype for keys of what is computed from it: the hub's commit or a folder's content, and what changed in memory
-    since (`ws.model.contents`); "" keeps nothing on disk.
+    """A loaded causal LM with its tokenizer, its `Decoder` view, the name under which its results go (`model_name` of
+    `ws.cache.models`), and a fingerprint of its weights and dtype for keys of what is computed from it: the hub's commit or
+    a folder's content, and what changed in memory since (`ws.model.contents`); "" keeps nothing on disk. template: which
+    chat template was given, in words; "" for none. slug: the name without revision and template, by which `nbs/params`
+    knows the model.
 
     Example:
         >>> import ws
@@ -37,6 +40,8 @@ class LM:
     decoder: Decoder
     name: str
     fingerprint: str = Fingerprint()
+    template: str = ""
+    slug: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +50,7 @@ class LM:
     @property
     def chat(self) -> str:
         """In words, what a reader must know of the chat template; "" for nothing special."""
-        return template_note(self.tokenizer)
+        return template_note(self.tokenizer, self.template)
 
     def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"] | None = None, **more):
         """The model's output on encoded texts, with positions that count from each text's first token. at: the positions of
@@ -109,8 +114,9 @@ def _sketch(model_id: str, source: str, revision: str | None, chat_template: str
         raise ValueError(f"{where}: its config.json describes no {kind}: {first_line(error)}") from error
     decoder = Decoder(model)
     whole_weights(source, revision)
-    tokenizer = read_tokenizer(model_id, source, revision, chat_template)
-    return LM(model, tokenizer, decoder, model_slug(model_id))
+    tokenizer, told = read_tokenizer(model_id, source, revision, chat_template)
+    name = model_name(model_id, revision or "", chat_template)
+    return LM(model, tokenizer, decoder, name, template=told, slug=model_slug(model_id))
 
 
 @plain()
@@ -142,17 +148,18 @@ def load_lm(
     sketch = _sketch(model_id, source, revision, chat_template)
     placement = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     options = {"device_map": None if placement == "cpu" else placement, "revision": revision}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True, **options
+            source, dtype=DTYPES[dtype], trust_remote_code=False, **options
         )
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"MODEL_ID {model_id!r}: its weights cannot be loaded: {first_line(error)}") from error
-    if lacking := sorted(info["missing_keys"]):
-        raise ValueError(f"MODEL_ID {model_id!r}: its weights lack {lacking[0]} ({len(lacking)} such names)")
+    check_loaded(info, f"MODEL_ID {model_id!r}")
     model.eval()
     commit = getattr(model.config, "_commit_hash", None) or revision
     # a hub model's files may have been changed in its cache: what was read counts too
     content = folder_hash(Path(source)) if Path(source).is_dir() else f"{commit}-{checksum(model)[:8]}"
     told = f"/template-{digest(sketch.tokenizer.chat_template.encode())[:8]}" if chat_template else ""
-    return LM(model, sketch.tokenizer, Decoder(model), sketch.name, f"{content}/{model.dtype}{told}")
+    fingerprint = f"{content}/{model.dtype}{told}"
+    return replace(sketch, model=model, decoder=Decoder(model), fingerprint=fingerprint)

@@ -1,20 +1,21 @@
 """Where a model's config, weights and tokenizer come from, and what is wrong with them before a weight is read."""
 
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ws.cache.given import first_line, read_given, shards_of
+from ws.cache.given import first_line, read_given, shards_of, short
 from ws.cache.models import PACKAGED, gguf_parts, hub_id, model_files, model_slug
 from ws.model.gguf import gguf_folder
-from ws.model.text import PLAIN_TEMPLATE
+from ws.model.text import PLAIN_TEMPLATE, check_template
 
 
 def source_of(model_id: str) -> str:
     """What transformers is given: a folder's path, or a hub id. A GGUF file is dequantised first, where it was not yet."""
     if parts := gguf_parts(model_id):
-        return str(gguf_folder(parts, model_slug(model_id)))
+        return str(gguf_folder(parts, model_id, model_slug(model_id)))
     return hub_id(model_id) or str(model_files(model_id)[0])
 
 
@@ -78,9 +79,10 @@ def whole_weights(source: str, revision: str | None) -> None:
             raise ValueError(f"{shard}: not whole, fetch it again: {first_line(error)}") from error
 
 
-def read_tokenizer(model_id: str, source: str, revision: str | None, chat_template: str = ""):
-    """A model's tokenizer, with the chat template that is asked for. ValueError where it cannot be read, holds no
-    vocabulary, or where `chat_template` is neither `plain` nor a file."""
+def read_tokenizer(model_id: str, source: str, revision: str | None, chat_template: str = "") -> tuple[object, str]:
+    """A model's tokenizer with the chat template that is asked for, and which one was given, in words ("" for its own).
+    ValueError where the tokenizer cannot be read or holds no vocabulary, and for a `chat_template` that is neither `plain`
+    nor a file of a Jinja template that shows what user and assistant say."""
     from transformers import AutoTokenizer
 
     template = template_text(chat_template)
@@ -90,16 +92,28 @@ def read_tokenizer(model_id: str, source: str, revision: str | None, chat_templa
             raise ValueError("it holds no vocabulary; fetch tokenizer.json again")
     except Exception as error:  # whatever the reader of a tokenizer's file does
         raise ValueError(f"MODEL_ID {model_id!r}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    if template:
-        tokenizer.chat_template = template
-    return tokenizer
+    if not template:
+        return tokenizer, ""
+    told = "in place of the model's own" if tokenizer.chat_template else "as the model has none"
+    tokenizer.chat_template = template
+    check_template(tokenizer, f"CHAT_TEMPLATE {chat_template!r}")
+    if chat_template == "plain":
+        return tokenizer, f"plain, {told}: User: ... Assistant: ..."
+    return tokenizer, f"given: {Path(chat_template).name}"
 
 
 def template_text(chat_template: str) -> str:
-    """The chat template that CHAT_TEMPLATE means: "" (the tokenizer's own), `plain`, or what a file holds."""
+    """The chat template that CHAT_TEMPLATE means: "" (the tokenizer's own), `plain`, or what a file holds, without a mark of
+    its byte order."""
     if chat_template in ("", "plain"):
         return PLAIN_TEMPLATE if chat_template else ""
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"CHAT_TEMPLATE {chat_template!r}: neither plain nor a file of a Jinja template")
-    return read_given(path)
+    where, path = f"CHAT_TEMPLATE {chat_template!r}", Path(chat_template).expanduser()
+    if not os.path.isfile(path):  # False for a name too long to be one, such as a template's text
+        raise FileNotFoundError(f"CHAT_TEMPLATE {short(chat_template)}: neither plain nor a file of a Jinja template")
+    try:
+        text = read_given(path).removeprefix("\ufeff")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{where}: the file is blank; write a Jinja template, or leave it out for the tokenizer's own")
+    return text

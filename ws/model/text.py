@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ws.cache.given import first_line
+from ws.cache.syntax import digest
+
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
     "{% elif m['role'] == 'user' %}User: {{ m['content'] }}\n{% else %}Assistant: {{ m['content'] }}{{ eos_token }}\n"
@@ -49,16 +52,38 @@ def answer_frame(tokenizer) -> tuple[str, str]:
     stripped (`<|im_end|>`, or the EOS token where it puts nothing). Without a template: nothing, and EOS."""
     if not getattr(tokenizer, "chat_template", None):
         return "", tokenizer.eos_token or ""
-    marker = "answer"
-    prompt, whole = chat_text(tokenizer, "question"), chat_text(tokenizer, "question", assistant=marker)
-    start = whole.rindex(marker)
+    question, answer = _marker(tokenizer, "question"), _marker(tokenizer, "answer")
+    prompt, whole = chat_text(tokenizer, question), chat_text(tokenizer, question, assistant=answer)
+    if answer not in whole:
+        raise ValueError("the chat template leaves out or changes the answer's text; give another as CHAT_TEMPLATE")
+    start = whole.rindex(answer)
     lead = whole[len(prompt) : start] if whole.startswith(prompt) else ""
-    return lead, whole[start + len(marker) :].strip() or tokenizer.eos_token or ""
+    return lead, whole[start + len(answer) :].strip() or tokenizer.eos_token or ""
+
+
+def _marker(tokenizer, word: str) -> str:
+    """A text that the chat template cannot hold, as it has digits of the template's own hash; no filter for upper or lower
+    case leaves it as it is."""
+    return f"a{word.title()}{digest(str(tokenizer.chat_template).encode())}"
+
+
+def check_template(tokenizer, where: str) -> None:
+    """ValueError that begins with `where` for a chat template that cannot be rendered, or does not show what is said."""
+    user, answer = _marker(tokenizer, "question"), _marker(tokenizer, "answer")
+    try:
+        chat_text(tokenizer, user, "a system prompt")
+        asked, answered = chat_text(tokenizer, user), chat_text(tokenizer, user, assistant=answer)
+    except Exception as error:  # whatever a stranger's template ends with
+        line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+        raise ValueError(f"{where}: no Jinja template that renders: {line}{first_line(error)}") from error
+    for whose, text, shown in (("user", user, asked), ("assistant", answer, answered)):
+        if text not in shown:
+            raise ValueError(f"{where}: leaves out or changes the {whose}'s text; it must show each message's content")
 
 
 def default_system(tokenizer) -> str:
     """The system prompt that a chat template puts where none is given; "" where it puts none."""
-    user, system = "a question", "a system prompt"
+    user, system = _marker(tokenizer, "question"), _marker(tokenizer, "system")
     asked, bare = chat_text(tokenizer, user, system), chat_text(tokenizer, user)
     before, _, after = asked.partition(system)
     between = after[: after.index(user)] if user in after else ""
@@ -69,22 +94,22 @@ def default_system(tokenizer) -> str:
 
 def earlier_turn(tokenizer) -> str:
     """What a chat template puts before a question where that holds an answered turn of its own; "" where it does not."""
-    before, _, after = chat_text(tokenizer, "the question").partition("the question")
+    question = _marker(tokenizer, "question")
+    before, _, after = chat_text(tokenizer, question).partition(question)
     return before.strip() if after.strip() and after in before else ""
 
 
-def template_note(tokenizer) -> str:
-    """In words, what a reader must know of a chat template: that it is the plain one, or that it puts a system prompt or an
-    answered turn of its own where none is given. "" otherwise."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
+def template_note(tokenizer, given: str = "") -> str:
+    """In words, what a reader must know of a chat template: that it was given, and that it puts a system prompt or an
+    answered turn where none is asked for. "" otherwise. given: which one was, in words; "" for the tokenizer's own."""
+    if not getattr(tokenizer, "chat_template", None):
         return "none: texts are read raw"
-    if template == PLAIN_TEMPLATE:
-        return "plain, as the model has none: User: ... Assistant: ..."
+    more = ""
     if turn := earlier_turn(tokenizer):
-        return f"an answered turn stands before each question: {' '.join(turn.split())}"
-    system = default_system(tokenizer)
-    return f"its own; where no system prompt is given it puts: {system}" if system else ""
+        more = f"an answered turn stands before each question: {' '.join(turn.split())}"
+    elif system := default_system(tokenizer):
+        more = f"where no system prompt is given it puts: {system}"
+    return "; ".join(filter(None, (given or (more and "its own"), more)))
 
 
 def encode(

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from ws.cache.keys import file_key
-from ws.cache.models import model_slug
+from ws.cache.models import model_name
 from ws.cache.names import RunId, behavior_name, slug
 from ws.cache.places import ASSETS
 from ws.cache.syntax import digest
@@ -41,12 +41,8 @@ def behavior_slug(behavior: str) -> str:
 
 def run_id(params: Params, dtype: str = "auto") -> RunId:
     """Identity of a run from a notebook's parameters; `dtype`: what its notebook uses where nothing else is asked."""
-    model = model_slug(str(params.get("MODEL_ID", "tiny")))
-    if revision := str(params.get("REVISION") or ""):
-        model += f".{slug(revision)}"
-    if template := str(params.get("CHAT_TEMPLATE") or ""):
-        path = Path(template)
-        model += f".{slug(path.stem)}-{file_key(path)[:8]}" if path.is_file() else f".{slug(template)}"
+    asked_for = (str(params.get(key) or "") for key in ("REVISION", "CHAT_TEMPLATE"))
+    model = model_name(str(params.get("MODEL_ID", "tiny")), *asked_for)
     if (asked := params.get("DTYPE", dtype)) not in (dtype, "auto"):
         model += f".{asked}"
     adapter = slug(str(params.get("ADAPTER", "lora"))) + recipe(params)

@@ -15,7 +15,7 @@ from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, sho
 from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
-MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR")  # a path only when something lies there; else a hub id or a shipped name
+MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR", "CHAT_TEMPLATE")  # a path only when something lies there; else a known name
 CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "ceilings")
 
 
@@ -96,6 +96,7 @@ class Notebook:
             given += model_files(model)
         if behavior := str(params.get("BEHAVIOR") or ""):
             given += [ASSETS / f"{behavior}.json", Path(behavior)]
+        given += paths_in(params, "CHAT_TEMPLATE")
         if pairs := shipped_pairs(str(params.get("PAIRS") or "")):
             given.append(pairs)
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]

@@ -98,10 +98,11 @@ def located(key: str, value: object, folder: Path) -> object:
     if not isinstance(value, str) or not value:
         return value
     path = folder / Path(value).expanduser()
-    own = shipped(value) if key == "MODEL_ID" else (ASSETS / f"{value}.json").is_file()
+    known = {"MODEL_ID": shipped(value), "CHAT_TEMPLATE": value == "plain"}
+    own = known.get(key, (ASSETS / f"{value}.json").is_file())
     if key == "PAIRS" and shipped_pairs(value):
         return value
-    if key in path_names() or (key in MAYBE_PATHS and not own and path.exists()):
+    if key in path_names() or (key in MAYBE_PATHS and not own and os.path.exists(path)):
         return str(path.resolve())
     return value
 
@@ -140,12 +141,12 @@ def resolve(
 
 def _absent(values: Params) -> list[str]:
     """What is wrong with a model or a behaviour that can only be a path, and with a behaviour that is nothing."""
-    model, behavior = (str(values.get(key) or "") for key in MAYBE_PATHS)
+    model, behavior = (str(values.get(key) or "") for key in MAYBE_PATHS[:2])
     path, found = Path(model), []
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         if not path.exists():
             found.append(f"MODEL_ID: {model}: no such model folder")
-        elif path.is_file() and path.suffix != ".gguf":
+        elif path.is_file() and path.suffix.lower() != ".gguf":
             found.append(f"MODEL_ID: {model}: not a model folder, and no .gguf file")
         elif path.is_dir() and not (path / "config.json").is_file():
             found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")

@@ -150,7 +150,7 @@ def _typed(lm: LM, behavior: Behavior, cfg: TrainConfig) -> dict[str, object]:
     steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
     steps |= {"LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation, "RESAMPLE_PAIRS": cfg.resample_pairs}
     signs = {"TARGET_LOSS": cfg.target_loss, "BALANCE": cfg.balance, "PAIRS": named_pairs(cfg.pairs.file)}
-    return {"MODEL_ID": lm.name, "BEHAVIOR": behavior.name, **pairs, **steps, **signs}
+    return {"MODEL_ID": lm.slug or lm.name, "BEHAVIOR": behavior.name, **pairs, **steps, **signs}
 
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
@@ -187,7 +187,13 @@ def _join(
 ) -> WeightDiff:
     """`w.safetensors` in `folder`: the difference of two adapter folders; where `more` says that it is balanced, with both
     sides scaled to the geometric mean of their norms."""
-    meta = {"base_model": lm.name, "behavior": behavior.name, "adapter": adapter, "seed": seed, **(more or {})}
+    meta = {
+        "base_model": lm.slug or lm.name,
+        "behavior": behavior.name,
+        "adapter": adapter,
+        "seed": seed,
+        **(more or {}),
+    }
     code = ["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]
     code += ["ws.diff.build.balanced_diff"] if meta.get("balanced") else []
     key = stage_key({**meta, "model": lm.fingerprint}, inputs=sides, code=code)
