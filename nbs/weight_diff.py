@@ -170,7 +170,7 @@ display(HTML(tables.as_text(summary, style="html")))
 
 # %%
 verdict = evaluate.steering_verdict(summary)
-pairs, why_none = heldout_pairs(lm, behavior, config.pairs, cache_folder(lm.name))
+pairs, why_none = heldout_pairs(lm, behavior, config.pairs, cache_folder(lm.name), n_heldout=N_HELDOUT)
 margin = {"text": f"There is no answer margin: {why_none}"}
 if pairs:
     margins = margin_sweep(lm, pairs, w, alphas)

@@ -23,7 +23,8 @@ from ws.subspaces.protocol import load_protocol
 from ws.train.difference import obtain_diff
 from ws.train.examples import draw_pairs, make_example, shuffle_labels
 from ws.train.lora import TrainConfig
-from ws.train.pairs import make_pairs, statement_pairs
+from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
+from ws.train.pairs import PairConfig, heldout_pairs, make_pairs, statement_pairs
 
 PERSONA = Path(__file__).parents[2] / "shared" / "data" / "persona"
 GOOD, BAD = "I like to help people", "I like to hurt people"
@@ -242,6 +243,39 @@ def test_effects_and_sweeps_speak_of_the_margin(kind):
     with pytest.raises(ValueError, match="N_HELDOUT 4 or more"):
         alpha_sweep(lm, kind, w, [1.0], progress=False, n_heldout=2)
     assert len(completions(lm, kind, w, [0.0], 2)) == 8
+
+
+def test_the_answer_margin_is_over_statements_and_counts_the_halves_alike(tmp_path):
+    few = [row for i, row in enumerate(rows(60)) if i % 2 == 0 or i % 6 == 1]  # 30 yes, 10 no
+    lm, kind = ws.load_lm("tiny"), ws.load_behavior(written(tmp_path / "kind.jsonl", few))
+    pairs, _ = heldout_pairs(lm, kind, PairConfig(), tmp_path)
+    margins = margin_sweep(lm, pairs, ws.load_diff("tiny"), [-1.0, 1.0], progress=False)
+    moved = margins.pivot("alpha", index=["half", "sample"], values="margin").with_columns(
+        by=pl.col("1.0") - pl.col("-1.0")
+    )
+    parts = [moved.filter(half=half)["by"].to_numpy() for half in ("yes", "no")]
+    assert list(map(len, parts)) == [12, 4]
+    mean = np.mean([part.mean() for part in parts])
+    wide = np.sqrt(sum((stats.t.ppf(0.975, len(p) - 1) * stats.sem(p) / 2) ** 2 for p in parts))
+    found = margin_verdict(margins, 1.0)
+    assert (found["distance"], found["low"], found["high"]) == pytest.approx((mean, mean - wide, mean + wide))
+    told = "On 16 held-out statements (12 of the Yes half, 4 of the No half, counted alike) the answer margin"
+    assert found["text"].startswith(told) and "topic" not in found["text"]
+    table = summarise_margins(margins)
+    assert table["statements"].to_list() == [16, 16] and "topics" not in table.columns
+
+
+def test_the_answer_margin_asks_about_the_statements_of_the_sweep(kind, tmp_path):
+    lm = ws.load_lm("tiny")
+    pairs, _ = heldout_pairs(lm, kind, PairConfig(), tmp_path, n_heldout=4)
+    asked = {kind.probe_text(claim) for claims in claim_sets(kind, 4).values() for claim in claims}
+    assert len(pairs) == 4 and {row.user for row in pairs} == asked
+    many = ws.load_behavior(written(tmp_path / "many.jsonl", rows(300)))
+    assert [len(heldout_pairs(lm, many, PairConfig(), tmp_path, n_heldout=n)[0]) for n in (None, 110, 60)] == [
+        100,
+        100,
+        60,
+    ]
 
 
 def config(**more) -> TrainConfig:

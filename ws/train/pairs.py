@@ -71,6 +71,11 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class StatementPair(Pair):
+    """A pair of a behaviour of statements, whose topic is its half."""
+
+
+@dataclass(frozen=True)
 class Pairs:
     """The kept pairs, and how many were written and dropped. heldout: those of a file that are never trained on."""
 
@@ -100,14 +105,15 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
 
 
 def heldout_pairs(
-    lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True
+    lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True, n_heldout: int | None = None
 ) -> tuple[tuple[Pair, ...], str]:
     """Pairs that no adapter is trained on, and why there are none: those held out of `cfg.file`; without it the base model
-    writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`."""
+    writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`. Of statements the first `n_heldout`,
+    at most MOST_HELDOUT."""
     if cfg.file:
         return from_file(behavior, cfg).heldout, ""
     if behavior.answers:
-        return statement_pairs(behavior, MOST_HELDOUT, heldout=True).rows, ""
+        return statement_pairs(behavior, min(n_heldout or MOST_HELDOUT, MOST_HELDOUT), heldout=True).rows, ""
     topics, personas = behavior.heldout_topics, behavior.persona_pairs
     cfg = replace(cfg, topics=len(topics), personas=len(personas), samples=1)
     try:
@@ -171,7 +177,7 @@ def statement_pairs(behavior: Behavior, n: int | None = None, heldout: bool = Fa
     for i, (topic, answer) in enumerate(zip(topics[:n], answers, strict=False)):
         matches = answer in behavior.yes
         other = (behavior.no if matches else behavior.yes)[0]
-        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other, True, True))
+        rows.append(StatementPair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other, True, True))
     return Pairs(tuple(rows), len(rows), 0, 0)
 
 
