@@ -60,7 +60,12 @@ def test_specific_general_and_biased_differences_are_told_apart():
         ("kind", "kind"): (6.0, -6.0), ("kind", "tidy"): (5.0, -5.0),
         ("tidy", "tidy"): (0.02, 0.01), ("tidy", "kind"): (0.0, 0.0),
     })  # fmt: skip
-    assert kinds == {"kind": "bias", "tidy": "none"} and "not told apart from a bias towards one word" in text
+    assert kinds == {"kind": "bias", "tidy": "none"}
+    few = planted({(a, b): (0.5, 0.4) for a in NAMES for b in NAMES}, seeds=1, n=4, noise=0.5)
+    assert "specific" not in verdicts(moves_of(few, NAMES)).values()
+    towards_no = planted({(a, b): (-6.0, 2.5) for a in NAMES for b in NAMES})
+    assert set(verdicts(moves_of(towards_no, NAMES)).values()) == {"bias"}
+    assert "not told apart from a bias towards one word" in text
 
 
 def test_moves_and_matrix_are_the_means_that_they_say():

@@ -215,7 +215,35 @@ def test_a_yes_bias_does_not_pass_for_the_behaviour():
     assert not bias["together"] and abs(bias["spread"]) < 1e-9 and "a bias towards the yes-word" in bias["text"]
     towards_no = steering_verdict(summarise_sweep(planted((3.0, -3.0), (-3.0, 5.0))))
     assert "a bias towards the no-word" in towards_no["text"] and not towards_no["together"]
-    assert "only the Yes half moves" in steering_verdict(summarise_sweep(planted((-3.0, 3.0), (0.0, 0.1))))["text"]
+    one = steering_verdict(summarise_sweep(planted((-3.0, 3.0), (0.0, 0.1))))
+    assert "nearly only the Yes half moves" in one["text"] and not one["together"]
+    against = steering_verdict(summarise_sweep(planted((3.0, -2.0), (3.0, -3.0))))
+    assert against["together"] and "both halves move together, against the behaviour" in against["text"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "together", "told"),
+    [
+        ((0.02, 0.02), True, "both halves move together, both 95 % intervals exclude 0"),
+        ((0.02, 0.5), False, "only the Yes half is seen to move, the other's 95 % interval holds 0"),
+        ((0.5, 0.5), False, "neither half is seen to move, both 95 % intervals hold 0"),
+    ],
+)
+def test_halves_move_together_where_both_intervals_say_so(noise, together, told):
+    """+0.08 and +0.07 nats on four statements each: the interval is of each statement's own movement, not of its margin."""
+    found = []
+    for half, mean, wide in zip(("yes", "no"), (0.08, 0.07), noise, strict=True):
+        for i, off in enumerate((-1.0, 1.0, -0.5, 0.5)):
+            sign = 1 if half == "yes" else -1
+            ends = ((-1.0, 5.0 * i), (1.0, 5.0 * i + mean + wide * off))
+            found += [(alpha, half, f"{half}{i}", sign * margin, 0.9) for alpha, margin in ends]
+    sweep = statements.with_margin(pl.DataFrame(found, "alpha set claim logratio pmass".split(), orient="row"))
+    summary = summarise_sweep(sweep.sample(fraction=1, shuffle=True, seed=0))
+    verdict = steering_verdict(summary)
+    assert verdict["together"] is together and told in verdict["text"]
+    row = summary.filter(set="no", alpha=1.0).row(0, named=True)
+    moved = 0.07 + noise[1] * np.array([-1.0, 1.0, -0.5, 0.5])
+    assert (row["moved_lo"], row["moved_hi"]) == pytest.approx(stats.t.interval(0.95, 3, 0.07, stats.sem(moved)))
 
 
 def test_the_summary_counts_halves_alike_with_t_intervals():

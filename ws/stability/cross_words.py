@@ -3,28 +3,30 @@
 import polars as pl
 
 from ws.show.tables import literal
-from ws.steer.statements import BOTH, MIN_PMASS, together
+from ws.steer.statements import BOTH, MIN_PMASS, Move, together, with_ends
 
 
 def verdicts(moves: pl.DataFrame) -> dict[str, str]:
-    """Per w: `none` (its own statements do not move), `bias` (its own halves do not move together), `against` (they move against
-    the behaviour), `specific` (its own statements move more than those of every other behaviour, beyond the intervals) or
-    `general` (some other behaviour's statements are not seen to move less)."""
+    """Per w: `none` (its own statements are not seen to move), `bias` (its own halves are not seen to move together), `against`
+    (they move against the behaviour), `specific` (its own statements move more than those of every other behaviour, beyond the
+    intervals) or `general` (some other behaviour's statements are not seen to move less)."""
     found = {}
     for w in moves["w"].unique(maintain_order=True):
         own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
         others = moves.filter((pl.col("w") == w) & ~pl.col("own"))
-        if own["behaviour_lo"] <= 0 <= own["behaviour_hi"] and own["bias_lo"] <= 0 <= own["bias_hi"]:
+        if all(own[f"{part}_lo"] <= 0 <= own[f"{part}_hi"] for part in ("behaviour", "bias", "yes", "no")):
             found[w] = "none"
-        elif not together(own["yes"], own["no"])[0] or not own["behaviour_lo"] > 0:
-            found[w] = "against" if own["behaviour_hi"] < 0 else "bias"
+        elif not together(_move(own, "yes"), _move(own, "no"))[0]:
+            found[w] = "bias"
+        elif own["behaviour"] < 0:
+            found[w] = "against"
         else:
             found[w] = "specific" if (others["less_lo"] > 0).all() else "general"
     return found
 
 
 SAID = {
-    "bias": "its two halves do not move together, so that it is **not told apart from a bias towards one word**",
+    "bias": "its two halves are not seen to move together, so that it is **not told apart from a bias towards one word**",
     "against": "its own statements move **against the behaviour**",
     "none": "its own statements are **not seen to move**",
     "specific": "its own statements move **more than those of every other behaviour**",
@@ -68,7 +70,11 @@ def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame)
 
 
 def _ends(row: dict, name: str) -> str:
-    return f"{row[name]:+.2f} ({row[f'{name}_lo']:+.2f} to {row[f'{name}_hi']:+.2f})"
+    return with_ends(*_move(row, name))
+
+
+def _move(row: dict, name: str) -> Move:
+    return row[name], row[f"{name}_lo"], row[f"{name}_hi"]
 
 
 def _doubt(row: dict) -> str:
