@@ -1,6 +1,7 @@
 """The cross matrix of behaviours: planted behaviours, biases and general answers are told apart; cells are kept."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +56,10 @@ def test_specific_general_and_biased_differences_are_told_apart():
         ("tidy", "tidy"): (5.0, 5.0), ("tidy", "kind"): (5.0, 5.0),
     })  # fmt: skip
     assert kinds == {"kind": "specific", "tidy": "general"}
-    assert "1 of 2 specific, 1 of 2 general" in text and "Intervals are for new LoRA seeds and new statements" in text
+    assert (
+        "1 of 2 specific, 1 of 2 not shown to be specific" in text
+        and "Intervals are for new LoRA seeds and new statements" in text
+    )
     kinds, text = read({
         ("kind", "kind"): (6.0, -6.0), ("kind", "tidy"): (5.0, -5.0),
         ("tidy", "tidy"): (0.02, 0.01), ("tidy", "kind"): (0.0, 0.0),
@@ -66,6 +70,22 @@ def test_specific_general_and_biased_differences_are_told_apart():
     towards_no = planted({(a, b): (-6.0, 2.5) for a in NAMES for b in NAMES})
     assert set(verdicts(moves_of(towards_no, NAMES)).values()) == {"bias"}
     assert "not told apart from a bias towards one word" in text
+
+
+def test_other_statements_are_compared_with_own_ones_that_are_seen_to_move():
+    kinds, text = read({
+        ("kind", "kind"): (0.05, 0.02), ("kind", "tidy"): (3.0, 3.0),
+        ("tidy", "tidy"): (-4.0, -4.0), ("tidy", "kind"): (-2.0, -2.0),
+    })  # fmt: skip
+    assert kinds == {"kind": "none", "tidy": "against"}
+    assert "1 of 2 against the behaviour, 1 of 2 not seen to move its own statements." in text
+    of_kind, of_tidy = (line for line in text.splitlines() if line.startswith("  - "))
+    assert "nats (less by" in of_kind and re.search(r"on kind: -[\d.]+ \(.*\) nats, \d\d % of that \(less", of_tidy)
+    _, text = read({
+        ("kind", "kind"): (6.0, 5.0), ("kind", "tidy"): (-2.0, -2.0),
+        ("tidy", "tidy"): (6.0, 6.0), ("tidy", "kind"): (-0.1, -0.1),
+    })  # fmt: skip
+    assert "nats, the other way (less" in text and "against it" not in text
 
 
 def test_moves_and_matrix_are_the_means_that_they_say():
