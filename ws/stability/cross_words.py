@@ -49,13 +49,14 @@ def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame)
         own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
         lines.append(
             f"**{literal(w)}**: {SAID[kind]}. On its own statements the margin moves by {_ends(own, 'behaviour')} nats between"
-            f" alpha {low:+g} and {high:+g} (Yes half {_ends(own, 'yes')}, No half {_ends(own, 'no')}; bias part {_ends(own, 'bias')})"
-            f"{_accuracies(matrix, w, w, low, high)}.{_doubt(own)}"
+            f" alpha {low:+g} and {high:+g} (Yes half {_ends(own, 'yes')}, No half {_ends(own, 'no')}; bias part"
+            f" {_ends(own, 'bias')}){_accuracies(matrix, w, w, low, high)}.{_doubt(own)}"
         )
         for row in moves.filter((pl.col("w") == w) & ~pl.col("own")).rows(named=True):
             lines.append(
-                f"  - on {literal(row['statements'])}: {_ends(row, 'behaviour')} nats{_share(own, row)}"
-                f" (less by {_ends(row, 'less')}; bias part {_ends(row, 'bias')}){_accuracies(matrix, w, row['statements'], low, high)}.{_doubt(row)}"
+                f"  - on {literal(row['statements'])}: {_ends(row, 'behaviour')} nats{_share(own, row)} (less by"
+                f" {_ends(row, 'less')}; bias part {_ends(row, 'bias')})"
+                f"{_accuracies(matrix, w, row['statements'], low, high)}.{_doubt(row)}"
             )
     counts = {kind: [*kinds.values()].count(kind) for kind in SAID}
     head = [f"{n} of {len(kinds)} {COUNTED[kind]}" for kind, n in counts.items() if n]

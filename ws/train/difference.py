@@ -22,8 +22,9 @@ from ws.runs.folders import recipe
 from ws.show.bars import tqdm
 from ws.show.tables import literal
 from ws.steer.evaluate import check_words
+from ws.train.asked import trained_on
 from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
-from ws.train.pairs import counted, make_pairs
+from ws.train.pairs import counted, make_pairs, trained_claims
 from ws.train.written import named_pairs
 
 NEXT, READY, W_FILE = ".next", "ready.json", "w.safetensors"
@@ -125,7 +126,8 @@ def _trained(
         if "changed code" in {states[sign] for sign in stay}:
             told = "kept, although the training code changed since; --retrain trains them anew"
             tqdm.write(f"{folder / 'adapters'}: {told}")
-        more = {"null": null, "resampled": cfg.resampled, **counts} | ({"balanced": True} if cfg.balance else {})
+        more = trained_on(behavior, trained_claims(behavior, cfg.pairs), bool(cfg.pairs.file))
+        more |= {"null": null, "resampled": cfg.resampled, **counts} | ({"balanced": True} if cfg.balance else {})
         w = _join(lm, behavior, kind, seed, sides, place, more)
         if aside:
             write_json(place / READY, sorted(set(SIGNS) - stay))

@@ -123,6 +123,14 @@ def heldout_pairs(
         return (), str(error)
 
 
+def trained_claims(behavior: Behavior, cfg: PairConfig) -> list[str]:
+    """What training pairs are about: topics of `cfg.file`, or the behaviour's own."""
+    if cfg.file:
+        train = split_written(cfg.file, behavior, cfg.topics, cfg.seed)[0]
+        return list(dict.fromkeys(row.topic for row in train if row.topic))
+    return [topic.claim for topic in behavior.train_topics[: cfg.topics]]
+
+
 def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     """The pairs of `cfg.file` as training has them: `topic` and `persona` number the file's topics and wordings in the
     order in which they are there first, so that a draw stays within both; `sample` is the line. An answer of `one_word` counts
