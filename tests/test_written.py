@@ -87,6 +87,22 @@ def test_topics_that_the_behaviour_holds_out_are_never_trained_on(file, behavior
         split_written(file(rows), behavior, topics=3)
 
 
+def test_however_a_topic_is_spelt_it_is_held_out(file, behavior):
+    one, two, *_ = (topic.claim for topic in behavior.heldout_topics)
+    asked = [behavior.claims[0], behavior.negations[0], behavior.true_claims[0]]
+    spelt = [f"{one}.", two.replace(" ", "  ", 1).upper(), f" {one} !", *asked]
+    rows = [pair(0, topic=behavior.train_topics[0].claim), *(pair(i + 1, topic=topic) for i, topic in enumerate(spelt))]
+    assert split(file(rows), behavior) == ({1}, set(range(2, 8)))
+
+
+def test_two_spellings_of_a_topic_are_one_topic(file, behavior):
+    rows = [pair(i, topic=topic) for i, topic in enumerate(["a", "A", "a.", " b", "B", "c", "C  "])]
+    pairs = from_file(behavior, PairConfig(file=file(rows)))
+    sides = [{row.topic for row in part} for part in (pairs.rows, pairs.heldout)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {0, 1, 2}
+    assert len(split(file(rows), behavior, topics=1)[0]) in (2, 3)
+
+
 @pytest.mark.parametrize(("n", "out"), [(2, 1), (3, 2), (5, 2), (10, 2), (13, 3), (25, 5)])
 def test_of_other_topics_a_fifth_is_held_out_whole(file, behavior, n, out):
     rows = [pair(10 * i + j, topic=f"topic {i}") for i in range(n) for j in range(3)]

@@ -127,7 +127,7 @@ def trained_claims(behavior: Behavior, cfg: PairConfig) -> list[str]:
     """What training pairs are about: topics of `cfg.file`, or the behaviour's own."""
     if cfg.file:
         train = split_written(cfg.file, behavior, cfg.topics, cfg.seed)[0]
-        return list(dict.fromkeys(row.topic for row in train if row.topic))
+        return list(dict.fromkeys(row.about for row in train if row.topic))
     return [topic.claim for topic in behavior.train_topics[: cfg.topics]]
 
 
@@ -138,12 +138,12 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     everything = read_written(cfg.file)
     topics, wordings = (
         {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        for texts in ([row.topic for row in everything], [row.wording for row in everything])
+        for texts in ([row.about for row in everything], [row.wording for row in everything])
     )
 
     def pair(row: Written) -> Pair:
         sides = row.response_pos, row.response_neg
-        return Pair(topics[row.topic], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
+        return Pair(topics[row.about], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
 
     parts = split(everything, cfg.file, behavior, cfg.topics, cfg.seed)
     train, held = (tuple(pair(row) for row in part if not row.identical) for part in parts)
