@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 import ws
+from ws.cache.places import ASSETS
 from ws.diff import balanced_diff, task_vectors
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
@@ -149,6 +150,7 @@ def broken(i: int, **change) -> list:
         (broken(4, statement=None), "line 5: statement: must be a text that is not empty, is None"),
         (broken(4, answer_matching_behavior="Maybe"), "line 5: the answers are 'Maybe' and 'No', those of line 1"),
         (broken(4, answer_matching_behavior="No"), "line 5: both answers are 'No'"),
+        (broken(4, question="Is \ud83d it?"), r"line 5: question: \\ud83d is half of a surrogate pair, no character"),
         (rows() + rows()[3:4], "line 21: .* stands in line 4 already"),
         (rows()[:7], "has 7 statements, 8 or more are needed"),
         ([*rows(), "{"], "line 21: not JSON"),
@@ -163,6 +165,18 @@ def test_a_malformed_file_is_one_line_that_says_where(tmp_path, lines, told):
     with pytest.raises(ValueError, match=told) as error:
         ws.load_behavior(written(tmp_path / "b.jsonl", lines))
     assert "\n" not in str(error.value) and "b.jsonl" in str(error.value)
+
+
+def test_a_byte_order_mark_and_half_a_character_in_other_files(tmp_path):
+    path = written(tmp_path / "kind.jsonl", rows())
+    plain = ws.load_behavior(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert ws.load_behavior(path) == plain
+    whole = json.loads((ASSETS / "sycophancy.json").read_text()) | {"name": "mine"}
+    whole["topics"][3][0] += " \udfff"
+    (tmp_path / "mine.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"mine\.json: topics\[3\]: the claim: \\udfff is half of a surrogate pair"):
+        ws.load_behavior(tmp_path / "mine.json")
 
 
 def test_what_tells_claims_apart_does_not_go_with_answers(kind):

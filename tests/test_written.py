@@ -63,6 +63,11 @@ def split(path, behavior, **more):
         ([pair(0, wording=["a"])], "line 1: wording: must be a text"),
         ([pair(0, user="x" * 10_001)], "line 1: user: has 10,001 characters, at most 10,000"),
         ([pair(0), pair(1), pair(0)], "line 3: the same pair as line 1"),
+        (
+            [pair(0), pair(1, response_neg="No \ud800")],
+            "line 2: response_neg: \\ud800 is half of a surrogate pair, no char",
+        ),
+        ([pair(0, topic="\udc00a")], "line 1: topic: \\udc00 is half of a surrogate pair"),
         (["", ""], "mine.jsonl: holds no pair; a line is an object with user, response_pos, response_neg"),
     ],
 )
@@ -71,6 +76,12 @@ def test_what_is_no_file_of_pairs_is_told_by_line(file, rows, told):
     with pytest.raises(ValueError) as refused:
         read_written(path)
     assert told in str(refused.value) and path in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(file, tmp_path):
+    plain, marked = file([pair(0), pair(1)]), tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "mine.jsonl").read_bytes())
+    assert read_written(str(marked)) == read_written(plain)
 
 
 def test_a_file_that_is_not_there(tmp_path):
