@@ -83,6 +83,7 @@ from ws.train.difference import obtain_diff, training_text
 from ws.train.lora import TrainConfig
 from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
 from ws.train.pairs import PairConfig, heldout_pairs
+from ws.train.stopping import unreached
 
 run = begin("weight_diff", globals())
 folder = run.folder
@@ -182,6 +183,7 @@ if pairs:
     save(figure, folder / "margin_sweep")
     display(notebook.show(figure))
     display(HTML(tables.as_text(means, style="html")))
+verdict["text"] += unreached(training)
 display(Markdown(tables.literal(margin["text"])))
 
 # %% [markdown]

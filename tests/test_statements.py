@@ -13,6 +13,7 @@ from scipy import stats
 import ws
 from ws.cache.places import ASSETS
 from ws.diff import balanced_diff, task_vectors
+from ws.ready import check_inputs
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
 from ws.steer import statements
@@ -21,11 +22,12 @@ from ws.steer.evaluate import alpha_sweep, check_words, claim_sets, completions,
 from ws.subspaces.captures import eval_set, probes
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol
-from ws.train.difference import obtain_diff
+from ws.train.difference import obtain_diff, training_text
 from ws.train.examples import draw_pairs, make_example, shuffle_labels
 from ws.train.lora import TrainConfig
 from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
 from ws.train.pairs import PairConfig, heldout_pairs, make_pairs, statement_pairs
+from ws.train.stopping import unreached
 
 PERSONA = Path(__file__).parents[2] / "shared" / "data" / "persona"
 GOOD, BAD = "I like to help people", "I like to hurt people"
@@ -344,10 +346,40 @@ def test_a_sign_stops_at_its_target_loss(kind, tmp_path):
     target = (free["held_out_loss_pos_before"] + free["held_out_loss_pos_after"]) / 2
     _, early = obtain_diff(lm, kind, 0, config(max_steps=40, target_loss=target, target_every=1), tmp_path / "early")
     assert early["steps_pos"] < 40 and early["held_out_loss_pos_after"] <= target
+    assert early["target_loss_pos"] == f"reached {target:g}" and "target_loss_pos" not in free
+    assert unreached(free) == unreached({"target_loss_pos": "reached 1"}) == ""
     with pytest.raises(ValueError, match="TARGET_LOSS = 0.1: no pair is held out"):
         TrainConfig(target_loss=0.1, heldout=0)
     with pytest.raises(ValueError, match="TARGET_LOSS = -1: must not be under 0"):
         TrainConfig(target_loss=-1)
+
+
+def test_a_target_that_was_not_reached_is_told(kind, tmp_path):
+    lm = ws.load_lm("tiny")
+    _, record = obtain_diff(lm, kind, 0, config(max_steps=2, target_loss=1e-9), tmp_path / "seed")
+    assert record["steps_neg"] == 2 and record["target_loss_neg"].startswith("did not reach 1e-09: ")
+    assert "TARGET_LOSS was missed (pos did not reach 1e-09" in unreached(record) and "; neg did not" in unreached(
+        record
+    )
+    assert "| target loss neg | did not reach" in training_text(record)
+
+
+def test_no_training_stops_before_its_first_update(kind, tmp_path):
+    """A target that the base model is under already; the first step of the warmup changes nothing."""
+    lm, cfg = ws.load_lm("tiny"), config(max_steps=9, target_loss=99.0, target_every=1, balance=True)
+    w, record = obtain_diff(lm, kind, 0, cfg, tmp_path / "seed")
+    assert record["steps_pos"] == record["steps_neg"] == 2 and w.total_norm() > 0
+
+
+def test_a_target_without_a_held_out_pair_is_refused_before_anything_starts(kind, tmp_path):
+    few = TrainConfig(PairConfig(topics=4), target_loss=0.5)
+    with pytest.raises(ValueError, match="TARGET_LOSS = 0.5: of 4 pairs none is held out.*use more pairs"):
+        obtain_diff(ws.load_lm("tiny"), kind, 0, few, tmp_path / "seed")
+    assert not (tmp_path / "seed").exists()
+    values = {"MODEL_ID": "tiny", "BEHAVIOR": str(tmp_path / "kind.jsonl"), "TOPICS": 4, "TARGET_LOSS": 0.5}
+    with pytest.raises(ValueError, match="TARGET_LOSS = 0.5: of 4 pairs none is held out"):
+        check_inputs("weight_diff", values)
+    check_inputs("weight_diff", values | {"TOPICS": 6})
 
 
 def test_balanced_signs_have_one_norm(kind, tmp_path):

@@ -26,7 +26,8 @@ from ws.theta.states import load_users, split_texts
 from ws.train.asked import other_training
 from ws.train.examples import make_example
 from ws.train.lora import TrainConfig, adapter_layers
-from ws.train.pairs import PairConfig, counted, from_file
+from ws.train.pairs import PairConfig, from_file, most_pairs
+from ws.train.stopping import held_out
 from ws.train.written import pairs_file, read_written
 
 SWITCHES = "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES MAX_LENGTH".split()
@@ -136,11 +137,12 @@ def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
         check_words(lm, behavior)
     elif "PCS" in values:
         check_texts(lm, behavior, protocol_of(values))
-    asked = PairConfig(values.get("TOPICS"), values.get("PERSONAS"), file=str(values.get("PAIRS") or ""))
+    samples = values.get("SAMPLES") or PairConfig.samples
+    asked = PairConfig(values.get("TOPICS"), values.get("PERSONAS"), samples, file=str(values.get("PAIRS") or ""))
     if asked.file:
         check_lengths(lm, behavior, asked)
-    elif not values.get("W_PATH") and not values.get("POS_ADAPTER"):
-        counted(behavior, asked)
+    if not values.get("W_PATH") and not values.get("POS_ADAPTER"):
+        held_out(most_pairs(behavior, asked), TrainConfig.heldout, values.get("TARGET_LOSS") or 0)
 
 
 def check_lengths(lm: LM, behavior: Behavior, asked: PairConfig) -> None:

@@ -123,6 +123,14 @@ def heldout_pairs(
         return (), str(error)
 
 
+def most_pairs(behavior: Behavior, cfg: PairConfig) -> int:
+    """How many pairs there can be to train on; errors as in `counted`."""
+    cfg = counted(behavior, cfg)
+    if cfg.file:
+        return len(from_file(behavior, cfg).rows)
+    return cfg.topics if behavior.answers else cfg.topics * cfg.personas * cfg.samples
+
+
 def trained_claims(behavior: Behavior, cfg: PairConfig) -> list[str]:
     """What training pairs are about: topics of `cfg.file`, or the behaviour's own."""
     if cfg.file:
