@@ -154,6 +154,7 @@ def broken(i: int, **change) -> list:
         (broken(4, answer_matching_behavior="No"), "line 5: both answers are 'No'"),
         (broken(4, question="Is \ud83d it?"), r"line 5: question: \\ud83d is half of a surrogate pair, no character"),
         (rows() + rows()[3:4], "line 21: .* stands in line 4 already"),
+        ([{"name": "a"}, *rows(), {"name": "b"}], "line 22 gives 'name' again"),
         (rows()[:7], "has 7 statements, 8 or more are needed"),
         ([*rows(), "{"], "line 21: not JSON"),
         ([*rows(), "3"], "line 21 is not an object"),
