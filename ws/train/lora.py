@@ -134,6 +134,7 @@ def train_adapter(
     rows, frame = shuffle_labels(rows, seed) if cfg.shuffle_labels else rows, answer_frame(lm.tokenizer)
     examples = [make_example(lm, row, sign, frame, cfg.max_length) for row in rows]
     held, train = ([examples[i] for i in part] for part in parts)
+    cut = cut_share([rows[i] for i in parts[1]], sign, train, cfg.max_length)
     made_of = {"model": lm.fingerprint, "sign": sign, "seed": seed, "config": asdict(cfg), "examples": train}
     key = stage_key(made_of, code=["ws.train.lora.train_adapter"])
     # outside the folder that is being filled, under a name that the next try finds again
@@ -153,7 +154,7 @@ def train_adapter(
     record = {
         "sign": sign, "seed": seed, "model": lm.name,
         "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)}, "n_train": len(train),
-        "n_heldout": len(held), "cut": cut_share(lm, train, frame[1]), "resampled": cfg.resampled, "distinct_pairs": distinct,
+        "n_heldout": len(held), "cut": cut, "resampled": cfg.resampled, "distinct_pairs": distinct,
         "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
         "target_reached": bool(stop and (stop.reached or after <= cfg.target_loss)),
     }  # fmt: skip

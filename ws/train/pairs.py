@@ -69,9 +69,25 @@ class Pair:
     cut_pos: bool = False
     cut_neg: bool = False
 
+    def answer(self, sign: str) -> tuple[str, bool]:
+        """The text of one side, and whether it says nothing of where answers end."""
+        return (self.response_pos, self.cut_pos) if sign == "pos" else (self.response_neg, self.cut_neg)
+
+    def limited(self, sign: str) -> bool:
+        """Whether the token limit ended a side while it was written."""
+        return self.answer(sign)[1]
+
 
 @dataclass(frozen=True)
-class StatementPair(Pair):
+class WrittenPair(Pair):
+    """A pair that the base model did not write: what counts as cut is an answer of one word."""
+
+    def limited(self, sign: str) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class StatementPair(WrittenPair):
     """A pair of a behaviour of statements, whose topic is its half."""
 
 
@@ -151,7 +167,7 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
 
     def pair(row: Written) -> Pair:
         sides = row.response_pos, row.response_neg
-        return Pair(topics[row.about], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
+        return WrittenPair(topics[row.about], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
 
     parts = split(everything, cfg.file, behavior, cfg.topics, cfg.seed)
     train, held = (tuple(pair(row) for row in part if not row.identical) for part in parts)
