@@ -15,6 +15,7 @@ from ws.data import Behavior
 HALVES = ("yes", "no")
 BOTH = "both"
 MIN_PMASS = 0.5
+MOST_ASKED = 100  # held-out statements, where nothing else is said
 ONE_SIDED = 0.25  # of the larger movement, under which the smaller one counts as none
 Move = tuple[float, float, float]  # a movement and the ends of its 95 % interval
 

@@ -24,12 +24,10 @@ from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.show.bars import tqdm
+from ws.steer.statements import MOST_ASKED
 from ws.train.written import Written, read_written, split, split_written
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
-
-
-MOST_HELDOUT = 100  # statements of which the answer margin is taken
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,11 @@ def heldout_pairs(
 ) -> tuple[tuple[Pair, ...], str]:
     """Pairs that no adapter is trained on, and why there are none: those held out of `cfg.file`; without it the base model
     writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`. Of statements the first `n_heldout`,
-    at most MOST_HELDOUT."""
+    at most MOST_ASKED."""
     if cfg.file:
         return from_file(behavior, cfg).heldout, ""
     if behavior.answers:
-        return statement_pairs(behavior, min(n_heldout or MOST_HELDOUT, MOST_HELDOUT), heldout=True).rows, ""
+        return statement_pairs(behavior, min(n_heldout or MOST_ASKED, MOST_ASKED), heldout=True).rows, ""
     topics, personas = behavior.heldout_topics, behavior.persona_pairs
     cfg = replace(cfg, topics=len(topics), personas=len(personas), samples=1)
     try:
