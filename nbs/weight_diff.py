@@ -59,7 +59,7 @@ ACCUMULATION = 4  # passes per optimizer step
 CHECKPOINT_STEPS = 0  # save every so many steps what a killed long run needs to go on; 0: never
 # steering
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]  # strengths at which w is added
-N_HELDOUT = None  # held-out statements that are asked about, of a behaviour of statements; None: all
+N_HELDOUT = None  # held-out statements that are asked about, of a behaviour of statements; None: all (the answer margin asks about 100 at most)
 # the machine
 DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
 DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
