@@ -59,7 +59,7 @@ ACCUMULATION = 4  # passes per optimizer step
 CHECKPOINT_STEPS = 0  # save every so many steps what a killed long run needs to go on; 0: never
 # steering
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]  # strengths at which w is added
-N_HELDOUT = None  # held-out statements that are asked about, of a behaviour of statements; None: all
+N_HELDOUT = None  # held-out statements that are asked about, of a behaviour of statements; None: all (the answer margin asks about 100 at most)
 # the machine
 DEVICE = "auto"  # auto (all GPUs, else the CPU), cpu, cuda, cuda:1
 DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, float16
@@ -83,6 +83,7 @@ from ws.train.difference import obtain_diff, training_text
 from ws.train.lora import TrainConfig
 from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
 from ws.train.pairs import PairConfig, heldout_pairs
+from ws.train.stopping import unreached
 
 run = begin("weight_diff", globals())
 folder = run.folder
@@ -170,7 +171,7 @@ display(HTML(tables.as_text(summary, style="html")))
 
 # %%
 verdict = evaluate.steering_verdict(summary)
-pairs, why_none = heldout_pairs(lm, behavior, config.pairs, cache_folder(lm.name))
+pairs, why_none = heldout_pairs(lm, behavior, config.pairs, cache_folder(lm.name), n_heldout=N_HELDOUT)
 margin = {"text": f"There is no answer margin: {why_none}"}
 if pairs:
     margins = margin_sweep(lm, pairs, w, alphas)
@@ -182,6 +183,7 @@ if pairs:
     save(figure, folder / "margin_sweep")
     display(notebook.show(figure))
     display(HTML(tables.as_text(means, style="html")))
+verdict["text"] += unreached(training)
 display(Markdown(tables.literal(margin["text"])))
 
 # %% [markdown]

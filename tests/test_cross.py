@@ -1,6 +1,7 @@
 """The cross matrix of behaviours: planted behaviours, biases and general answers are told apart; cells are kept."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ from ws.cache.places import ASSETS
 from ws.diff import save_diff
 from ws.ready import check_inputs
 from ws.runs.once import run_notebook
-from ws.stability import cross, cross_ranks
+from ws.stability import cross_ranks
 from ws.stability.cross import cross_behaviors, interval, matrix_of, moves_of, spread
 from ws.stability.cross_figures import heat_maps
 from ws.stability.cross_ranks import kendall_w, rank_table, ranks_text
 from ws.stability.cross_words import conclusion, verdicts
+from ws.steer import effect
 
 NAMES = ("kind", "tidy")
 
@@ -55,12 +57,36 @@ def test_specific_general_and_biased_differences_are_told_apart():
         ("tidy", "tidy"): (5.0, 5.0), ("tidy", "kind"): (5.0, 5.0),
     })  # fmt: skip
     assert kinds == {"kind": "specific", "tidy": "general"}
-    assert "1 of 2 specific, 1 of 2 general" in text and "Intervals are for new LoRA seeds and new statements" in text
+    assert (
+        "1 of 2 specific, 1 of 2 not shown to be specific" in text
+        and "Intervals are for new LoRA seeds and new statements" in text
+    )
     kinds, text = read({
         ("kind", "kind"): (6.0, -6.0), ("kind", "tidy"): (5.0, -5.0),
         ("tidy", "tidy"): (0.02, 0.01), ("tidy", "kind"): (0.0, 0.0),
     })  # fmt: skip
-    assert kinds == {"kind": "bias", "tidy": "none"} and "not told apart from a bias towards one word" in text
+    assert kinds == {"kind": "bias", "tidy": "none"}
+    few = planted({(a, b): (0.5, 0.4) for a in NAMES for b in NAMES}, seeds=1, n=4, noise=0.5)
+    assert "specific" not in verdicts(moves_of(few, NAMES)).values()
+    towards_no = planted({(a, b): (-6.0, 2.5) for a in NAMES for b in NAMES})
+    assert set(verdicts(moves_of(towards_no, NAMES)).values()) == {"bias"}
+    assert "not told apart from a bias towards one word" in text
+
+
+def test_other_statements_are_compared_with_own_ones_that_are_seen_to_move():
+    kinds, text = read({
+        ("kind", "kind"): (0.05, 0.02), ("kind", "tidy"): (3.0, 3.0),
+        ("tidy", "tidy"): (-4.0, -4.0), ("tidy", "kind"): (-2.0, -2.0),
+    })  # fmt: skip
+    assert kinds == {"kind": "none", "tidy": "against"}
+    assert "1 of 2 against the behaviour, 1 of 2 not seen to move its own statements." in text
+    of_kind, of_tidy = (line for line in text.splitlines() if line.startswith("  - "))
+    assert "nats (less by" in of_kind and re.search(r"on kind: -[\d.]+ \(.*\) nats, \d\d % of that \(less", of_tidy)
+    _, text = read({
+        ("kind", "kind"): (6.0, 5.0), ("kind", "tidy"): (-2.0, -2.0),
+        ("tidy", "tidy"): (6.0, 6.0), ("tidy", "kind"): (-0.1, -0.1),
+    })  # fmt: skip
+    assert "nats, the other way (less" in text and "against it" not in text
 
 
 def test_moves_and_matrix_are_the_means_that_they_say():
@@ -119,7 +145,7 @@ def two(tmp_path):
 def test_a_stopped_matrix_goes_on_where_it_was(two, tmp_path, monkeypatch):
     lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
     diffs = {"kind": {0: w, 1: w.scale(0.5)}, "tidy": {0: w.scale(-1.0), 1: w.scale(0.25)}}
-    counted, real = [], cross.answer_scores
+    counted, real = [], effect.answer_scores
 
     def stops(*args, **more):
         counted.append(1)
@@ -127,7 +153,7 @@ def test_a_stopped_matrix_goes_on_where_it_was(two, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(cross, "answer_scores", stops)
+    monkeypatch.setattr(effect, "answer_scores", stops)
     with pytest.raises(KeyboardInterrupt):
         cross_behaviors(lm, two, diffs, cache=tmp_path, progress=False)
     found = cross_behaviors(lm, two, diffs, cache=tmp_path, progress=False)

@@ -22,7 +22,7 @@ from ws.train.margin import (
     answer_margin,
     margin_sweep,
     margin_verdict,
-    mean_over_topics,
+    mean_with_interval,
     summarise_margins,
 )
 from ws.train.pairs import Pair, PairConfig, heldout_pairs
@@ -153,7 +153,7 @@ def test_the_figure_shows_both_scores():
 
 
 def test_pairs_without_topics_count_one_by_one_and_a_single_one_has_no_interval():
-    assert mean_over_topics(sweep([(0, 0.0, 1.0), (0, 0.0, 2.0)]).filter(alpha=1.0))[3] == 2
+    assert mean_with_interval(sweep([(0, 0.0, 1.0), (0, 0.0, 2.0)]).filter(alpha=1.0))[3] == 2
     found = margin_verdict(sweep([(0, 0.0, 1.0)]), 1.0)
     assert found["low"] is found["high"] is None and "a distance of +1.000; the" in found["text"]
     assert "one topic gives no interval" in found["text"]

@@ -11,7 +11,9 @@ import torch
 from scipy import stats
 
 import ws
+from ws.cache.places import ASSETS
 from ws.diff import balanced_diff, task_vectors
+from ws.ready import check_inputs
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
 from ws.steer import statements
@@ -20,10 +22,12 @@ from ws.steer.evaluate import alpha_sweep, check_words, claim_sets, completions,
 from ws.subspaces.captures import eval_set, probes
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol
-from ws.train.difference import obtain_diff
+from ws.train.difference import obtain_diff, training_text
 from ws.train.examples import draw_pairs, make_example, shuffle_labels
 from ws.train.lora import TrainConfig
-from ws.train.pairs import make_pairs, statement_pairs
+from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
+from ws.train.pairs import PairConfig, heldout_pairs, make_pairs, statement_pairs
+from ws.train.stopping import unreached
 
 PERSONA = Path(__file__).parents[2] / "shared" / "data" / "persona"
 GOOD, BAD = "I like to help people", "I like to hurt people"
@@ -148,7 +152,9 @@ def broken(i: int, **change) -> list:
         (broken(4, statement=None), "line 5: statement: must be a text that is not empty, is None"),
         (broken(4, answer_matching_behavior="Maybe"), "line 5: the answers are 'Maybe' and 'No', those of line 1"),
         (broken(4, answer_matching_behavior="No"), "line 5: both answers are 'No'"),
+        (broken(4, question="Is \ud83d it?"), r"line 5: question: \\ud83d is half of a surrogate pair, no character"),
         (rows() + rows()[3:4], "line 21: .* stands in line 4 already"),
+        ([{"name": "a"}, *rows(), {"name": "b"}], "line 22 gives 'name' again"),
         (rows()[:7], "has 7 statements, 8 or more are needed"),
         ([*rows(), "{"], "line 21: not JSON"),
         ([*rows(), "3"], "line 21 is not an object"),
@@ -162,6 +168,18 @@ def test_a_malformed_file_is_one_line_that_says_where(tmp_path, lines, told):
     with pytest.raises(ValueError, match=told) as error:
         ws.load_behavior(written(tmp_path / "b.jsonl", lines))
     assert "\n" not in str(error.value) and "b.jsonl" in str(error.value)
+
+
+def test_a_byte_order_mark_and_half_a_character_in_other_files(tmp_path):
+    path = written(tmp_path / "kind.jsonl", rows())
+    plain = ws.load_behavior(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert ws.load_behavior(path) == plain
+    whole = json.loads((ASSETS / "sycophancy.json").read_text()) | {"name": "mine"}
+    whole["topics"][3][0] += " \udfff"
+    (tmp_path / "mine.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"mine\.json: topics\[3\]: the claim: \\udfff is half of a surrogate pair"):
+        ws.load_behavior(tmp_path / "mine.json")
 
 
 def test_what_tells_claims_apart_does_not_go_with_answers(kind):
@@ -214,7 +232,35 @@ def test_a_yes_bias_does_not_pass_for_the_behaviour():
     assert not bias["together"] and abs(bias["spread"]) < 1e-9 and "a bias towards the yes-word" in bias["text"]
     towards_no = steering_verdict(summarise_sweep(planted((3.0, -3.0), (-3.0, 5.0))))
     assert "a bias towards the no-word" in towards_no["text"] and not towards_no["together"]
-    assert "only the Yes half moves" in steering_verdict(summarise_sweep(planted((-3.0, 3.0), (0.0, 0.1))))["text"]
+    one = steering_verdict(summarise_sweep(planted((-3.0, 3.0), (0.0, 0.1))))
+    assert "nearly only the Yes half moves" in one["text"] and not one["together"]
+    against = steering_verdict(summarise_sweep(planted((3.0, -2.0), (3.0, -3.0))))
+    assert against["together"] and "both halves move together, against the behaviour" in against["text"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "together", "told"),
+    [
+        ((0.02, 0.02), True, "both halves move together, both 95 % intervals exclude 0"),
+        ((0.02, 0.5), False, "only the Yes half is seen to move, the other's 95 % interval holds 0"),
+        ((0.5, 0.5), False, "neither half is seen to move, both 95 % intervals hold 0"),
+    ],
+)
+def test_halves_move_together_where_both_intervals_say_so(noise, together, told):
+    """+0.08 and +0.07 nats on four statements each: the interval is of each statement's own movement, not of its margin."""
+    found = []
+    for half, mean, wide in zip(("yes", "no"), (0.08, 0.07), noise, strict=True):
+        for i, off in enumerate((-1.0, 1.0, -0.5, 0.5)):
+            sign = 1 if half == "yes" else -1
+            ends = ((-1.0, 5.0 * i), (1.0, 5.0 * i + mean + wide * off))
+            found += [(alpha, half, f"{half}{i}", sign * margin, 0.9) for alpha, margin in ends]
+    sweep = statements.with_margin(pl.DataFrame(found, "alpha set claim logratio pmass".split(), orient="row"))
+    summary = summarise_sweep(sweep.sample(fraction=1, shuffle=True, seed=0))
+    verdict = steering_verdict(summary)
+    assert verdict["together"] is together and told in verdict["text"]
+    row = summary.filter(set="no", alpha=1.0).row(0, named=True)
+    moved = 0.07 + noise[1] * np.array([-1.0, 1.0, -0.5, 0.5])
+    assert (row["moved_lo"], row["moved_hi"]) == pytest.approx(stats.t.interval(0.95, 3, 0.07, stats.sem(moved)))
 
 
 def test_the_summary_counts_halves_alike_with_t_intervals():
@@ -244,6 +290,39 @@ def test_effects_and_sweeps_speak_of_the_margin(kind):
     assert len(completions(lm, kind, w, [0.0], 2)) == 8
 
 
+def test_the_answer_margin_is_over_statements_and_counts_the_halves_alike(tmp_path):
+    few = [row for i, row in enumerate(rows(60)) if i % 2 == 0 or i % 6 == 1]  # 30 yes, 10 no
+    lm, kind = ws.load_lm("tiny"), ws.load_behavior(written(tmp_path / "kind.jsonl", few))
+    pairs, _ = heldout_pairs(lm, kind, PairConfig(), tmp_path)
+    margins = margin_sweep(lm, pairs, ws.load_diff("tiny"), [-1.0, 1.0], progress=False)
+    moved = margins.pivot("alpha", index=["half", "sample"], values="margin").with_columns(
+        by=pl.col("1.0") - pl.col("-1.0")
+    )
+    parts = [moved.filter(half=half)["by"].to_numpy() for half in ("yes", "no")]
+    assert list(map(len, parts)) == [12, 4]
+    mean = np.mean([part.mean() for part in parts])
+    wide = np.sqrt(sum((stats.t.ppf(0.975, len(p) - 1) * stats.sem(p) / 2) ** 2 for p in parts))
+    found = margin_verdict(margins, 1.0)
+    assert (found["distance"], found["low"], found["high"]) == pytest.approx((mean, mean - wide, mean + wide))
+    told = "On 16 held-out statements (12 of the Yes half, 4 of the No half, counted alike) the answer margin"
+    assert found["text"].startswith(told) and "topic" not in found["text"]
+    table = summarise_margins(margins)
+    assert table["statements"].to_list() == [16, 16] and "topics" not in table.columns
+
+
+def test_the_answer_margin_asks_about_the_statements_of_the_sweep(kind, tmp_path):
+    lm = ws.load_lm("tiny")
+    pairs, _ = heldout_pairs(lm, kind, PairConfig(), tmp_path, n_heldout=4)
+    asked = {kind.probe_text(claim) for claims in claim_sets(kind, 4).values() for claim in claims}
+    assert len(pairs) == 4 and {row.user for row in pairs} == asked
+    many = ws.load_behavior(written(tmp_path / "many.jsonl", rows(300)))
+    assert [len(heldout_pairs(lm, many, PairConfig(), tmp_path, n_heldout=n)[0]) for n in (None, 110, 60)] == [
+        100,
+        100,
+        60,
+    ]
+
+
 def config(**more) -> TrainConfig:
     return TrainConfig(r=4, alpha=8, lr=5e-3, epochs=20, batch=8, accumulation=1, heldout=0.25, **more)
 
@@ -268,10 +347,40 @@ def test_a_sign_stops_at_its_target_loss(kind, tmp_path):
     target = (free["held_out_loss_pos_before"] + free["held_out_loss_pos_after"]) / 2
     _, early = obtain_diff(lm, kind, 0, config(max_steps=40, target_loss=target, target_every=1), tmp_path / "early")
     assert early["steps_pos"] < 40 and early["held_out_loss_pos_after"] <= target
+    assert early["target_loss_pos"] == f"reached {target:g}" and "target_loss_pos" not in free
+    assert unreached(free) == unreached({"target_loss_pos": "reached 1"}) == ""
     with pytest.raises(ValueError, match="TARGET_LOSS = 0.1: no pair is held out"):
         TrainConfig(target_loss=0.1, heldout=0)
     with pytest.raises(ValueError, match="TARGET_LOSS = -1: must not be under 0"):
         TrainConfig(target_loss=-1)
+
+
+def test_a_target_that_was_not_reached_is_told(kind, tmp_path):
+    lm = ws.load_lm("tiny")
+    _, record = obtain_diff(lm, kind, 0, config(max_steps=2, target_loss=1e-9), tmp_path / "seed")
+    assert record["steps_neg"] == 2 and record["target_loss_neg"].startswith("did not reach 1e-09: ")
+    assert "TARGET_LOSS was missed (pos did not reach 1e-09" in unreached(record) and "; neg did not" in unreached(
+        record
+    )
+    assert "| target loss neg | did not reach" in training_text(record)
+
+
+def test_no_training_stops_before_its_first_update(kind, tmp_path):
+    """A target that the base model is under already; the first step of the warmup changes nothing."""
+    lm, cfg = ws.load_lm("tiny"), config(max_steps=9, target_loss=99.0, target_every=1, balance=True)
+    w, record = obtain_diff(lm, kind, 0, cfg, tmp_path / "seed")
+    assert record["steps_pos"] == record["steps_neg"] == 2 and w.total_norm() > 0
+
+
+def test_a_target_without_a_held_out_pair_is_refused_before_anything_starts(kind, tmp_path):
+    few = TrainConfig(PairConfig(topics=4), target_loss=0.5)
+    with pytest.raises(ValueError, match="TARGET_LOSS = 0.5: of 4 pairs none is held out.*use more pairs"):
+        obtain_diff(ws.load_lm("tiny"), kind, 0, few, tmp_path / "seed")
+    assert not (tmp_path / "seed").exists()
+    values = {"MODEL_ID": "tiny", "BEHAVIOR": str(tmp_path / "kind.jsonl"), "TOPICS": 4, "TARGET_LOSS": 0.5}
+    with pytest.raises(ValueError, match="TARGET_LOSS = 0.5: of 4 pairs none is held out"):
+        check_inputs("weight_diff", values)
+    check_inputs("weight_diff", values | {"TOPICS": 6})
 
 
 def test_balanced_signs_have_one_norm(kind, tmp_path):

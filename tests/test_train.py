@@ -26,7 +26,7 @@ from ws.steer.weights import weight_steer
 from ws.train.difference import obtain_diff, train_diff
 from ws.train.examples import cut_share, draw_pairs, make_example, response_loss, shuffle_labels
 from ws.train.lora import ADAPTERS, TrainConfig, adapter_layers, train_adapter
-from ws.train.pairs import Pair, PairConfig, make_pairs
+from ws.train.pairs import Pair, PairConfig, from_file, make_pairs
 
 SMALL = PairConfig(topics=3, samples=2, max_new_tokens=6, batch=5)
 CFG = TrainConfig(pairs=SMALL, r=4, alpha=8, lr=1e-2, warmup_steps=1, max_steps=4, batch=4, accumulation=1)
@@ -732,11 +732,20 @@ def test_an_answer_that_was_cut_has_no_end_of_turn(lm, rows):
     examples = [make_example(lm, row, sign, ("", end), 512) for row in (rows[0], cut) for sign in ("pos", "neg")]
     assert [e["labels"][-1] == mark for e in examples] == [True, True, False, True]
     assert [e["input_ids"][-1] == mark for e in examples] == [True, True, False, True]
-    assert cut_share(lm, examples, end) == 0.25 and cut_share(lm, examples, "") == 0
+    both = rows[0], cut
+    assert cut_share(both, "pos", examples[::2], 512) == 0.5 and cut_share(both, "neg", examples[1::2], 512) == 0
     short = make_example(lm, rows[0], "pos", ("", end), len(examples[0]["labels"]) - 1)
-    assert mark not in short["labels"] and cut_share(lm, [short], end) == 1
+    assert mark not in short["labels"] and cut_share(rows[:1], "pos", [short], len(short["labels"])) == 1
     (swapped,) = {r for r in shuffle_labels((cut,) * 40, 0) if r != cut}
     assert swapped.cut_neg and not swapped.cut_pos and swapped.response_neg == cut.response_pos
+
+
+def test_an_answer_of_one_word_that_was_written_is_not_told_as_cut(lm, tmp_path):
+    pairs = from_file(load_behavior("sycophancy"), PairConfig(file="sycophancy")).rows
+    assert any(row.cut_pos for row in pairs)
+    for sign in ("pos", "neg"):
+        examples = [make_example(lm, row, sign, ("", turn_end(lm.tokenizer)), 512) for row in pairs]
+        assert cut_share(pairs, sign, examples, 512) == 0
 
 
 def test_what_is_cut_is_told_as_it_is_written(lm, monkeypatch):

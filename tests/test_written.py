@@ -63,6 +63,11 @@ def split(path, behavior, **more):
         ([pair(0, wording=["a"])], "line 1: wording: must be a text"),
         ([pair(0, user="x" * 10_001)], "line 1: user: has 10,001 characters, at most 10,000"),
         ([pair(0), pair(1), pair(0)], "line 3: the same pair as line 1"),
+        (
+            [pair(0), pair(1, response_neg="No \ud800")],
+            "line 2: response_neg: \\ud800 is half of a surrogate pair, no char",
+        ),
+        ([pair(0, topic="\udc00a")], "line 1: topic: \\udc00 is half of a surrogate pair"),
         (["", ""], "mine.jsonl: holds no pair; a line is an object with user, response_pos, response_neg"),
     ],
 )
@@ -71,6 +76,12 @@ def test_what_is_no_file_of_pairs_is_told_by_line(file, rows, told):
     with pytest.raises(ValueError) as refused:
         read_written(path)
     assert told in str(refused.value) and path in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(file, tmp_path):
+    plain, marked = file([pair(0), pair(1)]), tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "mine.jsonl").read_bytes())
+    assert read_written(str(marked)) == read_written(plain)
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -85,6 +96,22 @@ def test_topics_that_the_behaviour_holds_out_are_never_trained_on(file, behavior
     assert split(file(rows), behavior, topics=1) == ({1}, {2})
     with pytest.raises(ValueError, match=r"mine\.jsonl: 3 training topics asked for, it has 2 \(TOPICS\)"):
         split_written(file(rows), behavior, topics=3)
+
+
+def test_however_a_topic_is_spelt_it_is_held_out(file, behavior):
+    one, two, *_ = (topic.claim for topic in behavior.heldout_topics)
+    asked = [behavior.claims[0], behavior.negations[0], behavior.true_claims[0]]
+    spelt = [f"{one}.", two.replace(" ", "  ", 1).upper(), f" {one} !", *asked]
+    rows = [pair(0, topic=behavior.train_topics[0].claim), *(pair(i + 1, topic=topic) for i, topic in enumerate(spelt))]
+    assert split(file(rows), behavior) == ({1}, set(range(2, 8)))
+
+
+def test_two_spellings_of_a_topic_are_one_topic(file, behavior):
+    rows = [pair(i, topic=topic) for i, topic in enumerate(["a", "A", "a.", " b", "B", "c", "C  "])]
+    pairs = from_file(behavior, PairConfig(file=file(rows)))
+    sides = [{row.topic for row in part} for part in (pairs.rows, pairs.heldout)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {0, 1, 2}
+    assert len(split(file(rows), behavior, topics=1)[0]) in (2, 3)
 
 
 @pytest.mark.parametrize(("n", "out"), [(2, 1), (3, 2), (5, 2), (10, 2), (13, 3), (25, 5)])

@@ -61,14 +61,14 @@ def from_statements(rows: Rows, name: str) -> dict:
     its `statement` where that stands in its question, else the whole question. The yes-word is Yes where that is one of the
     two answers, in whatever case, else the first of them in sorted order. ValueError naming the line: a field that is missing,
     empty, too long or of a wrong type, a third answer word, two equal answers, a question twice; fewer than 8 statements."""
-    whole, asked, seen, words = {"name": name}, [], {}, ()
+    given, asked, seen, words = {}, [], {}, ()
     for where, row in rows:
         if not any(key in row for key in NEEDED):
             if unknown := [key for key in row if key not in SETTINGS]:
                 raise ValueError(
                     f"{where}: unknown field {short(unknown[0])}, and no statement: needs {', '.join(NEEDED)}"
                 )
-            _add(whole, where, row, ("name",))
+            _add(given, where, row)
             continue
         question, matching, other = (_text(row, key, where) for key in NEEDED)
         statement = _text(row, "statement", where) if "statement" in row else question
@@ -91,7 +91,11 @@ def from_statements(rows: Rows, name: str) -> dict:
         raise ValueError(f"has {len(asked)} statements, {LEAST} or more are needed")
     yes, no = sorted(words[1:], key=lambda word: (word.lower() != "yes", word))
     asked = in_order(asked, [answer == yes for _, _, answer in asked])
-    whole |= {"topics": [[claim, question] for claim, question, _ in asked], "answers": [one[2] for one in asked]}
+    whole = (
+        {"name": name}
+        | given
+        | {"topics": [[claim, question] for claim, question, _ in asked], "answers": [one[2] for one in asked]}
+    )
     persons = {"personas_pos": [], "personas_neg": []}
     asked_as_it_is = {} if "probes" in whole else {"probe": "{claim}"}
     return persons | asked_as_it_is | whole | {"yes": [yes], "no": [no], "opinion": "{claim}"}
@@ -108,9 +112,9 @@ def in_order(items: Sequence, first: Sequence[bool]) -> list:
     return [item for _, _, item in sorted(found, key=lambda one: one[:2])]
 
 
-def _add(whole: dict, where: str, row: dict, known: tuple[str, ...] = ()) -> None:
+def _add(whole: dict, where: str, row: dict) -> None:
     for key, value in row.items():
-        if key in whole and key not in known:
+        if key in whole:
             raise ValueError(f"{where} gives {key!r} again")
         whole[key] = value
 

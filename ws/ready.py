@@ -14,6 +14,7 @@ from ws.data import Behavior, load_behavior
 from ws.delta.calibration import load_calibration
 from ws.delta.report import read_folder
 from ws.diff.check import check_source
+from ws.diff.io import read_meta
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
 from ws.runs.folders import null_diffs, own_w
@@ -22,9 +23,11 @@ from ws.subspaces.captures import check_texts, probes
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.theta.live import check_plain_logits
 from ws.theta.states import load_users, split_texts
+from ws.train.asked import other_training
 from ws.train.examples import make_example
 from ws.train.lora import TrainConfig, adapter_layers
-from ws.train.pairs import PairConfig, counted, from_file
+from ws.train.pairs import PairConfig, from_file, most_pairs
+from ws.train.stopping import held_out
 from ws.train.written import pairs_file, read_written
 
 SWITCHES = "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES MAX_LENGTH".split()
@@ -62,11 +65,14 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
     revision, template = (str(values.get(key) or "") for key in ("REVISION", "CHAT_TEMPLATE"))
     lm = check_model(str(values["MODEL_ID"]), dtype, device, revision or None, template)
     check_sizes_of(values, lm)
-    for one in several:
+    for file, one in zip(values.get("BEHAVIORS") or [], several, strict=True):
         check_words(lm, one)
+        check_trained({**values, "BEHAVIOR": file}, one, out or out_folder())
     if behavior:
         check_behavior(values, lm, behavior)
         check_diffs(notebook, values, lm, behavior, out, own)
+        if own and "PROTOCOL" in values and not values.get("W_PATH") and not values.get("RUNS_DIR"):
+            check_trained(values, behavior, out or out_folder())
     if "USERS" in values:
         check_plain_logits(lm.model)
 
@@ -131,11 +137,12 @@ def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
         check_words(lm, behavior)
     elif "PCS" in values:
         check_texts(lm, behavior, protocol_of(values))
-    asked = PairConfig(values.get("TOPICS"), values.get("PERSONAS"), file=str(values.get("PAIRS") or ""))
+    samples = values.get("SAMPLES") or PairConfig.samples
+    asked = PairConfig(values.get("TOPICS"), values.get("PERSONAS"), samples, file=str(values.get("PAIRS") or ""))
     if asked.file:
         check_lengths(lm, behavior, asked)
-    elif not values.get("W_PATH") and not values.get("POS_ADAPTER"):
-        counted(behavior, asked)
+    if not values.get("W_PATH") and not values.get("POS_ADAPTER"):
+        held_out(most_pairs(behavior, asked), TrainConfig.heldout, values.get("TARGET_LOSS") or 0)
 
 
 def check_lengths(lm: LM, behavior: Behavior, asked: PairConfig) -> None:
@@ -175,6 +182,16 @@ def check_diffs(
                 check_source(path, lm.model)
             except ValueError as error:
                 raise ValueError(f"{error}; train it again: {_train(trained, null)}") from error
+
+
+def check_trained(values: Values, behavior: Behavior, out: Path) -> None:
+    """ValueError where a run's own w, of any of its seeds, was trained on what the behaviour now asks about, or on other
+    topics."""
+    for seed in values.get("SEEDS") or [values.get("SEED", 0)]:
+        one = {**values, "SEED": seed}
+        if told := other_training(read_meta(path := own_w(one, out)), behavior):
+            foreign = f", or use it as it is: W_PATH {path}" if "W_PATH" in values else ""
+            raise ValueError(f"{values['BEHAVIOR']}: {told} ({path}); train it again: {_train(one)}{foreign}")
 
 
 def _train(values: Values, null: bool = False) -> str:

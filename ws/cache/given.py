@@ -23,13 +23,14 @@ def first_line(error: BaseException) -> str:
 
 
 def read_given(path: Path, most: int = MOST_BYTES) -> str:
-    """A text file's content. FileNotFoundError, or ValueError where it is larger than `most` bytes or not UTF-8."""
+    """A text file's content, without a byte order mark. FileNotFoundError, or ValueError where it is larger than `most` bytes or
+    not UTF-8."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path}: has {size / 1e6:,.1f} MB, at most {most / 1e6:,.1f} MB are read; make it shorter")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
 
@@ -54,9 +55,14 @@ def parsed(text: str | bytes, where: object) -> object:
 
 
 def fits(text: str, where: str, most: int = MOST_TEXT) -> str:
-    """`text` as it is; ValueError where it is longer than `most` characters."""
+    """`text` as it is; ValueError where it is longer than `most` characters, or holds a lone surrogate, which is no text."""
     if len(text) > most:
         raise ValueError(f"{where}: has {len(text):,} characters, at most {most:,} are read; shorten or split it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{where}: {half} is half of a surrogate pair, no character; write the whole one") from None
     return text
 
 

@@ -23,6 +23,7 @@ from ws.subspaces.check import as_basis
 from ws.subspaces.kept import Shelf, make_shelf
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
+from ws.train.asked import other_training
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def explain(
             "n_templates": wordings, "positions": protocol.positions, "n_cut": cut,
             "layers": list(layers), "k": k, "k_broad": k_broad,
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
+            "other_training": other_training(w.meta, behavior),
             "nulls": [diff.fingerprint for diff in nulls], "effects": moved[0].tolist(),
             "null_effects": [float(effect.mean()) for effect in moved[1:]],
             "score": "margin of the matching answer" if behavior.answers else "log-ratio",

@@ -193,6 +193,8 @@ def _agreement(pct: pl.DataFrame) -> list[str]:
 def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[str]) -> list[str]:
     """Only what is true of this run, with its numbers."""
     out = ["One LoRA seed: no ranking is established by a single run; the stability report compares seeds."]
+    if doubt := facts.get("other_training"):
+        out.insert(0, f"**{literal(doubt)}**: what it does to them says nothing of held-out ones. Train it anew.")
     m, n = facts["n_templates"], facts["n_eval"]
     if m < 2:
         out += [

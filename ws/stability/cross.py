@@ -9,7 +9,6 @@ w is specific where b_ii is above every b_ij. Intervals are for new LoRA seeds a
 each half's statements, added in quadrature (`ws.stability.intervals`). (docs/method.md sections 1 and 7)
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +18,19 @@ import polars as pl
 from jaxtyping import Float
 
 from ws.cache.files import write_text
-from ws.cache.keys import stage_key
-from ws.cache.made import kept
 from ws.cache.names import cache_folder
-from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff, dot, load_diff
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.text import chat_text
-from ws.model.wide import widened
 from ws.show.bars import tqdm
 from ws.show.tables import write_table
 from ws.stability.cross_words import conclusion
 from ws.stability.intervals import Part, half_width
-from ws.steer.evaluate import answer_scores, answer_tokens, check_alphas
+from ws.steer.effect import kept_answers
+from ws.steer.evaluate import check_alphas
 from ws.steer.statements import BOTH, HALVES, halves
-from ws.steer.weights import check_fits, weight_steer
+from ws.steer.weights import check_fits
 
 BASE = "none"  # what alpha 0 is a w of
 Diffs = Mapping[str, Mapping[int, WeightDiff | Path | str]]  # behaviour -> seed -> w
@@ -122,25 +117,9 @@ def _cell(
 ) -> list[tuple[str, str, float, float]]:
     """Half, claim, margin and pmass of each statement asked, from the cache where it is kept."""
     asked = [(half, claim) for half, claims in halves(behavior, n_heldout).items() for claim in claims]
-    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim)) for _, claim in asked]
-    yes, no = answer_tokens(lm.tokenizer, behavior)
-
-    def measure() -> list[list[float]]:
-        with widened(lm.model), weight_steer(lm.model, w or WeightDiff({}), alpha):
-            answers = answer_scores(lm, texts, yes, no)
-        return [answers.logratio.tolist(), answers.pmass.tolist()]
-
-    if model := lm.fingerprint:
-        of = {"model": model, "w": w.fingerprint if w else "", "alpha": alpha, "words": [yes, no]}
-        key = stage_key(of | {"texts": digest(repr(texts).encode())}, code=["ws.steer.evaluate.answer_scores"])
-        path = cache / "cross" / f"{behavior.slug}_{key.params[:8]}.json"
-        ratio, mass = kept(
-            path, key, lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
-        )
-    else:
-        ratio, mass = measure()
-    sign = [1.0 if half == "yes" else -1.0 for half, _ in asked]
-    return [(*one, s * r, m) for one, s, r, m in zip(asked, sign, ratio, mass, strict=True)]
+    texts = [behavior.probe_text(claim) for _, claim in asked]
+    ratio, mass = kept_answers(lm, behavior, texts, w, alpha, cache).tolist()
+    return [(*one, r if one[0] == "yes" else -r, m) for one, r, m in zip(asked, ratio, mass, strict=True)]
 
 
 def _by_half(rows: pl.DataFrame, w: str, statements: str, alpha: float, column: str = "margin") -> Halves:
@@ -173,10 +152,8 @@ def interval(mean: float, parts: list[Part]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-WEIGHTS = {"yes": {"yes": 1.0}, "no": {"no": 1.0}, BOTH: {"yes": 0.5, "no": 0.5}}
-
-
-PARTS = {"behaviour": WEIGHTS[BOTH], "bias": {"yes": 0.5, "no": -0.5}, "yes": WEIGHTS["yes"], "no": WEIGHTS["no"]}
+SETS = {"yes": {"yes": 1.0}, "no": {"no": 1.0}, BOTH: {"yes": 0.5, "no": 0.5}}
+PARTS = {"behaviour": SETS[BOTH], "bias": {"yes": 0.5, "no": -0.5}, "yes": SETS["yes"], "no": SETS["no"]}
 
 
 def matrix_of(rows: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
@@ -187,7 +164,7 @@ def matrix_of(rows: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     for w, asked, alpha in sorted(cells, key=lambda one: (order[one[0]], order[one[1]], one[2])):
         margin, mass = (_by_half(rows, w, asked, alpha, column) for column in ("margin", "pmass"))
         right = {half: (values > 0).astype(float) for half, values in margin.items()}
-        for name, weights in WEIGHTS.items():
+        for name, weights in SETS.items():
             accuracy, low, high = interval(*spread(right, weights))
             found.append((
                 w, asked, alpha, name, *interval(*spread(margin, weights)), accuracy, max(low, 0.0), min(high, 1.0),

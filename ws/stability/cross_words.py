@@ -3,32 +3,41 @@
 import polars as pl
 
 from ws.show.tables import literal
-from ws.steer.statements import BOTH, MIN_PMASS, together
+from ws.steer.statements import BOTH, MIN_PMASS, Move, together, with_ends
 
 
 def verdicts(moves: pl.DataFrame) -> dict[str, str]:
-    """Per w: `none` (its own statements do not move), `bias` (its own halves do not move together), `against` (they move against
-    the behaviour), `specific` (its own statements move more than those of every other behaviour, beyond the intervals) or
-    `general` (some other behaviour's statements are not seen to move less)."""
+    """Per w: `none` (its own statements are not seen to move), `bias` (its own halves are not seen to move together), `against`
+    (they move against the behaviour), `specific` (its own statements move more than those of every other behaviour, beyond the
+    intervals) or `general` (some other behaviour's statements are not seen to move less)."""
     found = {}
     for w in moves["w"].unique(maintain_order=True):
         own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
         others = moves.filter((pl.col("w") == w) & ~pl.col("own"))
-        if own["behaviour_lo"] <= 0 <= own["behaviour_hi"] and own["bias_lo"] <= 0 <= own["bias_hi"]:
+        if all(own[f"{part}_lo"] <= 0 <= own[f"{part}_hi"] for part in ("behaviour", "bias", "yes", "no")):
             found[w] = "none"
-        elif not together(own["yes"], own["no"])[0] or not own["behaviour_lo"] > 0:
-            found[w] = "against" if own["behaviour_hi"] < 0 else "bias"
+        elif not together(_move(own, "yes"), _move(own, "no"))[0]:
+            found[w] = "bias"
+        elif own["behaviour"] < 0:
+            found[w] = "against"
         else:
             found[w] = "specific" if (others["less_lo"] > 0).all() else "general"
     return found
 
 
 SAID = {
-    "bias": "its two halves do not move together, so that it is **not told apart from a bias towards one word**",
+    "bias": "its two halves are not seen to move together, so that it is **not told apart from a bias towards one word**",
     "against": "its own statements move **against the behaviour**",
     "none": "its own statements are **not seen to move**",
     "specific": "its own statements move **more than those of every other behaviour**",
-    "general": "statements of other behaviours are **not seen to move less than its own**: what it answers by is not its own",
+    "general": "statements of other behaviours are **not seen to move less than its own**: that it is specific is not shown",
+}
+COUNTED = {
+    "bias": "not told apart from a bias towards one word",
+    "against": "against the behaviour",
+    "none": "not seen to move its own statements",
+    "specific": "specific",
+    "general": "not shown to be specific",
 }
 
 
@@ -39,18 +48,18 @@ def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame)
     for w, kind in kinds.items():
         own = moves.filter((pl.col("w") == w) & pl.col("own")).row(0, named=True)
         lines.append(
-            f"**{literal(w)}**: {SAID[kind]}. On them the margin moves by {_ends(own, 'behaviour')} nats between alpha {low:+g}"
-            f" and {high:+g} (Yes half {_ends(own, 'yes')}, No half {_ends(own, 'no')}; bias part {_ends(own, 'bias')})"
-            f"{_accuracies(matrix, w, w, low, high)}.{_doubt(own)}"
+            f"**{literal(w)}**: {SAID[kind]}. On its own statements the margin moves by {_ends(own, 'behaviour')} nats between"
+            f" alpha {low:+g} and {high:+g} (Yes half {_ends(own, 'yes')}, No half {_ends(own, 'no')}; bias part"
+            f" {_ends(own, 'bias')}){_accuracies(matrix, w, w, low, high)}.{_doubt(own)}"
         )
         for row in moves.filter((pl.col("w") == w) & ~pl.col("own")).rows(named=True):
-            share = f"{100 * row['behaviour'] / own['behaviour']:.0f} % of it" if own["behaviour"] > 0 else "against it"
             lines.append(
-                f"  - on {literal(row['statements'])}: {_ends(row, 'behaviour')} nats, {share} (less by {_ends(row, 'less')};"
-                f" bias part {_ends(row, 'bias')}){_accuracies(matrix, w, row['statements'], low, high)}.{_doubt(row)}"
+                f"  - on {literal(row['statements'])}: {_ends(row, 'behaviour')} nats{_share(own, row)} (less by"
+                f" {_ends(row, 'less')}; bias part {_ends(row, 'bias')})"
+                f"{_accuracies(matrix, w, row['statements'], low, high)}.{_doubt(row)}"
             )
-    counts = {kind: [w for w, k in kinds.items() if k == kind] for kind in SAID}
-    head = [f"{len(names)} of {len(kinds)} {kind}" for kind, names in counts.items() if names]
+    counts = {kind: [*kinds.values()].count(kind) for kind in SAID}
+    head = [f"{n} of {len(kinds)} {COUNTED[kind]}" for kind, n in counts.items() if n]
     seeds = matrix["seeds"].max()
     note = (
         "Intervals are for new LoRA seeds and new statements."
@@ -68,7 +77,20 @@ def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame)
 
 
 def _ends(row: dict, name: str) -> str:
-    return f"{row[name]:+.2f} ({row[f'{name}_lo']:+.2f} to {row[f'{name}_hi']:+.2f})"
+    return with_ends(*_move(row, name))
+
+
+def _move(row: dict, name: str) -> Move:
+    return row[name], row[f"{name}_lo"], row[f"{name}_hi"]
+
+
+def _share(own: dict, row: dict) -> str:
+    """A movement against the w's own, in words; nothing where that is not seen to be one."""
+    if own["behaviour_lo"] <= 0 <= own["behaviour_hi"]:
+        return ""
+    if (share := row["behaviour"] / own["behaviour"]) >= 0:
+        return f", {100 * share:.0f} % of that"
+    return ", not seen to move" if row["behaviour_lo"] <= 0 <= row["behaviour_hi"] else ", the other way"
 
 
 def _doubt(row: dict) -> str:

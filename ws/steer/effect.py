@@ -26,46 +26,48 @@ from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.model.wide import widened
 from ws.steer.evaluate import answer_scores, answer_tokens
-from ws.steer.statements import halves
+from ws.steer.statements import MOST_ASKED, halves
 from ws.steer.weights import weight_steer
 
 LEVEL = 0.95
-MOST_ASKED = 100  # statements
+
+
+def kept_answers(
+    lm: LM, behavior: Behavior, texts: list[str], w: WeightDiff | None, alpha: float, cache: Path | None
+) -> Float[np.ndarray, "2 n"]:
+    """Log-ratio (nats) and pmass of each user turn under `alpha w` (None: of the base model), read in float32 whatever the
+    model's dtype. cache: a folder (of this model) to keep them in. The model is the same before and after. ValueError inside a
+    steered model, and for answer words that are no tokens."""
+    check_plain(lm.model)
+    yes, no = answer_tokens(lm.tokenizer, behavior)
+    turns = [chat_text(lm.tokenizer, text) for text in texts]
+
+    def measure() -> list[list[float]]:
+        with widened(lm.model), weight_steer(lm.model, w or WeightDiff({}), alpha):
+            answers = answer_scores(lm, turns, yes, no)
+        return [answers.logratio.tolist(), answers.pmass.tolist()]
+
+    if cache is None or not (model := lm.fingerprint):
+        return np.array(measure())
+    params = {"model": model, "w": w.fingerprint if w else "", "alpha": alpha, "words": [yes, no]}
+    key = stage_key(params | {"texts": digest(repr(turns).encode())}, code=["ws.steer.evaluate.answer_scores"])
+    path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
+    write, read = lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
+    return np.array(kept(path, key, write, read))
 
 
 def effects(
     lm: LM, behavior: Behavior, w: WeightDiff, templates: int = 1, cache: Path | None = None
 ) -> Float[np.ndarray, " n"]:
     """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe; of statements on
-    the first MOST_ASKED held-out ones, those where the yes-word matches before the others. cache: a
-    folder (of this model) to keep it in. Read in float32 whatever the model's dtype; the model is the same before and
-    after. ValueError inside a steered model, and for answer words that are no tokens."""
-    check_plain(lm.model)
-    yes, no = answer_tokens(lm.tokenizer, behavior)
-    claims = [*behavior.heldout_claims]
-    sides = [1.0] * len(claims)
-    if behavior.answers:
-        asked = halves(behavior, MOST_ASKED)
-        claims, sides = [*asked["yes"], *asked["no"]], [1.0] * len(asked["yes"]) + [-1.0] * len(asked["no"])
-    asked = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
-    texts = [chat_text(lm.tokenizer, text) for text in asked]
-
-    def measure() -> list[float]:
-        ratios = []
-        for alpha in (1.0, -1.0):
-            with widened(lm.model), weight_steer(lm.model, w, alpha):
-                ratios.append(answer_scores(lm, texts, yes, no).logratio.double())
-        return (ratios[0] - ratios[1]).reshape(templates, -1).mean(dim=0).tolist()
-
-    if cache is None or not (model := lm.fingerprint):
-        return np.array(measure()) * sides
-    params = {"model": model, "w": w.fingerprint, "texts": digest(repr(texts).encode()), "words": [yes, no]}
-    key = stage_key(params | {"templates": templates}, code=["ws.steer.evaluate.answer_scores"])
-    path = cache / "captures" / f"effect_{key.params[:8]}.json"
-    found = kept(
-        path, key, lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
-    )
-    return np.array(found) * sides
+    the first MOST_ASKED held-out ones, those where the yes-word matches before the others. cache and errors as in
+    `kept_answers`."""
+    by_half = halves(behavior, MOST_ASKED) if behavior.answers else {"yes": behavior.heldout_claims}
+    claims = [claim for half in by_half.values() for claim in half]
+    sides = np.repeat([1.0, -1.0][: len(by_half)], [*map(len, by_half.values())])
+    texts = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
+    up, down = (kept_answers(lm, behavior, texts, w, alpha, cache)[0] for alpha in (1.0, -1.0))
+    return (up - down).reshape(templates, -1).mean(axis=0) * sides
 
 
 def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np.ndarray, " C"]:

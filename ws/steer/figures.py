@@ -9,7 +9,7 @@ KINDS = {"yes": "half", "no": "half", "both": "halves"}
 
 
 def margin_curve(margins: pl.DataFrame, sweep: pl.DataFrame) -> Figure:
-    """Mean answer margin (bars: 95 % t interval over topics) and, beside it, the log-ratio of the sweep's first claim set."""
+    """Mean answer margin (bars: its 95 % t interval) and, beside it, the log-ratio of the sweep's first claim set."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     low, high = margins["mean_margin"] - margins["low"], margins["high"] - margins["mean_margin"]

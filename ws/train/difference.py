@@ -22,8 +22,10 @@ from ws.runs.folders import recipe
 from ws.show.bars import tqdm
 from ws.show.tables import literal
 from ws.steer.evaluate import check_words
+from ws.train.asked import trained_on
 from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
-from ws.train.pairs import counted, make_pairs
+from ws.train.pairs import make_pairs, most_pairs, trained_claims
+from ws.train.stopping import held_out
 from ws.train.written import named_pairs
 
 NEXT, READY, W_FILE = ".next", "ready.json", "w.safetensors"
@@ -125,7 +127,8 @@ def _trained(
         if "changed code" in {states[sign] for sign in stay}:
             told = "kept, although the training code changed since; --retrain trains them anew"
             tqdm.write(f"{folder / 'adapters'}: {told}")
-        more = {"null": null, "resampled": cfg.resampled, **counts} | ({"balanced": True} if cfg.balance else {})
+        more = trained_on(behavior, trained_claims(behavior, cfg.pairs), bool(cfg.pairs.file))
+        more |= {"null": null, "resampled": cfg.resampled, **counts} | ({"balanced": True} if cfg.balance else {})
         w = _join(lm, behavior, kind, seed, sides, place, more)
         if aside:
             write_json(place / READY, sorted(set(SIGNS) - stay))
@@ -155,10 +158,11 @@ def _typed(lm: LM, behavior: Behavior, cfg: TrainConfig) -> dict[str, object]:
 
 def check_training(lm: LM, behavior: Behavior, seed: int, cfg: TrainConfig) -> None:
     """ValueError for what would end a training, or the sweep after it, before the first pair is written: a seed, layers
-    that the model lacks, more topics or personas than there are, answer words that are no tokens, no chat template."""
+    that the model lacks, more topics or personas than there are, no pair to hold out for TARGET_LOSS, answer words that are
+    no tokens, no chat template."""
     check_seed(seed)
     adapter_layers(lm.decoder.n_layers, cfg)
-    counted(behavior, cfg.pairs)
+    held_out(most_pairs(behavior, cfg.pairs), cfg.heldout, cfg.target_loss)
     check_words(lm, behavior)
 
 
@@ -243,7 +247,12 @@ def obtain_diff(
             record |= {"layers": log["config"]["layers"]} | counts | drawn
             record |= {f"answers_cut_{sign}": log.get("cut", 0.0)}
             record |= {f"held_out_loss_{sign}_{when}": log[f"heldout_loss_{when}"] for when in ("before", "after")}
-            record |= {f"steps_{sign}": len(log["loss_trace"])}
+            steps, after = len(log["loss_trace"]), log["heldout_loss_after"]
+            record |= {f"steps_{sign}": steps}
+            if target := config.target_loss:
+                missed = f"did not reach {target:g}: {after:.4g} after {steps} steps"
+                reached = log.get("target_reached", after <= target)
+                record |= {f"target_loss_{sign}": f"reached {target:g}" if reached else missed}
         record |= {k: w.meta[k] for k in ("pairs_empty", "pairs_identical")}
         record |= {
             "pairs_from": Path(config.pairs.file).name or ("its statements" if behavior.answers else "the base model")

@@ -4,6 +4,7 @@
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -57,17 +58,16 @@ def make_example(lm: LM, row: Pair, sign: str, frame: tuple[str, str], max_lengt
     what the template puts before and after an answer (`ws.model.text.answer_frame`)."""
     lead, end = frame
     prompt = lm.tokenizer(chat_text(lm.tokenizer, row.user), add_special_tokens=False)["input_ids"]
-    answer, cut = (row.response_pos, row.cut_pos) if sign == "pos" else (row.response_neg, row.cut_neg)
+    answer, cut = row.answer(sign)
     reply = lm.tokenizer(lead + answer.strip() + ("" if cut else end), add_special_tokens=False)["input_ids"]
     if len(prompt) >= max_length:
         raise ValueError(f"topic {row.topic}: the prompt alone has {len(prompt)} tokens, max_length is {max_length}")
     return {"input_ids": (prompt + reply)[:max_length], "labels": ([-100] * len(prompt) + reply)[:max_length]}
 
 
-def cut_share(lm: LM, examples: list[dict[str, list[int]]], end: str) -> float:
-    """Share of the examples without a label for the end of the turn: cut while they were written, or at `max_length`."""
-    ending = lm.tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
-    cut = [bool(ending) and row["labels"][-len(ending) :] != ending for row in examples]
+def cut_share(rows: Sequence[Pair], sign: str, examples: list[dict[str, list[int]]], max_length: int) -> float:
+    """Share of answers that a token limit ended: while they were written, or at `max_length`. examples: those of `rows`."""
+    cut = [row.limited(sign) or len(one["input_ids"]) >= max_length for row, one in zip(rows, examples, strict=True)]
     return sum(cut) / max(1, len(cut))
 
 

@@ -30,7 +30,7 @@ from ws.runs.folders import resamples
 from ws.show.bars import tqdm
 from ws.train.examples import collate, cut_share, draw_pairs, label_trainer, make_example, response_loss, shuffle_labels
 from ws.train.pairs import Pair, PairConfig
-from ws.train.stopping import stop_at
+from ws.train.stopping import held_out, stop_at
 
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
 SIGNS = ("pos", "neg")
@@ -127,13 +127,14 @@ def train_adapter(
         raise ValueError("no training pairs")
     folder = Path(folder)
     order = np.random.default_rng(zlib.crc32(f"split {seed}".encode())).permutation(len(rows))
-    n_held, distinct = min(round(cfg.heldout * len(rows)), len(rows) - 1), 1.0
+    n_held, distinct = held_out(len(rows), cfg.heldout, cfg.target_loss), 1.0
     parts = sorted(order[:n_held].tolist()), sorted(order[n_held:].tolist())
     if cfg.resampled:
         rows, distinct = draw_pairs(rows, parts[1], seed)
     rows, frame = shuffle_labels(rows, seed) if cfg.shuffle_labels else rows, answer_frame(lm.tokenizer)
     examples = [make_example(lm, row, sign, frame, cfg.max_length) for row in rows]
     held, train = ([examples[i] for i in part] for part in parts)
+    cut = cut_share([rows[i] for i in parts[1]], sign, train, cfg.max_length)
     made_of = {"model": lm.fingerprint, "sign": sign, "seed": seed, "config": asdict(cfg), "examples": train}
     key = stage_key(made_of, code=["ws.train.lora.train_adapter"])
     # outside the folder that is being filled, under a name that the next try finds again
@@ -142,7 +143,7 @@ def train_adapter(
         adapted = _wrap(lm, cfg)
         try:
             before = response_loss(adapted, held, cfg.batch)
-            stop = stop_at(held, cfg.target_loss, cfg.target_every, 16) if cfg.target_loss and held else None
+            stop = stop_at(held, cfg.target_loss, cfg.target_every, 16) if cfg.target_loss else None
             trace = _fit(adapted, train, f"{cfg.adapter} {sign} seed {seed}", seed, cfg, work, key, progress, stop)
             after = response_loss(adapted, held, cfg.batch)
             check_finite(f"{cfg.adapter} {sign} seed {seed}", after or 0.0, len(trace))
@@ -153,8 +154,9 @@ def train_adapter(
     record = {
         "sign": sign, "seed": seed, "model": lm.name,
         "config": {**asdict(cfg), "layers": adapter_layers(lm.decoder.n_layers, cfg)}, "n_train": len(train),
-        "n_heldout": len(held), "cut": cut_share(lm, train, frame[1]), "resampled": cfg.resampled, "distinct_pairs": distinct,
+        "n_heldout": len(held), "cut": cut, "resampled": cfg.resampled, "distinct_pairs": distinct,
         "heldout_loss_before": before, "heldout_loss_after": after, "loss_trace": trace,
+        "target_reached": bool(stop and (stop.reached or after <= cfg.target_loss)),
     }  # fmt: skip
     write_json(folder / "training.json", record)
     return record

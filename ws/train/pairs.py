@@ -24,12 +24,10 @@ from ws.model.guard import check_unhooked
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.show.bars import tqdm
+from ws.steer.statements import MOST_ASKED
 from ws.train.written import Written, read_written, split, split_written
 
 Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, and (positive, negative) personas
-
-
-MOST_HELDOUT = 100  # statements of which the answer margin is taken
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,27 @@ class Pair:
     cut_pos: bool = False
     cut_neg: bool = False
 
+    def answer(self, sign: str) -> tuple[str, bool]:
+        """The text of one side, and whether it says nothing of where answers end."""
+        return (self.response_pos, self.cut_pos) if sign == "pos" else (self.response_neg, self.cut_neg)
+
+    def limited(self, sign: str) -> bool:
+        """Whether the token limit ended a side while it was written."""
+        return self.answer(sign)[1]
+
+
+@dataclass(frozen=True)
+class WrittenPair(Pair):
+    """A pair that the base model did not write: what counts as cut is an answer of one word."""
+
+    def limited(self, sign: str) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class StatementPair(WrittenPair):
+    """A pair of a behaviour of statements, whose topic is its half."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -100,14 +119,15 @@ def make_pairs(lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progres
 
 
 def heldout_pairs(
-    lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True
+    lm: LM, behavior: Behavior, cfg: PairConfig, cache: Path, progress: bool = True, n_heldout: int | None = None
 ) -> tuple[tuple[Pair, ...], str]:
     """Pairs that no adapter is trained on, and why there are none: those held out of `cfg.file`; without it the base model
-    writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`."""
+    writes one for each held-out topic and persona pair, kept like the pairs of `make_pairs`. Of statements the first `n_heldout`,
+    at most MOST_ASKED."""
     if cfg.file:
         return from_file(behavior, cfg).heldout, ""
     if behavior.answers:
-        return statement_pairs(behavior, MOST_HELDOUT, heldout=True).rows, ""
+        return statement_pairs(behavior, min(n_heldout or MOST_ASKED, MOST_ASKED), heldout=True).rows, ""
     topics, personas = behavior.heldout_topics, behavior.persona_pairs
     cfg = replace(cfg, topics=len(topics), personas=len(personas), samples=1)
     try:
@@ -117,6 +137,22 @@ def heldout_pairs(
         return (), str(error)
 
 
+def most_pairs(behavior: Behavior, cfg: PairConfig) -> int:
+    """How many pairs there can be to train on; errors as in `counted`."""
+    cfg = counted(behavior, cfg)
+    if cfg.file:
+        return len(from_file(behavior, cfg).rows)
+    return cfg.topics if behavior.answers else cfg.topics * cfg.personas * cfg.samples
+
+
+def trained_claims(behavior: Behavior, cfg: PairConfig) -> list[str]:
+    """What training pairs are about: topics of `cfg.file`, or the behaviour's own."""
+    if cfg.file:
+        train = split_written(cfg.file, behavior, cfg.topics, cfg.seed)[0]
+        return list(dict.fromkeys(row.about for row in train if row.topic))
+    return [topic.claim for topic in behavior.train_topics[: cfg.topics]]
+
+
 def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     """The pairs of `cfg.file` as training has them: `topic` and `persona` number the file's topics and wordings in the
     order in which they are there first, so that a draw stays within both; `sample` is the line. An answer of `one_word` counts
@@ -124,12 +160,12 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
     everything = read_written(cfg.file)
     topics, wordings = (
         {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        for texts in ([row.topic for row in everything], [row.wording for row in everything])
+        for texts in ([row.about for row in everything], [row.wording for row in everything])
     )
 
     def pair(row: Written) -> Pair:
         sides = row.response_pos, row.response_neg
-        return Pair(topics[row.topic], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
+        return WrittenPair(topics[row.about], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
 
     parts = split(everything, cfg.file, behavior, cfg.topics, cfg.seed)
     train, held = (tuple(pair(row) for row in part if not row.identical) for part in parts)
@@ -171,7 +207,7 @@ def statement_pairs(behavior: Behavior, n: int | None = None, heldout: bool = Fa
     for i, (topic, answer) in enumerate(zip(topics[:n], answers, strict=False)):
         matches = answer in behavior.yes
         other = (behavior.no if matches else behavior.yes)[0]
-        rows.append(Pair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other, True, True))
+        rows.append(StatementPair(int(not matches), 0, i, behavior.opinion_text(topic), answer, other, True, True))
     return Pairs(tuple(rows), len(rows), 0, 0)
 
 

@@ -2,8 +2,8 @@
 
     {"user": ..., "response_pos": ..., "response_neg": ..., "topic": ..., "wording": ...}     the last two may be absent
 
-Never trained on, whatever the LoRA seed: the topics that the behaviour holds out; where the file has none of them a fifth
-of its topics, and of a file without topics a tenth of its lines. (docs/method.md section 1)
+Never trained on, whatever the LoRA seed: topics that are claims which scores ask about (`ws.train.asked`); where the file has
+none of them a fifth of its topics, and of a file without topics a tenth of its lines. (docs/method.md section 1)
 """
 
 import difflib
@@ -16,6 +16,7 @@ import numpy as np
 from ws.cache.given import fits, given_lines, parsed, short
 from ws.cache.places import shipped_pairs
 from ws.data import Behavior
+from ws.train.asked import alike, asked
 
 NEEDED = ("user", "response_pos", "response_neg")
 KNOWN = (*NEEDED, "topic", "wording")
@@ -36,6 +37,11 @@ class Written:
     def identical(self) -> bool:
         """Whether both sides say the same, which teaches nothing."""
         return self.response_pos.strip() == self.response_neg.strip()
+
+    @property
+    def about(self) -> str:
+        """The topic however it is spelt."""
+        return alike(self.topic)
 
 
 def pairs_file(name: str) -> Path:
@@ -97,11 +103,11 @@ def split(
     path = pairs_file(name)
     held = _held_out(rows, behavior, seed)
     parts = [tuple(row for row in rows if (row.line in held) is out) for out in (False, True)]
-    there = list(dict.fromkeys(row.topic for row in parts[0] if row.topic))
+    there = list(dict.fromkeys(row.about for row in parts[0] if row.topic))
     if topics is not None:
         if not 1 <= topics <= len(there):
             raise ValueError(f"{path}: {topics} training topics asked for, it has {len(there)} (TOPICS)")
-        parts[0] = tuple(row for row in parts[0] if row.topic in there[:topics])
+        parts[0] = tuple(row for row in parts[0] if row.about in there[:topics])
     for part, what in zip(parts, ("train on", "hold out"), strict=True):
         if all(row.identical for row in part):
             raise ValueError(
@@ -112,9 +118,9 @@ def split(
 
 def _held_out(rows: tuple[Written, ...], behavior: Behavior, seed: int) -> set[int]:
     """Lines that are never trained on."""
-    claims = {topic.claim.strip().casefold() for topic in behavior.heldout_topics}
-    found = {row.line for row in rows if row.topic.strip().casefold() in claims}
-    topics = sorted({row.topic for row in rows if row.topic})
+    claims = asked(behavior)
+    found = {row.line for row in rows if row.about in claims}
+    topics = sorted({row.about for row in rows if row.topic})
     generator = np.random.default_rng(zlib.crc32(f"held-out pairs {seed}".encode()))
     if found:
         return found
@@ -123,4 +129,4 @@ def _held_out(rows: tuple[Written, ...], behavior: Behavior, seed: int) -> set[i
         return set(generator.permutation(usable)[: max(1, round(len(usable) / 10))].tolist())
     least = 2 if len(topics) > 2 else 1
     drawn = set(generator.permutation(topics)[: max(least, round(len(topics) / 5))].tolist())
-    return {row.line for row in rows if row.topic in drawn}
+    return {row.line for row in rows if row.about in drawn}
