@@ -1,5 +1,6 @@
 """Shared fixtures: run-time checked shapes for all of ws, small random models of several families, the parity data."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def _quiet():
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pythons_own_handler():
+    """KeyboardInterrupt on SIGINT, whatever another test's imports made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

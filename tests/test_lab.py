@@ -63,6 +63,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """`just lab`'s very command, in a copy of the project, with settings of its own and without a browser."""
@@ -86,7 +91,9 @@ def lab(tmp_path_factory):
     try:
         wait_for(lambda: "is running at" in log.read_text() or server.poll() is not None, what="the server")
         assert server.poll() is None, log.read_text()
-        yield Lab(project, json.loads(next((tmp_path / "runtime").glob("jpserver-*.json")).read_text()))
+        found = json.loads(next((tmp_path / "runtime").glob("jpserver-*.json")).read_text())
+        wait_for(lambda: answers(found["port"]), what="the server's port")  # it says that it runs before it listens
+        yield Lab(project, found)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)

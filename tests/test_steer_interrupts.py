@@ -18,15 +18,7 @@ from ws.model.guard import MARKS, Guarded
 from ws.steer.weights import weight_steer
 
 # an interrupt that is raised while the measuring of coverage holds its lock leaves it locked: all later tests would hang
-pytestmark = pytest.mark.no_cover
-
-
-@pytest.fixture(autouse=True)
-def pythons_own_handler():
-    """Whatever another test's imports made of SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("pythons_own_handler")]
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

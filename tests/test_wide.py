@@ -58,6 +58,7 @@ class Interrupting(Guarded):
         self.undo.append(lambda: signal.raise_signal(signal.SIGINT))
 
 
+@pytest.mark.usefixtures("pythons_own_handler")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupts_and_errors_leave_the_very_tensors(error, monkeypatch):
     model = random_model("llama", layers=1).bfloat16()
