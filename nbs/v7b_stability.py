@@ -75,7 +75,7 @@ scores = found.runs.scores
 display(
     Markdown(
         f"{literal(run.title)}: S = {len(SEEDS)} seeds, {len(scores.candidates)} candidates, LoRA"
-        f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes ({scores.templates} wordings of each topic), {len(scores.null_w)} null diffs,"
+        f" layers {', '.join(map(str, scores.layers))}, {scores.act.shape[3]} EVAL probes ({scores.templates} wordings of each topic), null diffs: {len(scores.null_w)},"
         f" d = {scores.d}. {literal(found.bases)}" + (f" Chat template: {literal(lm.chat)}." if lm.chat else "")
     )
 )
