@@ -17,8 +17,7 @@ import ws.steer.weights as steer
 from ws.model.guard import MARKS, Guarded
 from ws.steer.weights import weight_steer
 
-# an interrupt that is raised while the measuring of coverage holds its lock leaves it locked: all later tests would hang
-pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("pythons_own_handler")]
+pytestmark = pytest.mark.usefixtures("pythons_own_handler")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
