@@ -17,7 +17,8 @@ import ws.steer.weights as steer
 from ws.model.guard import MARKS, Guarded
 from ws.steer.weights import weight_steer
 
-pytestmark = pytest.mark.usefixtures("pythons_own_handler")
+# an interrupt at a bad moment could hang what comes after it: soon over, then
+pytestmark = [pytest.mark.usefixtures("pythons_own_handler"), pytest.mark.timeout(90)]
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -91,7 +92,7 @@ def where(trace) -> str:
 
 
 def test_five_hundred_interrupts_at_random_moments(model):
-    landed = bombard(model, 500, 20, 120.0)
+    landed = bombard(model, 500, 20, 60.0)
     assert sum(landed.values()) >= 100 and min(landed["__enter__"], landed["__exit__"]) >= 20, landed
 
 
