@@ -111,7 +111,7 @@ def template_text(chat_template: str) -> str:
     if not os.path.isfile(path):  # False for a name too long to be one, such as a template's text
         raise FileNotFoundError(f"CHAT_TEMPLATE {short(chat_template)}: neither plain nor a file of a Jinja template")
     try:
-        text = read_given(path).removeprefix("\ufeff")
+        text = read_given(path)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if not text.strip():
