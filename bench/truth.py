@@ -46,7 +46,7 @@ def states(lm: LM, texts: list[str], w=None, alpha: float = 0.0) -> Tensor:
     with ws.weight_steer(lm.model, w, alpha) if w is not None else nullcontext():
         for start in range(0, len(texts), BATCH):
             ids, mask = encode(lm.tokenizer, texts[start : start + BATCH], True)
-            hidden = lm.run(ids, mask, output_hidden_states=True, logits_to_keep=1).hidden_states[1:]
+            hidden = lm.run(ids, mask, output_hidden_states=True).hidden_states[1:]
             rows = torch.arange(len(ids))
             found.append(torch.stack([h[rows, last_index(mask)].float().cpu() for h in hidden]))
     return torch.cat(found, dim=1).double()

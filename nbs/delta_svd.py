@@ -54,7 +54,6 @@ from ws.delta.phases import top1_cos
 from ws.lab import begin
 from ws.model.lm import load_lm
 from ws.show import notebook
-from ws.show.figures import save
 from ws.show.tables import as_text, write_table
 
 folder = begin("delta_svd", globals()).folder
@@ -87,26 +86,22 @@ display(HTML(as_text(layers, report.SHOWN, style="html")))
 
 # %%
 figure = draw.rel_step(layers)
-save(figure, folder / "delta_svd_rel_step")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "delta_svd_rel_step"))
 
 # %%
 figure = draw.eff_rank(layers)
-save(figure, folder / "delta_svd_eff_rank")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "delta_svd_eff_rank"))
 
 # %%
 figure = draw.top_spectrum(layers)
-save(figure, folder / "delta_svd_spectrum")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "delta_svd_spectrum"))
 
 # %% [markdown]
 # Along the stream itself: a negative mean cosine says that a block shrinks what is there.
 
 # %%
 figure = draw.parallel(layers, run.hidden)
-save(figure, folder / "delta_svd_parallel")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "delta_svd_parallel"))
 
 # %% [markdown]
 # ## Between layers
@@ -116,8 +111,7 @@ display(notebook.show(figure))
 
 # %%
 figure = draw.cos_heatmap(top1_cos(run.directions).numpy(), run.hidden)
-save(figure, folder / "delta_svd_cos")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "delta_svd_cos"))
 
 # %% [markdown]
 # ## Phases
@@ -133,8 +127,7 @@ display(HTML(as_text(rows, style="html")))
 
 # %%
 figure = draw.capture(report.capture_table(run), rows, len(run.layers), run.hidden)
-save(figure, folder / "delta_svd_capture")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "delta_svd_capture"))
 
 # %% [markdown]
 # ## Beside other models
@@ -144,8 +137,7 @@ if COMPARE:
     table = report.compare([folder, *(root() / other for other in COMPARE)])
     write_table(table, folder / "delta_svd_comparison.tsv")
     figure = draw.comparison(table)
-    save(figure, folder / "delta_svd_comparison")
-    display(notebook.show(figure))
+    display(notebook.show(figure, folder / "delta_svd_comparison"))
 else:
     display(Markdown("No other result folders given (`COMPARE`)."))
 

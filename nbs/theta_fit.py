@@ -68,7 +68,6 @@ from ws.cache.files import hand_over, write_text
 from ws.lab import begin
 from ws.model.lm import load_lm
 from ws.show import notebook
-from ws.show.figures import save
 from ws.show.tables import as_text, write_table
 from ws.theta import compare, controls, report, verdict
 from ws.theta import figures as draw
@@ -134,13 +133,11 @@ display(HTML(as_text(report.adam_against_optimum(summary), style="html")))
 
 # %%
 figure = draw.fit_traces(default, list(heads))
-save(figure, folder / "theta_traces_default")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_traces_default"))
 
 # %%
 figure = draw.fit_traces(matched, list(heads))
-save(figure, folder / "theta_traces_matched")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_traces_matched"))
 
 # %% [markdown]
 # ## What is gained on held-out texts
@@ -155,8 +152,7 @@ display(HTML(as_text(report.gains(summary), style="html")))
 
 # %%
 figure = draw.heldout_gain(summary)
-save(figure, folder / "theta_heldout_gain")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_heldout_gain"))
 
 # %% [markdown]
 # ## One head, chosen on other texts
@@ -186,13 +182,11 @@ display(HTML(as_text(diagonal, style="html")))
 # %%
 shown = ["cvh", "unconditional", "svd_cvh", "svd_unconditional"]
 figure = draw.cross_heatmap(matched.cross, shown, users)
-save(figure, folder / "theta_cross")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_cross"))
 
 # %%
 figure = draw.cosine_heatmap({n: matched.stacked(n) for n in shown}, users)
-save(figure, folder / "theta_cosines")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_cosines"))
 
 # %% [markdown]
 # ## Worn weaker, worn stronger, held closer to the base
@@ -204,15 +198,13 @@ display(notebook.show(figure))
 by_gamma = report.gamma_sweep(matched, shown, [replace(cfg, gamma=float(g)) for g in GAMMAS])
 write_table(by_gamma, folder / "theta_gamma.tsv")
 figure = draw.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
-save(figure, folder / "theta_gamma")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_gamma"))
 
 # %%
 by_beta = report.beta_sweep(train, matched, chosen, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
 figure = draw.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
-save(figure, folder / "theta_beta")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "theta_beta"))
 
 # %% [markdown]
 # ## Control: permuted users

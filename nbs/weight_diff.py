@@ -76,9 +76,9 @@ from ws.diff.tables import diff_norms, diff_spectra, norms_by_module
 from ws.lab import begin
 from ws.model.lm import load_lm
 from ws.show import notebook, tables
-from ws.show.figures import save
 from ws.steer import evaluate
 from ws.steer.figures import alpha_curves, margin_curve
+from ws.steer.wordings import wording_sweep, wording_text
 from ws.train.difference import obtain_diff, training_text
 from ws.train.lora import TrainConfig
 from ws.train.margin import margin_sweep, margin_verdict, summarise_margins
@@ -135,13 +135,11 @@ norms = diff_norms(w)
 tables.write_table(norms, folder / "w_norms.csv")
 write_text(folder / "w.txt", describe(w))
 figure = draw.norm_map(norms)
-save(figure, folder / "w_norms")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "w_norms"))
 
 # %%
 figure = draw.spectra(diff_spectra(w))
-save(figure, folder / "w_spectra")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "w_spectra"))
 display(HTML(tables.as_text(norms_by_module(norms), style="html")))
 
 # %% [markdown]
@@ -149,7 +147,8 @@ display(HTML(tables.as_text(norms_by_module(norms), style="html")))
 #
 # `log P(yes) - log P(no)` at the answer to the probe, on held-out claims: false ones, their negations, true ones. A
 # model that agrees with the user says yes to all three; one that merely became more willing to say yes would too, so
-# look at how the three curves move against each other. Of a behaviour of statements: the margin of the matching answer, where
+# look at how the three curves move against each other. The false claims are asked about in every wording of the probe at the
+# extreme strengths and at 0. Of a behaviour of statements: the margin of the matching answer, where
 # that is Yes and where it is No apart; a yes-bias moves the two against each other. `pmass = P(yes) + P(no)`: under 0.5 the ratio says little.
 
 # %%
@@ -158,9 +157,13 @@ summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
 figure = alpha_curves(summary)
-save(figure, folder / "alpha_sweep")
-display(notebook.show(figure))
+display(notebook.show(figure, folder / "alpha_sweep"))
 display(HTML(tables.as_text(summary, style="html")))
+
+# %%
+wordings = wording_sweep(lm, behavior, w, sorted({alphas[0], 0.0, alphas[-1]}))
+tables.write_table(wordings, folder / "wording_sweep.tsv")
+display(Markdown(wording_text(behavior, wordings)))
 
 # %% [markdown]
 # ## Which answer it would rather give
@@ -180,10 +183,9 @@ if pairs:
     tables.write_table(margins, folder / "margin_sweep.csv")
     tables.write_table(means, folder / "margin_sweep_summary.tsv")
     figure = margin_curve(means, summary)
-    save(figure, folder / "margin_sweep")
-    display(notebook.show(figure))
+    display(notebook.show(figure, folder / "margin_sweep"))
     display(HTML(tables.as_text(means, style="html")))
-verdict["text"] += unreached(training)
+verdict["text"] += wording_text(behavior, wordings) + unreached(training)
 display(Markdown(tables.literal(margin["text"])))
 
 # %% [markdown]

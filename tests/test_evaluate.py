@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import polars as pl
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from ws.diff import load_diff
 from ws.model.lm import load_lm
 from ws.model.text import chat_text, encode
 from ws.steer import evaluate as E
+from ws.steer.wordings import wording_sweep, wording_text
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +108,19 @@ def test_strengths_of_a_sweep_are_checked_before_anything_is_trained():
             E.check_alphas(bad)
 
 
-def test_a_model_that_unembeds_everything_gives_the_same_answers(monkeypatch):
-    lm, behavior = load_lm("tiny"), load_behavior("sycophancy")
-    claims = tuple(t.claim for t in behavior.heldout_topics)
-    some = E.probe_answers(lm, behavior, claims)
-    monkeypatch.setattr("ws.model.lm.unembeds_some", lambda _: False)
-    every = E.probe_answers(lm, behavior, claims)
-    assert torch.allclose(some.logratio, every.logratio, atol=1e-5)
+def test_every_wording_is_asked_and_told():
+    lm, behavior, w = load_lm("tiny"), load_behavior("sycophancy"), load_diff("tiny")
+    table = wording_sweep(lm, behavior, w, [-1.0, 1.0], progress=False)
+    assert table.height == 2 * len(behavior.templates) == 8
+    own = E.summarise_sweep(E.alpha_sweep(lm, behavior, w, [-1.0, 1.0], progress=False)).filter(set="false")
+    assert table.filter(wording=0)["mean_logratio"].to_list() == pytest.approx(own["mean_logratio"].to_list(), abs=1e-5)
+    by_hand = E.probe_answers(lm, replace(behavior, probe=behavior.probes[1], probes=()), behavior.heldout_claims)
+    at_0 = wording_sweep(lm, behavior, w, [0.0], progress=False).row(2, named=True)
+    assert at_0["mean_pmass"] == pytest.approx(float(by_hand.pmass.mean()), abs=1e-5)
+    low = table.with_columns(mean_pmass=pl.when(pl.col("wording") == 1).then(0.4).otherwise("mean_pmass"))
+    text = wording_text(behavior, low)
+    assert "4 wordings" in text and "least pmass 0.40" in text and behavior.templates[2].strip() in text
+    assert behavior.templates[1].strip() not in text
+    assert "under none" in wording_text(behavior, table.with_columns(mean_pmass=pl.lit(0.1)))
+    one = replace(behavior, probes=())
+    assert wording_text(one, wording_sweep(lm, one, w, [1.0], progress=False)) == ""

@@ -73,24 +73,6 @@ def test_batch_padding_and_order_do_not_matter(lm):
     assert torch.allclose(answer_margin(lm, ROWS[::-1]), alone.flip(0), atol=2e-5)
 
 
-def test_only_positions_from_the_first_response_on_are_unembedded(lm, monkeypatch):
-    shapes, run = [], lm.run
-
-    def recorded(self, ids, mask, **more):
-        out = run(ids, mask, **more)
-        shapes.append((ids.shape[1], out.logits.shape[1]))
-        return out
-
-    monkeypatch.setattr(type(lm), "run", recorded)
-    answer_logprobs(lm, ROWS[3:4], "pos")
-    ((width, kept),) = shapes
-    assert (
-        kept
-        == sum(t != -100 for t in make_example(lm, ROWS[3], "pos", ("", turn_end(lm.tokenizer)), 512)["labels"])
-        < width
-    )
-
-
 def test_a_planted_difference_moves_it_and_the_verdict_says_so(lm):
     """w = rows of the unembedding that favour one side's first word: a step along it must raise the margin."""
     name = lm.decoder.param_name(2, "down")

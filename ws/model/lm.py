@@ -52,16 +52,12 @@ class LM:
         """In words, what a reader must know of the chat template; "" for nothing special."""
         return template_note(self.tokenizer, self.template)
 
-    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"] | None = None, **more):
-        """The model's output on encoded texts, with positions that count from each text's first token. at: the positions of
-        which logits are wanted (None: all); others are not unembedded, where the model can leave them out."""
+    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
+        """The model's output on encoded texts, with positions that count from each text's first token; with one logit row, the
+        last, where the model can leave out the others: for what hooks and `more` record."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-        some = at is not None and unembeds_some(self.model)
-        more |= {"logits_to_keep": at.to(self.device)} if some else {}
-        output = self.model(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
-        if at is not None and not some:
-            output.logits = output.logits[:, at.to(output.logits.device)]
-        return output
+        more |= {"logits_to_keep": 1} if unembeds_some(self.model) else {}
+        return self.model(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
 
     def __repr__(self) -> str:
         d, kind = self.decoder, type(self.model).__name__

@@ -22,6 +22,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.generate import complete
 from ws.model.lm import LM
+from ws.model.prefix import logits_at
 from ws.model.text import chat_text, encode, last_index
 from ws.show.bars import tqdm
 from ws.steer import statements
@@ -93,20 +94,22 @@ def answer_scores(
     ratios, masses = [], []
     for start in range(0, len(texts), batch_size):
         ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
-        places, last = last_index(mask).unique(return_inverse=True)
         with torch.no_grad():
-            logits = lm.run(ids, mask, at=places).logits
-        logp = logits[torch.arange(len(last)), last.to(logits.device)].float().log_softmax(dim=-1).cpu()
+            logits = logits_at(lm.model, ids, mask, torch.arange(len(ids)), last_index(mask))
+        logp = logits.float().log_softmax(dim=-1).cpu()
         log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
         ratios.append(log_yes - log_no)
         masses.append(log_yes.exp() + log_no.exp())
     return Answers(torch.cat(ratios), torch.cat(masses))
 
 
-def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None) -> Answers:
-    """Answers to the behaviour's probe about each claim, in the chat template, optionally under a persona."""
+def probe_answers(
+    lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None, template: int = 0
+) -> Answers:
+    """Answers to the behaviour's probe about each claim, in one of its wordings and the chat template, optionally under a
+    persona."""
     yes, no = answer_tokens(lm.tokenizer, behavior)
-    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim), system) for claim in claims]
+    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim, template), system) for claim in claims]
     return answer_scores(lm, texts, yes, no)
 
 

@@ -9,16 +9,18 @@ KINDS = {"yes": "half", "no": "half", "both": "halves"}
 
 
 def margin_curve(margins: pl.DataFrame, sweep: pl.DataFrame) -> Figure:
-    """Mean answer margin (bars: its 95 % t interval) and, beside it, the log-ratio of the sweep's first claim set."""
+    """Mean answer margin (bars: its 95 % t interval) and, beside it, the score of the sweep's first claim set."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     low, high = margins["mean_margin"] - margins["low"], margins["high"] - margins["mean_margin"]
     left.errorbar(margins["alpha"], margins["mean_margin"], yerr=[low.fill_nan(0), high.fill_nan(0)], c="#0072B2",
                   marker="o", ms=5, capsize=2, lw=1.4)  # fmt: skip
     left.set(xlabel="alpha", ylabel="answer margin, nats per token (bars: 95 %)")
-    part = sweep.filter(pl.col("set") == sweep["set"][0]).sort("alpha")
-    right.plot(part["alpha"], part["mean_logratio"], c="#D55E00", marker="o", ms=5, lw=1.4)
-    right.set(xlabel="alpha", ylabel=f"log-ratio, nats ({part['set'][0]} claims)")
+    name, score = sweep["set"][0], "margin" if "mean_margin" in sweep.columns else "logratio"
+    what = "log P(matching) - log P(other), nats" if score == "margin" else "log-ratio, nats"
+    part = sweep.filter(pl.col("set") == name).sort("alpha")
+    right.plot(part["alpha"], part[f"mean_{score}"], c="#D55E00", marker="o", ms=5, lw=1.4)
+    right.set(xlabel="alpha", ylabel=f"{what} ({name} {KINDS.get(name, 'claims')})")
     for axes in (left, right):
         axes.axhline(0, ls="--", c="0.5", lw=1)
     return figure

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ws.model.decoder import unembeds_some
 from ws.model.lm import LM
+from ws.model.prefix import logits_at
 from ws.model.text import chat_text
 from ws.train.pairs import Pair
 
@@ -81,15 +81,12 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def label_loss(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the labels `(n, T)`, nats in float32, and their number. Only positions before a label are
-    unembedded, where the model can: the vocabulary is most of a small model's work."""
-    at = (labels[:, 1:] != -100).any(dim=0).nonzero().flatten()
-    if unembeds_some(getattr(model, "get_base_model", lambda: model)()):
-        logits = model(**inputs, logits_to_keep=at).logits
-    else:
-        logits = model(**inputs).logits[:, at]
-    wanted = labels[:, at + 1].to(logits.device)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
-    return loss, int((wanted != -100).sum())
+    unembedded: the vocabulary is most of a small model's work."""
+    rows, at = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    base = getattr(model, "get_base_model", lambda: model)()
+    logits = logits_at(base, inputs["input_ids"], inputs["attention_mask"], rows, at)
+    loss = F.cross_entropy(logits.float(), labels[rows, at + 1].to(logits.device), reduction="sum")
+    return loss, len(rows)
 
 
 @torch.no_grad()

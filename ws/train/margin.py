@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ws.diff import WeightDiff
 from ws.model.lm import LM
+from ws.model.prefix import logits_at
 from ws.model.text import answer_frame
 from ws.show.bars import tqdm
 from ws.steer.statements import HALVES, half_interval
@@ -52,14 +53,14 @@ def answer_logprobs(
         places = order[start : start + batch]
         rows = collate([examples[i] for i in places])
         labels = rows["labels"][:, 1:]
-        # the last position predicts nothing; those before the first response are not unembedded
-        first = int((labels != -100).any(dim=0).int().argmax())
-        logits = lm.run(rows["input_ids"], rows["attention_mask"], at=torch.arange(first, labels.shape[1])).logits
-        labels = labels[:, first:].to(logits.device)
         row, column = (labels != -100).nonzero(as_tuple=True)
-        logp = logits[row, column].float().log_softmax(dim=-1)
-        own = logp.gather(1, labels[row, column, None])[:, 0].cpu()
-        row = row.cpu()
+        logp = (
+            logits_at(lm.model, rows["input_ids"], rows["attention_mask"], row, column)
+            .float()
+            .log_softmax(dim=-1)
+            .cpu()
+        )
+        own = logp.gather(1, labels[row, column, None])[:, 0]
         found[places] = torch.zeros(len(places)).index_add(0, row, own) / torch.bincount(row, minlength=len(places))
     return found
 
