@@ -45,7 +45,7 @@ from IPython.display import Markdown, display
 import ws
 from ws.lab import begin
 from ws.show.notebook import embedded, show, show_table, start_log
-from ws.show.tables import write_table
+from ws.show.tables import literal, write_table
 from ws.stability.cross import cross_behaviors
 from ws.stability.cross_figures import heat_maps
 from ws.stability.cross_ranks import rank_table, ranks_text
@@ -63,6 +63,8 @@ log = start_log("cross_behaviours", run.folder)
 # Yes half and of the No half moves by between the extreme strengths: behaviour part `(y + n) / 2`, bias part `(y - n) / 2`.
 
 # %%
+chat = f" Chat template: {literal(lm.chat)}." if lm.chat else ""
+display(Markdown(f"`{lm.name}`, {lm.model.dtype}, LoRA seeds {', '.join(map(str, SEEDS))}.{chat}"))
 found = cross_behaviors(lm, behaviors, diffs, alphas=ALPHAS, n_heldout=N_HELDOUT)
 found.save(run.folder)
 display(show(heat_maps(found.matrix, found.moves), run.folder / "cross_matrix"))

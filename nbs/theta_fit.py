@@ -68,7 +68,7 @@ from ws.cache.files import hand_over, write_text
 from ws.lab import begin
 from ws.model.lm import load_lm
 from ws.show import notebook
-from ws.show.tables import as_text, write_table
+from ws.show.tables import as_text, literal, write_table
 from ws.theta import compare, controls, report, verdict
 from ws.theta import figures as draw
 from ws.theta.fit import FitConfig
@@ -96,6 +96,7 @@ record = dict(mask_prompt=MASK_PROMPT, max_length=MAX_LENGTH, batch=BATCH_SIZE, 
 train, rest = record_users(lm, texts, float(HELDOUT), **record)
 heldout = compare.make_heldout(rest, W, bias)
 users, heads = list(texts), all_heads(W, THETA_DIM, float(ALPHA), SEED)
+display(Markdown(f"`{lm.name}`, {lm.model.dtype}." + (f" Chat template: {literal(lm.chat)}." if lm.chat else "")))
 display(HTML(as_text(report.user_table(texts, train, rest, heldout), style="html")))
 
 # %% [markdown]
