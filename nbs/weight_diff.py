@@ -161,7 +161,7 @@ display(notebook.show(figure, folder / "alpha_sweep"))
 display(HTML(tables.as_text(summary, style="html")))
 
 # %%
-wordings = wording_sweep(lm, behavior, w, sorted({alphas[0], 0.0, alphas[-1]}))
+wordings = wording_sweep(lm, behavior, w, sorted({alphas[0], 0.0, alphas[-1]}), cache=cache_folder(lm.name))
 tables.write_table(wordings, folder / "wording_sweep.tsv")
 display(Markdown(wording_text(behavior, wordings)))
 
@@ -177,9 +177,9 @@ verdict = evaluate.steering_verdict(summary)
 pairs, why_none = heldout_pairs(lm, behavior, config.pairs, cache_folder(lm.name), n_heldout=N_HELDOUT)
 margin = {"text": f"There is no answer margin: {why_none}"}
 if pairs:
-    margins = margin_sweep(lm, pairs, w, alphas)
+    margins = margin_sweep(lm, pairs, w, [alphas[0], alphas[-1]] if NULL_DIFF else alphas)
     means = summarise_margins(margins)
-    margin = margin_verdict(margins, verdict["spread"])
+    margin = margin_verdict(margins, verdict["spread"], "sweep" if behavior.answers else "log-ratio")
     tables.write_table(margins, folder / "margin_sweep.csv")
     tables.write_table(means, folder / "margin_sweep_summary.tsv")
     figure = margin_curve(means, summary)
@@ -191,13 +191,14 @@ display(Markdown(tables.literal(margin["text"])))
 # %% [markdown]
 # ## In its own words
 #
-# Greedy answers to held-out opinions. `completions.jsonl` holds them all in random order without their alpha, for blind
+# Greedy answers to held-out opinions, of a null diff to none. `completions.jsonl` holds them all in random order without their alpha, for blind
 # reading; `completions_key.jsonl` has the key.
 
 # %%
-rows = evaluate.completions(lm, behavior, w, [alphas[0], 0.0, alphas[-1]])
-evaluate.write_blind(rows, folder)
-display(HTML(tables.as_text(evaluate.side_by_side(rows, 6), style="html")))
+if not NULL_DIFF:
+    rows = evaluate.completions(lm, behavior, w, [alphas[0], 0.0, alphas[-1]])
+    evaluate.write_blind(rows, folder)
+    display(HTML(tables.as_text(evaluate.side_by_side(rows, 6), style="html")))
 
 # %%
 write_json(folder / "weight_diff.json", {"training": training, "steering": verdict, "margin": margin})

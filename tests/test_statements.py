@@ -302,7 +302,7 @@ def test_the_answer_margin_is_over_statements_and_counts_the_halves_alike(tmp_pa
     assert list(map(len, parts)) == [12, 4]
     mean = np.mean([part.mean() for part in parts])
     wide = np.sqrt(sum((stats.t.ppf(0.975, len(p) - 1) * stats.sem(p) / 2) ** 2 for p in parts))
-    found = margin_verdict(margins, 1.0)
+    found = margin_verdict(margins, 1.0, "sweep")
     assert (found["distance"], found["low"], found["high"]) == pytest.approx((mean, mean - wide, mean + wide))
     told = "On 16 held-out statements (12 of the Yes half, 4 of the No half, counted alike) the answer margin"
     assert found["text"].startswith(told) and "topic" not in found["text"]

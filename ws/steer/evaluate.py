@@ -103,13 +103,10 @@ def answer_scores(
     return Answers(torch.cat(ratios), torch.cat(masses))
 
 
-def probe_answers(
-    lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None, template: int = 0
-) -> Answers:
-    """Answers to the behaviour's probe about each claim, in one of its wordings and the chat template, optionally under a
-    persona."""
+def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None) -> Answers:
+    """Answers to the behaviour's probe about each claim, in the chat template, optionally under a persona."""
     yes, no = answer_tokens(lm.tokenizer, behavior)
-    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim, template), system) for claim in claims]
+    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim), system) for claim in claims]
     return answer_scores(lm, texts, yes, no)
 
 

@@ -2,30 +2,32 @@
 (docs/method.md section 2)
 """
 
+from pathlib import Path
+
 import polars as pl
 
 from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.lm import LM
 from ws.show.bars import tqdm
-from ws.steer.evaluate import probe_answers
+from ws.steer.effect import kept_answers
 from ws.steer.statements import MIN_PMASS
-from ws.steer.weights import weight_steer
 
 
 def wording_sweep(
-    lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], progress: bool = True
+    lm: LM, behavior: Behavior, w: WeightDiff, alphas: list[float], progress: bool = True, cache: Path | None = None
 ) -> pl.DataFrame:
     """The held-out false claims under every wording of the probe. Per wording (0: the sweep's own) and alpha: mean_logratio
-    (nats), mean_pmass, n, and `low_pmass` where it is under 0.5. No rows for a behaviour of one wording or of statements."""
+    (nats), mean_pmass, n, and `low_pmass` where it is under 0.5. No rows for a behaviour of one wording or of statements. cache
+    as in `ws.steer.effect.kept_answers`, whose answers these are."""
     claims, rows = behavior.heldout_claims, []
-    asked = range(0 if behavior.answers or len(behavior.templates) < 2 else len(behavior.templates))
-    for alpha in tqdm(alphas, "wordings", disable=not progress or not asked):
-        with weight_steer(lm.model, w, alpha):
-            answers = [probe_answers(lm, behavior, claims, template=a) for a in asked]
-        rows += [
-            (a, alpha, float(x.logratio.mean()), float(x.pmass.mean()), len(claims)) for a, x in enumerate(answers)
-        ]
+    many = 0 if behavior.answers or len(behavior.templates) < 2 else len(behavior.templates)
+    texts = [behavior.probe_text(claim, a) for a in range(many) for claim in claims]
+    for alpha in tqdm(alphas if many else [], "wordings", disable=not progress or not many):
+        answers = (
+            kept_answers(lm, behavior, texts, w if alpha else None, alpha, cache).reshape(2, many, -1).mean(axis=2)
+        )
+        rows += [(a, alpha, *answers[:, a].tolist(), len(claims)) for a in range(many)]
     kinds = {"wording": int, "alpha": float, "mean_logratio": float, "mean_pmass": float, "n": int}
     table = pl.DataFrame(rows, orient="row", schema=kinds).sort("wording", "alpha")
     return table.with_columns(low_pmass=pl.col("mean_pmass") < MIN_PMASS)

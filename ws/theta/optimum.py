@@ -21,6 +21,8 @@ from ws.theta.fit import FitConfig, Problem, evaluate, lse_and_mean
 
 HESSIAN_TOKENS = 512  # tokens x vocabulary entries per block of the Hessian
 HESSIAN_WORDS = 2048
+ALL_WORDS = 16384  # vocabularies larger than this are cut: beyond the words that hold all but RARE of the probability, a token's
+RARE = 0.02  # probabilities are taken as its own rest times the words' shares of all rests
 TOLERANCE = 1e-7  # gradient norm relative to that at theta = 0
 ROUNDING = 1e-10  # of the loss: a change below this is none
 MAX_ITERATIONS = 60
@@ -61,28 +63,52 @@ def hessian(
     """Hessian of one user's loss at theta, formed in `dtype`, returned in float64. The solver forms it in float32: it
     only steers the steps, the gradient that decides where they end is float64. `sum_tv p_tv (phi_t phi_t^T) * (C_v
     C_v^T)` is one product per block: `P^T F` with the upper-triangle products `F_t = phi_ti phi_tj`, weighted by `C_vi
-    C_vj`; half the work of a `D x D` product per token, and no `(T, V)` array."""
+    C_vj`; half the work of a `D x D` product per token, and no `(T, V)` array. Of a large vocabulary only the words that hold
+    98 % of the probability are summed token by token."""
     c, D = cfg.gamma * problem.alpha, problem.D
     C = (problem.C - problem.C.mean(dim=0)).to(dtype)  # logits are free up to a constant; centred columns cancel less
     i, j = torch.triu_indices(D, D, device=C.device)
     upper, spread = C.new_zeros(len(i)), C.new_zeros(D, D)
     mine = (problem.owner == user).nonzero()[:, 0]
+    blocks, mass = [], C.new_zeros(len(C))
     for rows in mine.split(HESSIAN_TOKENS):
         phi, logp = problem.phi[rows].to(dtype), problem.base.logp[rows.to(problem.base.logp.device)]
         X = c * theta[user].to(phi) * phi
         lse, m = lse_and_mean(logp, X, C)
-        products = phi[:, i] * phi[:, j]
-        for v in range(0, C.shape[0], HESSIAN_WORDS):
-            part = C[v : v + HESSIAN_WORDS]
-            p = torch.exp(torch.addmm(logp[:, v : v + HESSIAN_WORDS].to(phi), X, part.T) - lse[:, None])
-            upper += ((p.T @ products) * (part[:, i] * part[:, j])).sum(0)
         gated = phi * m
         spread += gated.T @ gated
+        blocks.append((phi, logp, X, lse))
+        if len(C) > ALL_WORDS:
+            for v in range(0, len(C), HESSIAN_WORDS):
+                mass[v : v + HESSIAN_WORDS] += _chances(logp, X, lse, C, slice(v, v + HESSIAN_WORDS)).sum(dim=0)
+    common, rare = _common(mass) if len(C) > ALL_WORDS else (torch.arange(len(C), device=C.device), None)
+    for phi, logp, X, lse in blocks:
+        products, said = phi[:, i] * phi[:, j], torch.zeros_like(lse)
+        for words in common.split(HESSIAN_WORDS):
+            p, part = _chances(logp, X, lse, C, words), C[words]
+            upper += ((p.T @ products) * (part[:, i] * part[:, j])).sum(0)
+            said += p.sum(dim=1)
+        if rare is not None:
+            weight = (mass[rare] / mass[rare].sum()).sqrt()[:, None] * C[rare]
+            left = (1 - said).clamp(min=0)[:, None] * phi
+            upper += ((left.T @ phi) * (weight.T @ weight))[i, j]
     H = torch.zeros_like(spread)
     H[i, j] = upper
     H = H + H.T - torch.diag(H.diagonal())
     curvature = c**2 * (1 + cfg.beta) / len(mine) * (H - spread).double()
     return curvature + 2 * cfg.lam * torch.eye(D, dtype=torch.float64, device=H.device)
+
+
+def _chances(logp: Tensor, X: Tensor, lse: Tensor, C: Tensor, words: Tensor | slice) -> Float[Tensor, "T words"]:
+    """Probabilities of some words at every token."""
+    return torch.exp(torch.addmm(logp[:, words].to(X), X, C[words].T) - lse[:, None])
+
+
+def _common(mass: Float[Tensor, " V"]) -> tuple[Tensor, Tensor]:
+    """The fewest words that hold all but RARE of the probability, and the others."""
+    ordered, words = mass.sort(descending=True)
+    n = int((ordered.double().cumsum(0) < (1 - RARE) * float(mass.double().sum())).sum()) + 1
+    return words[:n].sort().values, words[n:]
 
 
 def _eigen(H: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -109,10 +109,11 @@ def mean_with_interval(table: pl.DataFrame, column: str = "margin") -> tuple[flo
     return mean, mean - half, mean + half, sum(map(len, parts))
 
 
-def margin_verdict(margins: pl.DataFrame, spread: float) -> dict:
-    """What the margin shows beside the log-ratio: `distance` (nats per token, between the extreme alphas, pair by pair),
-    its interval `low`, `high` over topics or statements (None for one), `agrees` (whether it has the sign of `spread`, the
-    sweep's own distance in nats: of the log-ratio, of statements of their margin) and `text`. margins: `margin_sweep`."""
+def margin_verdict(margins: pl.DataFrame, spread: float, score: str = "log-ratio") -> dict:
+    """What the margin shows beside the sweep: `distance` (nats per token, between the extreme alphas, pair by pair), its interval
+    `low`, `high` over topics or statements (None for one), `agrees` (whether it has the sign of `spread`, the sweep's own
+    distance in nats, of its `score`: the log-ratio, of statements the margin of the matching answer) and `text`. margins:
+    `margin_sweep`."""
     first, last = float(margins["alpha"].min()), float(margins["alpha"].max())
     down, up = (margins.filter(pl.col("alpha") == alpha) for alpha in (first, last))
     moved = down.with_columns(margin=up["margin"] - down["margin"])
@@ -125,10 +126,9 @@ def margin_verdict(margins: pl.DataFrame, spread: float) -> dict:
     else:
         low, high, interval, unsure = None, None, f"{distance:+.3f}", "; one topic gives no interval"
     said = "The signs agree" if agrees else "The signs disagree: the two scores do not measure the same here"
-    score = "log-ratio"
     if "half" in margins.columns:
         counts = [int((moved["half"] == name).sum()) for name in HALVES]
-        told, score = f"statements ({counts[0]} of the Yes half, {counts[1]} of the No half, counted alike)", "sweep"
+        told = f"statements ({counts[0]} of the Yes half, {counts[1]} of the No half, counted alike)"
     else:
         told = f"pairs of {units} topics" if margins["topic"].n_unique() > 1 else "pairs"
     text = (
