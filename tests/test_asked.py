@@ -96,6 +96,21 @@ def test_what_the_record_of_a_training_says(tmp_path, file):  # noqa: F811
     assert trained_claims(kind, PairConfig(file=path)) == ["a"]
 
 
+def test_a_sweep_refuses_a_null_diff_that_was_trained_on_what_is_asked(tmp_path, swept):
+    path, out = written(tmp_path / "kind.jsonl", rows()), tmp_path / "out"
+    asked, kind = swept(path), ws.load_behavior(path)
+    null = own_w(asked, out).parent / "null_diff" / "w.safetensors"
+    null.parent.mkdir(parents=True)
+    meta = {"behavior": "kind"} | trained_on(kind, [t.claim for t in kind.heldout_topics[:2]], True)
+    save_diff(WeightDiff(ws.load_diff("tiny").entries, meta), null)
+    told = (
+        r"a null diff was trained on 2 of the \d+ claims .*null_diff/w\.safetensors\); train it again: .*NULL_DIFF true"
+    )
+    with pytest.raises(ValueError, match=told):
+        check_inputs("v7_sweep", asked, out)
+    check_inputs("v7_sweep", asked | {"NULL_W_PATH": [str(null)]}, out)
+
+
 def test_the_conclusion_says_what_w_was_trained_on(tmp_path):
     lm, tiny = ws.load_lm("tiny"), ws.load_diff("tiny")
     kind = ws.load_behavior(written(tmp_path / "kind.jsonl", rows()))
@@ -104,6 +119,9 @@ def test_the_conclusion_says_what_w_was_trained_on(tmp_path):
         w = WeightDiff(tiny.entries, meta)
         found = ws.explain(lm, w, kind, candidates=["write"], cache=tmp_path, progress=False)
         assert ("**w was trained on 3 of the 8 claims that are asked about" in found.conclusion()) is told
+    null = WeightDiff(tiny.scale(0.5).entries, other)
+    found = ws.explain(lm, tiny, kind, candidates=["write"], null=null, cache=tmp_path, progress=False)
+    assert "**a null diff was trained on 3 of the 8 claims" in found.conclusion()
 
 
 def test_the_record_is_in_the_file_of_w(tmp_path):

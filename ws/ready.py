@@ -185,13 +185,18 @@ def check_diffs(
 
 
 def check_trained(values: Values, behavior: Behavior, out: Path) -> None:
-    """ValueError where a run's own w, of any of its seeds, was trained on what the behaviour now asks about, or on other
-    topics."""
-    for seed in values.get("SEEDS") or [values.get("SEED", 0)]:
-        one = {**values, "SEED": seed}
-        if told := other_training(read_meta(path := own_w(one, out)), behavior):
-            foreign = f", or use it as it is: W_PATH {path}" if "W_PATH" in values else ""
-            raise ValueError(f"{values['BEHAVIOR']}: {told} ({path}); train it again: {_train(one)}{foreign}")
+    """ValueError where a run's own w, of any of its seeds, or a null diff that it reads was trained on what the behaviour now
+    asks about, or on other topics."""
+    mine = [{**values, "SEED": seed} for seed in values.get("SEEDS") or [values.get("SEED", 0)]]
+    read = [(own_w(one, out), one, False) for one in mine]
+    if "NULL_W_PATH" in values and not values["NULL_W_PATH"]:
+        read += [(path, {**values, "SEED": seed}, True) for seed, path in null_diffs(dict(values), out).items()]
+    for path, one, null in read:
+        if told := other_training(read_meta(path), behavior, "a null diff" if null else "w"):
+            foreign = (
+                f", or use it as it is: {'NULL_W_PATH' if null else 'W_PATH'} {path}" if "W_PATH" in values else ""
+            )
+            raise ValueError(f"{values['BEHAVIOR']}: {told} ({path}); train it again: {_train(one, null)}{foreign}")
 
 
 def _train(values: Values, null: bool = False) -> str:

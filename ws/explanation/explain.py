@@ -109,6 +109,8 @@ def explain(
     if nulls:
         table = rows.with_null_diff(table, null_rows)
     d, wordings = lm.decoder, n_templates(behavior, protocol)
+    read = [(w, "w"), *((one, "a null diff") for one in nulls)]
+    doubts = [other_training(one.meta, behavior, whose) for one, whose in read]
     moved = [effects(lm, behavior, diff, wordings, shelf.cache) for diff in (w, *nulls)]
     return Explanation(
         per_layer=table,
@@ -125,7 +127,7 @@ def explain(
             "n_templates": wordings, "positions": protocol.positions, "n_cut": cut,
             "layers": list(layers), "k": k, "k_broad": k_broad,
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
-            "other_training": other_training(w.meta, behavior),
+            "other_training": next(filter(None, doubts), ""),
             "nulls": [diff.fingerprint for diff in nulls], "effects": moved[0].tolist(),
             "null_effects": [float(effect.mean()) for effect in moved[1:]],
             "score": "margin of the matching answer" if behavior.answers else "log-ratio",

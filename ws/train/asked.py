@@ -31,18 +31,21 @@ def trained_on(behavior: Behavior, claims: Sequence[str], from_file: bool) -> di
     return found | ({} if from_file else {"topics": _topics(behavior, len(claims))})
 
 
-def other_training(meta: dict, behavior: Behavior) -> str:
+def other_training(meta: dict, behavior: Behavior, whose: str = "w") -> str:
     """What speaks against asking a w of this metadata about a behaviour, in words: it was trained on something that scores ask
-    about, or on other topics of a behaviour of this name. '' for nothing, and where the metadata does not say."""
+    about, or on other topics of a behaviour of this name. '' for nothing, and where the metadata does not say. whose: what the
+    words call it."""
     known = meta.get("trained_on") or []
     if not known or meta.get("topics") == _topics(behavior, len(known)):
         return ""
     held = asked(behavior)
     among = [claim for plain, claim in held.items() if _mark(plain) in set(known)]
     if among:
-        return f"w was trained on {len(among)} of the {len(held)} claims that are asked about, as {short(among[0])}"
+        return (
+            f"{whose} was trained on {len(among)} of the {len(held)} claims that are asked about, as {short(among[0])}"
+        )
     same = "topics" in meta and meta.get("behavior") == behavior.name
-    return f"w was trained on other topics than {behavior.name} has now" if same else ""
+    return f"{whose} was trained on other topics than {behavior.name} has now" if same else ""
 
 
 def _mark(plain: str) -> str:
