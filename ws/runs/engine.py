@@ -126,6 +126,9 @@ def connect(
 
     # web pages ask nobody who he is
     closed = {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
+    # runs take minutes: Dask's sampling of each worker, 50 to 100 times a second, is a fifteenth of a core
+    closed |= {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
+    closed |= {"distributed.admin.system-monitor.interval": "5s"}
     threads, gpus, keep = settings.threads, [], lambda runs: None
     with ExitStack() as stack:
         if settings.scheduler:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ws.theta.heads import Head
 
 TOKENS = 512  # tokens per block
-WORDS = 8192  # vocabulary entries per block; smaller ones cost threads more meetings than they save in cache
+WORDS = 1024  # vocabulary entries per block and thread, so that a block stays in its cache; threads meet once a block
 BASE_MB = 2048  # recorded base logits larger than this go to disk, memory-mapped
 SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no running maximum in float32
 
@@ -162,11 +162,12 @@ def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     and the sum is at least `e^-30`."""
     lse, mean = torch.empty_like(X[:, 0]), torch.empty_like(X)
     safe = float(X.norm(dim=1).max() * C.norm(dim=1).max()) <= SAFE_EXPONENT
+    width = WORDS * min(8, torch.get_num_threads())
     for start in range(0, len(X), TOKENS):
         rows = slice(start, start + TOKENS)
         x, total, m = X[rows], torch.zeros_like(lse[rows]), torch.zeros_like(mean[rows])
         top = torch.zeros_like(total) if safe else torch.full_like(total, -torch.inf)
-        for part, words in zip(C.split(WORDS), logp[rows].split(WORDS, dim=1), strict=True):
+        for part, words in zip(C.split(width), logp[rows].split(width, dim=1), strict=True):
             z = torch.addmm(words.to(X), x, part.T)
             if not safe:
                 new = torch.maximum(top, z.amax(dim=1))
