@@ -64,7 +64,8 @@ log = start_log("cross_behaviours", run.folder)
 
 # %%
 chat = f" Chat template: {literal(lm.chat)}." if lm.chat else ""
-display(Markdown(f"`{lm.name}`, {lm.model.dtype}, LoRA seeds {', '.join(map(str, SEEDS))}.{chat}"))
+asked = f"alphas {ALPHAS}, {N_HELDOUT or 'all'} held-out statements of each behaviour."
+display(Markdown(f"`{lm.name}`, {lm.model.dtype}, LoRA seeds {', '.join(map(str, SEEDS))}, {asked}{chat}"))
 found = cross_behaviors(lm, behaviors, diffs, alphas=ALPHAS, n_heldout=N_HELDOUT)
 found.save(run.folder)
 display(show(heat_maps(found.matrix, found.moves), run.folder / "cross_matrix"))

@@ -161,9 +161,10 @@ display(notebook.show(figure, folder / "alpha_sweep"))
 display(HTML(tables.as_text(summary, style="html")))
 
 # %%
-wordings = wording_sweep(lm, behavior, w, sorted({alphas[0], 0.0, alphas[-1]}), cache=cache_folder(lm.name))
+ends = sorted({alphas[0], min(max(0.0, alphas[0]), alphas[-1]), alphas[-1]})
+wordings = wording_sweep(lm, behavior, w, ends, cache=cache_folder(lm.name))
 tables.write_table(wordings, folder / "wording_sweep.tsv")
-display(Markdown(wording_text(behavior, wordings)))
+display(HTML(tables.as_text(wordings, style="html")))
 
 # %% [markdown]
 # ## Which answer it would rather give
@@ -185,7 +186,7 @@ if pairs:
     figure = margin_curve(means, summary)
     display(notebook.show(figure, folder / "margin_sweep"))
     display(HTML(tables.as_text(means, style="html")))
-verdict["text"] += wording_text(behavior, wordings) + unreached(training)
+verdict["wordings"], verdict["text"] = wording_text(behavior, wordings), verdict["text"] + unreached(training)
 display(Markdown(tables.literal(margin["text"])))
 
 # %% [markdown]
@@ -203,4 +204,4 @@ if not NULL_DIFF:
 # %%
 write_json(folder / "weight_diff.json", {"training": training, "steering": verdict, "margin": margin})
 log.info("done: %s", folder)
-display(Markdown(f"{verdict['text']} {tables.literal(margin['text'])}"))
+display(Markdown(f"{verdict['text']}{tables.literal(verdict['wordings'])} {tables.literal(margin['text'])}"))

@@ -16,8 +16,11 @@ from test_statements import ALIKE, rows, written
 import ws
 from ws.cache.places import ASSETS
 from ws.diff import save_diff
+from ws.lab import check_job
 from ws.ready import check_inputs
-from ws.runs.once import run_notebook
+from ws.runs.here import Refused
+from ws.runs.notebooks import Place
+from ws.runs.once import prepare, run_notebook
 from ws.stability import cross_ranks
 from ws.stability.cross import cross_behaviors, interval, matrix_of, moves_of, spread
 from ws.stability.cross_figures import heat_maps
@@ -220,13 +223,14 @@ def test_the_notebook_reads_what_is_finished(two, tmp_path, monkeypatch):
             path.parent.mkdir(parents=True)
             save_diff(w.scale((-1.0) ** i * (1 + 0.2 * seed)), path)
     files = [str(tmp_path / f"{name}.jsonl") for name in NAMES]
-    done = run_notebook(
-        "cross_behaviours", {"BEHAVIORS": files, "SEEDS": [0, 1], "OUT_DIR": str(tmp_path / "run")}, quiet=True
-    )
+    given = {"BEHAVIORS": files, "SEEDS": [0, 1], "OUT_DIR": str(tmp_path / "run")}
+    done = run_notebook("cross_behaviours", given, quiet=True, check=check_job)  # as the command does
     assert done.ok, done.error
     assert {"cross_matrix.png", "cross_matrix.tsv", "cross_conclusion.md", "cross_ranks.tsv"} <= {
         p.name for p in done.folder.iterdir()
     }
+    with pytest.raises(Refused, match=r"seed_2/w\.safetensors: is not there; make it first: just nb weight_diff"):
+        check_job(prepare("cross_behaviours", given | {"SEEDS": [0, 2]}), Place())
     for given, told in ((files[:1], "two or more files of statements with answers, has 1"), (files, None)):
         values = {"MODEL_ID": "tiny", "BEHAVIORS": given, "SEEDS": [0, 1]}
         with pytest.raises(ValueError, match=told) if told else nullcontext():

@@ -119,8 +119,9 @@ def test_every_wording_is_asked_and_told():
     assert at_0["mean_pmass"] == pytest.approx(float(by_hand.pmass.mean()), abs=1e-5)
     low = table.with_columns(mean_pmass=pl.when(pl.col("wording") == 1).then(0.4).otherwise("mean_pmass"))
     text = wording_text(behavior, low)
-    assert "4 wordings" in text and "least pmass 0.40" in text and behavior.templates[2].strip() in text
+    assert "4 wordings" in text and "least pmass 0.400" in text and behavior.templates[2].strip() in text
     assert behavior.templates[1].strip() not in text
+    assert "Asked at alpha -1, +1, the 4 wordings" in text
     assert "under none" in wording_text(behavior, table.with_columns(mean_pmass=pl.lit(0.1)))
     one = replace(behavior, probes=())
     assert wording_text(one, wording_sweep(lm, one, w, [1.0], progress=False)) == ""

@@ -61,13 +61,17 @@ def test_what_is_shared():
     assert shared(ids, mask, torch.tensor([len(LEAD) - 1])) == len(LEAD) - 1
 
 
-@pytest.mark.parametrize("why", ["hook", "dropout"])
+@pytest.mark.parametrize("why", ["hook", "dropout", "checkpointing", "long"])
 def test_each_text_is_read_alone_where_it_must_be(why):
     model = random_model("qwen3")
     if why == "hook":
         model.model.layers[0].register_forward_hook(lambda _m, _i, out: out)
-    else:
+    elif why == "dropout":
         model.train().add_module("drop", nn.Dropout(0.1))
+    elif why == "checkpointing":
+        model.train().gradient_checkpointing_enable()
+    else:
+        model.config.max_position_embeddings = 20
     ids, mask = batch()
     calls = []
     forward = model.model.forward
@@ -76,11 +80,37 @@ def test_each_text_is_read_alone_where_it_must_be(why):
     assert calls == [1]
 
 
-def test_nothing_but_what_is_asked_for_is_unembedded():
+def test_positions_nobody_asks_about_are_not_unembedded():
     model, seen = random_model("gemma2"), []
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: seen.append(tuple(inputs[0].shape)))
     ids, mask = batch()
-    got = logits_at(model, ids, mask, torch.tensor([2, 0]), torch.tensor([24, 3]))
-    assert seen == [(1, 2, 48)]
+    got = logits_at(model, ids, mask, torch.tensor([2, 0, 1]), torch.tensor([24, 3, 3]))
+    assert seen == [(3, 2, 48)]
     assert torch.allclose(got[1], model(ids[:1], attention_mask=mask[:1]).logits[0, 3], atol=1e-5)
-    assert len(model.lm_head._forward_pre_hooks) == 0
+
+
+def test_a_hook_on_the_unembedding_sees_texts_as_rows():
+    """Somebody's edit of the last logits is the last of each text, not of what was gathered."""
+    model, (ids, mask) = random_model("llama"), batch(rows=[[7, 8], [9, 10], [11, 12]])
+
+    def edit(_module, _inputs, out):
+        out = out.clone()
+        out[:, -1] += 1
+        return out
+
+    plain = torch.stack([model(ids[i : i + 1]).logits[0, -1] for i in range(3)])
+    model.lm_head.register_forward_hook(edit)
+    got = logits_at(model, ids, mask, torch.arange(3), torch.full((3,), ids.shape[1] - 1))
+    assert torch.allclose(got, plain + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_unembeds_everything_gives_the_same(wrapped, monkeypatch):
+    model, (ids, mask) = random_model("qwen3"), batch()
+    some = logits_at(model, ids, mask, torch.arange(3), mask.sum(dim=1) - 1)
+    if wrapped:
+        model = nn.DataParallel(model)
+    else:
+        monkeypatch.setattr("ws.model.prefix.unembeds_some", lambda _: False)
+    every = logits_at(model, ids, mask, torch.arange(3), mask.sum(dim=1) - 1)
+    assert torch.allclose(some, every, atol=1e-5)

@@ -32,7 +32,8 @@ def check_job(job: Job, place: Place, own: bool = True) -> None:
 
     try:
         if own and job.values.get("SEEDS"):
-            _ = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False).sweeps
+            run = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False)
+            _ = [run.diffs_of(b) for b in job.values["BEHAVIORS"]] if "BEHAVIORS" in job.values else run.sweeps
         check_inputs(job.notebook, job.values, place.out, own)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{job.notebook}: {error}") from None

@@ -1,4 +1,4 @@
-"""Logits where they are wanted: nothing else is unembedded, and what all texts of a batch begin with is read once.
+"""Logits where they are wanted: few others are unembedded, and what all texts of a batch begin with is read once.
 
 Causal attention makes what a model computes of a token depend on the tokens before it alone. So shared ones (a chat template's
 system prompt, its answered turn, the probe) go through it as one text, and their keys and values serve every text of the batch:
@@ -8,6 +8,7 @@ the same function in other sums, gradients included.
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ws.model.decoder import unembeds_some
 from ws.model.guard import hooked
 from ws.model.text import position_ids
 
@@ -24,30 +25,32 @@ def shared(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " 
     return most if most >= LEAST else 0
 
 
-def reads_each(model: nn.Module) -> bool:
-    """Whether no two texts may share a pass: somebody's hook may count tokens from the end, and dropout draws for each."""
-    units = (m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules())
-    return hooked(model) or model.training and any(units)
+def reads_each(model: nn.Module, tokens: int) -> bool:
+    """Whether no two texts of so many tokens may share a pass: somebody's hook may count tokens from the end, dropout draws for
+    each, checkpointed layers keep no keys, and beyond its length a model may turn positions by another angle."""
+    parts = list(model.modules())
+    units = (m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in parts)
+    drawn = model.training and (any(units) or any(getattr(m, "gradient_checkpointing", False) for m in parts))
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
+    return hooked(model) or drawn or tokens > most
 
 
 def logits_at(
     model: nn.Module, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], rows: Int[Tensor, " k"], at: Int[Tensor, " k"]
 ) -> Float[Tensor, "k V"]:
-    """Logits at position `at` of text `rows`, for each k, with positions that count from each text's first token."""
-    device, first = next(model.parameters()).device, 0 if reads_each(model) else shared(ids, mask, at)
+    """Logits at position `at` of text `rows`, for each k, with positions that count from each text's first token. What no text
+    is asked about is not unembedded, where the model can leave it out."""
+    device, some = next(model.parameters()).device, unembeds_some(model)
+    wanted, place = at.unique(return_inverse=True)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
     inputs = {name: x.to(device) for name, x in inputs.items()}
+    first = shared(ids, mask, wanted) if some and not reads_each(model, ids.shape[1]) else 0
     if first:
         lead = {name: x[:1, :first] for name, x in inputs.items()}
-        with _unembedding(model, at[:1] * 0, at[:1] * 0):
-            cache = model(**lead, use_cache=True).past_key_values
+        cache = model(**lead, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(ids))
         inputs |= {name: inputs[name][:, first:] for name in ("input_ids", "position_ids")} | {"past_key_values": cache}
-    with _unembedding(model, rows, at - first):
-        return model(**inputs, use_cache=bool(first)).logits[0]
-
-
-def _unembedding(model: nn.Module, rows: Tensor, at: Tensor):
-    """A context in which the unembedding meets the states `(n, T, d)` of these places alone, as `(1, k, d)`."""
-    head = model.get_output_embeddings()
-    return head.register_forward_pre_hook(lambda _, states: (states[0][rows, at][None],))
+    keep = {"logits_to_keep": (wanted - first).to(device)} if some else {}
+    logits = model(**inputs, use_cache=bool(first), **keep).logits
+    logits = logits if some else logits[:, wanted.to(logits.device)]
+    return logits[rows.to(logits.device), place.to(logits.device)]

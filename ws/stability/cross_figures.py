@@ -8,8 +8,8 @@ from ws.show.figures import plain
 
 
 def heat_maps(matrix: pl.DataFrame, moves: pl.DataFrame) -> Figure:
-    """What each w (rows) moves on each behaviour's statements (columns): behaviour part and bias part in nats, and the accuracy
-    at the highest alpha."""
+    """What each w (rows) moves on each behaviour's statements (columns): behaviour part and bias part in nats, on one scale,
+    and the accuracy at the highest alpha."""
     names = moves["w"].unique(maintain_order=True).to_list()
     high = matrix["alpha"].max()
     at = matrix.filter((pl.col("alpha") == high) & (pl.col("set") == "both") & pl.col("w").is_in(names))
@@ -18,12 +18,12 @@ def heat_maps(matrix: pl.DataFrame, moves: pl.DataFrame) -> Figure:
         ("bias part, nats", moves, "bias", "RdBu_r"),
         (f"accuracy at alpha {high:+g}", at, "accuracy", "viridis"),
     ]
-    n = len(names)
+    n, moved = len(names), np.abs(moves.select("behaviour", "bias").to_numpy())
+    top = np.nanmax(moved) or 1.0  # one scale for both parts: what is dark in one is as large as in the other
     figure = Figure(figsize=(3.2 + 3.2 * max(n, 3) / 1.6, 1.6 + 0.75 * n), layout="constrained")
     for axes, (title, table, column, colours) in zip(figure.subplots(1, 3), panels, strict=True):
         value = {(w, asked): v for w, asked, v in table.select("w", "statements", column).rows()}
         grid = np.array([[value[w, asked] for asked in names] for w in names])
-        top = np.nanmax(np.abs(grid)) or 1.0
         limits = {"vmin": 0, "vmax": 1} if column == "accuracy" else {"vmin": -top, "vmax": top}
         axes.imshow(grid, cmap=colours, aspect="auto", **limits)
         for i in range(n):

@@ -210,11 +210,11 @@ def steering_verdict(summary: pl.DataFrame) -> dict:
     means = part["mean_logratio"].to_list()
     low, high = part["alpha"][0], part["alpha"][-1]
     monotone = all(a < b for a, b in zip(means, means[1:], strict=False))
-    spread, least = means[-1] - means[0], float(part["mean_pmass"].min())
+    spread, least, order = means[-1] - means[0], float(part["mean_pmass"].min()), statements.told_order(means)
     lines = [
         f"On {part['n'][0]} held-out false claims the mean log-ratio goes from {means[0]:+.2f} at alpha {low:+g} to"
         f" {means[-1]:+.2f} at alpha {high:+g}, a spread of {spread:.2f} nats;"
-        f" {'every step of alpha raises it' if monotone else 'it is not monotone in alpha'}. The least mean pmass is"
+        f" {order}. The least mean pmass is"
         f" {least:.3f}{'' if least >= MIN_PMASS else ': the ratio says little there'}."
     ]
     for other in ("negated", "true"):

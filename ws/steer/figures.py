@@ -40,7 +40,8 @@ def alpha_curves(sweep: pl.DataFrame) -> Figure:
                       capsize=2, lw=1.4, label=f"{name} {KINDS.get(name, 'claims')} (n = {n})")  # fmt: skip
         right.plot(part["alpha"], part["mean_pmass"], c=colour, marker=marker, ms=5, lw=1.4)
     left.axhline(0, ls="--", c="0.5", lw=1)
-    left.set(xlabel="alpha", ylabel=f"{what}, nats (bars: sd over claims)")
+    unit = "statements" if score == "margin" else "claims"
+    left.set(xlabel="alpha", ylabel=f"{what}\nnats (bars: sd over {unit})")
     left.legend(fontsize=8)
     right.axhline(0.5, ls="--", c="0.5", lw=1)
     right.set(xlabel="alpha", ylabel="P(yes) + P(no)", ylim=(0, 1.03))

@@ -103,12 +103,23 @@ def together(yes: Move, no: Move) -> tuple[bool, str]:
     return True, f"both halves move together{against}, both 95 % intervals exclude 0: not a bias towards one word"
 
 
+def told_order(means: list[float]) -> str:
+    """How a score goes with ascending alpha, in words."""
+    steps = np.sign(np.diff(means)).tolist()
+    raised, lowered = (all(step == way for step in steps) for way in (1, -1))
+    return (
+        f"every step of alpha {'raises' if raised else 'lowers'} it"
+        if raised or lowered
+        else "it is not monotone in alpha"
+    )
+
+
 def verdict(summary: pl.DataFrame) -> dict:
     """What a sweep over statements shows, computed: as `ws.steer.evaluate.steering_verdict`, with `together` (whether both
     halves are seen to move alike) and the halves' movements `moved_yes` and `moved_no`, nats."""
     part = summary.filter(set=BOTH).sort("alpha")
     means, low, high = part["mean_margin"].to_list(), part["alpha"][0], part["alpha"][-1]
-    monotone = all(a < b for a, b in zip(means, means[1:], strict=False))
+    monotone, order = all(a < b for a, b in zip(means, means[1:], strict=False)), told_order(means)
     columns = "moved", "moved_lo", "moved_hi"
     yes, no = (summary.filter(set=name).sort("alpha").select(columns).row(-1) for name in HALVES)
     alike, said = together(yes, no)
@@ -120,7 +131,7 @@ def verdict(summary: pl.DataFrame) -> dict:
         f"On {part['n'][0]} held-out statements ({counts['yes']} where the yes-word matches, {counts['no']} where the no-word"
         f" does) the mean margin of the matching answer goes from {ends[0]} at alpha {low:+g} to {ends[1]}"
         f" at alpha {high:+g}, a spread of {means[-1] - means[0]:.2f} nats, and the accuracy from {first['accuracy']:.2f} to"
-        f" {last['accuracy']:.2f}; {'every step of alpha raises it' if monotone else 'it is not monotone in alpha'}. The Yes"
+        f" {last['accuracy']:.2f}; {order}. The Yes"
         f" half moves by {with_ends(*yes)} and the No half by {with_ends(*no)} nats: {said}. The least mean pmass is"
         f" {least:.3f}{'' if least >= MIN_PMASS else ': the margin says little there'}."
     )

@@ -41,8 +41,9 @@ def wording_text(behavior: Behavior, table: pl.DataFrame) -> str:
     ends = table.group_by("wording", maintain_order=True).agg(
         spread=pl.col("mean_logratio").last() - pl.col("mean_logratio").first(), least=pl.col("mean_pmass").min()
     )
-    said = ", ".join(f"{spread:+.2f} nats (least pmass {least:.2f})" for _, spread, least in ends.rows())
+    said = ", ".join(f"{spread:+.2f} nats (least pmass {least:.3f})" for _, spread, least in ends.rows())
     kept = ends.filter(pl.col("least") >= MIN_PMASS)["wording"].to_list()
-    words = "; ".join(f'"{behavior.templates[a].strip()}"' for a in kept)
-    where = f"pmass is at least {MIN_PMASS} at every alpha under: {words}" if kept else "under none is pmass kept"
-    return f" Between the extreme alphas the {len(ends)} wordings of the probe move by {said}; {where}."
+    words = "; ".join(f'"{" ".join(behavior.templates[a].split())}"' for a in kept)
+    asked = ", ".join(f"{alpha:+g}" for alpha in table["alpha"].unique().sort())
+    where = f"pmass is at least {MIN_PMASS} under: {words}" if kept else f"under none is pmass at least {MIN_PMASS}"
+    return f" Asked at alpha {asked}, the {len(ends)} wordings of the probe move by {said}; {where}."

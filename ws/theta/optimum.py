@@ -70,19 +70,23 @@ def hessian(
     i, j = torch.triu_indices(D, D, device=C.device)
     upper, spread = C.new_zeros(len(i)), C.new_zeros(D, D)
     mine = (problem.owner == user).nonzero()[:, 0]
-    blocks, mass = [], C.new_zeros(len(C))
-    for rows in mine.split(HESSIAN_TOKENS):
-        phi, logp = problem.phi[rows].to(dtype), problem.base.logp[rows.to(problem.base.logp.device)]
-        X = c * theta[user].to(phi) * phi
+    parts, norms, mass = mine.split(HESSIAN_TOKENS), [], C.new_zeros(len(C))
+
+    def block(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        phi = problem.phi[rows].to(dtype)
+        return phi, problem.base.logp[rows.to(problem.base.logp.device)], c * theta[user].to(phi) * phi
+
+    for rows in parts:
+        phi, logp, X = block(rows)
         lse, m = lse_and_mean(logp, X, C)
         gated = phi * m
         spread += gated.T @ gated
-        blocks.append((phi, logp, X, lse))
-        if len(C) > ALL_WORDS:
-            for v in range(0, len(C), HESSIAN_WORDS):
-                mass[v : v + HESSIAN_WORDS] += _chances(logp, X, lse, C, slice(v, v + HESSIAN_WORDS)).sum(dim=0)
+        norms.append(lse)
+        for v in range(0, len(C) if len(C) > ALL_WORDS else 0, HESSIAN_WORDS):
+            mass[v : v + HESSIAN_WORDS] += _chances(logp, X, lse, C, slice(v, v + HESSIAN_WORDS)).sum(dim=0)
     common, rare = _common(mass) if len(C) > ALL_WORDS else (torch.arange(len(C), device=C.device), None)
-    for phi, logp, X, lse in blocks:
+    for rows, lse in zip(parts, norms, strict=True):
+        phi, logp, X = block(rows)
         products, said = phi[:, i] * phi[:, j], torch.zeros_like(lse)
         for words in common.split(HESSIAN_WORDS):
             p, part = _chances(logp, X, lse, C, words), C[words]
@@ -101,7 +105,8 @@ def hessian(
 
 def _chances(logp: Tensor, X: Tensor, lse: Tensor, C: Tensor, words: Tensor | slice) -> Float[Tensor, "T words"]:
     """Probabilities of some words at every token."""
-    return torch.exp(torch.addmm(logp[:, words].to(X), X, C[words].T) - lse[:, None])
+    there = words if isinstance(words, slice) else words.to(logp.device)
+    return torch.exp(torch.addmm(logp[:, there].to(X), X, C[words].T) - lse[:, None])
 
 
 def _common(mass: Float[Tensor, " V"]) -> tuple[Tensor, Tensor]:
