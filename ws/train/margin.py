@@ -54,13 +54,9 @@ def answer_logprobs(
         rows = collate([examples[i] for i in places])
         labels = rows["labels"][:, 1:]
         row, column = (labels != -100).nonzero(as_tuple=True)
-        logp = (
-            logits_at(lm.model, rows["input_ids"], rows["attention_mask"], row, column)
-            .float()
-            .log_softmax(dim=-1)
-            .cpu()
-        )
-        own = logp.gather(1, labels[row, column, None])[:, 0]
+        logits = logits_at(lm.model, rows["input_ids"], rows["attention_mask"], row, column)
+        said = labels[row, column, None].to(logits.device)
+        own = logits.float().log_softmax(dim=-1).gather(1, said)[:, 0].cpu()
         found[places] = torch.zeros(len(places)).index_add(0, row, own) / torch.bincount(row, minlength=len(places))
     return found
 
