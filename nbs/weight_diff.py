@@ -91,6 +91,7 @@ behavior = load_behavior(BEHAVIOR)
 log = notebook.start_log("weight_diff", folder)
 lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 alphas = evaluate.check_alphas(ALPHAS)
+ends = sorted({alphas[0], min(max(0.0, alphas[0]), alphas[-1]), alphas[-1]})
 config = TrainConfig(
     pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS, file=PAIRS),
     adapter=ADAPTER,
@@ -138,8 +139,7 @@ figure = draw.norm_map(norms)
 display(notebook.show(figure, folder / "w_norms"))
 
 # %%
-figure = draw.spectra(diff_spectra(w))
-display(notebook.show(figure, folder / "w_spectra"))
+display(notebook.show(draw.spectra(diff_spectra(w)), folder / "w_spectra"))
 display(HTML(tables.as_text(norms_by_module(norms), style="html")))
 
 # %% [markdown]
@@ -148,20 +148,19 @@ display(HTML(tables.as_text(norms_by_module(norms), style="html")))
 # `log P(yes) - log P(no)` at the answer to the probe, on held-out claims: false ones, their negations, true ones. A
 # model that agrees with the user says yes to all three; one that merely became more willing to say yes would too, so
 # look at how the three curves move against each other. The false claims are asked about in every wording of the probe at the
-# extreme strengths and at 0. Of a behaviour of statements: the margin of the matching answer, where
+# extreme strengths and at 0, and a null diff is asked at these alone. Of a behaviour of statements: the margin of the matching answer, where
 # that is Yes and where it is No apart; a yes-bias moves the two against each other. `pmass = P(yes) + P(no)`: under 0.5 the ratio says little.
 
 # %%
-sweep = evaluate.alpha_sweep(lm, behavior, w, alphas, n_heldout=N_HELDOUT)
+asked = ends if NULL_DIFF else alphas
+sweep = evaluate.alpha_sweep(lm, behavior, w, asked, n_heldout=N_HELDOUT, cache=cache_folder(lm.name))
 summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
-figure = alpha_curves(summary)
-display(notebook.show(figure, folder / "alpha_sweep"))
+display(notebook.show(alpha_curves(summary), folder / "alpha_sweep"))
 display(HTML(tables.as_text(summary, style="html")))
 
 # %%
-ends = sorted({alphas[0], min(max(0.0, alphas[0]), alphas[-1]), alphas[-1]})
 wordings = wording_sweep(lm, behavior, w, ends, cache=cache_folder(lm.name))
 tables.write_table(wordings, folder / "wording_sweep.tsv")
 display(HTML(tables.as_text(wordings, style="html")))

@@ -315,7 +315,7 @@ def test_real_runs_one_batch_on_smollm2(monkeypatch, tmp_path, quick):
     seeds = {job.values["SEED"] for job in asked_for if job.notebook == "weight_diff" and not job.values["NULL_DIFF"]}
     assert seeds == ({0} if quick else {0, 1, 2})
     nulls = [job for job in asked_for if job.values.get("NULL_DIFF")]
-    assert len(nulls) == (0 if quick else 2)
+    assert len(nulls) == (0 if quick else 3)
     trained = [job for job in asked_for if job.notebook == "weight_diff"]
     assert all(job.values["PAIRS"] == "sycophancy" and job.identity.adapter == "lora" for job in trained)
     counts = Counter(job.notebook for job in asked_for)

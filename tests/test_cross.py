@@ -26,7 +26,7 @@ from ws.stability.cross import cross_behaviors, interval, matrix_of, moves_of, s
 from ws.stability.cross_figures import heat_maps
 from ws.stability.cross_ranks import kendall_w, rank_table, ranks_text
 from ws.stability.cross_words import conclusion, verdicts
-from ws.steer import effect
+from ws.steer import answers
 
 NAMES = ("kind", "tidy")
 
@@ -148,7 +148,7 @@ def two(tmp_path):
 def test_a_stopped_matrix_goes_on_where_it_was(two, tmp_path, monkeypatch):
     lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
     diffs = {"kind": {0: w, 1: w.scale(0.5)}, "tidy": {0: w.scale(-1.0), 1: w.scale(0.25)}}
-    counted, real = [], effect.answer_scores
+    counted, real = [], answers.widened
 
     def stops(*args, **more):
         counted.append(1)
@@ -156,7 +156,7 @@ def test_a_stopped_matrix_goes_on_where_it_was(two, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(effect, "answer_scores", stops)
+    monkeypatch.setattr(answers, "widened", stops)
     with pytest.raises(KeyboardInterrupt):
         cross_behaviors(lm, two, diffs, cache=tmp_path, progress=False)
     found = cross_behaviors(lm, two, diffs, cache=tmp_path, progress=False)

@@ -17,8 +17,9 @@ from ws.ready import check_inputs
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
 from ws.steer import statements
+from ws.steer.answers import check_words
 from ws.steer.effect import effects
-from ws.steer.evaluate import alpha_sweep, check_words, claim_sets, completions, steering_verdict, summarise_sweep
+from ws.steer.evaluate import alpha_sweep, claim_sets, completions, steering_verdict, summarise_sweep
 from ws.subspaces.captures import eval_set, probes
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.protocol import load_protocol

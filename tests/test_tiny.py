@@ -74,7 +74,7 @@ def scored(lm, behavior, asked):
 
 def test_every_wording_of_the_probe_is_answered_and_w_moves_its_answer(tiny, behavior):
     from ws import load_diff
-    from ws.steer.evaluate import answer_scores, answer_tokens
+    from ws.steer.answers import answer_scores, answer_tokens
     from ws.steer.weights import weight_steer
 
     w, ids = load_diff("tiny"), answer_tokens(tiny.tokenizer, behavior)

@@ -38,7 +38,7 @@ DEMO = Show("tiny")  # so small that a second thread does not help it
 REAL = Show(
     "smollm2",
     (0, 1, 2),
-    2,
+    3,
     {"CORRECTIONS": False},
     {"theta_fit": {"PERMUTATIONS": 5, "CONTROL_HEADS": ["unconditional"], "BETAS": [0.0, 0.25]}, "delta_svd": {}},
     threads=0,

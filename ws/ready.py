@@ -18,7 +18,8 @@ from ws.diff.io import read_meta
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
 from ws.runs.folders import null_diffs, own_w
-from ws.steer.evaluate import check_alphas, check_words
+from ws.steer.answers import check_words
+from ws.steer.evaluate import check_alphas
 from ws.subspaces.captures import check_texts, probes
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.theta.live import check_plain_logits

@@ -27,7 +27,7 @@ from ws.show.bars import tqdm
 from ws.show.tables import write_table
 from ws.stability.cross_words import conclusion
 from ws.stability.intervals import Part, half_width
-from ws.steer.effect import kept_answers
+from ws.steer.answers import kept_answers
 from ws.steer.evaluate import check_alphas
 from ws.steer.statements import BOTH, HALVES, halves
 from ws.steer.weights import check_fits

@@ -6,7 +6,6 @@ something is above their spread where it exceeds `m + t_{J-1} s sqrt(1 + 1/J)`, 
 of one more null diff. One null diff has no spread: nothing is above it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,45 +14,13 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from ws.cache.files import write_text
-from ws.cache.keys import stage_key
-from ws.cache.made import kept
-from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.text import chat_text
-from ws.model.wide import widened
-from ws.steer.evaluate import answer_scores, answer_tokens
+from ws.steer.answers import kept_answers
 from ws.steer.statements import MOST_ASKED, halves
-from ws.steer.weights import weight_steer
 
 LEVEL = 0.95
-
-
-def kept_answers(
-    lm: LM, behavior: Behavior, texts: list[str], w: WeightDiff | None, alpha: float, cache: Path | None
-) -> Float[np.ndarray, "2 n"]:
-    """Log-ratio (nats) and pmass of each user turn under `alpha w` (None: of the base model), read in float32 whatever the
-    model's dtype. cache: a folder (of this model) to keep them in. The model is the same before and after. ValueError inside a
-    steered model, and for answer words that are no tokens."""
-    check_plain(lm.model)
-    yes, no = answer_tokens(lm.tokenizer, behavior)
-    turns = [chat_text(lm.tokenizer, text) for text in texts]
-
-    def measure() -> list[list[float]]:
-        with widened(lm.model), weight_steer(lm.model, w or WeightDiff({}), alpha):
-            answers = answer_scores(lm, turns, yes, no)
-        return [answers.logratio.tolist(), answers.pmass.tolist()]
-
-    if cache is None or not (model := lm.fingerprint):
-        return np.array(measure())
-    params = {"model": model, "w": w.fingerprint if w else "", "alpha": alpha, "words": [yes, no]}
-    key = stage_key(params | {"texts": digest(repr(turns).encode())}, code=["ws.steer.evaluate.answer_scores"])
-    path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
-    write, read = lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
-    return np.array(kept(path, key, write, read))
 
 
 def effects(
@@ -61,13 +28,16 @@ def effects(
 ) -> Float[np.ndarray, " n"]:
     """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe; of statements on
     the first MOST_ASKED held-out ones, those where the yes-word matches before the others. cache and errors as in
-    `kept_answers`."""
+    `ws.steer.answers.kept_answers`."""
     by_half = halves(behavior, MOST_ASKED) if behavior.answers else {"yes": behavior.heldout_claims}
     claims = [claim for half in by_half.values() for claim in half]
     sides = np.repeat([1.0, -1.0][: len(by_half)], [*map(len, by_half.values())])
-    texts = [behavior.probe_text(claim, a) for a in range(templates) for claim in claims]
-    up, down = (kept_answers(lm, behavior, texts, w, alpha, cache)[0] for alpha in (1.0, -1.0))
-    return (up - down).reshape(templates, -1).mean(axis=0) * sides
+    by_wording = [[behavior.probe_text(claim, a) for claim in claims] for a in range(templates)]
+    up, down = (
+        np.mean([kept_answers(lm, behavior, texts, w, alpha, cache)[0] for texts in by_wording], axis=0)
+        for alpha in (1.0, -1.0)
+    )
+    return (up - down) * sides
 
 
 def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np.ndarray, " C"]:

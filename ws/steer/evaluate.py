@@ -6,15 +6,10 @@ claims side by side. (docs/method.md sections 1 and 2)
 """
 
 import json
-import warnings
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ws.cache.files import atomic_file
 from ws.cache.given import finite, short
@@ -22,92 +17,14 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.generate import complete
 from ws.model.lm import LM
-from ws.model.prefix import logits_at
-from ws.model.text import chat_text, encode, last_index
+from ws.model.text import chat_text
 from ws.show.bars import tqdm
 from ws.steer import statements
+from ws.steer.answers import check_words, kept_answers
 from ws.steer.weights import weight_steer
 
 MIN_PMASS = statements.MIN_PMASS
 MOST_SAID = 12  # statements that the model is asked to answer in its own words
-SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Per text, float32 on the CPU: `logratio (n,)` in nats and `pmass (n,)`."""
-
-    logratio: Float[Tensor, " n"]
-    pmass: Float[Tensor, " n"]
-
-
-def answer_ids(tokenizer, words: tuple[str, ...]) -> list[int]:
-    """Ids of every vocabulary entry that is one of the words: as written, lower case, capitalised, with or without a
-    leading space. ValueError naming the words when the vocabulary has none of them as one token."""
-    forms = {f for w in words for f in (w, w.lower(), w.capitalize(), w.upper())}
-    ids = sorted(i for token, i in tokenizer.get_vocab().items() if token.strip(SPACES) in forms)
-    if not ids:
-        raise ValueError(
-            f"answer words {', '.join(map(repr, words))}: none is a single token of the vocabulary; choose others"
-        )
-    return ids
-
-
-def answer_tokens(tokenizer, behavior: Behavior) -> tuple[list[int], list[int]]:
-    """Ids of the yes-words and of the no-words; ValueError when a side has none, or a token counts on both."""
-    yes, no = answer_ids(tokenizer, behavior.yes), answer_ids(tokenizer, behavior.no)
-    if both := set(yes) & set(no):
-        raise ValueError(f"{behavior.name}: a token counts as yes and as no: {sorted(both)}")
-    return yes, no
-
-
-def check_words(lm: LM, behavior: Behavior) -> None:
-    """Whether the behaviour can be asked about: ValueError for what `probe_answers` would raise, without the model (no
-    chat template, answer words that are no single token, a tokenizer of another model), a warning for each answer word
-    that is left out because the vocabulary has it in pieces, and where the answers of statements are not Yes and No."""
-    answer_tokens(lm.tokenizer, behavior)
-    if behavior.answers and behavior.yes[0].lower() != "yes":
-        told = (
-            f"neither answer word is Yes: {behavior.yes[0]!r} counts as the yes-word, {behavior.no[0]!r} as the no-word"
-        )
-        warnings.warn(f"{behavior.name}: {told}", stacklevel=2)
-    for word in (*behavior.yes, *behavior.no):
-        with suppress(ValueError):
-            answer_ids(lm.tokenizer, (word,))
-            continue
-        warnings.warn(
-            f"{behavior.name}: answer word {word!r} is no single token of the vocabulary: left out", stacklevel=2
-        )
-    persona = next(iter(behavior.personas_pos), None)
-    text = chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), persona)
-    most = int(encode(lm.tokenizer, [text], False, 4096)[0].max())
-    if most >= (known := lm.decoder.embed_tokens.weight.shape[0]):
-        raise ValueError(
-            f"{lm.name}: its tokenizer makes token {most}, the model has {known}: they do not belong together"
-        )
-
-
-def answer_scores(
-    lm: LM, texts: list[str], yes: list[int], no: list[int], batch_size: int = 32, padding_side: str = "right"
-) -> Answers:
-    """Answers at the last token of texts that are already rendered by the chat template."""
-    ratios, masses = [], []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
-        with torch.no_grad():
-            logits = logits_at(lm.model, ids, mask, torch.arange(len(ids)), last_index(mask))
-        logp = logits.float().log_softmax(dim=-1).cpu()
-        log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
-        ratios.append(log_yes - log_no)
-        masses.append(log_yes.exp() + log_no.exp())
-    return Answers(torch.cat(ratios), torch.cat(masses))
-
-
-def probe_answers(lm: LM, behavior: Behavior, claims: tuple[str, ...], system: str | None = None) -> Answers:
-    """Answers to the behaviour's probe about each claim, in the chat template, optionally under a persona."""
-    yes, no = answer_tokens(lm.tokenizer, behavior)
-    texts = [chat_text(lm.tokenizer, behavior.probe_text(claim), system) for claim in claims]
-    return answer_scores(lm, texts, yes, no)
 
 
 def claim_sets(behavior: Behavior, n_heldout: int | None = None) -> dict[str, tuple[str, ...]]:
@@ -136,11 +53,12 @@ def alpha_sweep(
     alphas: list[float],
     progress: bool = True,
     n_heldout: int | None = None,
+    cache: Path | None = None,
 ) -> pl.DataFrame:
     """Answers at each steering strength: one row per alpha, claim set and claim.
 
     Columns: alpha, set, claim, logratio (nats), pmass; of statements `margin` too, and `n_heldout` says how many are asked
-    (None: all). The model is the same before and after.
+    (None: all). cache as in `ws.steer.answers.kept_answers`. The model is the same before and after.
 
     Example:
         >>> import ws
@@ -154,11 +72,10 @@ def alpha_sweep(
     check_words(lm, behavior)
     rows = []
     for alpha in tqdm(alphas, "alpha sweep", disable=not progress):
-        with weight_steer(lm.model, w, alpha):
-            for name, claims in claim_sets(behavior, n_heldout).items():
-                answers = probe_answers(lm, behavior, claims)
-                found = zip(claims, answers.logratio.tolist(), answers.pmass.tolist(), strict=True)
-                rows += [(alpha, name, *row) for row in found]
+        for name, claims in claim_sets(behavior, n_heldout).items():
+            texts = [behavior.probe_text(claim) for claim in claims]
+            answers = kept_answers(lm, behavior, texts, w if alpha else None, alpha, cache)
+            rows += [(alpha, name, *row) for row in zip(claims, *answers.tolist(), strict=True)]
     table = pl.DataFrame(rows, orient="row", schema=["alpha", "set", "claim", "logratio", "pmass"])
     return statements.with_margin(table) if behavior.answers else table
 

@@ -10,7 +10,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.lm import LM
 from ws.show.bars import tqdm
-from ws.steer.effect import kept_answers
+from ws.steer.answers import kept_answers
 from ws.steer.statements import MIN_PMASS
 
 
@@ -19,15 +19,14 @@ def wording_sweep(
 ) -> pl.DataFrame:
     """The held-out false claims under every wording of the probe. Per wording (0: the sweep's own) and alpha: mean_logratio
     (nats), mean_pmass, n, and `low_pmass` where it is under 0.5. No rows for a behaviour of one wording or of statements. cache
-    as in `ws.steer.effect.kept_answers`, whose answers these are."""
+    as in `ws.steer.answers.kept_answers`, whose answers these are."""
     claims, rows = behavior.heldout_claims, []
     many = 0 if behavior.answers or len(behavior.templates) < 2 else len(behavior.templates)
-    texts = [behavior.probe_text(claim, a) for a in range(many) for claim in claims]
-    for alpha in tqdm(alphas if many else [], "wordings", disable=not progress or not many):
-        answers = (
-            kept_answers(lm, behavior, texts, w if alpha else None, alpha, cache).reshape(2, many, -1).mean(axis=2)
-        )
-        rows += [(a, alpha, *answers[:, a].tolist(), len(claims)) for a in range(many)]
+    cells = [(alpha, a) for alpha in alphas for a in range(many)]
+    for alpha, a in tqdm(cells, "wordings", disable=not progress or not many):
+        texts = [behavior.probe_text(claim, a) for claim in claims]
+        answers = kept_answers(lm, behavior, texts, w if alpha else None, alpha, cache)
+        rows.append((a, alpha, *answers.mean(axis=1).tolist(), len(claims)))
     kinds = {"wording": int, "alpha": float, "mean_logratio": float, "mean_pmass": float, "n": int}
     table = pl.DataFrame(rows, orient="row", schema=kinds).sort("wording", "alpha")
     return table.with_columns(low_pmass=pl.col("mean_pmass") < MIN_PMASS)

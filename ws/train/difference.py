@@ -21,7 +21,7 @@ from ws.model.lm import LM
 from ws.runs.folders import recipe
 from ws.show.bars import tqdm
 from ws.show.tables import literal
-from ws.steer.evaluate import check_words
+from ws.steer.answers import check_words
 from ws.train.asked import trained_on
 from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import make_pairs, most_pairs, trained_claims

@@ -1,0 +1,124 @@
+"""What a model answers: Yes against No at the position where its answer begins. (docs/method.md section 1)
+
+`logratio = log P(yes-words) - log P(no-words)`, `pmass = P(yes) + P(no)`, from a float32 log-softmax.
+"""
+
+import json
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.cache.files import write_text
+from ws.cache.keys import stage_key
+from ws.cache.made import kept
+from ws.cache.syntax import digest
+from ws.data import Behavior
+from ws.diff import WeightDiff
+from ws.model.guard import check_plain
+from ws.model.lm import LM
+from ws.model.prefix import logits_at
+from ws.model.text import chat_text, encode, last_index
+from ws.model.wide import widened
+from ws.steer.weights import weight_steer
+
+SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per text, float32 on the CPU: `logratio (n,)` in nats and `pmass (n,)`."""
+
+    logratio: Float[Tensor, " n"]
+    pmass: Float[Tensor, " n"]
+
+
+def answer_ids(tokenizer, words: tuple[str, ...]) -> list[int]:
+    """Ids of every vocabulary entry that is one of the words: as written, lower case, capitalised, with or without a
+    leading space. ValueError naming the words when the vocabulary has none of them as one token."""
+    forms = {f for w in words for f in (w, w.lower(), w.capitalize(), w.upper())}
+    ids = sorted(i for token, i in tokenizer.get_vocab().items() if token.strip(SPACES) in forms)
+    if not ids:
+        raise ValueError(
+            f"answer words {', '.join(map(repr, words))}: none is a single token of the vocabulary; choose others"
+        )
+    return ids
+
+
+def answer_tokens(tokenizer, behavior: Behavior) -> tuple[list[int], list[int]]:
+    """Ids of the yes-words and of the no-words; ValueError when a side has none, or a token counts on both."""
+    yes, no = answer_ids(tokenizer, behavior.yes), answer_ids(tokenizer, behavior.no)
+    if both := set(yes) & set(no):
+        raise ValueError(f"{behavior.name}: a token counts as yes and as no: {sorted(both)}")
+    return yes, no
+
+
+def check_words(lm: LM, behavior: Behavior) -> None:
+    """Whether the behaviour can be asked about: ValueError for what `kept_answers` would raise, without the model (no
+    chat template, answer words that are no single token, a tokenizer of another model), a warning for each answer word
+    that is left out because the vocabulary has it in pieces, and where the answers of statements are not Yes and No."""
+    answer_tokens(lm.tokenizer, behavior)
+    if behavior.answers and behavior.yes[0].lower() != "yes":
+        told = (
+            f"neither answer word is Yes: {behavior.yes[0]!r} counts as the yes-word, {behavior.no[0]!r} as the no-word"
+        )
+        warnings.warn(f"{behavior.name}: {told}", stacklevel=2)
+    for word in (*behavior.yes, *behavior.no):
+        with suppress(ValueError):
+            answer_ids(lm.tokenizer, (word,))
+            continue
+        warnings.warn(
+            f"{behavior.name}: answer word {word!r} is no single token of the vocabulary: left out", stacklevel=2
+        )
+    persona = next(iter(behavior.personas_pos), None)
+    text = chat_text(lm.tokenizer, behavior.probe_text(behavior.topics[0].claim), persona)
+    most = int(encode(lm.tokenizer, [text], False, 4096)[0].max())
+    if most >= (known := lm.decoder.embed_tokens.weight.shape[0]):
+        raise ValueError(
+            f"{lm.name}: its tokenizer makes token {most}, the model has {known}: they do not belong together"
+        )
+
+
+def answer_scores(
+    lm: LM, texts: list[str], yes: list[int], no: list[int], batch_size: int = 32, padding_side: str = "right"
+) -> Answers:
+    """Answers at the last token of texts that are already rendered by the chat template."""
+    ratios, masses = [], []
+    for start in range(0, len(texts), batch_size):
+        ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
+        with torch.no_grad():
+            logits = logits_at(lm.model, ids, mask, torch.arange(len(ids)), last_index(mask))
+        logp = logits.float().log_softmax(dim=-1).cpu()
+        log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
+        ratios.append(log_yes - log_no)
+        masses.append(log_yes.exp() + log_no.exp())
+    return Answers(torch.cat(ratios), torch.cat(masses))
+
+
+def kept_answers(
+    lm: LM, behavior: Behavior, texts: list[str], w: WeightDiff | None, alpha: float, cache: Path | None
+) -> Float[np.ndarray, "2 n"]:
+    """Log-ratio (nats) and pmass of each user turn under `alpha w` (None: of the base model), read in float32 whatever the
+    model's dtype. cache: a folder (of this model) to keep them in. The model is the same before and after. ValueError inside a
+    steered model, and for answer words that are no tokens."""
+    check_plain(lm.model)
+    yes, no = answer_tokens(lm.tokenizer, behavior)
+    turns = [chat_text(lm.tokenizer, text) for text in texts]
+
+    def measure() -> list[list[float]]:
+        with widened(lm.model), weight_steer(lm.model, w or WeightDiff({}), alpha):
+            answers = answer_scores(lm, turns, yes, no)
+        return [answers.logratio.tolist(), answers.pmass.tolist()]
+
+    if cache is None or not (model := lm.fingerprint):
+        return np.array(measure())
+    params = {"model": model, "w": w.fingerprint if w else "", "alpha": float(alpha), "words": [yes, no]}
+    key = stage_key(params | {"texts": digest(repr(turns).encode())}, code=["ws.steer.answers.answer_scores"])
+    path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
+    write, read = lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
+    return np.array(kept(path, key, write, read))
