@@ -19,7 +19,7 @@ from ws.model.wide import widened
 from ws.show.bars import tqdm
 from ws.train.examples import collate
 
-TOKENS = 1024  # of a batch, padding included
+TOKENS = 256  # of a batch, padding included: what a batch holds in memory at every layer
 Example = dict[str, list[int]]
 Loss = Callable[[Float[Tensor, "k V"], Int[Tensor, " k"]], Float[Tensor, " k"]]
 Sums = dict[tuple[int, str], Float[Tensor, "S out in_"]]
