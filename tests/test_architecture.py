@@ -16,6 +16,7 @@ FLOORS = [
     {"cli", "demo"},
     {"lab"},
     {"ready"},
+    {"use"},
     {"stability"},
     {"explanation"},
     {"subspaces", "theta"},
