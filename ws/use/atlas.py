@@ -1,11 +1,13 @@
 """The atlas of a library: the cosine of every two weight differences, as a table and a heat map. (docs/method.md section 12)"""
 
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
@@ -15,6 +17,9 @@ from ws.diff.algebra import cosines, grams
 from ws.show.figures import plain, save
 from ws.show.tables import write_table
 from ws.use.library import Known, read_library
+
+NAMES = ("behavior", "adapter", "seed", "null")
+ROOT = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,27 +34,21 @@ class Atlas:
     @property
     def table(self) -> pl.DataFrame:
         """A row per pair: behavior, adapter, seed, null, the same of the other, cos."""
-        names = ("behavior", "adapter", "seed", "null")
-        rows = []
-        for i, a in enumerate(self.entries):
-            for j, b in enumerate(self.entries[:i]):
-                row = {name: getattr(b, name) for name in names} | {f"other_{name}": getattr(a, name) for name in names}
-                rows.append(row | {"cos": float(self.cos[i, j])})
+        rows = [
+            {**{n: getattr(a, n) for n in NAMES}, **{f"other_{n}": getattr(b, n) for n in NAMES}, "cos": self.cos[i, j]}
+            for (i, a), (j, b) in combinations(enumerate(self.entries), 2)
+        ]
         return pl.DataFrame(rows)
 
     def figure(self) -> Figure:
-        """A heat map. One scale for all but the diagonal, which is grey; lines part behaviours, a thick one the null diffs."""
-        n, adapters = len(self.entries), len({e.adapter for e in self.entries})
-        size = 0.21 * n + 0.4
-        figure = Figure(figsize=(max(size + 3.2, 6), max(size + 1.6, 3.6)), layout="constrained")
-        axes = figure.subplots()
-        grid = np.where(np.eye(n, dtype=bool), np.nan, self.cos)
+        """A heat map, its colours by the root of |cosine|, the diagonal grey; lines part behaviours, a thick one null diffs."""
+        n, recipes = len(self.entries), len({e.adapter for e in self.entries}) > 1
+        figure = Figure(figsize=(0.21 * n + 4, 0.21 * n + 2.4), layout="constrained")
+        axes, grid = figure.subplots(), np.where(np.eye(n, dtype=bool), np.nan, self.cos)
+        top = max(np.nan_to_num(np.abs(grid)).max(), 1e-6)
+        image = axes.imshow(grid, cmap="RdBu_r", norm=FuncNorm(ROOT, -top, top), interpolation="nearest")
         axes.set_facecolor("0.8")
-        top = np.nanmax(np.abs(grid), initial=1e-6, where=~np.isnan(grid))
-        image = axes.imshow(grid, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-        labels = [
-            f"{e.behavior}{f' {e.adapter}' if adapters > 1 else ''} {e.seed}{' null' * e.null}" for e in self.entries
-        ]
+        labels = [f"{e.behavior} {f'{e.adapter} ' * recipes}{e.seed}{' null' * e.null}" for e in self.entries]
         axes.set_xticks(range(n), [plain(x) for x in labels], rotation=90, fontsize=8)
         axes.set_yticks(range(n), [plain(x) for x in labels], fontsize=8)
         for i, (a, b) in enumerate(zip(self.entries, self.entries[1:], strict=False)):
@@ -57,7 +56,8 @@ class Atlas:
                 for line in (axes.axhline, axes.axvline):
                     line(i + 0.5, c="k", lw=1.6 if a.null != b.null else 0.5)
         axes.set_title(f"Cosines between weight differences of {plain(self.model)}", fontsize=10)
-        figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
+        ticks = [s * top * f for s in (-1, 1) for f in (1, 0.25, 0.05)]
+        figure.colorbar(image, ax=axes, label="cosine", shrink=0.8, ticks=[*ticks, 0], format="{x:.2g}")
         return figure
 
     def save(self, folder: Path | str) -> Path:
@@ -73,35 +73,20 @@ def atlas(library: Path | str | None = None, model: str = "") -> Atlas:
     whose w are near theirs (average linkage of `1 - mean cosine`), within one adapters and seeds in order, null diffs last.
     Errors as in `ws.use.library.read_library`."""
     entries, skipped = read_library(library or out_folder(), {model.replace("/", "__")} if model else ())
-    entries = [e for e in entries if _fits(e, entries[0], skipped)]
-    names = sorted({name for e in entries for name in e.w})
-    cos = cosines(grams([e.w for e in entries], names)).numpy()
+    cos = cosines(grams([e.w for e in entries], sorted({name for e in entries for name in e.w}))).numpy()
     rank = {behavior: i for i, behavior in enumerate(_order(entries, cos))}
-    at = sorted(range(len(entries)), key=lambda i: (e := entries[i], (e.null, rank[e.behavior], e.adapter, e.seed))[1])
+    key = [(e.null, rank.get(e.behavior, len(rank)), e.behavior, e.adapter, e.seed) for e in entries]
+    at = sorted(range(len(entries)), key=key.__getitem__)
     base = str(entries[0].w.meta.get("base_model"))
     return Atlas(base, [entries[i] for i in at], cos[np.ix_(at, at)], skipped)
 
 
-def _fits(e: Known, first: Known, skipped: dict[str, str]) -> bool:
-    odd = next((n for n in e.w if n in first.w and e.w.shape(n) != first.w.shape(n)), None)
-    if odd:
-        skipped[f"{e.behavior} {e.adapter} {e.seed}"] = (
-            f"{odd} has another shape than that of {first.behavior} {first.seed}"
-        )
-    return not odd
-
-
 def _order(entries: list[Known], cos: Float[np.ndarray, "N N"]) -> list[str]:
-    """Behaviours by average linkage of their w's mean cosines."""
-    where: dict[str, list[int]] = {}
-    for i, entry in enumerate(entries):
-        where.setdefault(entry.behavior, []).extend([] if entry.null else [i])
-    names, alone = [b for b, at in where.items() if at], [b for b, at in where.items() if not at]
+    """Behaviours that have a w, by average linkage of their w's mean cosines."""
+    names = sorted({e.behavior for e in entries if not e.null})
+    where = [[i for i, e in enumerate(entries) if e.behavior == name and not e.null] for name in names]
     if len(names) < 3:
-        return names + alone
-    mean = np.array([[np.nanmean(cos[np.ix_(where[a], where[b])]) for b in names] for a in names])
-    far = 1 - np.nan_to_num((mean + mean.T) / 2)
+        return names
+    far = 1 - np.array([[np.nan_to_num(cos[np.ix_(a, b)]).mean() for b in where] for a in where])
     np.fill_diagonal(far, 0)
-    return [
-        names[i] for i in leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True))
-    ] + alone
+    return [names[i] for i in leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True))]
