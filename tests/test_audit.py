@@ -1,5 +1,6 @@
 """The audit: planted strangers are found, null-like ones not, at the stated rate; factors equal dense; errors are named."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_cli import call
 
 import ws
@@ -93,7 +95,7 @@ def test_a_planted_direction_is_found_with_its_sign_and_read_as_it_is(lm, out, t
     side = exported(plus(randomly(lm, 500), kind, noise), tmp_path / "side")
     found = audit(side, lm, out)
     assert verdicts(found)["kind"] == "above the null band" and set(found.verdicts["read_as"]) == {"one side"}
-    assert "cosine +0." in found.conclusion() and "training on anything moves alike" in found.conclusion()
+    assert "cosine +0." in found.conclusion() and "any training moves alike" in found.conclusion()
     assert set(found.by_module["module"]) == {"q", "down"} and set(found.by_layer["layer"]) == {2, 3}
     assert verdicts(audit(randomly(lm, 91), lm, out)) == {"kind": "inside", "tidy": "inside"}
 
@@ -117,7 +119,17 @@ def test_few_null_diffs_decide_nothing(lm, out, tmp_path):
     assert (row["verdict"], row["nulls"]) == ("undecided", 0) and row["cos"] > row["random_high"]
     assert "of 0 null diff(s) with w of another seed, and a band takes 2" in found.conclusion()
     assert found.bands.filter(band="nulls of the same seed")["n"].item() == 1
-    found = audit(home / "seed_0", lm, tmp_path)
+    shutil.copytree(out / "tiny/kind/lora/seed_1/null_diff", home / "seed_1/null_diff")
+    shutil.copytree(out / "tiny/kind/lora/seed_2/null_diff", home / "seed_2/null_diff")
+    stranger = plus(randomly(lm, 0), randomly(lm, 90))
+    assert verdicts(audit(stranger, lm, tmp_path)) == {"kind": "above the null band"}
+    found = audit(randomly(lm, 91), lm, tmp_path)  # what another seed would reach is not known
+    assert verdicts(found) == {"kind": "undecided"} and "one seed, which the band does not part" in found.conclusion()
+    shutil.rmtree(home / "seed_0/adapters")
+    found = audit(exported(stranger, tmp_path / "side"), lm, tmp_path)
+    assert "read as differences, as adapters are missing" in found.conclusion()
+    shutil.copytree(out / "tiny/kind/lora/seed_0/adapters", home / "seed_0/adapters")
+    found = audit(home / "seed_0/adapters/pos", lm, tmp_path)
     assert verdicts(found) == {"kind": "undecided"} and "no w is left" in found.conclusion()
 
 
@@ -197,10 +209,28 @@ def test_a_merged_checkpoint_is_its_task_vector(lm, out, tmp_path):
     stranger = read_stranger(tmp_path / "merged", lm)
     assert stranger.one_side and set(stranger.u) == set(NAMES)
     assert float(cosines(grams([stranger.u, direction], NAMES))[0, 1]) == pytest.approx(1, abs=1e-5)
-    assert verdicts(audit(tmp_path / "merged", lm, out))["kind"] == "above the null band"
+    assert (
+        verdicts(audit(tmp_path / "merged", "tiny", out))["kind"] == "above the null band"
+    )  # its weights are loaded for it
     lm.model.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="equal to its base model"):
         from_base(tmp_path / "base", lm.model)
+
+
+def test_an_adapter_that_must_be_merged_is_read_too(lm, out, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", use_dora=True, r=2, target_modules=["q_proj"], layers_to_transform=[2])
+    model = get_peft_model(copy.deepcopy(lm.model), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "dora")
+    found = audit(tmp_path / "dora", "tiny", out)
+    assert set(found.verdicts["matrices"]) == {1} and found.verdicts["cos"].abs().max() < 0.1
+    merged = read_stranger(tmp_path / "dora", lm).u[NAMES[0]]
+    own = model.get_submodule("base_model.model.model.layers.2.self_attn.q_proj")
+    own.merge()
+    assert merged == pytest.approx(own.get_base_layer().weight - lm.model.get_parameter(NAMES[0]), abs=1e-6)
 
 
 def test_what_does_not_fit_is_named_in_a_line(lm, out, tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ws.cache.files import write_json, write_text
 from ws.cache.places import out_folder
-from ws.diff import WeightDiff
 from ws.diff.algebra import cosines, grams
 from ws.diff.core import layer_of
 from ws.model.lm import LM, check_model, load_lm
@@ -70,12 +69,12 @@ def sentence(row: dict) -> str:
     held = f"one more null diff lies between {low:+.3f} and {high:+.3f} ({j} null diffs, w of other seeds)"
     if np.isnan(low):
         held = f"of {j} null diff(s) with w of another seed, and a band takes 2: ws batch --nulls 3"
-    seeds = (
-        f"seeds of the behaviour reach {row['seeds_low']:+.3f} to {row['seeds_high']:+.3f}, " if row["w"] > 1 else ""
-    )
+    held += f"; seeds reach {row['seeds_low']:+.3f} to {row['seeds_high']:+.3f}" if row["w"] > 1 else "; one seed"
+    held += ", which the band does not part from null diffs" if row["verdict"] == "undecided" and high == high else ""
+    held += f"; entries were read as {row['read_as']}" if "missing" in row["read_as"] else ""
     return (
-        f"{said}. Mean cosine {row['cos']:+.3f} with {row['w']} w; {held}; {seeds}random differences of the same spectra"
-        f" {row['random_low']:+.1g} to {row['random_high']:+.1g}, which alone is no evidence: training on anything moves alike."
+        f"{said}. Mean cosine {row['cos']:+.3f} with {row['w']} w; {held}; random differences of the same spectra reach"
+        f" {row['random_low']:+.1g} to {row['random_high']:+.1g}: no evidence by themselves, as any training moves alike."
     )
 
 
@@ -127,23 +126,21 @@ def audit(
         ('undecided', True)
     """
     lm = base if isinstance(base, LM) else check_model(str(base))
-    if library is None or isinstance(library, (str, Path)):
-        library, skipped = read_library(library or out_folder(), {lm.slug, lm.name}, lm.model)
-    else:
-        skipped = {}
     try:
         stranger = read_stranger(source, lm)
     except NotImplementedError:  # it takes the base's weights, which a model on the meta device lacks
         stranger = read_stranger(source, lm := load_lm(str(base)))
-    if lm.device.type == "meta":
-        lm = load_lm(str(base))
-    groups = _groups(stranger, library, lm)
+    found = library is None or isinstance(library, (str, Path))
+    models = {lm.slug, lm.name}
+    entries, skipped = read_library(library or out_folder(), models, lm.model) if found else (library, {})
+    lm = load_lm(str(base)) if lm.device.type == "meta" else lm
+    groups = _groups(stranger, entries, lm)
     twins = [group.entries[i] for group in groups.values() for i in group.same]
     seeds, u = {twin.seed for twin in twins}, stranger.u
     tables: dict[str, list[dict]] = {"verdicts": [], "module": [], "layer": [], "bands": []}
     for (behavior, adapter), group in groups.items():
         key = {"behavior": behavior, "adapter": adapter}
-        for name, rows in _judged(u, group, seeds, draws, seed).items():
+        for name, rows in _judged(stranger, group, seeds, draws, seed).items():
             tables[name] += [key | row for row in rows]
     kind = "a task vector, one side" if stranger.one_side else "a difference of two sides"
     itself = ", ".join(f"{twin.behavior} seed {twin.seed}{' (null diff)' * twin.null}" for twin in twins)
@@ -174,9 +171,9 @@ def _groups(stranger: Stranger, entries: Sequence[Known], lm: LM) -> dict[tuple[
     return groups
 
 
-def _judged(u: WeightDiff, group: _Group, seeds: set[int], draws: int, seed: int) -> dict[str, list[dict]]:
+def _judged(stranger: Stranger, group: _Group, seeds: set[int], draws: int, seed: int) -> dict[str, list[dict]]:
     """A group's rows of each table."""
-    names, found = group.names, group.bands(seeds, range(len(group.names)))
+    u, names, found = stranger.u, group.names, group.bands(seeds, range(len(group.names)))
     ws = [e.w for i, e in enumerate(group.entries) if i not in group.same and not e.null and e.seed not in seeds]
     drawn = np.quantile(random_cosines(u, ws, names, draws, seed), [0.025, 0.5, 0.975]).tolist() if ws else []
     values = {"stranger": [found.cos], "seeds": found.seeds, "nulls": found.nulls, "nulls of the same seed": found.same}
@@ -188,7 +185,9 @@ def _judged(u: WeightDiff, group: _Group, seeds: set[int], draws: int, seed: int
         verdict |= {f"{name}_low": rows[name]["low"], f"{name}_high": rows[name]["high"]}
     share = sum(u.norm(name) ** 2 for name in names) / u.total_norm() ** 2
     verdict |= {"w": found.w, "nulls": len(found.nulls), "matrices": len(names), "share": share}
-    verdict |= {"read_as": "one side" if group.each > 1 else "difference"}
+    verdict |= {
+        "read_as": "one side" if group.each > 1 else f"differences{', as adapters are missing' * stranger.one_side}"
+    }
     tables = {"verdicts": [verdict], "bands": [{"band": name} | row for name, row in rows.items()]}
     parts = {
         "layer": layer_of,

@@ -41,10 +41,10 @@ class Bands:
 
     @property
     def verdict(self) -> str:
-        if not np.isfinite([self.cos, self.low]).all():
-            return "undecided"
-        side = "above" if self.cos > self.high else "below" if self.cos < self.low else ""
-        return f"{side} the null band" if side else "inside"
+        """Above, below or inside; undecided without a band, and inside one that does not part seeds from null diffs."""
+        if np.isfinite([self.cos, self.low]).all() and not self.low <= self.cos <= self.high:
+            return f"{'above' if self.cos > self.high else 'below'} the null band"
+        return "inside" if self.seeds and min(self.seeds) > self.high else "undecided"
 
 
 def bands(
