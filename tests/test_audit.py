@@ -273,6 +273,12 @@ def test_what_does_not_fit_is_named_in_a_line(lm, out, tmp_path, monkeypatch):
     assert len(entries) == 2 and [e.null for e in entries].count(True) == 1
     assert {Path(p).parent.name for p in skipped} == {"broken", "odd", "twice", "null_diff"}
     assert "broken" in audit(u, lm, library).about["left out"]
+    save_diff(randomly(lm, 1).map(lambda n, e: LowRank(e.B[:, :2], e.A[:2])), library / "bare/w.safetensors")
+    assert (
+        read_library(library, {"tiny"})[1][str(library / "bare/w.safetensors")]
+        == "its metadata name no behaviour or no seed"
+    )
+    assert "in other files" in read_library(library, {"tiny"})[1][str(library / "odd/w.safetensors")]
     with pytest.raises(ValueError, match="weight differences of tiny, y; choose one: --model tiny"):
         atlas(library)
 

@@ -191,7 +191,7 @@ def _judged(stranger: Stranger, group: _Group, seeds: set[int], draws: int, seed
     tables = {"verdicts": [verdict], "bands": [{"band": name} | row for name, row in rows.items()]}
     parts = {
         "layer": layer_of,
-        "module": lambda name: name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj"),
+        "module": lambda name: name.removesuffix(".weight").split(".")[-1].removesuffix("_proj"),
     }
     for what, part_of in parts.items():
         tables[what] = []

@@ -13,6 +13,7 @@ from ws.diff import WeightDiff, load_diff, read_diff, task_vectors
 from ws.diff.adapters import read_adapter
 from ws.diff.check import check_shapes
 from ws.diff.checkpoints import from_base
+from ws.diff.core import dims
 from ws.diff.io import read_meta
 from ws.model.lm import LM
 
@@ -45,10 +46,9 @@ def read_library(
     """All `w.safetensors` below `folder` whose base is one of `models` (none given: the only one there is), sorted by path; and
     what was left out, file -> why: damaged, of another shape than `model`, no behaviour, there twice. ValueError where several
     base models are there and none is given, or nothing is left."""
-    folder, found, skipped, seen = Path(folder).expanduser().resolve(), [], {}, {}
-    files = sorted(folder.rglob("w.safetensors"))
-    parts = {path: path.relative_to(folder).parts for path in files}
-    files = [p for p in files if parts[p][0] != BY_HAND and not any(part.startswith(".") for part in parts[p])]
+    folder, found, skipped, seen, shapes = Path(folder).expanduser().resolve(), [], {}, {}, {}
+    below = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("w.safetensors"))}
+    files = [path for path, parts in below.items() if parts[0] != BY_HAND and not any(p[0] == "." for p in parts)]
     metas = {path: read_meta(path) for path in files}
     bases = sorted({str(meta["base_model"]) for meta in metas.values() if meta.get("base_model")})
     if not models and len(bases) > 1:
@@ -62,6 +62,8 @@ def read_library(
                 raise ValueError("its metadata name no behaviour or no seed")
             if model is not None:
                 check_shapes({name: w.shape(name) for name in w}, model, path)
+            if odd := [name for name in w if shapes.setdefault(name, w.shape(name)) != w.shape(name)]:
+                raise ValueError(f"{odd[0]} is {dims(w.shape(odd[0]))}, in other files {dims(shapes[odd[0]])}")
             if (first := seen.setdefault(w.fingerprint, path)) != path:
                 raise ValueError(f"the same as {first}")
         except (ValueError, FileNotFoundError) as error:
@@ -70,10 +72,9 @@ def read_library(
         names = (meta["behavior"], _adapter(path, meta), meta["seed"], bool(meta.get("null")))
         found.append(Known(*names, w, path.parent / "adapters"))
     if all(entry.null for entry in found):
-        which = f" of {min(models, key=len)}" if models else ""
+        of, asked = ("", "") if not models else (f" of {(name := min(models, key=len))}", f" --models {name}")
         why = "".join(f"; {path}: {error}" for path, error in [*skipped.items()][:2])
-        asked = f" --models {min(models, key=len)}" if models else ""
-        raise ValueError(f"{folder}: holds no weight difference{which}{why}; make some: ws batch{asked}")
+        raise ValueError(f"{folder}: holds no weight difference{of}{why}; make some: ws batch{asked}")
     return found, skipped
 
 
@@ -118,10 +119,6 @@ def read_stranger(source: Source, lm: LM) -> Stranger:
     if not u.total_norm():
         raise ValueError(f"{path}: changes nothing, all of it is 0")
     known = {lm.slug, lm.name, Path(str(lm.model.config._name_or_path)).name}
-    other = said and not {str(said).replace("/", "__"), Path(str(said)).name} & known
-    note = (
-        f"it names {said!r} as its base model: the shapes are those of {lm.name}, the weights may not be"
-        if other
-        else ""
-    )
-    return Stranger(path.name, u, adapter or merged, note)
+    told = f"it names {said!r} as its base model: the shapes are those of {lm.name}, the weights may not be"
+    alike = not said or {str(said).replace("/", "__"), Path(str(said)).name} & known
+    return Stranger(path.name, u, adapter or merged, "" if alike else told)
