@@ -38,6 +38,7 @@ POS_ADAPTER = ""  # own PEFT folder for the behaviour, together with NEG_ADAPTER
 NEG_ADAPTER = ""  # own PEFT folder for its opposite
 # training pairs
 PAIRS = None  # written pairs: a JSONL file, or sycophancy (then PERSONAS, SAMPLES, MAX_NEW_TOKENS mean nothing); empty: the base model writes them; None: the model's own
+WORDINGS = []  # wordings of the file that are trained on; empty: all
 TOPICS = None  # training topics, from the first on; None: all that there are
 PERSONAS = None  # persona pairs, from the first on; None: all that the behaviour has
 SAMPLES = None  # answers per topic and persona; None: the model's own, nbs/params/models.yaml (10 where it has none)
@@ -93,7 +94,7 @@ lm = load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 alphas = evaluate.check_alphas(ALPHAS)
 ends = sorted({alphas[0], min(max(0.0, alphas[0]), alphas[-1]), alphas[-1]})
 config = TrainConfig(
-    pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS, file=PAIRS),
+    pairs=PairConfig(TOPICS, PERSONAS, SAMPLES, max_new_tokens=MAX_NEW_TOKENS, file=PAIRS, wordings=tuple(WORDINGS)),
     adapter=ADAPTER,
     r=R,
     alpha=LORA_ALPHA,
@@ -135,8 +136,7 @@ display(Markdown(training_text(training | ({"chat_template": lm.chat} if lm.chat
 norms = diff_norms(w)
 tables.write_table(norms, folder / "w_norms.csv")
 write_text(folder / "w.txt", describe(w))
-figure = draw.norm_map(norms)
-display(notebook.show(figure, folder / "w_norms"))
+display(notebook.show(draw.norm_map(norms), folder / "w_norms"))
 
 # %%
 display(notebook.show(draw.spectra(diff_spectra(w)), folder / "w_spectra"))

@@ -133,20 +133,23 @@ def test_few_null_diffs_decide_nothing(lm, out, tmp_path):
     assert verdicts(found) == {"kind": "undecided"} and "no w is left" in found.conclusion()
 
 
-def test_strangers_like_null_diffs_are_above_and_below_at_the_stated_rate():
-    """Null diffs lie near the w of their own seed and, as w, share a drift; strangers have that drift and no seed."""
-    g, name, rows = np.random.default_rng(0), "layers.0.m.weight", []
+@pytest.mark.parametrize("one_side", [False, True])
+def test_strangers_like_null_diffs_are_above_and_below_at_the_stated_rate(one_side):
+    """Null diffs lie near the w of their own seed; adapters have a drift as well, which is w's too. Strangers have no seed."""
+    g, found, one = np.random.default_rng(0), [], WeightDiff({"a": torch.ones(1)})
+    entries = [Known("b", "lora", i % 3, i > 2, one) for i in range(6)]
     for _ in range(1500):
         b, drift, own = g.standard_normal(80), g.standard_normal(80), g.standard_normal((3, 80))
-        w = [b + drift + 1.5 * one for one in own]
-        nulls = [0.4 * drift + one + g.standard_normal(80) for one in own]
-        x = [0.4 * drift + 1.4 * g.standard_normal(80), *w, *nulls]
-        diffs = [WeightDiff({name: torch.tensor(v.reshape(8, 10))}) for v in x]
-        entries = [Known("b", "lora", i % 3, i > 2, v) for i, v in enumerate(diffs[1:])]
-        rows.append(bands(cosines(grams(diffs, [name])), entries, 1, (), ()))
-    rates = {side: np.mean([row.verdict == f"{side} the null band" for row in rows]) for side in ("above", "below")}
+        w, nulls = b + drift + 1.5 * own, own + g.standard_normal((3, 80))
+        stranger, both = 2**0.5 * g.standard_normal(80), np.concatenate([w, nulls])
+        if one_side:
+            stranger, both = 0.4 * drift + stranger, np.stack([both, 0.4 * drift + both, 0.4 * drift - both], 1)
+        x = np.concatenate([stranger[None], both.reshape(-1, 80)])
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        found.append(bands(torch.tensor(x @ x.T), entries, 3 if one_side else 1, (), ()))
+    rates = {side: np.mean([one.verdict == f"{side} the null band" for one in found]) for side in ("above", "below")}
     assert all(0.012 < rate < 0.036 for rate in rates.values()), rates
-    same, other = (np.mean([np.mean(getattr(row, of)) for row in rows]) for of in ("same", "nulls"))
+    same, other = (np.mean([np.mean(getattr(one, of)) for one in found]) for of in ("same", "nulls"))
     assert same > other + 0.2  # why null diffs are held against w of other seeds
 
 

@@ -319,7 +319,7 @@ def test_real_runs_one_batch_on_smollm2(monkeypatch, tmp_path, quick):
     trained = [job for job in asked_for if job.notebook == "weight_diff"]
     assert all(job.values["PAIRS"] == "sycophancy" and job.identity.adapter == "lora" for job in trained)
     counts = Counter(job.notebook for job in asked_for)
-    assert counts["v7b_stability"] == counts["delta_svd"] == 1 and counts["theta_fit"] == (not quick)
+    assert counts["delta_svd"] == 1 and counts["theta_fit"] == counts["v7b_stability"] == (not quick)
 
 
 def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
@@ -337,3 +337,9 @@ def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):
     (folder / "v7b" / "v7b_conclusion.md").write_text("# x\n\n## Verdict\n\n- **No winner** here.\n\n## Next\n\nmore\n")
     text = demo.show_report(demo.DEMO)
     assert "write" in text and "1.5" in text and "- **No winner** here." in text and "more" not in text
+    (quick := demo.QUICK.run.folder(tmp_path) / "v7b").mkdir(parents=True)
+    write_table(table, quick / "v7_summary_pct.tsv")
+    page = "## Does w steer?\n\nw moves it.\n\n## Leader of this seed\n\n**write** leads.\n\n## Against null diffs\n\nmore\n"
+    (quick / "v7_conclusion.md").write_text(page)
+    text = demo.show_report(demo.QUICK)
+    assert "1.5" in text and "w moves it." in text and "**write** leads." in text and "more" not in text

@@ -1,9 +1,12 @@
 """Statistics over seeds: planted orders come back, identities of the intervals, coverage of what they claim."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
+import ws
 from bench.calibration import CASES, coverage
 from ws.stability.intervals import (
     crossed_bootstrap,
@@ -26,7 +29,9 @@ from ws.stability.scores import (
     sign_agreement,
     summary_table,
 )
-from ws.steer.effect import upper_end
+from ws.steer.effect import effects, upper_effect, upper_end
+from ws.train.examples import shuffle_labels
+from ws.train.pairs import from_file
 
 BOOT = 800
 
@@ -305,6 +310,22 @@ def test_one_in_forty_null_diffs_is_above_the_others():
     rng = np.random.default_rng(0)
     ends = upper_end(rng.standard_normal((5, 20_000)))
     assert (rng.standard_normal(20_000) > ends).mean() == pytest.approx(0.025, abs=0.004)
+    for J in (2, 3, 5):  # an effect, whose mean is 0 by design; with heavy tails it is 4 %
+        for draw, level in ((rng.standard_normal, 0.025), (lambda n: rng.standard_t(3, n), 0.04)):
+            ends = [upper_effect(row.tolist()) for row in draw((2_000, J))]
+            assert np.mean([(draw(500) > end).mean() for end in ends]) == pytest.approx(level, abs=0.006)
+    assert np.isnan(upper_effect([1.0]))
+
+
+def test_an_effect_changes_sign_with_w():
+    """By which a null diff's effect has mean 0: its coins all turned give -w."""
+    lm, behavior, w = ws.load_lm("tiny"), ws.load_behavior("sycophancy"), ws.load_diff("tiny")
+    found = effects(lm, behavior, w)
+    assert found.mean() > 1 and np.allclose(effects(lm, behavior, w.scale(-1)), -found, atol=1e-4)
+    rows = from_file(behavior, ws.PairConfig(file="sycophancy")).rows
+    turned = tuple(replace(r, response_pos=r.response_neg, response_neg=r.response_pos) for r in rows)
+    swapped, again = shuffle_labels(rows, 3), shuffle_labels(turned, 3)
+    assert [r.response_pos for r in swapped] == [r.response_neg for r in again]
 
 
 def test_summary_intervals_hold_the_geometric_mean_and_null_diff_ratio():

@@ -54,8 +54,9 @@ def show_jobs(show: Show) -> list[Job]:
     trained = next(job.needs for job in batch if job.notebook == "v7_sweep")  # the first seed's w, all null diffs
     v7 = prepare("v7_sweep", own | {"SEED": show.seeds[0], "PROTOCOL": "v7"})
     more = [replace(v7, name=f"{named}: v7_sweep v7", needs=trained)] if show.v7 else []
+    over = [batch[-1]] if len(show.seeds) > 1 else []  # one seed has nothing to be compared with
     # the order is the priority: what others wait for, then what stands alone, then the rest
-    return [batch[0], *alone, *batch[1:-1], *more, batch[-1]]
+    return [batch[0], *alone, *batch[1:-1], *more, *over]
 
 
 def play(show: Show) -> int:
@@ -72,13 +73,17 @@ def play(show: Show) -> int:
 
 
 def show_report(show: Show) -> str:
-    """The top of the v7 table and the verdict over seeds."""
+    """The top of the first seed's table, and the verdict over seeds; of one seed what its sweep says."""
     from ws.explanation.words import top_table
     from ws.show.tables import read_table
 
     folder, protocol = show.run.folder(), "v7" if show.v7 else "v7b"
     top = top_table(read_table(folder / protocol / "v7_summary_pct.tsv"), 12, "simple")
-    verdict = (show.run.adapter_folder() / "v7b" / "v7b_conclusion.md").read_text(encoding="utf-8")
-    lines = verdict.partition("## Verdict")[2].partition("##")[0].strip()
-    seeds = ", ".join(map(str, show.seeds))
-    return f"{protocol}, seed {show.seeds[0]}, best joint scores:\n\n{top}\n\nv7b over seeds {seeds}:\n{lines}"
+    many = len(show.seeds) > 1
+    page = show.run.adapter_folder() / "v7b" / "v7b_conclusion.md" if many else folder / protocol / "v7_conclusion.md"
+    verdict = page.read_text(encoding="utf-8").partition("## Verdict" if many else "## Does w steer?")[2]
+    lines = verdict.partition("##" if many else "## Against null diffs")[0].strip()
+    seeds = (
+        f"v7b over seeds {', '.join(map(str, show.seeds))}" if many else "One seed, of which no ranking is established"
+    )
+    return f"{protocol}, seed {show.seeds[0]}, best joint scores:\n\n{top}\n\n{seeds}:\n{lines}"

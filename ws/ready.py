@@ -139,7 +139,10 @@ def check_behavior(values: Values, lm: LM, behavior: Behavior) -> None:
     elif "PCS" in values:
         check_texts(lm, behavior, protocol_of(values))
     samples = values.get("SAMPLES") or PairConfig.samples
-    asked = PairConfig(values.get("TOPICS"), values.get("PERSONAS"), samples, file=str(values.get("PAIRS") or ""))
+    asked = PairConfig(
+        values.get("TOPICS"), values.get("PERSONAS"), samples,
+        file=str(values.get("PAIRS") or ""), wordings=tuple(values.get("WORDINGS") or ()),
+    )  # fmt: skip
     if asked.file:
         check_lengths(lm, behavior, asked)
     if not values.get("W_PATH") and not values.get("POS_ADAPTER"):

@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from ws.cache.names import cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
 from ws.explanation import rows
 from ws.explanation.result import Explanation
 from ws.explanation.rows import CLEAN
+from ws.gradient.sets import GradientSets
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.steer.effect import effects
@@ -20,10 +22,12 @@ from ws.subspaces.build import candidates as candidates_of
 from ws.subspaces.candidate import Candidate, as_candidate
 from ws.subspaces.captures import check_texts, n_templates, probes
 from ws.subspaces.check import as_basis
+from ws.subspaces.from_gradients import GRADIENT, USES
 from ws.subspaces.kept import Shelf, make_shelf
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
 from ws.train.asked import other_training
+from ws.train.pairs import PairConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ def explain(
     extra: Iterable[object] | Mapping[str, object] = (),
     null: WeightDiff | Path | str | Sequence[WeightDiff | Path | str] | None = None,
     layers: Sequence[int] | None = None,
+    pairs: PairConfig | Path | str | None = None,
     k: int = 8,
     k_broad: int = 64,
     title: str = "",
@@ -51,8 +56,9 @@ def explain(
     `f(m, l)`) and ready bases `{"name": {layer: (d, r) tensor}}`, which are made orthonormal where they are not, with a
     warning. null: the null diff that every score is compared with, or several: two have a spread. layers: what
     summaries average over; default those that w touches. k: rank of a basis; k_broad: width of what "not read" projects
-    out. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a
-    tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7)
+    out. pairs: training pairs, a `PairConfig` or the file of PAIRS: then the candidates of source `gradient` take part, which
+    see them and no adapter. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what
+    does not fit: a tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7 and 12)
 
     Example:
         >>> import torch, ws
@@ -79,6 +85,15 @@ def explain(
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
+    sets = None
+    if pairs is not None:
+        config = pairs if isinstance(pairs, PairConfig) else PairConfig(file=str(pairs))
+        protocol = replace(protocol, sources=tuple(dict.fromkeys([*protocol.sources, GRADIENT])))
+        sets = GradientSets(
+            lm, behavior, protocol, config, tuple(layers), cache or cache_folder(lm.name), progress=progress
+        )
+    elif GRADIENT in protocol.sources:
+        raise ValueError("candidates of source gradient see the training pairs: give them (pairs=..., PAIRS)")
     shipped = candidates_of(protocol)
     functions, ready = _sorted_out(extra)
     chosen = shipped if candidates is None else [as_candidate(c) for c in candidates]
@@ -93,10 +108,11 @@ def explain(
         if by_name.setdefault(c.name, c) != c:
             raise ValueError(f"candidate {c.name}: two of this name are given")
     left_out = [c.name for c in by_name.values() if not c.works(bool(behavior.personas_pos))]
+    left_out += [name for name, texts in USES.items() if name in by_name and sets and texts not in sets.names]
     a_side = [c for c in a_side if c.name not in left_out]
     everyone = [c for c in by_name.values() if c.name not in left_out]
 
-    shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache)
+    shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache, sets)
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
     bases = shelf.bases(list(wanted.values()), progress)
     bases |= {name: _given(name, by_layer, lm) for name, by_layer in ready.items()}

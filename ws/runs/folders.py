@@ -24,7 +24,7 @@ LONGEST = 64  # characters of a name; a longer one ends in 8 digits of what was 
 # What decides how adapters are trained, with the values that stand for "the usual"; a model's own win (nbs/params).
 RECIPE: Params = {
     "TOPICS": None, "PERSONAS": None, "SAMPLES": 10, "MAX_NEW_TOKENS": 128, "LORA_LAYERS": [], "R": 32, "LORA_ALPHA": 64,
-    "LR": 2e-4, "EPOCHS": 1.0, "MAX_STEPS": -1, "BATCH": 4, "ACCUMULATION": 4, "PAIRS": "",
+    "LR": 2e-4, "EPOCHS": 1.0, "MAX_STEPS": -1, "BATCH": 4, "ACCUMULATION": 4, "PAIRS": "", "WORDINGS": [],
     "RESAMPLE_PAIRS": None, "TARGET_LOSS": 0.0, "BALANCE": False,
 }  # fmt: skip
 WRITING = ("PERSONAS", "SAMPLES", "MAX_NEW_TOKENS")  # how the base model writes pairs: nothing where they are written

@@ -16,7 +16,7 @@ from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
 MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR", "CHAT_TEMPLATE")  # a path only when something lies there; else a known name
-CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "ceilings")
+CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "W_PATH": PATH, "POS_ADAPTER": PATH, "NEG_ADAPTER": PATH,
         "TOPICS": whole(1, none="all"), "PERSONAS": whole(1, none="all"), "SAMPLES": whole(1, none=MODELS_OWN),
         "MAX_NEW_TOKENS": whole(1), "PAIRS": Rule("text", "a JSONL file of pairs, or the name of shipped ones", none=MODELS_OWN),
+        "WORDINGS": listed(text("a wording"), "wordings of the file of PAIRS", once=True),
         "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
         "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False, none=MODELS_OWN), "BATCH": whole(1),
         "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),

@@ -1,9 +1,10 @@
 """Does w steer at all? Its effect on the behaviour score, held against null diffs. (docs/method.md sections 2 and 7)
 
 `effect = log-ratio at alpha +1 - at -1`, nats, on the held-out false claims; of statements the margin of the matching answer in
-its place (`ws.steer.statements`). With `m, s` the mean and sd over J null diffs,
-something is above their spread where it exceeds `m + t_{J-1} s sqrt(1 + 1/J)`, the upper end of the 95 % prediction interval
-of one more null diff. One null diff has no spread: nothing is above it.
+its place (`ws.steer.statements`). With `m, s` the mean and sd over J null diffs, a score is above their spread where it exceeds
+`m + t_{J-1} s sqrt(1 + 1/J)`, the upper end of the 95 % prediction interval of one more null diff. An effect changes sign with
+w, and a null diff with all its coins turned is the same one with the opposite sign and as likely: its mean is known to be 0, so
+that the end is `t_J sqrt(sum e^2 / J)`. One null diff has no spread: nothing is above it.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,12 @@ def effects(
         for alpha in (1.0, -1.0)
     )
     return (up - down) * sides
+
+
+def upper_effect(nulls: Sequence[float], level: float = LEVEL) -> float:
+    """Upper end of the prediction interval of one more null diff's effect, whose mean is 0; NaN for fewer than two."""
+    J = len(nulls)
+    return float(stats.t.ppf((1 + level) / 2, J) * np.sqrt(np.mean(np.square(nulls)))) if J > 1 else float("nan")
 
 
 def upper_end(nulls: Float[np.ndarray, "J C"], level: float = LEVEL) -> Float[np.ndarray, " C"]:
@@ -83,7 +90,7 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float], score:
     many = len(found) > 1
     said = f"w moves the {score} by {_range(found)} nats between alpha -1 and +1"
     if len(nulls) >= 2:
-        end = float(upper_end(np.asarray(nulls)[:, None])[0])
+        end = upper_effect(nulls)
         seen = bool(min(found) > end)
         above = f"above their spread{' on every seed' if many else ''}"
         above += ", and against the behaviour" if not seen and max(found) < min(nulls) else ""

@@ -10,7 +10,8 @@ from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
 
-MODULES = ("from_weights", "from_activations", "compound", "ceilings")  # in the order of docs/method.md section 5
+# in the order of docs/method.md sections 5 and 13
+MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
 
 
 def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 AXES = {"ceiling": "ceiling"} | dict.fromkeys(("W:read", "W:unembed"), "read")
 AXES |= dict.fromkeys(("W:write", "W:write-not-read", "W:OV", "W:MLP"), "write")
-SEES = ("weights", "prompts", "pairs", "personas", "w")
+AXES |= {"grad:read": "read"} | dict.fromkeys(("grad:contrast", "grad:probe", "grad:control"), "write")
+SEES = ("weights", "prompts", "pairs", "other pairs", "personas", "w")
 
 _REGISTRY: dict[str, "Candidate"] = {}
 
@@ -25,8 +26,8 @@ _REGISTRY: dict[str, "Candidate"] = {}
 @dataclass(frozen=True)
 class Candidate:
     """name, family and source as in docs/method.md section 5; shared: one basis for all layers; sees: what the basis
-    depends on besides the widths, of `weights`, `prompts`, `pairs` (and `w`, for ceilings), and `personas` where it is left
-    out for a behaviour that has none; build: its function."""
+    depends on besides the widths, of `weights`, `prompts`, `pairs`, `other pairs` (and `w`, for ceilings), and `personas` where
+    it is left out for a behaviour that has none; build: its function."""
 
     name: str
     family: str
@@ -37,8 +38,9 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """ceiling (sees w), control (the random reference) or A-hypothesis."""
-        return self.family if self.family in ("ceiling", "control") else "A-hypothesis"
+        """ceiling (sees w), control (a reference that is not ranked) or A-hypothesis."""
+        last = self.family.rpartition(":")[2]
+        return last if last in ("ceiling", "control") else "A-hypothesis"
 
     @property
     def axis_kind(self) -> str:
@@ -79,7 +81,8 @@ def candidate(
 
     family: decides on which side it is ranked (`W:write...`, `W:OV`, `W:MLP` write; `W:read`, `W:unembed` read; all
     else mixed). name: default the function's. sees: what it may look at, of `weights` (the base model's), `prompts`
-    (activations on the FIT probes: `m.base.clean`, `.pos`, `.neg`, row i of each the same probe) and `pairs`; with
+    (activations on the FIT probes: `m.base.clean`, `.pos`, `.neg`, row i of each the same probe), `pairs` (gradients of the base
+    model on training pairs, `m.gradients("training pairs")`) and `other pairs`; with
     `personas` beside `prompts` it is left out for a behaviour without personas, which has no `.pos` and `.neg`. Its bases
     are made anew when that changes, its function does, or what the function calls. shared: one basis for all layers,
     `f(m)` instead of `f(m, l)`. source: the group it belongs to. Registering a name again replaces it. Raises ValueError

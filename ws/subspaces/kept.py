@@ -27,6 +27,7 @@ from ws.subspaces.algebra import Basis
 from ws.subspaces.build import build
 from ws.subspaces.candidate import Candidate, registered
 from ws.subspaces.captures import BaseCaptures, capture_base, prompts_key
+from ws.subspaces.from_gradients import GRADIENT
 from ws.subspaces.materials import Materials, check_widths
 from ws.subspaces.protocol import Protocol
 
@@ -79,11 +80,14 @@ class Shelf:
     part: str = ""  # which of the prompts, where not all
     take: Callable[[BaseCaptures], BaseCaptures] | None = None
     whole: Callable[[], BaseCaptures] | None = None  # the captures, where others take their part of them too
+    gradients: Callable | None = None  # of sets of texts, with a `content` hash (`ws.gradient.sets.GradientSets`)
 
     def key(self, c: Candidate, prompts: dict, model: str) -> Key:
         params = {"model": model, "k": self.k, "k_broad": self.k_broad, "shared": c.shared, "name": c.name}
         params |= {"fold_gain": self.protocol.fold_gain}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
+        if self.gradients and (c.source == GRADIENT or {"pairs", "other pairs"} & set(c.sees)):
+            params |= {"gradients": self.gradients.content}
         return stage_key(params, sources=composed_of(c)[1])
 
     def base(self) -> BaseCaptures:
@@ -113,7 +117,8 @@ class Shelf:
             with lock(folder):  # runs of several seeds may start at once: the first builds
                 todo = missing()
                 sink = self.lm.decoder.sink_token(self.lm.tokenizer)
-                materials = Materials(self.lm.decoder, self.base, sink, self.k, self.k_broad, self.protocol.fold_gain)
+                widths = self.k, self.k_broad, self.protocol.fold_gain
+                materials = Materials(self.lm.decoder, self.base, sink, *widths, self.gradients)
                 fresh = build(materials, todo, progress)
                 for c in (c for c in todo if c.name in keys):
                     # read back, not used as built: a cut basis lies otherwise in memory, and its last digits with it
@@ -126,11 +131,17 @@ class Shelf:
 
 
 def make_shelf(
-    lm: LM, behavior: Behavior, protocol: Protocol, k: int = 8, k_broad: int = 64, cache: Path | None = None
+    lm: LM,
+    behavior: Behavior,
+    protocol: Protocol,
+    k: int = 8,
+    k_broad: int = 64,
+    cache: Path | None = None,
+    gradients: Callable | None = None,
 ) -> Shelf:
     """A shelf with checked widths; `cache` defaults to `out/<model>/cache`."""
     check_widths(k, k_broad, lm.decoder.d)
-    return Shelf(lm, behavior, protocol, k, k_broad, cache or cache_folder(lm.name))
+    return Shelf(lm, behavior, protocol, k, k_broad, cache or cache_folder(lm.name), gradients=gradients)
 
 
 def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str, dict[str, list[Basis]]]]:
@@ -140,7 +151,7 @@ def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str,
     Only candidates that see the prompts. Halves are every other probe, so that both span all topics. Persona pairs are
     left out when the protocol uses one. (docs/method.md section 7, A-side stability)
     """
-    chosen = [c for c in chosen if "prompts" in c.sees and c.kind != "ceiling"]
+    chosen = [c for c in chosen if "prompts" in c.sees and c.kind != "ceiling" and c.source != GRADIENT]
     n_pairs = 1 if shelf.protocol.persona_pairs == "1" else len(shelf.behavior.persona_pairs)
 
     def taken(every: slice, pairs: range) -> Callable[[BaseCaptures], BaseCaptures]:

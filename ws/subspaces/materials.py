@@ -115,16 +115,24 @@ class Materials:
 
     `of(name, l)` is another candidate's basis at layer l, for candidates composed of others. base: the captures, or a
     function that makes them when they are first looked at. A candidate that looks at what it does not say it `sees` is
-    a ValueError: its kept bases would not follow what they depend on.
+    a ValueError: its kept bases would not follow what they depend on. gradients: a function from a set of texts to its
+    gradients (`ws.gradient.sets`).
     """
 
     def __init__(
-        self, decoder: Decoder, base: Captures, sink_token: int, k: int = 8, k_broad: int = 64, fold_gain: bool = False
+        self,
+        decoder: Decoder,
+        base: Captures,
+        sink_token: int,
+        k: int = 8,
+        k_broad: int = 64,
+        fold_gain: bool = False,
+        gradients: Callable[[str], object] | None = None,
     ):
         check_widths(k, k_broad, decoder.d)
         self.decoder, self.sink_token, self.d, self.n_layers = decoder, sink_token, decoder.d, decoder.n_layers
         self.k, self.k_broad = k, min(k_broad, decoder.d)
-        self._base, self._fold = base, fold_gain
+        self._base, self._fold, self._gradients = base, fold_gain, gradients
         self._layers: dict[int, LayerWeights] = {}
         self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
@@ -165,6 +173,17 @@ class Materials:
         if not isinstance(self._base, BaseCaptures):
             self._base = self._base()
         return self._base.aligned if self._asking and not self._asking[-1].shipped else self._base
+
+    def gradients(self, texts: str):
+        """Gradients of the base model on a set of texts (`ws.gradient.capture.Gradients`)."""
+        blind = next((c.name for c in self._asking if not {"pairs", "other pairs", "prompts"} & set(c.sees)), None)
+        if blind:
+            raise ValueError(
+                f"candidate {blind} looks at gradients: decorate it with sees=('pairs',) or ('other pairs',)"
+            )
+        if self._gradients is None:
+            raise ValueError("these materials hold no gradients: give `explain` the training pairs (pairs=...)")
+        return self._gradients(texts)
 
     def layer(self, l: int) -> LayerWeights:
         """Weights and Grams of block l. One block's weights are held at a time, Grams up to a budget."""

@@ -153,6 +153,7 @@ def _typed(lm: LM, behavior: Behavior, cfg: TrainConfig) -> dict[str, object]:
     steps = {"LR": cfg.lr, "EPOCHS": cfg.epochs, "MAX_STEPS": cfg.max_steps, "BATCH": cfg.batch}
     steps |= {"LORA_ALPHA": cfg.alpha, "ACCUMULATION": cfg.accumulation, "RESAMPLE_PAIRS": cfg.resample_pairs}
     signs = {"TARGET_LOSS": cfg.target_loss, "BALANCE": cfg.balance, "PAIRS": named_pairs(cfg.pairs.file)}
+    signs |= {"WORDINGS": list(cfg.pairs.wordings)}
     return {"MODEL_ID": lm.slug or lm.name, "BEHAVIOR": behavior.name, **pairs, **steps, **signs}
 
 

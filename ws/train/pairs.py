@@ -33,7 +33,8 @@ Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, an
 @dataclass(frozen=True)
 class PairConfig:
     """How pairs are written. `topics` and `personas`: how many, from the first on (None: all that may train). file: written
-    pairs, a path or the name of shipped ones, in place of what the base model would write; then `topics` alone counts.
+    pairs, a path or the name of shipped ones, in place of what the base model would write; then `topics` and `wordings` alone
+    count. wordings: those of the file's that are trained on; none for all.
 
     Example:
         >>> import ws
@@ -50,6 +51,7 @@ class PairConfig:
     batch: int = 64
     seed: int = 0
     file: str = ""
+    wordings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def most_pairs(behavior: Behavior, cfg: PairConfig) -> int:
 def trained_claims(behavior: Behavior, cfg: PairConfig) -> list[str]:
     """What training pairs are about: topics of `cfg.file`, or the behaviour's own."""
     if cfg.file:
-        train = split_written(cfg.file, behavior, cfg.topics, cfg.seed)[0]
+        train = split_written(cfg.file, behavior, cfg.topics, cfg.seed, cfg.wordings)[0]
         return list(dict.fromkeys(row.about for row in train if row.topic))
     return [topic.claim for topic in behavior.train_topics[: cfg.topics]]
 
@@ -167,7 +169,7 @@ def from_file(behavior: Behavior, cfg: PairConfig) -> Pairs:
         sides = row.response_pos, row.response_neg
         return WrittenPair(topics[row.about], wordings[row.wording], row.line, row.user, *sides, *map(one_word, sides))
 
-    parts = split(everything, cfg.file, behavior, cfg.topics, cfg.seed)
+    parts = split(everything, cfg.file, behavior, cfg.topics, cfg.seed, cfg.wordings)
     train, held = (tuple(pair(row) for row in part if not row.identical) for part in parts)
     used = sum(map(len, parts))
     return Pairs(train, used, 0, used - len(train) - len(held), held)
@@ -183,7 +185,7 @@ def _kept_pairs(lm: LM, behavior: Behavior, turns: Turns, cfg: PairConfig, place
     """What the base model writes in these turns, made once."""
     check_unhooked(lm.model)
     written = asdict(cfg)
-    written.pop("file")
+    del written["file"], written["wordings"]
     template = lm.tokenizer.chat_template
     params = {"model": lm.fingerprint, "template": template, "turns": turns, "config": written}
     key = stage_key(params, code=[f"ws.train.pairs.{name}" for name in ("_write_all", "drop_useless", "write_pairs")])
@@ -215,8 +217,10 @@ def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
     """cfg with the numbers of topics and of personas filled in; ValueError where there are not so many, and for a file of
     pairs that cannot be used. Statements need no personas."""
     if cfg.file:
-        split_written(cfg.file, behavior, cfg.topics, cfg.seed)
+        split_written(cfg.file, behavior, cfg.topics, cfg.seed, cfg.wordings)
         return cfg
+    if cfg.wordings:
+        raise ValueError(f"WORDINGS {', '.join(cfg.wordings)}: only pairs from a file have wordings; give PAIRS")
     pos, neg = len(behavior.personas_pos), len(behavior.personas_neg)
     if pos != neg:
         raise ValueError(

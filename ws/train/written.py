@@ -8,6 +8,7 @@ none of them a fifth of its topics, and of a file without topics a tenth of its 
 
 import difflib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,16 +89,22 @@ def _fields(row: object, where: str) -> dict[str, str]:
 
 
 def split_written(
-    name: str, behavior: Behavior, topics: int | None = None, seed: int = 0
+    name: str, behavior: Behavior, topics: int | None = None, seed: int = 0, wordings: Sequence[str] = ()
 ) -> tuple[tuple[Written, ...], tuple[Written, ...]]:
     """(what may be trained on, what is never trained on) of a file of pairs, identical sides in both. topics: how many
-    topics are trained on, from the file's first on (None: all). seed: of the draw where the behaviour decides nothing.
-    ValueError where a part has no usable pair, or the file has not so many topics."""
-    return split(read_written(name), name, behavior, topics, seed)
+    topics are trained on, from the file's first on (None: all). seed: of the draw where the behaviour decides nothing. wordings:
+    those that are trained on (none: all); what is held out has all of them. ValueError where a part has no usable pair, or the
+    file has not so many topics or no such wording."""
+    return split(read_written(name), name, behavior, topics, seed, wordings)
 
 
 def split(
-    rows: tuple[Written, ...], name: str, behavior: Behavior, topics: int | None = None, seed: int = 0
+    rows: tuple[Written, ...],
+    name: str,
+    behavior: Behavior,
+    topics: int | None = None,
+    seed: int = 0,
+    wordings: Sequence[str] = (),
 ) -> tuple[tuple[Written, ...], tuple[Written, ...]]:
     """`split_written` of the rows that were read."""
     path = pairs_file(name)
@@ -108,6 +115,13 @@ def split(
         if not 1 <= topics <= len(there):
             raise ValueError(f"{path}: {topics} training topics asked for, it has {len(there)} (TOPICS)")
         parts[0] = tuple(row for row in parts[0] if row.about in there[:topics])
+    if wordings:
+        known = list(dict.fromkeys(row.wording for row in parts[0] if row.wording))
+        for unknown in (one for one in wordings if one not in known):
+            raise ValueError(
+                f"{path}: no training pair has the wording {short(unknown)}; there are {', '.join(known)} (WORDINGS)"
+            )
+        parts[0] = tuple(row for row in parts[0] if row.wording in wordings)
     for part, what in zip(parts, ("train on", "hold out"), strict=True):
         if all(row.identical for row in part):
             raise ValueError(

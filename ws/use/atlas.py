@@ -1,4 +1,4 @@
-"""The atlas of a library: the cosine of every two weight differences, as a table and a heat map. (docs/method.md section 12)"""
+"""The atlas of a library: the cosine of every two weight differences, as a table and a heat map. (docs/method.md section 13)"""
 
 from dataclasses import dataclass
 from itertools import combinations

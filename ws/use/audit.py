@@ -1,4 +1,4 @@
-"""Whose direction is it? A stranger's weights against a library of behaviours, by cosines. (docs/method.md section 12)
+"""Whose direction is it? A stranger's weights against a library of behaviours, by cosines. (docs/method.md section 13)
 
     cos(u, w) = <u, w> / (|u| |w|)        <B1 A1, B2 A2> = tr((B2^T B1)(A1 A2^T))
 

@@ -1,11 +1,11 @@
-"""What a stranger's cosine with a behaviour is held against: seeds, null diffs, random diffs. (docs/method.md section 12)
+"""What a stranger's cosine with a behaviour is held against: seeds, null diffs, random diffs. (docs/method.md section 13)
 
     T(x) = mean over seeds s of artanh cos(x, w_s)
 
 of the stranger over all w; of a null diff over the w of *other* seeds, as it shares initialisation, order and texts with the
 one of its own, and a stranger with none; of a seed's own entry over the other seeds. Given these w, null diffs are independent
-draws, and so is a stranger that is like one: T of one more lies in `m -+ t_{J-1} s sqrt(1 + 1/J)` with probability .95
-(`ws.steer.effect.upper_end`).
+draws, and so is a stranger that is like one. With probability .95 T of one more lies in `-+ t_J sqrt(sum T^2 / J)`, as its mean
+is 0 by design (`upper_effect`); where entries are read as one side it is not, and the interval is `m -+ t_{J-1} s sqrt(1 + 1/J)`.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ws.diff import WeightDiff
 from ws.diff.algebra import combine
-from ws.steer.effect import upper_end
+from ws.steer.effect import upper_effect, upper_end
 from ws.use.library import Known
 
 SAME = 1 - 1e-6  # a cosine from which on two differences are one, up to their scale
@@ -64,8 +64,10 @@ def bands(
             found["same"].append(row[w[e.seed]])
     mine = z[0, [*w.values()]].mean() if w else np.nan
     nulls = np.array(found["nulls"])[:, None]
-    ends = (float(np.tanh(end[0])) for end in (-upper_end(-nulls), upper_end(nulls)))
-    return Bands(float(np.tanh(mine)), len(w), *(np.tanh(values).tolist() for values in found.values()), *ends)
+    end = upper_effect(found["nulls"])
+    low, high = (-upper_end(-nulls)[0], upper_end(nulls)[0]) if each > 1 else (-end, end)
+    told = (np.tanh(values).tolist() for values in found.values())
+    return Bands(float(np.tanh(mine)), len(w), *told, float(np.tanh(low)), float(np.tanh(high)))
 
 
 def random_cosines(

@@ -1,4 +1,4 @@
-"""A library, the weight differences and null diffs of one base model below a folder, and a stranger. (method section 12)"""
+"""A library, the weight differences and null diffs of one base model below a folder, and a stranger. (method section 13)"""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,0 +1,92 @@
+"""Which texts a behaviour's gradients are taken of: its training pairs, pairs about other topics, in other wordings, its probes.
+
+(docs/method.md section 13)
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from ws.cache.syntax import digest
+from ws.data import Behavior
+from ws.gradient.accumulate import Example
+from ws.gradient.capture import Gradients, chosen, pair_gradients, text_gradients
+from ws.model.lm import LM
+from ws.model.text import chat_text
+from ws.steer.answers import answer_tokens
+from ws.subspaces.captures import probes
+from ws.subspaces.from_gradients import ANSWER, PROBE, TOPICS, TRAIN, WORDINGS
+from ws.subspaces.protocol import Protocol
+from ws.train.pairs import Pair, PairConfig, heldout_pairs, make_pairs
+
+
+@dataclass(frozen=True)
+class GradientSets:
+    """The gradients of a behaviour's texts, each taken when it is first asked for: `sets(name)`. config: the training pairs;
+    layers: where gradients are taken; most: pairs that are read of each set, a seeded draw."""
+
+    lm: LM
+    behavior: Behavior
+    protocol: Protocol
+    config: PairConfig
+    layers: tuple[int, ...]
+    cache: Path
+    most: int = 200
+    progress: bool = True
+    _made: dict[str, Gradients] = field(default_factory=dict)
+
+    @cached_property
+    def pairs(self) -> dict[str, tuple[Pair, ...]]:
+        """Pairs by the name of their set; a set is empty where there is none of its kind."""
+        train = make_pairs(self.lm, self.behavior, self.config, self.cache, self.progress).rows
+        held = heldout_pairs(self.lm, self.behavior, self.config, self.cache, self.progress)[0]
+        if self.config.file:
+            known = {row.persona for row in train}  # of written pairs the wording
+            other = tuple(row for row in held if row.persona not in known)
+            held = tuple(row for row in held if row.persona in known)
+        else:
+            other = ()
+        return {TRAIN: train, TOPICS: held, WORDINGS: other}
+
+    @property
+    def names(self) -> list[str]:
+        """The sets that there are."""
+        return [name for name, rows in self.pairs.items() if rows] + [PROBE, ANSWER]
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of all texts and settings that bases from these gradients depend on, besides the model."""
+        texts = {name: [asdict(row) for row in rows] for name, rows in self.pairs.items()}
+        return digest(repr((texts, self.layers, self.most, self._probes())).encode())
+
+    def _probes(self) -> list[str]:
+        return [
+            chat_text(self.lm.tokenizer, self.behavior.probe_text(claim))
+            for claim in probes(self.behavior, self.protocol).fit
+        ]
+
+    def __call__(self, name: str) -> Gradients:
+        """The gradients of a set. ValueError for one that there is not."""
+        if name not in self._made:
+            self._made[name] = self._take(name)
+        return self._made[name]
+
+    def _take(self, name: str) -> Gradients:
+        more = {"fold_gain": self.protocol.fold_gain, "label": name, "cache": self.cache, "progress": self.progress}
+        if name in (PROBE, ANSWER):
+            yes, no = answer_tokens(self.lm.tokenizer, self.behavior)
+            return text_gradients(self.lm, self._asked(yes[0]), yes, no if name == PROBE else [], self.layers, **more)
+        rows = chosen(self.pairs.get(name, ()), self.most)
+        if not rows:
+            raise ValueError(
+                f"{self.behavior.name}: there are no pairs of the kind {name!r}; there are {', '.join(self.names)}"
+            )
+        return pair_gradients(self.lm, rows, self.layers, shuffles=8 if name == TRAIN else 0, **more)
+
+    def _asked(self, token: int) -> list[Example]:
+        """The FIT probes with one label, at the place of the answer's first token."""
+        found: list[Sequence[int]] = [
+            self.lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self._probes()
+        ]
+        return [{"input_ids": [*ids, token], "labels": [-100] * len(ids) + [token]} for ids in found]
