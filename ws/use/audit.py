@@ -68,7 +68,7 @@ def sentence(row: dict) -> str:
         return f"{said}: no w is left that shares no seed with the stranger."
     held = f"one more null diff lies between {low:+.3f} and {high:+.3f} ({j} null diffs, w of other seeds)"
     if np.isnan(low):
-        held = f"of {j} null diff(s) with w of another seed, and a band takes 2: ws batch --nulls 3"
+        held = f"a null band takes 2 null diffs that have a w of another seed, there are {j}: ws batch --nulls 3"
     held += f"; seeds reach {row['seeds_low']:+.3f} to {row['seeds_high']:+.3f}" if row["w"] > 1 else "; one seed"
     held += ", which the band does not part from null diffs" if row["verdict"] == "undecided" and high == high else ""
     held += f"; entries were read as {row['read_as']}" if "missing" in row["read_as"] else ""
