@@ -110,6 +110,16 @@ clean *ARGS: setup
 inspect FILE: setup
     @{{python}} -m ws inspect "$@"
 
+# whose direction a stranger's weights are: just audit ADAPTER_OR_CHECKPOINT --base MODEL
+[no-exit-message]
+audit *ARGS: setup
+    @{{python}} -m ws audit "$@"
+
+# the cosines between all weight differences of a model, as a heat map
+[no-exit-message]
+atlas *ARGS: setup
+    @{{python}} -m ws atlas "$@"
+
 # write out/index.html over all runs
 report: setup
     @{{python}} -m ws report

@@ -22,6 +22,7 @@ EXPORTS = {
     "train_diff": "ws.train.difference",
     "weight_steer": "ws.steer.weights",
     "alpha_sweep": "ws.steer.evaluate",
+    "audit": "ws.use.audit",
     "candidate": "ws.subspaces.candidate",
     "candidates": "ws.subspaces.build",
     "Basis": "ws.subspaces.algebra",

@@ -14,16 +14,13 @@ from typing import Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ws.cache.files import Locked
+from ws.cache.places import typed_in
 from ws.runs import Missing
 from ws.runs.typed import parsed, stem
+from ws.use.commands import atlas, audit
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
-
-
-def typed_in() -> Path:
-    """The folder the command was typed in: `just` changes the working folder and says here where it came from."""
-    return Path(os.environ.get("WS_TYPED_IN") or Path.cwd())
 
 
 def nb(
@@ -272,7 +269,7 @@ def main(args: list[str] | None = None) -> None:
 
 def answered(args: list[str] | None) -> int:
     """The exit code of a command; what it has to say of an error is printed."""
-    commands = {f.__name__: f for f in (nb, batch, results, demo, real, inspect, report, status, clean)}
+    commands = {f.__name__: f for f in (nb, batch, results, demo, real, inspect, audit, atlas, report, status, clean)}
     try:
         code = told(sys.argv[1:] if args is None else args)
         code = parsed(commands, args)() if code is None else code

@@ -37,3 +37,8 @@ def logs_folder() -> Path:
 def notebooks_folder() -> Path:
     """Folder of the notebooks and their parameter sets: `nbs/` of a clone, the package's data where it is installed."""
     return CLONE / "nbs" if CLONE else PACKAGE / "nbs"
+
+
+def typed_in() -> Path:
+    """The folder a command was typed in: `just` changes the working folder and says here where it came from."""
+    return Path(os.environ.get("WS_TYPED_IN") or Path.cwd())

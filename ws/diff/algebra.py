@@ -4,9 +4,10 @@
 residual writers (`o_proj`, `down_proj`) from the left, and `keep + drop = w` there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ws.diff.core import Entry, LowRank, WeightDiff, layer_of
@@ -35,6 +36,36 @@ def _entry_dot(a: Entry, b: Entry) -> float:
     if isinstance(b, LowRank):
         return float(((b.B.double().T @ a.double()) * b.A.double()).sum())
     return float((a.double() * b.double()).sum())
+
+
+@torch.no_grad()
+def grams(diffs: Sequence[WeightDiff], names: Sequence[str]) -> Float[Tensor, "P N N"]:
+    """Inner products of every two of N diffs, one matrix per parameter of `names`, in float64; NaN where one of the two lacks
+    the parameter. Low-rank factors lie side by side: `(B_i^T [B_1 .. B_N]) * (A_i [A_1; ..; A_N]^T)`, summed block by block."""
+    found = torch.full((len(names), len(diffs), len(diffs)), float("nan"), dtype=torch.float64)
+    for table, name in zip(found, names, strict=True):
+        held = {i: w.entries[name] for i, w in enumerate(diffs) if name in w}
+        low = {i: e.to(torch.float64) for i, e in held.items() if isinstance(e, LowRank)}
+        if low:
+            B, A = torch.cat([e.B for e in low.values()], 1), torch.cat([e.A for e in low.values()], 0)
+            at = torch.tensor([*low])
+            owner = torch.arange(len(low)).repeat_interleave(torch.tensor([e.rank for e in low.values()]))
+            for i, e in low.items():
+                products = ((e.B.T @ B) * (e.A @ A.T)).sum(0)
+                table[i, at] = torch.zeros(len(low), dtype=torch.float64).index_add_(0, owner, products)
+        for i in held.keys() - low.keys():
+            for j, other in held.items():
+                table[i, j] = table[j, i] = _entry_dot(held[i], other)
+    return found
+
+
+def cosines(found: Float[Tensor, "P N N"]) -> Float[Tensor, "N N"]:
+    """The cosine of every two diffs over the parameters that both have, from their `grams`; NaN where there is none, or where
+    one of them is 0."""
+    both = ~found.isnan()
+    squares = found.diagonal(dim1=1, dim2=2).nan_to_num()[:, :, None]  # |w_i|^2 where w_j has the parameter too
+    square = (squares * both).sum(0)
+    return found.nan_to_num().sum(0) / (square * square.T).sqrt().where(square * square.T > 0, torch.nan)
 
 
 def project(w: WeightDiff, bases: Mapping[int, Tensor], drop: bool = False) -> WeightDiff:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ws.cache.given import first_line, shards_of
 from ws.diff.core import WeightDiff, check_entries, dims, same_names
@@ -53,3 +53,28 @@ def from_checkpoints(pos: Path | str, neg: Path | str) -> WeightDiff:
     if not entries:
         raise ValueError(f"{pos} and {neg}: the two checkpoints are equal, there is no difference")
     return WeightDiff(entries, {"base_model": pos.name, "adapter": "full", "form": "dense (checkpoints)", **about})
+
+
+def from_base(path: Path | str, model: nn.Module) -> WeightDiff:
+    """`theta - theta_base` of a full checkpoint (folder or file) and its base in memory, in float32, tensor by tensor. Equal
+    tensors are left out, and of tied ones the second. A checkpoint in half precision brings its rounding along, at full rank.
+    ValueError naming a parameter that it lacks or has in another shape; also when nothing differs."""
+    path = Path(path)
+    files, own = shards(path), dict(model.named_parameters())
+    if lacks := [name for name in own if name not in files]:
+        raise ValueError(f"{path}: {lacks[0]} is missing; it is no checkpoint of this {type(model).__name__}")
+
+    def moved() -> Iterator[tuple[str, Tensor]]:
+        handles = {file: opened(file) for file in set(files.values())}
+        for name, base in own.items():
+            theta = handles[files[name]].get_tensor(name).float()
+            if theta.shape != base.shape:
+                raise ValueError(f"{path}: {name}: checkpoint has {dims(theta.shape)}, model has {dims(base.shape)}")
+            if (change := theta - base.detach().cpu().float()).any():
+                check_entries({name: change}, str(path))
+                yield name, change
+
+    entries, about = factorised(moved())
+    if not entries:
+        raise ValueError(f"{path}: equal to its base model, there is no difference")
+    return WeightDiff(entries, {"adapter": "full", "form": "dense (checkpoint)", **about})

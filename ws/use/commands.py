@@ -1,0 +1,61 @@
+"""The commands of this room; what they need is loaded when they run."""
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ws.cache.places import out_folder, typed_in
+
+
+def audit(
+    source: Positional[Path],
+    /,
+    base: str,
+    library: Path | None = None,
+    texts: Path | None = None,
+    top: int = 3,
+    save: Path | None = None,
+) -> int:
+    """Whose direction is it? Compare a stranger's adapter, checkpoint or weight difference with a library of behaviours.
+
+    Args:
+        source: a PEFT adapter folder, a merged checkpoint folder, a run's folder, w.safetensors or a legacy w.pt.
+        base: the model that it was trained from: a hub id, a local folder, or tiny.
+        library: a folder with weight differences of that model (default: all results).
+        texts: a file of texts, one per line, on which the directions that read are looked up.
+        top: so many singular directions.
+        save: a folder for the tables and the conclusion.
+    """
+    from ws.cache.given import given_lines
+    from ws.cache.models import shipped
+    from ws.use.audit import audit as compare
+
+    here = typed_in()
+    local = not shipped(base) and (here / base).exists()
+    lines = [line for line in given_lines(here / texts) if line.strip()] if texts else []
+    stranger = str(source) if str(source) == "tiny" else here / source
+    found = compare(
+        stranger, str(here / base) if local else base, here / library if library else None, texts=lines, top=top
+    )
+    print(found.conclusion(), end="")
+    if save:
+        print(f"\ntables: {found.save(here / save)}")
+    return 0
+
+
+def atlas(library: Path | None = None, model: str = "") -> int:
+    """The cosine of every two weight differences of one model, as a table and a heat map in out/MODEL/atlas/.
+
+    Args:
+        library: a folder with weight differences (default: all results).
+        model: whose, where the library is of several models; as the folder of its results is called.
+    """
+    from ws.cache.names import model_folder
+    from ws.use.atlas import atlas as draw
+
+    found = draw(typed_in() / library if library else out_folder(), model)
+    print("\n".join(f"left out: {path}: {why}" for path, why in found.skipped.items()), end="\n" * bool(found.skipped))
+    print(
+        f"{len(found.entries)} weight differences of {found.model}: {found.save(model_folder(found.model) / 'atlas')}"
+    )
+    return 0
