@@ -110,6 +110,11 @@ clean *ARGS: setup
 inspect FILE: setup
     @{{python}} -m ws inspect "$@"
 
+# before training, what a weight difference will use and how much of that is wording: just predict PAIRS --model MODEL
+[no-exit-message]
+predict *ARGS: setup
+    @{{python}} -m ws predict "$@"
+
 # whose direction a stranger's weights are: just audit ADAPTER_OR_CHECKPOINT --base MODEL
 [no-exit-message]
 audit *ARGS: setup

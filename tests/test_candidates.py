@@ -82,7 +82,9 @@ def test_registry_replaces_ones_own_and_refuses_shipped_names_missing_definition
         def bare(m, l):
             pass
 
-    with pytest.raises(ValueError, match="sees 'texts' is unknown; known are weights, prompts, pairs, other pairs, personas"):
+    with pytest.raises(
+        ValueError, match="sees 'texts' is unknown; known are weights, prompts, pairs, other pairs, personas"
+    ):
 
         @candidate(family="act:mine", sees=("texts",))
         def wrong(m, l):

@@ -340,3 +340,14 @@ def test_gradient_candidates_take_part_where_pairs_are_given(lm, tmp_path):
     ]
     with pytest.raises(ValueError, match="see the training pairs: give them"):
         ws.explain(lm, w, protocol=replace(load_protocol("v7b"), sources=("gradient",)), progress=False, cache=tmp_path)
+
+
+def test_the_command_predicts(tmp_path, monkeypatch, capsys):
+    from ws.cli import answered
+
+    monkeypatch.setenv("WS_TYPED_IN", str(tmp_path))
+    assert answered(["predict", "sycophancy", "--most", "12", "--save", "here"]) == 0
+    told = capsys.readouterr().out
+    assert "From 12 pairs" in told and (tmp_path / "here" / "predict.md").read_text().strip() in told
+    assert answered(["predict", "gone.jsonl"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

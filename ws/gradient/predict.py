@@ -74,7 +74,14 @@ def predict(
     """What can be said of w before it is trained on these pairs, from one pass over at most `most` of them.
 
     pairs: a file of pairs (PAIRS), or a `PairConfig`. against: a trained w, to see how right the prediction was. layers: those
-    that get an adapter; default as in training. Raises ValueError for what the pairs, the model or w do not allow."""
+    that get an adapter; default as in training. Raises ValueError for what the pairs, the model or w do not allow.
+
+    Example:
+        >>> import ws
+        >>> found = ws.predict(ws.load_lm("tiny"), "sycophancy", most=8, progress=False)
+        >>> found.n, found.parts.height, abs(found.parts["share"].sum() - 1) < 1e-9
+        (8, 28, True)
+    """
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     config = pairs if isinstance(pairs, PairConfig) else PairConfig(file=str(pairs))
     w = None if against is None else load_diff(against)

@@ -59,3 +59,41 @@ def atlas(library: Path | None = None, model: str = "") -> int:
         f"{len(found.entries)} weight differences of {found.model}: {found.save(model_folder(found.model) / 'atlas')}"
     )
     return 0
+
+
+def predict(
+    pairs: Positional[str],
+    /,
+    model: str = "tiny",
+    behavior: str = "sycophancy",
+    against: Path | None = None,
+    most: int = 200,
+    save: Path | None = None,
+) -> int:
+    """Before training: which layers and modules a weight difference will use, and how much of that is the pairs' wording.
+
+    Args:
+        pairs: a JSONL file of pairs, or sycophancy, the shipped ones.
+        model: a hub id, a local folder, a .gguf file, tiny, smollm2 or gemma3-270m.
+        behavior: a shipped behaviour, or its file: it says which topics are never trained on.
+        against: a trained w.safetensors, to see how right the prediction was.
+        most: so many pairs are read, a seeded draw.
+        save: a folder for the tables and the text.
+    """
+    from ws.cache.places import shipped_pairs
+    from ws.data import load_behavior
+    from ws.gradient.predict import predict as foretell
+    from ws.model.lm import load_lm
+    from ws.train.written import read_written
+
+    here = typed_in()
+    named = pairs if shipped_pairs(pairs) else str(here / pairs)
+    read_written(named)  # what is wrong with the file is said before a model is loaded
+    about = load_behavior(behavior if not (here / behavior).is_file() else here / behavior)
+    source = str(here / model) if (here / model).exists() else model
+    found = foretell(load_lm(source), named, about, against=here / against if against else None, most=most)
+    print(found.text)
+    if save:
+        found.save(here / save)
+        print(f"\ntables: {here / save}")
+    return 0
