@@ -11,7 +11,7 @@ from ws.diff import LowRank
 from ws.gradient import accumulate
 from ws.gradient.accumulate import weighted_gradients
 from ws.gradient.capture import chosen, leading, pair_gradients, side_weights, signs
-from ws.gradient.predict import contrast, predict, wording_grid
+from ws.gradient.predict import contrast, jackknife, predict, wording_grid
 from ws.gradient.sketch import diff_sketch, projection, text_sketches
 from ws.model.text import answer_frame
 from ws.subspaces.algebra import left_svd
@@ -284,6 +284,8 @@ def test_the_wording_grid_finds_what_was_planted():
         assert low < share < high, table
         swapped = table.filter(pairs="labels shuffled").row(0, named=True)
         assert swapped["low"] < 0 < swapped["high"] and table["splits"].min() == 100
+    low, high = jackknife(*planted(1.0, n=20))
+    assert low > 0.5 and high > low and np.isnan(jackknife(*planted(1.0, m=2))[0])
     K, rows, tokens = planted(0.5)
     one = [replace(row, persona=0) for row in rows]
     table, share = wording_grid(K, one, tokens)
@@ -305,7 +307,7 @@ def test_a_prediction_says_where_w_will_act(lm, tmp_path):
     assert found.parts["share"].sum() == pytest.approx(1.0) and found.parts["share_w"].sum() == pytest.approx(1.0)
     assert set(found.parts["role"]) == {"q", "k", "v", "o", "gate", "up", "down"} and found.n == 24
     assert found.against["cos"] > found.against["null_high"] and found.against["p"] < 0.01
-    assert "cos(D, w) =" in found.text and "outside it" in found.text
+    assert "cos(D, w) =" in found.text and "w learnt these labels" in found.text
     found.save(tmp_path / "found")
     assert {p.name for p in (tmp_path / "found").iterdir()} == {"predict_parts.tsv", "predict_grid.tsv", "predict.md"}
     g = torch.Generator().manual_seed(0)
@@ -349,5 +351,34 @@ def test_the_command_predicts(tmp_path, monkeypatch, capsys):
     assert answered(["predict", "sycophancy", "--most", "12", "--save", "here"]) == 0
     told = capsys.readouterr().out
     assert "From 12 pairs" in told and (tmp_path / "here" / "predict.md").read_text().strip() in told
-    assert answered(["predict", "gone.jsonl"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    for bad in (["gone.jsonl"], ["sycophancy", "--most", "-5"], ["sycophancy", "--save", "file"]):
+        assert answered(["predict", *bad]) == 2
+        assert capsys.readouterr().err.count("\n") == 1, bad
+
+
+def test_bases_follow_the_answer_words_and_the_gradients_code(lm, tmp_path):
+    """What a kept basis depends on beside the texts."""
+    from ws.gradient.sets import GradientSets
+    from ws.subspaces.candidate import get
+    from ws.subspaces.kept import composed_of
+
+    behavior, protocol = ws.load_behavior("sycophancy"), load_protocol("v7b")
+    assert "grad_contrast" not in {c.name for c in ws.candidates("v7b")}
+    pairs = PairConfig(file="sycophancy")
+    sets = [
+        GradientSets(lm, b, protocol, pairs, LAYERS, tmp_path, progress=False)
+        for b in (behavior, replace(behavior, yes=("true",), no=("false",)))
+    ]
+    assert sets[0].content != sets[1].content and sets[0].names == [
+        "training pairs",
+        "held-out topics",
+        "probes",
+        "answer",
+    ]
+    assert GradientSets(lm, behavior, protocol, pairs, LAYERS, tmp_path).content == sets[0].content
+    few = GradientSets(lm, behavior, protocol, replace(pairs, wordings=("yesno", "true")), LAYERS, tmp_path)
+    assert "other wordings" in few.names and few.content != sets[0].content
+    assert composed_of(get("grad_contrast"))[1] != composed_of(get("write"))[1]
+    with pytest.raises((ValueError, TypeError)):  # a letter is no wording
+        PairConfig(wordings="yesno")

@@ -230,6 +230,8 @@ def test_what_an_effect_is_held_against():
     v = verdict(planted(5, 3.0), steers=steering([[2.0, 2.1, 1.9]], []))
     assert v.winner is None and v.leader == "c7" and "fewer than two null diffs" in v.reasons[0]
     assert not steering([[9.0], [0.2]], [0.1, 0.2, 0.3]).seen  # every seed has to
+    near = steering([[0.5] * 4], [2.0, 3.0, 2.5])
+    assert near.seen is False and "against the behaviour" not in near.text
     back = steering([[-9.0] * 5], [0.1, 0.2, 0.3])  # the other way is no steering towards the behaviour
     assert back.seen is False and "against the behaviour" in back.text
 

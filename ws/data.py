@@ -284,7 +284,7 @@ def _topic(index: int, row: object) -> Topic:
 
 
 def __getattr__(name: str):
-    """The shipped behaviour under the names that the author's notebooks import. (docs/method.md section 12)"""
+    """The shipped behaviour under the names that the author's notebooks import."""
     shipped = {
         "SYCOPHANCY_TOPICS": lambda b: tuple((t.claim, t.question) for t in b.topics),
         "SYCOPHANCY_POS_PERSONAS": lambda b: b.personas_pos,

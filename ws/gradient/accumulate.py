@@ -1,4 +1,4 @@
-"""Weighted sums of per-text gradients of weight matrices, in one pass over the texts. (docs/method.md section 13)
+"""Weighted sums of per-text gradients of weight matrices, in one pass over the texts. (docs/method.md section 12)
 
 For a linear map `y = W x` the gradient of a text's loss is `sum_t delta_t x_t^T`, `delta_t` the loss's gradient at the output of
 token t. Inputs and deltas of a batch give every weighted sum over texts at once: the differences of two sides, and the same

@@ -1,4 +1,4 @@
-"""What the base model's gradient says of pairs: where one step on both adapters would move w. (docs/method.md section 13)
+"""What the base model's gradient says of pairs: where one step on both adapters would move w. (docs/method.md section 12)
 
 `L_s` is the mean over response tokens of the cross-entropy of `response_s` given `user`, as in training; `G_s` its gradient per
 weight matrix, `D = G_neg - G_pos` (`contrast`) and `G_pos + G_neg` (`sum`). `null i` is D with the labels of every pair shuffled.

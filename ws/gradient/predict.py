@@ -1,7 +1,7 @@
-"""Before training: where w will act, and how much of that is the wording of the pairs. (docs/method.md section 13)
+"""Before training: where the gradient of pairs lies, and how much of it is their wording. (docs/method.md section 12)
 
-`D = grad(L_neg - L_pos)` of the base model on the training pairs is where one step on both adapters moves w. Its norms say which
-layers and modules that is; `cos(D_a, D_b)` of disjoint sets of pairs, over random halves of topics and of wordings, how much of
+`D = grad(L_neg - L_pos)` of the base model on the training pairs; one step of plain gradient descent on both adapters moves w by
+`D A^T A`. `cos(D_a, D_b)` of disjoint sets of pairs, over random halves of topics and of wordings, how much of
 it is topic, wording, or the behaviour. With w given: `cos(D, w)` beside the same with the pairs' labels shuffled.
 """
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from ws.cache.files import write_text
+from ws.cache.names import cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
 from ws.gradient.accumulate import Adder
@@ -31,6 +32,7 @@ from ws.train.lora import TrainConfig, adapter_layers
 from ws.train.pairs import Pair, PairConfig, make_pairs
 
 SPLITS, SHUFFLES = 100, 1000
+LEAST = 8  # pairs of a cell: a cosine of fewer says little
 CELLS = {
     "same wordings, other topics": (1, 0), "other wordings, same topics": (0, 1), "other wordings, other topics": (1, 1),
 }  # fmt: skip
@@ -41,12 +43,14 @@ HALVES, SWAPPED = "any other pairs", "labels shuffled"
 class Prediction:
     """parts: per layer and role the share of `|D|^2` (with w: of `|w|^2`, and the cosine); grid: cosines of D between disjoint
     sets of pairs, mean and 95 % range over splits; against: cos(D, w) and its null, or {}; wording: share of what D has in
-    common between topics that is gone with the wordings, NaN where it cannot be told; text: that in words."""
+    common between topics that is gone with the wordings, NaN where it cannot be told, and its 95 % jackknife interval over
+    wordings; text: that in words."""
 
     parts: pl.DataFrame
     grid: pl.DataFrame
     against: dict
     wording: float
+    wording_interval: tuple[float, float]
     n: int
     text: str
 
@@ -74,7 +78,8 @@ def predict(
     """What can be said of w before it is trained on these pairs, from one pass over at most `most` of them.
 
     pairs: a file of pairs (PAIRS), or a `PairConfig`. against: a trained w, to see how right the prediction was. layers: those
-    that get an adapter; default as in training. Raises ValueError for what the pairs, the model or w do not allow.
+    that get an adapter; default those of w, else as in training. Raises ValueError for what the pairs, the model or w do not
+    allow.
 
     Example:
         >>> import ws
@@ -87,8 +92,15 @@ def predict(
     w = None if against is None else load_diff(against)
     if w is not None:
         check_fits(lm.model, w)
+        layers = layers or w.layers()
+        if not any(lm.decoder.param_name(l, role) in w for l in layers for role in ROLES):
+            raise ValueError(
+                f"the weight difference has no matrix of q, k, v, o, gate, up, down at layers {list(layers)}"
+            )
+    if most < 4:
+        raise ValueError(f"most = {most}: a prediction needs at least 4 pairs")
     layers = adapter_layers(lm.decoder.n_layers, TrainConfig(layers=tuple(layers) if layers else None))
-    rows = chosen(make_pairs(lm, behavior, config, cache or Path("."), progress).rows, most, seed)
+    rows = chosen(make_pairs(lm, behavior, config, cache or cache_folder(lm.name), progress).rows, most, seed)
     if len(rows) < 4:
         raise ValueError(f"{len(rows)} pairs: a prediction needs at least 4")
     frame = answer_frame(lm.tokenizer)
@@ -101,9 +113,11 @@ def predict(
     F = torch.cat([sketches[one] for one in targets], dim=1).double()
     K = (F @ F.T).numpy()
     grid, wording = wording_grid(K, rows, tokens.numpy(), seed)
+    span = jackknife(K, rows, tokens.numpy(), seed) if np.isfinite(wording) else (float("nan"),) * 2
     parts = _parts(lm, D, w)
     found = _against(lm, F, tokens, targets, w, parts, seed) if w is not None else {}
-    return Prediction(parts, grid, found, wording, len(rows), _text(parts, grid, found, wording, len(rows)))
+    text = _text(parts, grid, found, wording, span, len(rows))
+    return Prediction(parts, grid, found, wording, span, len(rows), text)
 
 
 def contrast(keep: Float[np.ndarray, " n"], tokens: Float[np.ndarray, "2 n"]) -> Float[np.ndarray, " m"]:
@@ -126,7 +140,7 @@ def wording_grid(
         t, v = (_half(values, generator) for values in (topics, wordings))
         cells = {(i, j): np.flatnonzero((t == i) & (v == j)) for i in (0, 1) for j in (0, 1)}
         size = min(map(len, cells.values()))
-        if len(set(wordings)) > 1 and size >= 2:
+        if len(set(wordings)) > 1 and size >= LEAST:
             parts = {at: _only(generator.permutation(places)[:size], len(rows)) for at, places in cells.items()}
             for name, at in CELLS.items():
                 found[name].append(_cos(K, parts[0, 0], parts[at], tokens))
@@ -143,6 +157,21 @@ def wording_grid(
     same, other = (table.filter(pairs=name)["cos"][0] for name in (list(CELLS)[0], list(CELLS)[2]))
     clear = same > table.filter(pairs=SWAPPED)["high"][0]  # NaN where there are not two wordings
     return table, float(1 - other / same) if clear else float("nan")
+
+
+def jackknife(K: np.ndarray, rows: Sequence[Pair], tokens: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % t interval of the share due to wording over wordings, by leaving out each of them; NaN for fewer than three."""
+    wordings, found = np.array([row.persona for row in rows]), []
+    for one in np.unique(wordings):
+        at = np.flatnonzero(wordings != one)
+        both = np.concatenate([at, at + len(rows)])
+        found.append(wording_grid(K[np.ix_(both, both)], [rows[i] for i in at], tokens[:, at], seed)[1])
+    n = len(found)
+    if n < 3 or not np.isfinite(found).all():
+        return float("nan"), float("nan")
+    whole = wording_grid(K, rows, tokens, seed)[1]
+    wide = stats.t.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.sum((np.array(found) - np.mean(found)) ** 2))
+    return float(whole - wide), float(whole + wide)
 
 
 def _half(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -191,10 +220,19 @@ def _against(lm: LM, F, tokens, targets: Sequence[Target], w: WeightDiff, parts:
     low, high = np.percentile(found[1:], [2.5, 97.5])
     p = (1 + (np.abs(found[1:]) >= abs(found[0])).sum()) / (1 + SHUFFLES)
     rank = float(stats.spearmanr(share, share_w).statistic)
-    return {"cos": whole, "null_low": float(low), "null_high": float(high), "p": float(p), "rank_correlation": rank}
+    return {
+        "cos": whole,
+        "sketched": float(found[0]),
+        "null_low": float(low),
+        "null_high": float(high),
+        "p": float(p),
+        "rank_correlation": rank,
+    }
 
 
-def _text(parts: pl.DataFrame, grid: pl.DataFrame, found: dict, wording: float, n: int) -> str:
+def _text(
+    parts: pl.DataFrame, grid: pl.DataFrame, found: dict, wording: float, span: tuple[float, float], n: int
+) -> str:
     """The prediction in sentences."""
     roles = parts.group_by("role", maintain_order=True).agg(pl.col("share").sum()).sort("share", descending=True)
     layers = parts.group_by("layer", maintain_order=True).agg(pl.col("share").sum()).sort("share", descending=True)
@@ -203,7 +241,8 @@ def _text(parts: pl.DataFrame, grid: pl.DataFrame, found: dict, wording: float, 
     cos = {name: (mean, low, high) for name, mean, low, high, _ in grid.rows()}
     half, null = cos[HALVES], cos[SWAPPED]
     lines = [
-        f"From {n} pairs: the first step moves {most} of |D|^2, most of it in layers {where}.",
+        f"From {n} pairs: of |D|^2 {most} are in these modules, most of it in layers {where} (of a gradient; how w is shared"
+        " among them is not predicted).",
         f"Two random halves of the pairs agree on D with a cosine of {half[0]:.2f} ({half[1]:.2f} to {half[2]:.2f} over halves);"
         f" with shuffled labels {null[0]:.2f} ({null[1]:.2f} to {null[2]:.2f}).",
     ]
@@ -218,12 +257,19 @@ def _text(parts: pl.DataFrame, grid: pl.DataFrame, found: dict, wording: float, 
             f" ({both[1]:.2f} to {both[2]:.2f} over which are held out); about the same topics in other wordings {topics[0]:.2f}."
         )
     if np.isfinite(wording):
-        lines.append(f"Of what topics share {wording:.0%} is gone with the wording.")
-        if wording > 0.5:
+        lines.append(
+            f"Of what topics share over half of the wordings {wording:.0%} is gone in the other half (95 % interval over wordings"
+            f" {span[0]:.0%} to {span[1]:.0%})."
+        )
+        if span[0] > 0.5:
             lines.append("**Your pairs differ in phrasing more than in behaviour**: add wordings before you train.")
     if found:
-        inside = found["null_low"] <= found["cos"] <= found["null_high"]
-        where = "**inside** what these texts give without their labels" if inside else "outside it"
+        inside = found["null_low"] <= found["sketched"] <= found["null_high"]
+        where = (
+            "**inside** what other labels give"
+            if inside
+            else "so that w learnt these labels, which is no behaviour yet"
+        )
         lines.append(
             f"Against the trained w: cos(D, w) = {found['cos']:+.3f}, with shuffled labels {found['null_low']:+.3f} to"
             f" {found['null_high']:+.3f} (p = {found['p']:.3f}), {where};"

@@ -1,6 +1,6 @@
 """Which texts a behaviour's gradients are taken of: its training pairs, pairs about other topics, in other wordings, its probes.
 
-(docs/method.md section 13)
+(docs/method.md section 12)
 """
 
 from collections.abc import Sequence
@@ -41,12 +41,11 @@ class GradientSets:
         """Pairs by the name of their set; a set is empty where there is none of its kind."""
         train = make_pairs(self.lm, self.behavior, self.config, self.cache, self.progress).rows
         held = heldout_pairs(self.lm, self.behavior, self.config, self.cache, self.progress)[0]
-        if self.config.file:
-            known = {row.persona for row in train}  # of written pairs the wording
-            other = tuple(row for row in held if row.persona not in known)
-            held = tuple(row for row in held if row.persona in known)
-        else:
-            other = ()
+        known = {row.persona for row in train}  # of written pairs the wording
+        other = tuple(row for row in held if row.persona not in known) if self.config.file else ()
+        held = tuple(row for row in held if row.persona in known)
+        if self.config.file and len({row.topic for row in (*train, *held)}) < 2:
+            held = ()  # a file without topics holds out more of the same
         return {TRAIN: train, TOPICS: held, WORDINGS: other}
 
     @property
@@ -58,7 +57,8 @@ class GradientSets:
     def content(self) -> str:
         """Hash of all texts and settings that bases from these gradients depend on, besides the model."""
         texts = {name: [asdict(row) for row in rows] for name, rows in self.pairs.items()}
-        return digest(repr((texts, self.layers, self.most, self._probes())).encode())
+        words = answer_tokens(self.lm.tokenizer, self.behavior)
+        return digest(repr((texts, self.layers, self.most, self._probes(), words)).encode())
 
     def _probes(self) -> list[str]:
         return [

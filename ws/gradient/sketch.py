@@ -2,7 +2,7 @@
 
 Of the gradient `sum_t delta_t x_t^T` of a matrix is kept `P (.) Q^T`, P and Q seeded with orthonormal rows and scaled so that
 inner products are right in the mean (a random projection on both sides). Sums over any set of texts, shuffled labels and
-splits by topic and wording then cost no pass through the model. (docs/method.md section 13)
+splits by topic and wording then cost no pass through the model. (docs/method.md section 12)
 """
 
 import zlib

@@ -93,7 +93,7 @@ def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float], score:
         end = upper_effect(nulls)
         seen = bool(min(found) > end)
         above = f"above their spread{' on every seed' if many else ''}"
-        above += ", and against the behaviour" if not seen and max(found) < min(nulls) else ""
+        above += ", and against the behaviour" if not seen and max(found) < -end else ""
         held = f"{len(nulls)} null diffs by {_range(nulls)} (97.5 % of further ones stay under {end:+.2f})"
         return Steering(found, nulls, seen, f"{said}, {held}: {above if seen else f'**not {above}**'}.")
     had = f"with {len(nulls) or 'no'} null diff{'' if len(nulls) == 1 else 's'} (2 are needed for a spread)"

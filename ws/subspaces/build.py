@@ -10,7 +10,7 @@ from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
 
-# in the order of docs/method.md sections 5 and 13
+# in the order of docs/method.md sections 5 and 12
 MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
 
 

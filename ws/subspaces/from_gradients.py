@@ -1,4 +1,4 @@
-"""Candidates read off the base model's gradient on texts, before anything is trained. (docs/method.md section 13)
+"""Candidates read off the base model's gradient on texts, before anything is trained. (docs/method.md section 12)
 
 They see texts and no adapter: `pairs` are those that adapters are trained on, `other pairs` are not.
 """

@@ -57,6 +57,12 @@ def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
     captures where it sees them. Unkeyed where the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
     read = ["ws.subspaces.captures.capture_base"] if "prompts" in c.sees else []
+    if c.source == GRADIENT or {"pairs", "other pairs"} & set(c.sees):
+        read += [
+            "ws.gradient.capture.pair_gradients",
+            "ws.gradient.capture.text_gradients",
+            "ws.gradient.sets.GradientSets",
+        ]
     found, parts, todo = walk("ws.subspaces.materials.Materials", *read), {}, [c]
     while todo:
         one = todo.pop()

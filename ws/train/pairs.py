@@ -3,9 +3,8 @@ they are read from a file (`ws.train.written`).
 
 For (topic, persona pair i, sample): `response_pos ~ p(. | persona_pos[i], user)` and
 `response_neg ~ p(. | persona_neg[i], user)`, with user = the claim as an opinion followed by the topic's question.
-Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs. Of a behaviour of
-statements nothing is written: the question is the user turn, the matching answer `response_pos`, the other `response_neg`.
-(docs/method.md section 1)
+Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs. Of statements nothing
+is written: the question is the user turn, the matching answer `response_pos`, the other the other. (docs/method.md section 1)
 """
 
 import json
@@ -34,7 +33,7 @@ Turns = tuple[list[str], tuple[tuple[str, str], ...]]  # user turns by topic, an
 class PairConfig:
     """How pairs are written. `topics` and `personas`: how many, from the first on (None: all that may train). file: written
     pairs, a path or the name of shipped ones, in place of what the base model would write; then `topics` and `wordings` alone
-    count. wordings: those of the file's that are trained on; none for all.
+    count. wordings: the file's that are trained on; none for all.
 
     Example:
         >>> import ws
@@ -52,6 +51,10 @@ class PairConfig:
     seed: int = 0
     file: str = ""
     wordings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if isinstance(self.wordings, str):
+            raise ValueError(f"wordings={self.wordings!r}: give several, as ({self.wordings!r},)")
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def counted(behavior: Behavior, cfg: PairConfig) -> PairConfig:
         if asked is not None and not 1 <= asked <= have:
             raise ValueError(f"{behavior.name}: {asked} training {what} asked for, it has {have}")
         cfg = replace(cfg, **{what: have if asked is None else asked})
-    if cfg.samples < 1 or cfg.batch < 1:
+    if min(cfg.samples, cfg.batch) < 1:
         raise ValueError(f"samples ({cfg.samples}) and batch ({cfg.batch}) must be at least 1")
     return cfg
 

@@ -70,7 +70,7 @@ def predict(
     most: int = 200,
     save: Path | None = None,
 ) -> int:
-    """Before training: which layers and modules a weight difference will use, and how much of that is the pairs' wording.
+    """Before training: where the gradient of pairs lies, and how much of what it shares between topics is their wording.
 
     Args:
         pairs: a JSONL file of pairs, or sycophancy, the shipped ones.
@@ -80,6 +80,7 @@ def predict(
         most: so many pairs are read, a seeded draw.
         save: a folder for the tables and the text.
     """
+    from ws.cache.models import shipped
     from ws.cache.places import shipped_pairs
     from ws.data import load_behavior
     from ws.gradient.predict import predict as foretell
@@ -87,10 +88,14 @@ def predict(
     from ws.train.written import read_written
 
     here = typed_in()
+    if save and (here / save).is_file():
+        raise ValueError(f"{here / save}: is a file; give a folder for the tables")
+    if most < 4:
+        raise ValueError(f"--most {most}: a prediction needs at least 4 pairs")
     named = pairs if shipped_pairs(pairs) else str(here / pairs)
     read_written(named)  # what is wrong with the file is said before a model is loaded
     about = load_behavior(behavior if not (here / behavior).is_file() else here / behavior)
-    source = str(here / model) if (here / model).exists() else model
+    source = str(here / model) if not shipped(model) and (here / model).exists() else model
     found = foretell(load_lm(source), named, about, against=here / against if against else None, most=most)
     print(found.text)
     if save:
