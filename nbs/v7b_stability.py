@@ -50,7 +50,7 @@ from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import literal, write_table
 from ws.stability import corrections
 from ws.stability import figures as draw
-from ws.stability.compare import LEADING, own_candidates
+from ws.stability.compare import own_candidates
 
 run = begin("v7b_stability", globals())
 sweeps = run.sweeps
@@ -107,8 +107,7 @@ display(show(draw.bump_chart(found.per_seed, found.summary), run.folder / "v7b_r
 # geometric mean over null diffs. `varying`: R_act of the EVAL rows minus their mean; `claim`: at the claim's tokens.
 
 # %%
-shown = {column: name for column, name in LEADING.items() if column in found.summary.columns}
-display(show_table(found.summary, shown, rows=15))
+display(show_table(found.leading, rows=15))
 
 # %% [markdown]
 # ## What chance gives

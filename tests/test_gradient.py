@@ -107,7 +107,11 @@ def by_loss(lm, rows, sign):
 
 def test_shuffles_are_the_gradients_of_swapped_pairs(lm, rows):
     found = pair_gradients(lm, rows, LAYERS, shuffles=2, progress=False)
-    assert found.kinds == ["contrast", "sum", "null 0", "null 1"] and found.n == 8 and found.layers == [2, 3]
+    assert (
+        found.kinds == ["contrast", "sum", "half 0", "half 1", "null 0", "null 1"]
+        and found.n == 8
+        and found.layers == [2, 3]
+    )
     swaps = signs(len(rows), 2)
     assert not torch.equal(swaps[0], swaps[1])
     swapped = tuple(
@@ -118,10 +122,28 @@ def test_shuffles_are_the_gradients_of_swapped_pairs(lm, rows):
     )
     want = pair_gradients(lm, swapped, LAYERS, shuffles=0, progress=False)
     for l in LAYERS:
-        assert found.norms["null 1"][l, "o"] == pytest.approx(want.norms["contrast"][l, "o"], rel=1e-4)
         a, b = (left_svd(x.roots[kind, "write", l], 4).B for x, kind in ((found, "null 1"), (want, "contrast")))
         assert least_cos(a, b) > 1 - 1e-4
-    assert set(found.norms["null 1"]) == {(l, r) for l in LAYERS for r in ("o", "down")}
+    assert {side for kind, side, _ in found.roots if kind == "null 1"} == {"write"}
+
+
+def test_halves_are_the_parts_of_every_other_pair(lm, rows):
+    G = pair_gradients(lm, rows, LAYERS, shuffles=0, progress=False)
+    made = examples(lm, rows)
+    weights = side_weights(tokens_of(made), signs(len(rows), 0))
+    even = torch.tensor([1.0, 0.0] * len(rows))
+    for one, side in (((2, "o"), "write"), ((3, "q"), "read")):
+        sums, _ = weighted_gradients(
+            lm, made, {one: (weights[1] - weights[0])[None] * torch.stack([even, 1 - even])}, progress=False
+        )
+        assert G.norms[one] == pytest.approx(float(sums[one].sum(0).norm()), rel=1e-5)
+        alone = pair_gradients(lm, rows[::2], [one[0]], shuffles=0, progress=False)
+        for i, kind in enumerate(("half 0", "half 1")):
+            space = left_svd(sums[one][i] if side == "write" else sums[one][i].T, 1).B
+            held = left_svd(G.roots[kind, side, one[0]], 24).B
+            assert float((held.T @ space).norm()) > 0.9, (one, kind)
+        whole, half = (left_svd(x.roots[kind, side, one[0]], 2).B for x, kind in ((alone, "contrast"), (G, "half 0")))
+        assert least_cos(whole, half) > 0.95  # the normalisers of the two sides differ a little
 
 
 def test_one_step_of_lora_from_zero_moves_w_along_the_gradient(lm, rows):
@@ -319,8 +341,8 @@ def test_a_prediction_says_where_w_will_act(lm, tmp_path):
 
 
 def test_gradient_candidates_take_part_where_pairs_are_given(lm, tmp_path):
-    w = ws.load_diff("tiny")
-    found = ws.explain(lm, w, protocol="v7b", pairs="sycophancy", candidates=["write"], progress=False, cache=tmp_path)
+    w, few = ws.load_diff("tiny"), PairConfig(file="sycophancy", topics=2)
+    found = ws.explain(lm, w, protocol="v7b", pairs=few, candidates=["write"], progress=False, cache=tmp_path)
     assert "grad_contrast" not in set(found.summary["subspace"])  # the caller chose the candidates
     names = [
         "write",
@@ -331,10 +353,18 @@ def test_gradient_candidates_take_part_where_pairs_are_given(lm, tmp_path):
         "grad_contrast_heldout_topics",
         "grad_probe",
     ]
-    found = ws.explain(lm, w, protocol="v7b", pairs="sycophancy", candidates=names, progress=False, cache=tmp_path)
+    found = ws.explain(lm, w, protocol="v7b", pairs=few, candidates=names, progress=False, cache=tmp_path)
     R = {r["subspace"]: r for r in found.summary.iter_rows(named=True)}
-    assert set(names) <= set(R)
-    assert R["grad_contrast"]["kind"] == "A-hypothesis" and R["grad_null_1"]["kind"] == "control"
+    assert {*names, "grad_null"} - {"grad_null_1"} <= set(R) and "grad_null_1" not in R  # shown as one row
+    assert R["grad_contrast"]["kind"] == "A-hypothesis" and R["grad_null"]["kind"] == "control"
+    sees = {
+        "write": "weights",
+        "grad_contrast": "pairs",
+        "grad_contrast_heldout_topics": "other pairs",
+        "grad_probe": "prompts",
+    }
+    assert {name: R[name]["sees"] for name in sees} == sees and R["dW_left_basis_ceiling"]["sees"] == "w"
+    assert found.setting["gradients"].startswith("of 24 of 24 training pairs, 62 of 62 held-out topics, 10 of 10 other")
     about = {c["name"]: c["sees"] for c in found.candidates}
     assert about["grad_contrast"] == ["weights", "pairs"] and about["grad_contrast_heldout_topics"] == [
         "weights",
@@ -342,6 +372,38 @@ def test_gradient_candidates_take_part_where_pairs_are_given(lm, tmp_path):
     ]
     with pytest.raises(ValueError, match="see the training pairs: give them"):
         ws.explain(lm, w, protocol=replace(load_protocol("v7b"), sources=("gradient",)), progress=False, cache=tmp_path)
+
+
+def test_own_pairs_and_the_verdict_by_what_candidates_see(lm, tmp_path):
+    """From the training's own record to a verdict with and without gradient candidates."""
+    config = ws.TrainConfig(PairConfig(file="sycophancy", topics=2), lr=2e-3, max_steps=4)
+    names, found = ["write", "mlp_write", "grad_contrast", "grad_contrast_heldout_topics", "grad_sum"], {}
+    for seed in (0, 1):
+        w = ws.train_diff(lm, "sycophancy", seed=seed, config=config, folder=tmp_path / f"w{seed}", progress=False)
+        assert w.meta["pairs_of"] == {"file": "sycophancy", "topics": 2}
+        found[seed] = ws.explain(lm, w, pairs="own", candidates=names, progress=False, cache=tmp_path / "cache")
+    assert found[0].setting["gradient_pairs"]["topics"] == 2 and found[0].bases == found[1].bases
+    several = ws.compare_seeds(found, lm, boot=50, n_null=50, cache=tmp_path / "cache")
+    halves = several.subspaces.filter(compared="text halves")
+    assert set(halves["object"]) == {"grad_contrast", "grad_contrast_heldout_topics"}
+    assert halves["overlap"].is_between(0, 1).all() and (halves["overlap"] > halves["chance"]).all()
+    assert list(several.races) == ["without gradients", "weights", "other pairs", "pairs"]
+    assert several.races["without gradients"].n_contenders == 2 and several.verdict.n_contenders == 4
+    assert several.races["pairs"].n_contenders == several.races["other pairs"].n_contenders == 1
+    told = several.conclusion()
+    assert "- with gradient candidates (4 contenders): no winner" in told
+    assert "- without them (2 contenders): no winner" in told and "- sees other pairs (1 contenders)" in told
+    assert "sees" in several.leading.columns
+    lost = ws.WeightDiff(w.entries, {**w.meta, "pairs_hash": "0" * 12})
+    for w, why in ((lost, "have changed since"), (ws.WeightDiff(w.entries), "does not say which pairs")):
+        plain = ws.explain(lm, w, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
+        assert why in plain.setting["gradients"] and why in plain.conclusion()
+    gone = ws.WeightDiff(w.entries, {**w.meta, "pairs_of": {"file": str(tmp_path / "gone.jsonl")}})
+    plain = ws.explain(lm, gone, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
+    assert "gone.jsonl" in plain.setting["gradients"]
+    assert (
+        ws.explain(lm, w, pairs="none", candidates=["write"], progress=False, cache=tmp_path).setting["gradients"] == ""
+    )
 
 
 def test_the_command_predicts(tmp_path, monkeypatch, capsys):

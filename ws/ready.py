@@ -18,6 +18,7 @@ from ws.diff.io import read_meta
 from ws.explanation.explain import check_sizes
 from ws.model.lm import LM, check_model
 from ws.runs.folders import null_diffs, own_w
+from ws.runs.rules import GRADIENTS
 from ws.steer.answers import check_words
 from ws.steer.evaluate import check_alphas
 from ws.subspaces.captures import check_texts, probes
@@ -106,8 +107,9 @@ def check_files(values: Values) -> None:
         load_calibration(str(values["CALIBRATION"] or ""))
     for folder in values.get("COMPARE") or []:
         read_folder(Path(str(folder)))
-    if values.get("PAIRS"):
-        read_written(str(values["PAIRS"]))
+    for key in ("PAIRS", "GRADIENTS"):
+        if values.get(key) and values[key] not in GRADIENTS:
+            read_written(str(values[key]))
     given = values.get("CANDIDATES") or []
     for file in map(Path, [given] if isinstance(given, str) else given):
         if not file.is_file():

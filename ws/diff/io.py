@@ -240,7 +240,7 @@ def describe(w: WeightDiff) -> str:
     table = w.table()
     low = int((table["form"] == "low-rank").sum())
     lines = [
-        *(f"{key}: {value}" for key, value in sorted(w.meta.items()) if not isinstance(value, list)),
+        *(f"{key}: {value}" for key, value in sorted(w.meta.items()) if not isinstance(value, list | dict)),
         f"parameters: {len(w)} ({low} low-rank, {len(w) - low} dense)",
         f"layers: {', '.join(map(str, w.layers())) or 'none'}",
         f"norm: {w.total_norm():.6g}\n",

@@ -11,7 +11,7 @@ from ws.diff import WeightDiff, load_diff
 from ws.explanation import rows
 from ws.explanation.result import Explanation
 from ws.explanation.rows import CLEAN
-from ws.gradient.sets import GradientSets
+from ws.gradient.sets import gradient_sets
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.steer.effect import effects
@@ -56,9 +56,10 @@ def explain(
     `f(m, l)`) and ready bases `{"name": {layer: (d, r) tensor}}`, which are made orthonormal where they are not, with a
     warning. null: the null diff that every score is compared with, or several: two have a spread. layers: what
     summaries average over; default those that w touches. k: rank of a basis; k_broad: width of what "not read" projects
-    out. pairs: training pairs, a `PairConfig` or the file of PAIRS: then the candidates of source `gradient` take part, which
-    see them and no adapter. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what
-    does not fit: a tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7 and 12)
+    out. pairs: training pairs, a `PairConfig`, a file of pairs, or `own`, those that w was trained on: then the candidates
+    of source `gradient` take part, which see them and no adapter. cache: folder of captures and bases, default
+    `out/<model>/cache`. Raises ValueError naming what does not fit: a tensor, a layer, a candidate, a text that is cut.
+    (docs/method.md sections 5 to 7 and 12)
 
     Example:
         >>> import torch, ws
@@ -85,15 +86,11 @@ def explain(
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
-    sets = None
-    if pairs is not None:
-        config = pairs if isinstance(pairs, PairConfig) else PairConfig(file=str(pairs))
+    sets, said = gradient_sets(lm, behavior, protocol, w, pairs, layers, cache or cache_folder(lm.name), progress)
+    if sets:
         protocol = replace(protocol, sources=tuple(dict.fromkeys([*protocol.sources, GRADIENT])))
-        sets = GradientSets(
-            lm, behavior, protocol, config, tuple(layers), cache or cache_folder(lm.name), progress=progress
-        )
     elif GRADIENT in protocol.sources:
-        raise ValueError("candidates of source gradient see the training pairs: give them (pairs=..., PAIRS)")
+        raise ValueError("candidates of source gradient see the training pairs: give them (pairs=..., GRADIENTS)")
     shipped = candidates_of(protocol)
     functions, ready = _sorted_out(extra)
     chosen = shipped if candidates is None else [as_candidate(c) for c in candidates]
@@ -108,9 +105,9 @@ def explain(
         if by_name.setdefault(c.name, c) != c:
             raise ValueError(f"candidate {c.name}: two of this name are given")
     left_out = [c.name for c in by_name.values() if not c.works(bool(behavior.personas_pos))]
-    left_out += [name for name, texts in USES.items() if name in by_name and sets and texts not in sets.names]
-    a_side = [c for c in a_side if c.name not in left_out]
-    everyone = [c for c in by_name.values() if c.name not in left_out]
+    textless = [name for name, texts in USES.items() if name in by_name and sets and texts not in sets.names]
+    a_side = [c for c in a_side if c.name not in (*left_out, *textless)]
+    everyone = [c for c in by_name.values() if c.name not in (*left_out, *textless)]
 
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache, sets)
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
@@ -138,6 +135,7 @@ def explain(
             "n_layers": d.n_layers, "d": d.d, "n_heads": d.n_heads, "n_kv": d.n_kv, "behavior": behavior.name,
             "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics, "statements": bool(behavior.answers),
             "n_persona_pairs": len(behavior.personas_pos), "left_out": left_out,
+            "gradients": said, "gradient_pairs": asdict(sets.config) if sets else None, "textless": textless,
             "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
             "n_fit": len(split.fit), "n_eval": len(split.eval),
             "n_templates": wordings, "positions": protocol.positions, "n_cut": cut,

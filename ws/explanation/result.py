@@ -19,8 +19,8 @@ from ws.explanation import words
 from ws.explanation.figures import joint_scatter, recovery_by_layer
 from ws.explanation.rows import NULL_ROWS, null_check
 from ws.explanation.scores import Target, target, weight_targets
-from ws.explanation.summary import against_nulls, null_summary, summarise, summarise_specific, with_percentages
-from ws.show.tables import read_table, write_table
+from ws.explanation.summary import against_nulls, folded, null_summary, summarise, summarise_specific, with_percentages
+from ws.show.tables import read_table, sort_nan_last, write_table
 from ws.steer.effect import Steering, steering
 
 CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
@@ -67,8 +67,9 @@ class Explanation:
 
     @cached_property
     def summary(self) -> pl.DataFrame:
-        """One row per candidate, means over the layers, best joint score first, with percentages of the ceilings."""
-        return with_percentages(self.plain_summary)
+        """One row per candidate, means over the layers, best joint score first, with percentages of the ceilings. The shuffles of
+        a control are one row, their mean."""
+        return sort_nan_last(folded(with_percentages(self.plain_summary)), "joint_score")
 
     @cached_property
     def nulls(self) -> pl.DataFrame:
@@ -83,7 +84,7 @@ class Explanation:
     @cached_property
     def specific(self) -> pl.DataFrame:
         """One row per candidate: what it explains beyond the clean states' own directions, best first."""
-        return summarise_specific(self.specific_per_layer, self.layers)
+        return sort_nan_last(folded(summarise_specific(self.specific_per_layer, self.layers)), "mean_specific_conc_act")
 
     def top(self, rows: int = 12, style: str = "simple") -> str:
         """The head of the summary as text; style: a tabulate format, or `html`."""

@@ -103,7 +103,7 @@ def _columns(s: sc.Score, target: str, prefix: str = "") -> dict[str, float]:
 
 def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
     B = basis.B
-    row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"rank": basis.rank}
+    row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"sees": c.race, "rank": basis.rank}
     row |= _columns(sc.score(t.act, B, sc.ZERO), "act")
     for name in WEIGHTS:
         row |= _columns(sc.score(t.weights[name], B), f"w_{name}")
@@ -156,7 +156,12 @@ def specific_per_layer(candidates: list[Candidate], bases: Bases, targets: Targe
     rows = []
     for l, t, c, basis in _cells(candidates, bases, targets):
         s, rank = sc.specific(t.beyond_clean, basis, bases[CLEAN][l])
-        row = _keys(l, c, "family", "source", "kind") | _columns(s, "act", "specific_") | {"specific_rank": rank}
+        row = (
+            _keys(l, c, "family", "source", "kind")
+            | {"sees": c.race}
+            | _columns(s, "act", "specific_")
+            | {"specific_rank": rank}
+        )
         rows.append(row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned})
     return pl.DataFrame(rows, infer_schema_length=None)
 

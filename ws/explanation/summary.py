@@ -7,7 +7,7 @@ import polars as pl
 from ws.show.tables import sort_nan_last
 from ws.steer.effect import null_end, null_mean
 
-KEYS = ["subspace", "family", "axis_kind", "source", "kind"]
+KEYS = ["subspace", "family", "axis_kind", "source", "kind", "sees"]
 WEIGHTS = ("oproj", "downproj", "combined")
 MAIN = ["conc_act", "z_act", "energy_frac_act"] + [f"{c}_w_{t}" for c in ("conc", "z") for t in WEIGHTS]
 EXTRA = "conc_block energy_frac_block pct_oracle_act pct_oracle_block conc_act_null conc_w_combined_null".split()
@@ -94,6 +94,18 @@ def with_percentages(summary: pl.DataFrame) -> pl.DataFrame:
 def summarise_specific(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     """`v7_specific_summary.tsv`: means over the layers, sorted by mean_specific_conc_act, highest first."""
     part = table.filter(pl.col("layer").is_in(layers))
-    by_name = part.group_by("subspace", "family", "source", "kind", maintain_order=True)
+    by_name = part.group_by("subspace", "family", "source", "kind", "sees", maintain_order=True)
     means = by_name.agg(pl.col(SPECIFIC).mean().name.prefix("mean_"), *DOUBTS)
     return sort_nan_last(means, "mean_specific_conc_act")
+
+
+def folded(table: pl.DataFrame, name: str = "subspace") -> pl.DataFrame:
+    """The table with the shuffles of one control (`grad_null_1`, ...) as one row, their mean; NaN where one is undefined."""
+    whole = pl.coalesce(pl.col(name).str.extract(r"^(grad_null)_\d+$"), pl.col(name))
+    numbers = [column for column, kind in table.schema.items() if kind.is_numeric()]
+    parts = [
+        pl.col(column).mean() if column in numbers else pl.col(column).first()
+        for column in table.columns
+        if column != name
+    ]
+    return table.group_by(whole, maintain_order=True).agg(parts).select(table.columns)

@@ -4,6 +4,7 @@ import polars as pl
 
 from ws.show.tables import as_text, code, literal, sort_nan_last
 from ws.steer.effect import Steering
+from ws.subspaces.candidate import RACES
 from ws.subspaces.captures import N_PROBES
 
 TOP = 5
@@ -42,13 +43,14 @@ def conclusion(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, checks: dict
     sections = {
         "Does w steer?": [steers.text],
         "Leader of this seed": [led],
+        "By what candidates see": [f"- {line}" for line in _by_race(pct)] if ranked else [],
         "Against null diffs": [f"- {line}" for line in _against_nulls(pct, ranked[:1], facts)],
         "Do activation and weight recovery agree?": [f"- {line}" for line in _agreement(pct)],
         "Caveats of this run": [f"- {line}" for line in caveats(pct, table, facts, ranked)],
         "Self-checks": [f"- {CHECKS.get(key, key)}: {value:.3g}" for key, value in checks.items()],
     }
     parts = [f"# Conclusion: {literal(facts['title'])}", _setting(facts)]
-    parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items()]
+    parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines]
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,6 +80,7 @@ def setting_table(f: dict) -> str:
         *([("chat template", f["chat"])] if f.get("chat") else []),
         ("behaviour", f"{f['behavior']}: {f['n_topics']} topics, {f['n_persona_pairs']} persona pairs"),
         *([("left out", left_out(f))] if f.get("left_out") else []),
+        *([("gradients", f["gradients"])] if f.get("gradients") else []),
         ("w", f"{f['w_matrices']} matrices, Frobenius norm {f['w_norm']:.4g}, layers {touched}"),
         ("protocol", f"{p['name']}: {switches}, persona pairs: {p['persona_pairs']}"),
         (
@@ -139,6 +142,18 @@ def _leader(pct: pl.DataFrame, ranked: list[str]) -> str:
         joint = _row(pct, name)["joint_score"]
         text.append(f"The best read candidate is {literal(name)}, with a joint score of {joint:.2f}.")
     return " ".join(text)
+
+
+def _by_race(pct: pl.DataFrame) -> list[str]:
+    """The leader among the write and mixed candidates of each race: what sees training texts is no rival of what does not."""
+    parts = {race: pct.filter(sees=race) for race in RACES}
+    named = {race: leaders(part, "joint_score", ("write", "mixed")) for race, part in parts.items()}
+    rows = {race: (_row(pct, names[0]), len(names)) for race, names in named.items() if names}
+    return [
+        f"sees {race}: {literal(row['subspace'])}, best of {n}: R_act {row['mean_conc_act']:.2f}, R_w"
+        f" {row['mean_conc_w_combined']:.2f}, {_share(row, 'combined')} of what the best subspace of its rank holds of w."
+        for race, (row, n) in rows.items()
+    ]
 
 
 def _share(row: dict, target: str) -> str:
@@ -209,6 +224,10 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
         out += [f"{trained_on} of {facts['n_eval']} EVAL probes are topics that the adapters may have been trained on."]
     if without := left_out(facts):
         out += [f"{literal(without)}."]
+    if textless := facts.get("textless"):
+        out += [f"No such texts among the pairs, so left out: {_names(textless)}."]
+    if facts.get("gradients", "").startswith("no "):
+        out += [f"{literal(facts['gradients'])}."]
     if not p["chat_probes"] and facts["n_persona_pairs"]:
         mixed = "a contrast mixes both"
         out += [f"Clean and steered probes are raw text, persona probes are in the chat template: {mixed}."]
@@ -241,7 +260,7 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
 
 
 BEYOND = {
-    "subspace": "subspace", "family": "family", "mean_specific_conc_act": "R_act beyond clean",
+    "subspace": "subspace", "family": "family", "sees": "sees", "mean_specific_conc_act": "R_act beyond clean",
     "mean_specific_z_act": "z", "mean_specific_energy_frac_act": "energy fraction", "mean_specific_rank": "rank",
 }  # fmt: skip
 
@@ -250,7 +269,7 @@ def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
     """The head of the summary as text, the columns a reader compares first; the caller's own candidates in any case. Every
     score stands beside what null diffs score, and beside its share of the best subspace of the same rank."""
     columns = {
-        "#": "#", "subspace": "subspace", "family": "family", "mean_conc_act": "R_act", "R_act_null": "on null",
+        "#": "#", "subspace": "subspace", "family": "family", "sees": "sees", "mean_conc_act": "R_act", "R_act_null": "on null",
         "mean_conc_w_combined": "R_w", "R_w_null": "on null ", "joint_score": "joint", "act": "% best act",
         "w": "% best w", "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
     }  # fmt: skip
@@ -261,7 +280,7 @@ def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
 
 def positions(pct: pl.DataFrame) -> dict[str, str]:
     """Columns of R_act by what is read of the EVAL rows, and their headings: those that the summary has."""
-    columns = {"subspace": "subspace", "mean_conc_act": "R_act", "mean_conc_act_varying": "varying"}
+    columns = {"subspace": "subspace", "sees": "sees", "mean_conc_act": "R_act", "mean_conc_act_varying": "varying"}
     columns |= {"mean_conc_act_claim": "claim", "mean_conc_act_claim_varying": "claim, varying"}
     columns |= {"mean_conc_act_without_largest": "without 3 coordinates"}
     return {column: name for column, name in columns.items() if column in pct.columns}

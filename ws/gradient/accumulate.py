@@ -42,8 +42,6 @@ def weighted_gradients(
     losses. `loss_i` is summed over the labels of text i; `loss` is of the logits before each. The model is as it was
     before: bits, `requires_grad`, modes. In half precision everything is computed in float32. ValueError for a steered or a
     hooked model, and for a text whose loss or gradient is not finite."""
-    check_plain(lm.model)
-    check_unhooked(lm.model)
     total = Adder(weights)
     losses = each_gradient(lm, examples, list(weights), total, loss, label, progress)
     return total.sums(), losses

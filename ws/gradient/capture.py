@@ -2,14 +2,16 @@
 
 `L_s` is the mean over response tokens of the cross-entropy of `response_s` given `user`, as in training; `G_s` its gradient per
 weight matrix, `D = G_neg - G_pos` (`contrast`) and `G_pos + G_neg` (`sum`). `null i` is D with the labels of every pair shuffled.
-Kept are, per layer, the square roots of two Grams, from which bases are read: of `[D_o/|D_o| | D_down/|D_down|]` (`write`) and of
-`[D_q; D_k; D_v; D_gate; D_up]`, each divided by its norm (`read`); and of D itself norms and leading singular triples.
+`half 0` and `half 1` are the parts of D that come from every other pair, `D = half 0 + half 1`. Kept are, per layer, the square
+roots of two Grams, from which bases are read: of `[D_o/|D_o| | D_down/|D_down|]` (`write`) and of `[D_q; D_k; D_v; D_gate;
+D_up]`, each divided by its norm (`read`); and of D itself norms and leading singular triples.
 """
 
 import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +39,18 @@ SHUFFLES = 8
 COLUMNS = 64  # of a Gram's root: what a basis is cut from
 RANK = 32  # singular triples of D that are kept of a matrix
 WRITERS, READERS = ("o", "down"), ("q", "k", "v", "gate", "up")
-CONTRAST, SUM = "contrast", "sum"
+CONTRAST, SUM, HALVES = "contrast", "sum", ("half 0", "half 1")
+Kinds = dict[str, dict[int, float]]  # each kind as a combination of the rows that are summed
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of one set of texts. roots: `(d, c)` by (kind, side, layer), side `write` or `read`; norms: `|M|_F` by kind,
-    layer and role; diff: D of rank up to RANK per matrix, as a weight diff (w starts along `lr s^2 D A^T A`); losses: mean
+    """Gradients of one set of texts. roots: `(d, c)` by (kind, side, layer), side `write` or `read`; norms: `|D|_F` by layer
+    and role; diff: D of rank up to RANK per matrix, as a weight diff (w starts along `lr s^2 D A^T A`); losses: mean
     cross-entropy of both sides, nats per response token; n: texts or pairs read."""
 
     roots: dict[tuple[str, str, int], Float[Tensor, "d c"]]
-    norms: dict[str, dict[tuple[int, str], float]]
+    norms: dict[tuple[int, str], float]
     diff: WeightDiff
     losses: dict[str, float]
     n: int
@@ -99,9 +102,10 @@ def pair_gradients(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Gradients:
-    """The gradients of pairs at the base weights, at `layers`: `contrast`, `sum`, and `null 0`, `null 1`, ... of as many
-    shuffles (of what writes alone). fold_gain: as in `load_protocol`. cache: a folder (of this model) to keep them in, under the
-    model, the texts, the settings and the code. ValueError for no pairs, for what `weighted_gradients` refuses."""
+    """The gradients of pairs at the base weights, at `layers`: `contrast` with its halves and, of what writes alone, `sum` and
+    `null 0`, `null 1`, ... of as many shuffles. fold_gain: as in `load_protocol`. cache: a folder (of this model) to keep
+    them in, under the model, the texts, the settings and the code. ValueError for no pairs, for what `weighted_gradients`
+    refuses."""
     if not rows:
         raise ValueError(f"{label}: no pair to take a gradient of")
     frame, limit = answer_frame(lm.tokenizer), 512
@@ -110,19 +114,22 @@ def pair_gradients(
 
     def make() -> Gradients:
         tokens = torch.tensor([float(sum(t != -100 for t in e["labels"])) for e in examples]).reshape(2, -1)
-        weights, kinds = side_weights(tokens, swaps), [f"null {s}" for s in range(shuffles)]
-        writers = [(l, role) for l in layers for role in WRITERS]
-        readers = [(l, role) for l in layers for role in READERS]
-        # the shuffles' sums are held of writers alone
-        each = dict.fromkeys(writers, weights) | dict.fromkeys(readers, weights[:2])
+        weights = side_weights(tokens, swaps)
+        halves = every_other(weights[1] - weights[0], len(rows))
+        last = len(weights)
+        write = {
+            CONTRAST: {0: -1.0, 1: 1.0},
+            SUM: {0: 1.0, 1: 1.0},
+            HALVES[0]: {last: 1.0},
+            HALVES[1]: {0: -1.0, 1: 1.0, last: -1.0},
+        }
+        write |= {f"null {s}": {2 + s: 1.0} for s in range(shuffles)}
+        # what takes most memory is held of writers alone
+        each = {(l, role): torch.cat([weights, halves[:1]]) for l in layers for role in WRITERS}
+        each |= {(l, role): halves for l in layers for role in READERS}
         sums, losses = weighted_gradients(lm, examples, each, label=f"gradients of {label}", progress=progress)
-        for total in sums.values():
-            pos, neg = total[0].clone(), total[1].clone()
-            total[0], total[1] = neg - pos, neg + pos
         mean = (losses.reshape(2, -1).sum(dim=1) / tokens.sum(dim=1)).tolist()
-        return _read_off(
-            lm, sums, [CONTRAST, SUM, *kinds], fold_gain, dict(zip(("pos", "neg"), mean, strict=True)), len(rows)
-        )
+        return _read_off(lm, sums, write, fold_gain, dict(zip(("pos", "neg"), mean, strict=True)), len(rows))
 
     return _kept(
         lm, make, examples, {"layers": list(layers), "fold_gain": fold_gain, "swaps": swaps.tolist()}, label, cache
@@ -142,7 +149,7 @@ def text_gradients(
     progress: bool = True,
 ) -> Gradients:
     """The gradient of `-log P(towards) + log P(away)`, token ids, at the one label of each text, in the mean over texts: the
-    `contrast` of one set. away: may be empty. Otherwise as `pair_gradients`."""
+    `contrast` of one set, with its halves. away: may be empty. Otherwise as `pair_gradients`."""
 
     def loss(logits: Tensor, _: Tensor) -> Tensor:
         logp = logits.float().log_softmax(dim=-1)
@@ -150,28 +157,39 @@ def text_gradients(
         return found + logp[:, list(away)].logsumexp(dim=-1) if away else found
 
     def make() -> Gradients:
-        weights = torch.full((1, len(examples)), 1 / len(examples))
-        each = {(l, role): weights for l in layers for role in ROLES}
+        n = len(examples)
+        halves = every_other(torch.full((n,), 1 / n), n)
+        each = {(l, role): halves for l in layers for role in ROLES}
         sums, losses = weighted_gradients(lm, examples, each, loss, f"gradients of {label}", progress)
-        return _read_off(lm, sums, [CONTRAST], fold_gain, {"texts": float(losses.mean())}, len(examples))
+        return _read_off(lm, sums, BY_HALVES, fold_gain, {"texts": float(losses.mean())}, n)
 
     asked = {"layers": list(layers), "fold_gain": fold_gain, "words": [list(towards), list(away)]}
     return _kept(lm, make, examples, asked, label, cache)
 
 
-def _read_off(lm: LM, sums: Sums, kinds: list[str], fold: bool, losses: dict[str, float], n: int) -> Gradients:
-    """What is kept of the sums, whose first kind is D."""
+BY_HALVES: Kinds = {CONTRAST: {0: 1.0, 1: 1.0}, HALVES[0]: {0: 1.0}, HALVES[1]: {1: 1.0}}
+
+
+def every_other(weights: Float[Tensor, " m"], n: int) -> Float[Tensor, "2 m"]:
+    """Weights of one or two sides of n texts, cut into those of every other text and the rest."""
+    even = (torch.arange(len(weights)) % n) % 2 == 0
+    return torch.stack([weights * even, weights * ~even])
+
+
+def _read_off(lm: LM, sums: Sums, write: Kinds, fold: bool, losses: dict[str, float], n: int) -> Gradients:
+    """What is kept of the sums. write: the kinds of what writes; those of what reads are D and its halves."""
+
+    def made(kind: str, one: tuple[int, str]) -> Tensor:
+        of = (write if one[1] in WRITERS else BY_HALVES)[kind]
+        return sum(sums[one][row] if c == 1 else c * sums[one][row] for row, c in of.items())
+
     roots, norms, entries = {}, {}, {}
-    for s, kind in enumerate(kinds):
-        here = {one: total[s] for one, total in sums.items() if s < len(total)}
-        norms[kind] = {one: float(M.double().norm()) for one, M in here.items()}
-        for l in sorted({l for l, _ in here}):
-            for side, roles in (("write", WRITERS), ("read", READERS)):
-                parts = [_gained(lm, here[l, r], l, r, fold) for r in roles if (l, r) in here]
-                if parts:
-                    roots[kind, side, l] = _root(parts, side)
-    for (l, role), total in sums.items():
-        entries[lm.decoder.param_name(l, role)] = leading(total[0], RANK)
+    for side, roles, kinds in (("write", WRITERS, write), ("read", READERS, BY_HALVES)):
+        for kind, l in product(kinds, sorted({l for l, _ in sums})):
+            roots[kind, side, l] = _root([_gained(lm, made(kind, (l, r)), l, r, fold) for r in roles], side)
+    for l, role in sums:
+        D = made(CONTRAST, (l, role))
+        norms[l, role], entries[lm.decoder.param_name(l, role)] = float(D.double().norm()), leading(D, RANK)
     return Gradients(roots, norms, WeightDiff(entries), losses, n)
 
 
@@ -216,7 +234,7 @@ def _save(found: Gradients, path: Path) -> None:
     tensors = {f"root/{kind}/{side}/{l}": x for (kind, side, l), x in found.roots.items()}
     for name, entry in found.diff.entries.items():
         tensors |= {f"B/{name}": entry.B, f"A/{name}": entry.A}
-    norms = {kind: [[l, role, value] for (l, role), value in each.items()] for kind, each in found.norms.items()}
+    norms = [[l, role, value] for (l, role), value in found.norms.items()]
     about = {"norms": norms, "losses": found.losses, "n": found.n}
     save_file({n: x.contiguous() for n, x in tensors.items()}, path, metadata={"gradients": json.dumps(about)})
 
@@ -231,5 +249,5 @@ def _load(path: Path) -> Gradients:
             roots[kind, side, int(l)] = x
         elif where == "B":
             entries[rest] = LowRank(x, tensors[f"A/{rest}"])
-    norms = {kind: {(l, role): value for l, role, value in each} for kind, each in about["norms"].items()}
+    norms = {(l, role): value for l, role, value in about["norms"]}
     return Gradients(roots, norms, WeightDiff(entries), about["losses"], about["n"])

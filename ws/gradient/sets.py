@@ -4,21 +4,26 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ws.cache.syntax import digest
 from ws.data import Behavior
+from ws.diff import WeightDiff
 from ws.gradient.accumulate import Example
-from ws.gradient.capture import Gradients, chosen, pair_gradients, text_gradients
+from ws.gradient.capture import CONTRAST, HALVES, Gradients, chosen, pair_gradients, text_gradients
 from ws.model.lm import LM
 from ws.model.text import chat_text
+from ws.runs.rules import GRADIENTS
 from ws.steer.answers import answer_tokens
 from ws.subspaces.captures import probes
 from ws.subspaces.from_gradients import ANSWER, PROBE, TOPICS, TRAIN, WORDINGS
 from ws.subspaces.protocol import Protocol
 from ws.train.pairs import Pair, PairConfig, heldout_pairs, make_pairs
+from ws.train.record import own_pairs, pairs_hash
+
+OWN, NONE = GRADIENTS
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,15 @@ class GradientSets:
         words = answer_tokens(self.lm.tokenizer, self.behavior)
         return digest(repr((texts, self.layers, self.most, self._probes(), words)).encode())
 
+    @property
+    def said(self) -> str:
+        """How many of what is read, in words."""
+        counts = [f"{min(len(rows), self.most)} of {len(rows)} {name}" for name, rows in self.pairs.items() if rows]
+        return f"of {', '.join(counts)}; of the FIT probes"
+
+    def half(self, number: int) -> "Half":
+        return Half(self, number)
+
     def _probes(self) -> list[str]:
         return [
             chat_text(self.lm.tokenizer, self.behavior.probe_text(claim))
@@ -90,3 +104,57 @@ class GradientSets:
             self.lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self._probes()
         ]
         return [{"input_ids": [*ids, token], "labels": [-100] * len(ids) + [token]} for ids in found]
+
+
+@dataclass(frozen=True)
+class Half:
+    """The same of every other text alone, 0 or 1: its part of each contrast."""
+
+    sets: GradientSets
+    number: int
+
+    @property
+    def content(self) -> str:
+        return self.sets.content
+
+    def __call__(self, name: str) -> Gradients:
+        found, mine = self.sets(name), HALVES[self.number]
+        return replace(
+            found, roots={(CONTRAST, *where): x for (kind, *where), x in found.roots.items() if kind == mine}
+        )
+
+
+def gradient_sets(
+    lm: LM,
+    behavior: Behavior,
+    protocol: Protocol,
+    w: WeightDiff,
+    pairs: PairConfig | Path | str | None,
+    layers: Sequence[int],
+    cache: Path,
+    progress: bool = True,
+) -> tuple[GradientSets | None, str]:
+    """What candidates of source `gradient` are read from, and what that is in words: where there is none, why. pairs: as for
+    `ws.explain`. ValueError / FileNotFoundError for given pairs that cannot be read."""
+    if pairs is None or pairs == NONE:
+        return None, ""
+    if (
+        config := own_pairs(w.meta)
+        if pairs == OWN
+        else pairs
+        if isinstance(pairs, PairConfig)
+        else PairConfig(file=str(pairs))
+    ):
+        sets = GradientSets(lm, behavior, protocol, config, tuple(layers), cache, progress=progress)
+        try:
+            same = pairs != OWN or pairs_hash(sets.pairs[TRAIN]) == w.meta.get("pairs_hash")
+        except (FileNotFoundError, ValueError) as error:
+            if pairs != OWN:
+                raise
+            return None, f"no candidate of source gradient: the pairs that w was trained on: {error}"
+        return (
+            (sets, sets.said)
+            if same
+            else (None, "no candidate of source gradient: the pairs that w was trained on have changed since")
+        )
+    return None, "no candidate of source gradient: w does not say which pairs it was trained on"

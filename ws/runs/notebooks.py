@@ -15,7 +15,12 @@ from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, sho
 from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
-MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR", "CHAT_TEMPLATE")  # a path only when something lies there; else a known name
+MAYBE_PATHS = (
+    "MODEL_ID",
+    "BEHAVIOR",
+    "CHAT_TEMPLATE",
+    "GRADIENTS",
+)  # a path only when something lies there; else a known name
 CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
 
 
@@ -96,9 +101,8 @@ class Notebook:
             given += model_files(model)
         if behavior := str(params.get("BEHAVIOR") or ""):
             given += [ASSETS / f"{behavior}.json", Path(behavior)]
-        given += paths_in(params, "CHAT_TEMPLATE")
-        if pairs := shipped_pairs(str(params.get("PAIRS") or "")):
-            given.append(pairs)
+        given += paths_in(params, "CHAT_TEMPLATE") + paths_in(params, "GRADIENTS")
+        given += filter(None, (shipped_pairs(str(params.get(key) or "")) for key in ("PAIRS", "GRADIENTS")))
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]
 
 
@@ -136,6 +140,13 @@ def protocol_set(params: Params) -> Params:
 def protocol_sources(params: Params) -> list[str] | None:
     """The sources of candidates that take part in a sweep: SOURCES, else the protocol's; None when nothing says so."""
     return params.get("SOURCES") or protocol_set(params).get("SOURCES")
+
+
+def swept_sources(params: Params) -> list[str] | None:
+    """The sources of candidates of a sweep, with those that are read from gradients where it has them."""
+    gradients = str(params.get("GRADIENTS") or protocol_set(params).get("GRADIENTS") or "none") != "none"
+    sources = protocol_sources(params)
+    return [*sources, *["gradient"] * gradients] if sources else sources
 
 
 def candidate_code(sources: list[str] | None) -> list[str]:
@@ -179,7 +190,9 @@ def _crossed(params: Params, out: Path) -> list[Path]:
     return [path for home in homes for name in files if (path := home / name).is_file()]
 
 
-_SWITCHES = dict.fromkeys("EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES".split())
+_SWITCHES = dict.fromkeys(
+    "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES GRADIENTS".split()
+)
 _ENTRIES = (
     Notebook(
         "weight_diff", "The weight difference and how it steers", ("W_PATH", "POS_ADAPTER", "NEG_ADAPTER", "PAIRS"),
@@ -188,7 +201,7 @@ _ENTRIES = (
     Notebook(
         "v7_sweep", "Which subspace explains the difference", ("W_PATH", "NULL_W_PATH", "CANDIDATES"),
         folder="{PROTOCOL}", usual={"PCS": 8, "K_BROAD": 64, **_SWITCHES}, inputs=_swept_w,
-        roots=lambda params: candidate_code(protocol_sources(params)),
+        roots=lambda params: candidate_code(swept_sources(params)),
         batch="v7b", needs=("weight_diff",), scores="v7_summary.tsv",
     ),
     Notebook(

@@ -17,7 +17,7 @@ from ws.cache.models import shipped
 from ws.cache.places import ASSETS, root, shipped_pairs
 from ws.runs import rules
 from ws.runs.notebooks import MAYBE_PATHS, Params, path_names, protocol_file
-from ws.runs.rules import MODELS_OWN, RULES, rule_of, shown
+from ws.runs.rules import GRADIENTS, MODELS_OWN, RULES, rule_of, shown
 from ws.runs.sets import own_set, read_set
 
 UNNAMED = ("OUT_DIR", "RETRAIN")  # no part of what is asked for
@@ -98,9 +98,9 @@ def located(key: str, value: object, folder: Path) -> object:
     if not isinstance(value, str) or not value:
         return value
     path = folder / Path(value).expanduser()
-    known = {"MODEL_ID": shipped(value), "CHAT_TEMPLATE": value == "plain"}
+    known = {"MODEL_ID": shipped(value), "CHAT_TEMPLATE": value == "plain", "GRADIENTS": value in GRADIENTS}
     own = known.get(key, (ASSETS / f"{value}.json").is_file())
-    if key == "PAIRS" and shipped_pairs(value):
+    if key in ("PAIRS", "GRADIENTS") and shipped_pairs(value):
         return value
     if key in path_names() or (key in MAYBE_PATHS and not own and os.path.exists(path)):
         return str(path.resolve())
@@ -152,9 +152,15 @@ def _absent(values: Params) -> list[str]:
             found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")
     if behavior and not (ASSETS / f"{behavior}.json").is_file() and not Path(behavior).is_file():
         found.append(f"BEHAVIOR: {shown(behavior)} is neither a shipped behaviour (sycophancy) nor a file")
-    if (pairs := str(values.get("PAIRS") or "")) and not shipped_pairs(pairs) and not Path(pairs).is_file():
-        known = ", ".join(sorted(path.name.removesuffix("_pairs.jsonl") for path in ASSETS.glob("*_pairs.jsonl")))
-        found.append(f"PAIRS: {shown(pairs)} is neither shipped pairs ({known}) nor a file")
+    for key, others in (("PAIRS", ()), ("GRADIENTS", GRADIENTS)):
+        pairs = str(values.get(key) or "")
+        if pairs and pairs not in others and not shipped_pairs(pairs) and not Path(pairs).is_file():
+            known = ", ".join(
+                [*others, *sorted(p.name.removesuffix("_pairs.jsonl") for p in ASSETS.glob("*_pairs.jsonl"))]
+            )
+            found.append(
+                f"{key}: {shown(pairs)} is neither {'one of ' if others else 'shipped pairs '}({known}) nor a file"
+            )
     return found
 
 

@@ -16,6 +16,7 @@ MOST = 10_000  # numbers that a range such as 0-9 may stand for
 ADAPTERS = ("lora", "rslora", "pissa", "dora")
 WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 MODELS_OWN = "the model's own"
+GRADIENTS = ("own", "none")  # of GRADIENTS: the pairs that w was trained on; no gradients
 Params = Mapping[str, object]
 
 
@@ -211,6 +212,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "PROTOCOL": one_of("v7", "v7b"), "EVAL_SPLIT": one_of("half", "held_out", ""), "CHAT_PROBES": SWITCH,
         "PERSONA_PAIRS": one_of("1", "all", ""), "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH,
         "TEMPLATES": one_of("1", "all", ""), "POSITIONS": one_of("last", "all", ""), "MAX_LENGTH": whole(1),
+        "GRADIENTS": text("own (the pairs that w was trained on), none, a JSONL file of pairs, or the name of shipped ones"),
         "SOURCES": listed(one_of("v5", "external-v6-plan", "B-side", "v7b"), "some of v5, external-v6-plan, B-side, v7b"),
         "LORA_LAYERS": LAYERS, "PCS": whole(1), "K_BROAD": whole(1), "N_NULL": whole(0),
     },

@@ -1,7 +1,7 @@
 """`compare_seeds`: which ranking survives another LoRA seed? One report from the sweeps of several. (section 7)"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -9,7 +9,9 @@ import polars as pl
 from ws.cache.files import write_text
 from ws.data import Behavior, load_behavior
 from ws.explanation.result import Explanation
+from ws.explanation.summary import folded
 from ws.explanation.words import left_out
+from ws.gradient.sets import GradientSets
 from ws.model.lm import LM
 from ws.show.tables import write_table
 from ws.stability import overlap, words
@@ -19,16 +21,20 @@ from ws.stability.nulls import null_counts, null_table
 from ws.stability.scores import per_seed_table, rank_stability_table, summary_table
 from ws.stability.seeds import SeedRuns, check_seeds, doubts, layers_of, load_seeds, positions
 from ws.stability.significance import blind_values, significance_table
-from ws.stability.verdict import Verdict, verdict
+from ws.stability.verdict import Verdict, races, verdict
 from ws.subspaces.algebra import empty
 from ws.subspaces.build import candidates
 from ws.subspaces.candidate import Candidate, load_candidates
+from ws.subspaces.from_gradients import GRADIENT
 from ws.subspaces.kept import composed_of, make_shelf, part_bases
 from ws.subspaces.protocol import Protocol
+from ws.train.record import pairs_config
+
+DATA = ("prompts", "pairs", "other pairs")  # what a basis may be undetermined by
 
 # what a reader compares first: column of the summary -> heading
 LEADING = {
-    "candidate": "candidate", "mean_rank": "rank", "honest_geomean": "honest joint",
+    "candidate": "candidate", "sees": "sees", "mean_rank": "rank", "honest_geomean": "honest joint",
     "H_act_geomean": "H_act", "H_w_geomean": "H_w", "R_act_geomean": "R_act", "R_act_null_diff": "on null",
     "R_act_varying_geomean": "varying", "R_act_claim_geomean": "claim", "R_w_geomean": "R_w", "R_w_null_diff": "on null ",
     "q_R_w": "q of R_w",
@@ -40,9 +46,10 @@ class Stability:
     """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
     candidates their own data determine. significance: every score against blind copies; chance: every count over candidates
     and seeds against them; nulls: how many scores lie above the null diffs' spread. verdict: the winner, or why there is
-    none. bases: a sentence on whether the seeds share their A-side bases; pairs: on whether they share their training pairs.
-    assessed: whether anybody looked at A-side stability. A candidate whose bases depend on the seed
-    though its data determine them is of kind `seed-dependent` in every table, and in no ranking."""
+    none; races: the same by what candidates see (`ws.stability.verdict.races`). bases: a sentence on whether the seeds share
+    their A-side bases; pairs: on whether they share their training pairs. assessed: whether anybody looked at A-side
+    stability. A candidate whose bases depend on the seed though its data determine them is of kind `seed-dependent` in every
+    table, and in no ranking."""
 
     runs: SeedRuns
     summary: pl.DataFrame
@@ -54,6 +61,7 @@ class Stability:
     chance: pl.DataFrame
     nulls: pl.DataFrame
     verdict: Verdict
+    races: dict[str, Verdict]
     bases: str
     pairs: str = ""
     assessed: bool = True
@@ -61,6 +69,12 @@ class Stability:
     @property
     def unstable(self) -> list[str]:
         return self.a_side.filter("unstable")["candidate"].to_list()
+
+    @property
+    def leading(self) -> pl.DataFrame:
+        """The summary as a reader sees it: LEADING, the shuffles of a control as one row."""
+        known = [column for column in LEADING if column in self.summary.columns]
+        return folded(self.summary.select(known), "candidate").rename({column: LEADING[column] for column in known})
 
     def conclusion(self) -> str:
         """The verdict and every claim beside its chance level (Markdown)."""
@@ -74,6 +88,7 @@ class Stability:
             self.unstable if self.assessed else None,
             self.bases,
             self.pairs,
+            self.races,
         )
 
     def save(self, folder: Path | str) -> Path:
@@ -135,17 +150,23 @@ def compare_seeds(
                 raise ValueError(f"the sweeps are of {what} {setting[what]}, given is {mine}")
         protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
+        sets = _gradients(setting, lm, behavior, protocol, shelf.cache, progress)
+        halves = {f"half {i}": sets.half(i) for i in (0, 1)} if sets else {}
+        shelf = replace(shelf, gradients=sets)
         known = {c.name: c for c in [*candidates(shelf.protocol), *own]}  # those whose functions are known
         made_of = {
             n: composed_of(known[n])[0] for n in scores.candidates if n in known and known[n].family == "compound"
         }
         compounds = {name: [part.name for part in parts] for name, parts in made_of.items()}
-        for compared, parts in part_bases(shelf, [known[n] for n in scores.candidates if n in known]).items():
+        for compared, parts in part_bases(shelf, [known[n] for n in scores.candidates if n in known], halves).items():
             for name in next(iter(parts.values())):
                 bases = {part: [of[name][l] for l in scores.layers] for part, of in parts.items()}
                 rows.append(overlap.compare_parts("A", name, compared, bases, scores.layers))
         for c in some.candidates:
-            if "prompts" in c["sees"] and c["name"] not in known:  # nobody can tell: it must not win
+            own_read = {"pairs", "other pairs"} & set(c["sees"]) and not (
+                c["name"] in known and known[c["name"]].shipped
+            )
+            if own_read or ("prompts" in c["sees"] and c["name"] not in known):  # nobody can tell: it must not win
                 nothing = [empty(scores.d, "its function is not known here")] * len(scores.layers)
                 parts = {"a": nothing, "b": nothing}
                 rows.append(overlap.compare_parts("A", c["name"], "not built again", parts, scores.layers))
@@ -153,7 +174,7 @@ def compare_seeds(
         rows.append(overlap.compare_parts("B", f"{side} oracle", "seeds", parts, scores.layers))
     subspaces = pl.concat(rows)
     a_side = overlap.inherited(overlap.a_side_stability(subspaces), compounds)
-    unseen = [c["name"] for c in some.candidates if "prompts" in c["sees"]] if lm is None else []
+    unseen = [c["name"] for c in some.candidates if {*DATA} & {*c["sees"]}] if lm is None else []
     blind = blind_values(blind_scores(runs.geometry, n_null, seed, device, progress))
     significance = significance_table(scores, blind)
     doubtful = doubts(found, scores.layers).join(shared, on="candidate", how="left", maintain_order="left")
@@ -169,6 +190,7 @@ def compare_seeds(
         .join(means, on="candidate")
     )
     summary = _joined(summary_table(scores, seed, boot), told, a_side)
+    judged = scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen
     return Stability(
         runs=runs,
         summary=summary.join(doubtful, on="candidate", maintain_order="left"),
@@ -181,11 +203,22 @@ def compare_seeds(
         significance=significance,
         chance=chance_table(scores, blind),
         nulls=null_counts(scores),
-        verdict=verdict(scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen),
+        verdict=verdict(*judged),
+        races=races(judged[0], [c["name"] for c in some.candidates if c["source"] == GRADIENT], *judged[1:]),
         bases=overlap.same_bases(found, shared) + _ready(some) + _left_out(some),
         pairs=_pairs(found),
         assessed=lm is not None,
     )
+
+
+def _gradients(
+    setting: dict, lm: LM, behavior: Behavior, protocol: Protocol, cache: Path, progress: bool
+) -> GradientSets | None:
+    """What the sweeps' candidates of source `gradient` were read from."""
+    if not (of := setting.get("gradient_pairs")):
+        return None
+    config = pairs_config(of)
+    return GradientSets(lm, behavior, protocol, config, tuple(setting["layers"]), cache, progress=progress)
 
 
 def _ready(run: Explanation) -> str:

@@ -37,9 +37,9 @@ class SeedScores:
     act: activation concentration of every EVAL row, template by template; w: weight concentration; both on the LoRA layers
     named by `layers`. ranks: of the bases. best_act, best_w: what the best subspace of each candidate's rank scores there,
     in the same units; left out, H is R. kinds: "A-hypothesis" (default), "ceiling", "control" or "seed-dependent" (in no
-    ranking). axis_kinds: read, write (default), mixed, ceiling. specific: R_act beyond the clean PCA. null_act, null_w:
-    R_act and R_w of the same candidates on J null diffs. Raises ValueError naming the axis whose length disagrees, a
-    repeated seed or candidate, or a negative score.
+    ranking). axis_kinds: read, write (default), mixed, ceiling. sees: `Candidate.race`, default weights. specific: R_act
+    beyond the clean PCA. null_act, null_w: R_act and R_w of the same candidates on J null diffs. Raises ValueError naming the
+    axis whose length disagrees, a repeated seed or candidate, or a negative score.
     """
 
     candidates: Sequence[str]
@@ -51,6 +51,7 @@ class SeedScores:
     layers: Sequence[int] | None = None
     kinds: Sequence[str] | None = None
     axis_kinds: Sequence[str] | None = None
+    sees: Sequence[str] | None = None
     templates: int = 1
     best_act: Float[np.ndarray, "S C L n"] | None = None
     best_w: Float[np.ndarray, "S C L"] | None = None
@@ -74,6 +75,7 @@ class SeedScores:
             if (values < 0).any():
                 raise ValueError(f"{name}: negative score of {self.candidates[np.argwhere(values < 0)[0][1]]}")
         named |= {"kinds": self.kinds or ["A-hypothesis"] * C, "axis_kinds": self.axis_kinds or ["write"] * C}
+        named |= {"sees": self.sees or ["weights"] * C}
         usual = {"best_act": np.ones_like(self.act), "best_w": np.ones_like(self.w)}
         usual |= {"specific": np.full(self.w.shape, np.nan)} | dict.fromkeys(("null_act", "null_w"), np.empty((0, C)))
         facts = {name: x if getattr(self, name) is None else getattr(self, name) for name, x in usual.items()}
@@ -101,7 +103,7 @@ class SeedScores:
     @property
     def about(self) -> dict[str, Sequence | np.ndarray]:
         """The leading columns of the tables over candidates; mean_rank is that of the basis over layers."""
-        names = {"candidate": self.candidates, "kind": self.kinds, "axis_kind": self.axis_kinds}
+        names = {"candidate": self.candidates, "kind": self.kinds, "axis_kind": self.axis_kinds, "sees": self.sees}
         return names | {"mean_rank": self.ranks.mean(axis=1)}
 
     @property

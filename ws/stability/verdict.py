@@ -10,7 +10,7 @@ A share of the best subspace of the same rank grows when random directions are a
 rank the leader must therefore also lead in the shares beyond chance, `(R - 1) / (R_best - 1)`, which such padding lowers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,8 +21,10 @@ from jaxtyping import Float
 from ws.stability.intervals import Part, crossed_parts, crossed_t_interval, detectable, row_influence, t_interval
 from ws.stability.scores import SeedScores, log_values
 from ws.steer.effect import Steering
+from ws.subspaces.candidate import RACES
 
 ALPHA = 0.05
+WITHOUT = "without gradients"
 POWER = 0.8
 RIVALS = {"rival": pl.String}
 RIVALS |= dict.fromkeys(("log_ratio", "t_lo", "t_hi", "crossed_lo", "crossed_hi"), pl.Float64)
@@ -130,6 +132,26 @@ def verdict(
     tied = () if winner else (names[leader], *rivals.filter(~pl.col("told_apart"))["rival"].to_list())
     found = {"leader": names[leader], "rank": float(ranks[leader]), "rivals": rivals, "parts": parts}
     return replace(plain, reasons=tuple(reasons), winner=winner, tied=tied, **found)
+
+
+def races(
+    scores: SeedScores,
+    gradients: Collection[str],
+    unstable: Sequence[str] = (),
+    q_w: Float[np.ndarray, " C"] | None = None,
+    steers: Steering | None = None,
+    unseen: Sequence[str] = (),
+) -> dict[str, Verdict]:
+    """The verdict within each race: what sees training texts does not run against what sees base weights. Keys: WITHOUT, of all
+    but the candidates of source gradient, where there are `gradients`; then what candidates see, those of RACES that have
+    contenders."""
+    found, all_but = {}, [name not in gradients for name in scores.candidates]
+    for name in (*[WITHOUT] * bool(gradients), *RACES):
+        inside = all_but if name == WITHOUT else [sees == name for sees in scores.sees]
+        kinds = [kind if among else "other race" for kind, among in zip(scores.kinds, inside, strict=True)]
+        if (part := replace(scores, kinds=kinds)).contenders.any():
+            found[name] = verdict(part, unstable, q_w, steers, unseen)
+    return found
 
 
 def _paired(

@@ -1,6 +1,6 @@
 """`v7b_conclusion.md`: what the tables over seeds say, every count beside its chance level. (docs/method.md section 7)"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -8,7 +8,8 @@ from scipy import stats
 
 from ws.show.tables import literal
 from ws.stability.chance import COPIES, COUNTS
-from ws.stability.verdict import ALPHA, POWER, Verdict
+from ws.stability.verdict import ALPHA, POWER, WITHOUT, Verdict
+from ws.subspaces.candidate import RACES
 
 
 def _names(names: Iterable[str]) -> str:
@@ -49,6 +50,22 @@ def _winner_lines(v: Verdict, summary: pl.DataFrame) -> list[str]:
         )
     lines += [f"Steering: {v.steering.text}"] if v.steering else []
     return lines + _named_against_nulls(v.winner or v.leader, summary)
+
+
+def _race_lines(v: Verdict, races: Mapping[str, Verdict]) -> list[str]:
+    """Each race's verdict in a sentence, the whole one's among them where some candidates see pairs."""
+    shown = ({"with gradient candidates": v} if WITHOUT in races else {}) | dict(races)
+    named = {WITHOUT: "without them"} | {race: f"sees {race}" for race in RACES}
+    lines = []
+    for name, one in shown.items():
+        said = f"{named.get(name, name)} ({one.n_contenders} contenders): "
+        if one.winner:
+            lines.append(f"{said}**{literal(one.winner)}** wins.")
+            continue
+        told = f"highest mean {literal(one.leader)}, not told apart from {len(one.tied) - 1}" if one.leader else ""
+        why = literal(one.reasons[0]) if one.reasons and not len(one.tied) > 1 else ""
+        lines.append(f"{said}no winner{'; '.join(['', *filter(None, [told, why])])}.")
+    return lines
 
 
 def _beside_nulls(name: str, summary: pl.DataFrame) -> str:
@@ -192,11 +209,14 @@ def conclusion(
     unstable: Sequence[str] | None = (),
     bases: str = "",
     pairs: str = "",
+    races: Mapping[str, Verdict] | None = None,
 ) -> str:
-    """`v7b_conclusion.md`: the verdict and every count beside its chance level, all computed from the tables given."""
+    """`v7b_conclusion.md`: the verdict, also within each of `races`, and every count beside its chance level, all computed from
+    the tables given."""
     on_all = summary.filter((pl.col("kind") == "A-hypothesis") & (pl.col("top5_count") == v.S))["candidate"]
     sections = {
         "Verdict": _winner_lines(v, summary),
+        "By what candidates see": _race_lines(v, races or {}),
         "Agreement between seeds": []
         if v.S < 2
         else [

@@ -19,6 +19,7 @@ AXES = {"ceiling": "ceiling"} | dict.fromkeys(("W:read", "W:unembed"), "read")
 AXES |= dict.fromkeys(("W:write", "W:write-not-read", "W:OV", "W:MLP"), "write")
 AXES |= {"grad:read": "read"} | dict.fromkeys(("grad:contrast", "grad:probe", "grad:control"), "write")
 SEES = ("weights", "prompts", "pairs", "other pairs", "personas", "w")
+RACES = ("weights", "prompts", "other pairs", "pairs")  # from what knows least of the training on
 
 _REGISTRY: dict[str, "Candidate"] = {}
 
@@ -43,6 +44,11 @@ class Candidate:
         return last if last in ("ceiling", "control") else "A-hypothesis"
 
     @property
+    def race(self) -> str:
+        """What it sees that is nearest to the training: one of RACES, `w`, or `unknown`. Candidates of one race compete."""
+        return next((one for one in ("w", *reversed(RACES)) if one in self.sees), "unknown")
+
+    @property
     def axis_kind(self) -> str:
         """read, write, mixed or ceiling: which side of a weight matrix the family speaks of. (section 6)"""
         return AXES.get(self.family, "mixed")
@@ -54,7 +60,10 @@ class Candidate:
     @property
     def about(self) -> dict:
         """What the tables and files of a run say of it."""
-        own = {f: getattr(self, f) for f in ("name", "family", "axis_kind", "source", "kind", "shared", "definition")}
+        own = {
+            f: getattr(self, f)
+            for f in ("name", "family", "axis_kind", "source", "kind", "shared", "definition", "race")
+        }
         return own | {"sees": list(self.sees)}
 
     def works(self, personas: bool) -> bool:

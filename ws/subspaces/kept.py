@@ -7,7 +7,7 @@ candidate with one basis for all layers is stored once. (docs/method.md section 
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -52,12 +52,16 @@ def load_bases(path: Path) -> list[Basis]:
     return rows * about["layers"] if len(rows) == 1 else rows
 
 
+def reads_gradients(c: Candidate) -> bool:
+    return c.source == GRADIENT or bool({"pairs", "other pairs"} & set(c.sees))
+
+
 def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
     """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code, with that of the
     captures where it sees them. Unkeyed where the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
     read = ["ws.subspaces.captures.capture_base"] if "prompts" in c.sees else []
-    if c.source == GRADIENT or {"pairs", "other pairs"} & set(c.sees):
+    if reads_gradients(c):
         read += [
             "ws.gradient.capture.pair_gradients",
             "ws.gradient.capture.text_gradients",
@@ -92,8 +96,8 @@ class Shelf:
         params = {"model": model, "k": self.k, "k_broad": self.k_broad, "shared": c.shared, "name": c.name}
         params |= {"fold_gain": self.protocol.fold_gain}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
-        if self.gradients and (c.source == GRADIENT or {"pairs", "other pairs"} & set(c.sees)):
-            params |= {"gradients": self.gradients.content}
+        if self.gradients and reads_gradients(c):
+            params |= {"gradients": self.gradients.content, "part": self.part}
         return stage_key(params, sources=composed_of(c)[1])
 
     def base(self) -> BaseCaptures:
@@ -150,13 +154,17 @@ def make_shelf(
     return Shelf(lm, behavior, protocol, k, k_broad, cache or cache_folder(lm.name), gradients=gradients)
 
 
-def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str, dict[str, list[Basis]]]]:
+def part_bases(
+    shelf: Shelf, chosen: Sequence[Candidate], halves: Mapping[str, Callable] | None = None
+) -> dict[str, dict[str, dict[str, list[Basis]]]]:
     """Bases from parts of the prompts, to see which candidates their data determine: `{"FIT halves": {...}, "persona
-    pairs": {...}}`, each `{part: {candidate: [basis per layer]}}`.
+    pairs": {...}, "text halves": {...}}`, each `{part: {candidate: [basis per layer]}}`.
 
-    Only candidates that see the prompts. Halves are every other probe, so that both span all topics. Persona pairs are
-    left out when the protocol uses one. (docs/method.md section 7, A-side stability)
+    Only candidates that see prompts or pairs. Halves are every other probe, so that both span all topics. Persona pairs are
+    left out when the protocol uses one. halves: what takes the gradients of every other text alone, by name.
+    (docs/method.md section 7, A-side stability)
     """
+    read = [c for c in chosen if c.source == GRADIENT and c.kind == "A-hypothesis"]
     chosen = [c for c in chosen if "prompts" in c.sees and c.kind != "ceiling" and c.source != GRADIENT]
     n_pairs = 1 if shelf.protocol.persona_pairs == "1" else len(shelf.behavior.persona_pairs)
 
@@ -171,7 +179,13 @@ def part_bases(shelf: Shelf, chosen: Sequence[Candidate]) -> dict[str, dict[str,
     def built(compared: str, label: str, take: Callable) -> dict[str, list[Basis]]:
         return replace(shelf, part=f"{compared}: {label}", take=take).bases(chosen, progress=False)
 
-    return {
+    found = {
         compared: {label: built(compared, label, take) for label, take in tqdm(rows.items(), compared)}
         for compared, rows in parts.items()
     }
+    if read and halves:
+        found["text halves"] = {
+            name: replace(shelf, part=f"text halves: {name}", gradients=half).bases(read, progress=False)
+            for name, half in halves.items()
+        }
+    return found

@@ -56,7 +56,7 @@ def load_protocol(name: str, **overrides: str | bool | int | list[str]) -> Proto
     values = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     values |= {key: value for key, value in overrides.items() if value not in ("", [], ())}
     types = {f.name.upper(): f.type for f in fields(Protocol)}
-    values.pop("PROTOCOL", None)
+    values = {key: value for key, value in values.items() if key not in ("PROTOCOL", "GRADIENTS")}  # the notebook's
     for key in values:
         if key not in types:
             raise ValueError(f"{name}: {key} is no protocol parameter; known are {', '.join(types)}")

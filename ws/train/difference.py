@@ -25,6 +25,7 @@ from ws.steer.answers import check_words
 from ws.train.asked import trained_on
 from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import make_pairs, most_pairs, trained_claims
+from ws.train.record import pairs_meta
 from ws.train.stopping import held_out
 from ws.train.written import named_pairs
 
@@ -127,7 +128,9 @@ def _trained(
         if "changed code" in {states[sign] for sign in stay}:
             told = "kept, although the training code changed since; --retrain trains them anew"
             tqdm.write(f"{folder / 'adapters'}: {told}")
-        more = trained_on(behavior, trained_claims(behavior, cfg.pairs), bool(cfg.pairs.file))
+        more = trained_on(behavior, trained_claims(behavior, cfg.pairs), bool(cfg.pairs.file)) | pairs_meta(
+            cfg.pairs, pairs.rows
+        )
         more |= {"null": null, "resampled": cfg.resampled, **counts} | ({"balanced": True} if cfg.balance else {})
         w = _join(lm, behavior, kind, seed, sides, place, more)
         if aside:

@@ -1,0 +1,35 @@
+"""What the metadata of a trained w says of its pairs: how to have them again, and how to know them.
+
+`pairs_of`: how they were written or read, as far as that is not usual; `pairs_hash`: a hash of their texts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from ws.cache.syntax import digest
+from ws.train.pairs import Pair, PairConfig
+from ws.train.written import named_pairs
+
+
+def pairs_meta(cfg: PairConfig, rows: Sequence[Pair]) -> dict:
+    """The metadata of a w that is trained on these pairs."""
+    usual, mine = asdict(PairConfig()), asdict(replace(cfg, file=named_pairs(cfg.file)))
+    return {
+        "pairs_of": {key: value for key, value in mine.items() if value != usual[key]},
+        "pairs_hash": pairs_hash(rows),
+    }
+
+
+def pairs_hash(rows: Sequence[Pair]) -> str:
+    """12 hex digits over user turns and answers."""
+    return digest(repr([(row.user, row.response_pos, row.response_neg) for row in rows]).encode())[:12]
+
+
+def pairs_config(known: dict) -> PairConfig:
+    """A `PairConfig` from its fields as JSON holds them."""
+    return PairConfig(**known | {"wordings": tuple(known.get("wordings", ()))})
+
+
+def own_pairs(meta: dict) -> PairConfig | None:
+    """The pairs that a w of this metadata was trained on; None where it does not say."""
+    return None if meta.get("pairs_of") is None else pairs_config(meta["pairs_of"])
