@@ -395,8 +395,8 @@ def test_own_pairs_and_the_verdict_by_what_candidates_see(lm, tmp_path):
     assert "- without them (2 contenders): no winner" in told and "- sees other pairs (1 contenders)" in told
     assert "sees" in several.leading.columns
     lost = ws.WeightDiff(w.entries, {**w.meta, "pairs_hash": "0" * 12})
-    for w, why in ((lost, "have changed since"), (ws.WeightDiff(w.entries), "does not say which pairs")):
-        plain = ws.explain(lm, w, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
+    for one, why in ((lost, "have changed since"), (ws.WeightDiff(w.entries), "does not say which pairs")):
+        plain = ws.explain(lm, one, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
         assert why in plain.setting["gradients"] and why in plain.conclusion()
     gone = ws.WeightDiff(w.entries, {**w.meta, "pairs_of": {"file": str(tmp_path / "gone.jsonl")}})
     plain = ws.explain(lm, gone, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
