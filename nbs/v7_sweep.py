@@ -44,6 +44,7 @@ TEMPLATES = ""  # wordings of the probe that scores are taken on: 1, all
 POSITIONS = ""  # what is read of these probes: last (token), all (the mean over the claim's tokens too)
 SOURCES = []  # which candidates take part, by source
 GRADIENTS = ""  # pairs whose gradients further candidates are read from: own (those w was trained on), none, a JSONL file, or shipped ones
+OTHERS = []  # behaviours whose pairs are a control of these gradients
 MAX_LENGTH = 256  # tokens that are read of a text; v7b refuses a longer one, v7 cuts it
 # scores
 CANDIDATES = []  # Python files with candidates of one's own
@@ -95,6 +96,7 @@ found = ws.explain(
     extra=load_candidates(CANDIDATES),
     null=run.nulls,
     pairs=GRADIENTS,
+    others=OTHERS,
     layers=LORA_LAYERS,
     k=PCS,
     k_broad=K_BROAD,

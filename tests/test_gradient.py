@@ -1,5 +1,6 @@
 """Gradients of the base model against autograd, finite differences and one step of training; what is read off them."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -353,7 +354,18 @@ def test_gradient_candidates_take_part_where_pairs_are_given(lm, tmp_path):
         "grad_contrast_heldout_topics",
         "grad_probe",
     ]
-    found = ws.explain(lm, w, protocol="v7b", pairs=few, candidates=names, progress=False, cache=tmp_path)
+    names.append("grad_other_behavior")
+    rows = (
+        {
+            "question": f"I like number {i}.",
+            "answer_matching_behavior": answers[0],
+            "answer_not_matching_behavior": answers[1],
+        }
+        for i, answers in enumerate([(" Yes", " No"), (" No", " Yes")] * 20)
+    )
+    (tmp_path / "tidy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tidy = tmp_path / "tidy.jsonl"
+    found = ws.explain(lm, w, pairs=few, candidates=names, others=[tidy], progress=False, cache=tmp_path)
     R = {r["subspace"]: r for r in found.summary.iter_rows(named=True)}
     assert {*names, "grad_null"} - {"grad_null_1"} <= set(R) and "grad_null_1" not in R  # shown as one row
     assert R["grad_contrast"]["kind"] == "A-hypothesis" and R["grad_null"]["kind"] == "control"
@@ -364,6 +376,8 @@ def test_gradient_candidates_take_part_where_pairs_are_given(lm, tmp_path):
         "grad_probe": "prompts",
     }
     assert {name: R[name]["sees"] for name in sees} == sees and R["dW_left_basis_ceiling"]["sees"] == "w"
+    assert R["grad_other_behavior"]["kind"] == "control" and R["grad_other_behavior"]["sees"] == "other pairs"
+    assert "of 24 other behaviours" in found.setting["gradients"]
     assert found.setting["gradients"].startswith("of 24 of 24 training pairs, 62 of 62 held-out topics, 10 of 10 other")
     about = {c["name"]: c["sees"] for c in found.candidates}
     assert about["grad_contrast"] == ["weights", "pairs"] and about["grad_contrast_heldout_topics"] == [

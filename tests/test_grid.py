@@ -1,14 +1,16 @@
 """ws.runs.grid, ws.runs.results: which runs a grid has, what each needs, why it would run; the table of all runs."""
 
 import os
+from dataclasses import replace
 
 import polars as pl
 import pytest
 from stubs import LORA, RUN, stub_jobs, write_project
 
 from ws.cache import keys, made
+from ws.cache.places import ASSETS
 from ws.runs import failed, grid, identity, parameters, results
-from ws.runs.grid import Grid, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
+from ws.runs.grid import Grid, located, make_jobs, parse_seeds, plan, plan_text, read_grid, read_options
 from ws.runs.once import prepare
 
 
@@ -322,3 +324,15 @@ def test_results_hold_every_finished_sweep_and_are_filtered(tmp_path, capsys):
         results.select(table, {"subspace": ("a_pcb",)}, "", 0)
     with pytest.raises(ValueError, match="cannot sort by joint; did you mean joint_score"):
         results.select(table, {}, "joint", 0)
+
+
+def test_the_other_behaviours_of_a_batch_are_a_control(tmp_path):
+    """Of each sweep, through the real notebooks; what the caller names instead counts."""
+    (tmp_path / "tidy.json").write_text((ASSETS / "sycophancy.json").read_text().replace('"sycophancy"', '"tidy"', 1))
+    grid = located(Grid(behaviors=("sycophancy", "tidy.json"), seeds=(0,), nulls=0), tmp_path)
+    sweeps = [job.values for job in make_jobs(grid, tmp_path) if job.notebook == "v7_sweep"]
+    assert [values["OTHERS"] for values in sweeps] == [[str(tmp_path / "tidy.json")], ["sycophancy"]]
+    assert {values["GRADIENTS"] for values in sweeps} == {"own"}
+    chosen = make_jobs(replace(grid, set={"OTHERS": [], "GRADIENTS": "none"}), tmp_path)
+    values = next(job.values for job in chosen if job.notebook == "v7_sweep")
+    assert values["OTHERS"] == [] and values["GRADIENTS"] == "none"

@@ -44,6 +44,8 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
     check_numbers(values)
     check_files(values)
     behavior = load_behavior(str(values["BEHAVIOR"])) if values.get("BEHAVIOR") else None
+    if behavior and behavior.name in [load_behavior(str(other)).name for other in values.get("OTHERS") or []]:
+        raise ValueError(f"OTHERS: {behavior.name} is the behaviour itself; name others")
     several = [load_behavior(file) for file in values.get("BEHAVIORS") or []]
     if "BEHAVIORS" in values and len(several) < 2:
         raise ValueError(f"BEHAVIORS: expects two or more files of statements with answers, has {len(several)}")

@@ -43,6 +43,7 @@ def explain(
     null: WeightDiff | Path | str | Sequence[WeightDiff | Path | str] | None = None,
     layers: Sequence[int] | None = None,
     pairs: PairConfig | Path | str | None = None,
+    others: Sequence[Behavior | Path | str] = (),
     k: int = 8,
     k_broad: int = 64,
     title: str = "",
@@ -57,9 +58,9 @@ def explain(
     warning. null: the null diff that every score is compared with, or several: two have a spread. layers: what
     summaries average over; default those that w touches. k: rank of a basis; k_broad: width of what "not read" projects
     out. pairs: training pairs, a `PairConfig`, a file of pairs, or `own`, those that w was trained on: then the candidates
-    of source `gradient` take part, which see them and no adapter. cache: folder of captures and bases, default
-    `out/<model>/cache`. Raises ValueError naming what does not fit: a tensor, a layer, a candidate, a text that is cut.
-    (docs/method.md sections 5 to 7 and 12)
+    of source `gradient` take part, which see them and no adapter. others: behaviours whose training pairs are a control of
+    these. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a
+    tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7 and 12)
 
     Example:
         >>> import torch, ws
@@ -86,7 +87,11 @@ def explain(
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
-    sets, said = gradient_sets(lm, behavior, protocol, w, pairs, layers, cache or cache_folder(lm.name), progress)
+    others, kept = (
+        [one if isinstance(one, Behavior) else load_behavior(one) for one in others],
+        cache or cache_folder(lm.name),
+    )
+    sets, said = gradient_sets(lm, behavior, protocol, w, pairs, layers, kept, progress, others)
     if sets:
         protocol = replace(protocol, sources=tuple(dict.fromkeys([*protocol.sources, GRADIENT])))
     elif GRADIENT in protocol.sources:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from ws.cache.places import shipped_pairs
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
@@ -18,7 +19,7 @@ from ws.model.text import chat_text
 from ws.runs.rules import GRADIENTS
 from ws.steer.answers import answer_tokens
 from ws.subspaces.captures import probes
-from ws.subspaces.from_gradients import ANSWER, PROBE, TOPICS, TRAIN, WORDINGS
+from ws.subspaces.from_gradients import ANSWER, OTHERS, PROBE, TOPICS, TRAIN, WORDINGS
 from ws.subspaces.protocol import Protocol
 from ws.train.pairs import Pair, PairConfig, heldout_pairs, make_pairs
 from ws.train.record import own_pairs, pairs_hash
@@ -29,7 +30,8 @@ OWN, NONE = GRADIENTS
 @dataclass(frozen=True)
 class GradientSets:
     """The gradients of a behaviour's texts, each taken when it is first asked for: `sets(name)`. config: the training pairs;
-    layers: where gradients are taken; most: pairs that are read of each set, a seeded draw."""
+    layers: where gradients are taken; others: behaviours whose training pairs are a control; most: pairs that are read of
+    each set, a seeded draw."""
 
     lm: LM
     behavior: Behavior
@@ -37,6 +39,7 @@ class GradientSets:
     config: PairConfig
     layers: tuple[int, ...]
     cache: Path
+    others: tuple[Behavior, ...] = ()
     most: int = 200
     progress: bool = True
     _made: dict[str, Gradients] = field(default_factory=dict)
@@ -51,7 +54,11 @@ class GradientSets:
         held = tuple(row for row in held if row.persona in known)
         if self.config.file and len({row.topic for row in (*train, *held)}) < 2:
             held = ()  # a file without topics holds out more of the same
-        return {TRAIN: train, TOPICS: held, WORDINGS: other}
+        return {TRAIN: train, TOPICS: held, WORDINGS: other, OTHERS: self._of_others()}
+
+    def _of_others(self) -> tuple[Pair, ...]:
+        configs = ((b, PairConfig(file=b.name if shipped_pairs(b.name) else "")) for b in self.others)
+        return tuple(r for b, config in configs for r in make_pairs(self.lm, b, config, self.cache, self.progress).rows)
 
     @property
     def names(self) -> list[str]:
@@ -133,6 +140,7 @@ def gradient_sets(
     layers: Sequence[int],
     cache: Path,
     progress: bool = True,
+    others: Sequence[Behavior] = (),
 ) -> tuple[GradientSets | None, str]:
     """What candidates of source `gradient` are read from, and what that is in words: where there is none, why. pairs: as for
     `ws.explain`. ValueError / FileNotFoundError for given pairs that cannot be read."""
@@ -145,7 +153,7 @@ def gradient_sets(
         if isinstance(pairs, PairConfig)
         else PairConfig(file=str(pairs))
     ):
-        sets = GradientSets(lm, behavior, protocol, config, tuple(layers), cache, progress=progress)
+        sets = GradientSets(lm, behavior, protocol, config, tuple(layers), cache, tuple(others), progress=progress)
         try:
             same = pairs != OWN or pairs_hash(sets.pairs[TRAIN]) == w.meta.get("pairs_hash")
         except (FileNotFoundError, ValueError) as error:

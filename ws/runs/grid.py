@@ -172,6 +172,9 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                 paths = [str(jobs[name].folder.parent / "w.safetensors") for name in asks]
                 needs = [made[need][i] for need in entry.needs] + asks
                 nulled = {"NULL_W_PATH": paths} if paths else {}
+                others = [other for other in grid.behaviors if other != behavior]
+                if others and "OTHERS" in known[entry.name] and "OTHERS" not in grid.set:
+                    nulled["OTHERS"] = others
                 made[entry.name].append(add(entry, {**trained, "SEED": seed, **nulled}, needs))
             if "NULL_DIFF" in known[entry.name]:
                 for seed in null_seeds(jobs[made[entry.name][0]].values, place.out, seeds[0], grid.nulls):

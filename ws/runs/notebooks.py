@@ -15,12 +15,8 @@ from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, sho
 from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
-MAYBE_PATHS = (
-    "MODEL_ID",
-    "BEHAVIOR",
-    "CHAT_TEMPLATE",
-    "GRADIENTS",
-)  # a path only when something lies there; else a known name
+# a path only when something lies there; else a known name
+MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR", "CHAT_TEMPLATE", "GRADIENTS", "OTHERS")
 CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
 
 
@@ -101,7 +97,7 @@ class Notebook:
             given += model_files(model)
         if behavior := str(params.get("BEHAVIOR") or ""):
             given += [ASSETS / f"{behavior}.json", Path(behavior)]
-        given += paths_in(params, "CHAT_TEMPLATE") + paths_in(params, "GRADIENTS")
+        given += [path for key in ("CHAT_TEMPLATE", "GRADIENTS", "OTHERS") for path in paths_in(params, key)]
         given += filter(None, (shipped_pairs(str(params.get(key) or "")) for key in ("PAIRS", "GRADIENTS")))
         return [path for path in [*given, protocol_file(params), *self.inputs(params, out)] if path.exists()]
 
@@ -190,9 +186,7 @@ def _crossed(params: Params, out: Path) -> list[Path]:
     return [path for home in homes for name in files if (path := home / name).is_file()]
 
 
-_SWITCHES = dict.fromkeys(
-    "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES GRADIENTS".split()
-)
+_SWITCHES = dict.fromkeys("EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES".split())
 _ENTRIES = (
     Notebook(
         "weight_diff", "The weight difference and how it steers", ("W_PATH", "POS_ADAPTER", "NEG_ADAPTER", "PAIRS"),

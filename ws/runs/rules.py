@@ -213,6 +213,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "PERSONA_PAIRS": one_of("1", "all", ""), "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH,
         "TEMPLATES": one_of("1", "all", ""), "POSITIONS": one_of("last", "all", ""), "MAX_LENGTH": whole(1),
         "GRADIENTS": text("own (the pairs that w was trained on), none, a JSONL file of pairs, or the name of shipped ones"),
+        "OTHERS": listed(text("a shipped behaviour or a file", r"[^\0]+"), "behaviours other than BEHAVIOR", once=True),
         "SOURCES": listed(one_of("v5", "external-v6-plan", "B-side", "v7b"), "some of v5, external-v6-plan, B-side, v7b"),
         "LORA_LAYERS": LAYERS, "PCS": whole(1), "K_BROAD": whole(1), "N_NULL": whole(0),
     },

@@ -9,6 +9,7 @@ from ws.subspaces.materials import Materials
 
 GRADIENT = "gradient"
 TRAIN, TOPICS, WORDINGS, PROBE, ANSWER = "training pairs", "held-out topics", "other wordings", "probes", "answer"
+OTHERS = "other behaviours"
 PAIRS, OTHER, PROMPTS = ("weights", "pairs"), ("weights", "other pairs"), ("weights", "prompts")
 
 
@@ -56,6 +57,12 @@ def grad_answer(m: Materials, l: int) -> Basis:
     return _top(m, ANSWER, "contrast", "write", l)
 
 
+@candidate(family="grad:control", source="gradient", sees=OTHER)
+def grad_other_behavior(m: Materials, l: int) -> Basis:
+    """grad_contrast of the training pairs of other behaviours, all together: what is no matter of this behaviour."""
+    return _top(m, OTHERS, "contrast", "write", l)
+
+
 def _null(number: int) -> None:
     @candidate(family="grad:control", name=f"grad_null_{number}", source="gradient", sees=PAIRS)
     def grad_null(m: Materials, l: int) -> Basis:
@@ -92,6 +99,7 @@ def grad_probe_read(m: Materials, l: int) -> Basis:
 
 
 USES = {  # what is left out where there is no such text
+    "grad_other_behavior": OTHERS,
     "grad_contrast_heldout_topics": TOPICS, "grad_contrast_heldout_topics_read": TOPICS,
     "grad_contrast_other_wording": WORDINGS, "grad_contrast_other_wording_read": WORDINGS,
 }  # fmt: skip
