@@ -167,7 +167,7 @@ def test_v7b_over_two_seeds(trained, tmp_path):
         "v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=500, N_NULL=500, CORRECTIONS=False
     )
     table = read_table(tmp_path / "seed_0" / "v7b" / "v7_per_layer.csv")
-    assert len(table) == 8 * 61
+    assert len(table) == 8 * 77  # 61, and those of source gradient that the pairs allow
     for column in ("conc_block", "pct_oracle_act", "span_score_oproj", "R_w_vs_null_diff", "gap", "ill_conditioned"):
         assert column in table.columns
     inside = table.filter(pl.col("layer").is_between(2, 5))
