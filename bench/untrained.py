@@ -1,6 +1,6 @@
 """What training adds: w against the base model's gradient on the same pairs as a weight difference, over LoRA seeds.
 
-    python bench/untrained.py --model smollm2 --pairs sycophancy --w out/smollm2/sycophancy/lora/seed_*/w.safetensors --out untrained
+    python bench/untrained.py --model smollm2 --pairs sycophancy --w out/smollm2/sycophancy/lora/seed_*/w.safetensors
 
 For each w: the effect on held-out false claims (log-ratio at +alpha minus at -alpha, nats, mean over the wordings of the probe)
 of w, of the gradient at rank 1, rank 8 and full, of the gradient with shuffled labels, and of a random direction. Each is taken
@@ -71,9 +71,7 @@ def measure(lm, behavior, paths: list[Path], config, most: int, out: Path) -> pl
     settings = (lm.fingerprint, [p.response_pos + p.response_neg for p in pairs], templates, len(paths))
     marks = [digest(repr((w.fingerprint, *settings)).encode())[:12] for w in ws_]
     found = contrasts(lm, pairs, ws_[0], len(ws_), cache=cache, label="untrained")
-    texts = [
-        chat_text(lm.tokenizer, behavior.probe_text(c)) for c in probes(behavior, load_protocol("v7b")).eval
-    ]
+    texts = [chat_text(lm.tokenizer, behavior.probe_text(c)) for c in probes(behavior, load_protocol("v7b")).eval]
     kl = kl_from_base(lm, texts)
     for seed, (w, mark) in enumerate(zip(ws_, marks, strict=True)):
         done = {(r["what"], r["at"]): r for r in rows if r["of"] == mark}
@@ -83,7 +81,9 @@ def measure(lm, behavior, paths: list[Path], config, most: int, out: Path) -> pl
             u = make() if todo else None
             for at in todo:
                 try:
-                    alpha, moved = (1.0, kl(u, 1.0)) if at == "norms" else matched_alpha(lambda a, u=u: kl(u, a), target)
+                    alpha, moved = (
+                        (1.0, kl(u, 1.0)) if at == "norms" else matched_alpha(lambda a, u=u: kl(u, a), target)
+                    )
                 except ValueError as error:
                     print(f"seed {seed}, {what}: {error}", flush=True)
                     continue
@@ -92,7 +92,9 @@ def measure(lm, behavior, paths: list[Path], config, most: int, out: Path) -> pl
                 rows.append(row | measured(lm, behavior, u, alpha, templates))
                 table = pl.DataFrame(rows, schema=SCHEMA)
                 write_text(file, table.write_csv())
-                print({k: v if isinstance(v, str) else round(v, 4) for k, v in rows[-1].items() if k != "of"}, flush=True)
+                print(
+                    {k: v if isinstance(v, str) else round(v, 4) for k, v in rows[-1].items() if k != "of"}, flush=True
+                )
     return pl.DataFrame(rows, schema=SCHEMA).filter(pl.col("of").is_in(marks))
 
 

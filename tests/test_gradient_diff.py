@@ -168,7 +168,9 @@ def test_kl_is_met_within_a_hundredth_or_refused_with_the_curve(lm, rows, w, tex
     for power in (0.5, 2.0, 3.0):
         alpha, _ = matched_alpha(lambda a, p=power: 5 * a**p, 0.3)
         assert 5 * alpha**power == pytest.approx(0.3, rel=0.01)
-    with pytest.raises(ValueError, match=r"a KL of 2 nats is not reached; alpha: KL is 1: 0\.5, .*choose a smaller target"):
+    with pytest.raises(
+        ValueError, match=r"a KL of 2 nats is not reached; alpha: KL is 1: 0\.5, .*choose a smaller target"
+    ):
         matched_alpha(lambda a: a**2 / (1 + a**2), 2.0)
     with pytest.raises(ValueError, match="is not reached"):
         matched_alpha(lambda a: np.nan, 2.0)

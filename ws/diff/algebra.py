@@ -87,7 +87,9 @@ def scaled_as(u: WeightDiff, w: WeightDiff) -> WeightDiff:
 def random_as(w: WeightDiff, seed: int) -> WeightDiff:
     """A random direction with w's norm in every tensor: dense, independent normal entries, float32."""
     g = torch.Generator().manual_seed(seed)
-    drawn = WeightDiff({name: torch.randn(w.shape(name), generator=g) for name in w}, {"adapter": "random", "seed": seed})
+    drawn = WeightDiff(
+        {name: torch.randn(w.shape(name), generator=g) for name in w}, {"adapter": "random", "seed": seed}
+    )
     return scaled_as(drawn, w)
 
 

@@ -55,9 +55,7 @@ def contrasts(
         tokens = torch.tensor([float(sum(t != -100 for t in e["labels"])) for e in examples]).reshape(2, -1)
         weights = dict.fromkeys(targets, side_weights(tokens, swaps)[2:])
         sums, _ = weighted_gradients(lm, examples, weights, label=f"gradients of {label}", progress=progress)
-        return [
-            WeightDiff({lm.decoder.param_name(*one): sums[one][s] for one in targets}) for s in range(1 + shuffles)
-        ]
+        return [WeightDiff({lm.decoder.param_name(*one): sums[one][s] for one in targets}) for s in range(1 + shuffles)]
 
     if cache is None or not (model := lm.fingerprint):
         return make()
