@@ -16,7 +16,7 @@ import ws
 from ws.diff import LowRank, WeightDiff, export_adapter, from_adapters, save_diff
 from ws.diff.algebra import combine, cosines, grams
 from ws.diff.checkpoints import from_base
-from ws.use.atlas import Atlas, atlas
+from ws.use.atlas import Atlas, atlas, atlas_of
 from ws.use.audit import audit
 from ws.use.bands import bands, random_cosines
 from ws.use.directions import directions
@@ -313,7 +313,55 @@ def test_the_atlas_is_ordered_and_its_nulls_come_last(lm, out, tmp_path):
     many = Atlas("tiny", found.entries * 5, np.tile(found.cos, (5, 5)), {})
     assert many.figure().get_figheight() > 40 * 0.2  # a label has its line
     found.save(tmp_path / "atlas")
-    assert {p.name for p in (tmp_path / "atlas").iterdir()} == {"atlas.tsv", "atlas.png", "atlas.pdf"}
+    assert {p.name for p in (tmp_path / "atlas").iterdir()} == {
+        "atlas.tsv", "atlas_means.tsv", "atlas.md", "atlas.png", "atlas.pdf"
+    }  # fmt: skip
+
+
+def test_the_atlas_says_what_a_cosine_means():
+    """Two behaviours that share a direction lie outside the null band, an unrelated one inside; null diffs do so at its rate."""
+    g, n = np.random.default_rng(0), 400
+
+    def known(behavior, seed, null, vector):
+        return Known(
+            behavior, "lora", seed, null, WeightDiff({"a": torch.tensor(vector / np.linalg.norm(vector)).float()})
+        )
+
+    shared, own = g.standard_normal(n), [g.standard_normal(n) for _ in range(3)]
+
+    def noise(size):
+        return size * g.standard_normal(n)
+
+    entries = [known("a", s, False, shared + own[0] + noise(1)) for s in range(3)]
+    entries += [known("b", s, False, shared + own[1] + noise(1)) for s in range(3)]
+    entries += [known("c", s, False, own[2] + noise(1)) for s in range(3)]
+    entries += [known("a", s, True, noise(1)) for s in range(3)]
+    found = atlas_of(entries, "m")
+    band, pairs, seeds = found.null_band
+    assert (pairs, seeds) == (3 * 6, 3) and 0.08 < band < 0.3
+    table = {row["behavior"] + row["other"]: row for row in found.means.to_dicts()}
+    assert {"".join(sorted(key)) for key in table} == {"aa", "bb", "cc", "ab", "ac", "bc"}
+    ab, ac = (next(row for key, row in table.items() if sorted(key) == sorted(k)) for k in ("ab", "ac"))
+    assert (ab["pairs"], ab["outside"], table["aa"]["pairs"]) == (6, 6, 3) and ab["cos"] == pytest.approx(
+        1 / 3, abs=0.1
+    )
+    assert ac["outside"] <= 1 and np.isnan(table["aa"]["same_seed"])
+    text = found.text()
+    assert "between seeds of one behaviour +0." in text and "Null band: 18 cosines of null diffs of 3 seeds" in text
+    assert "A null diff with the w of its own seed" in text
+    bare = atlas_of(entries[:9], "m")
+    assert np.isnan(bare.null_band[0]) and "There is no null band" in bare.text()
+    assert bare.means["outside"].null_count() == 6
+    with pytest.raises(ValueError, match="needs a weight difference that is no null diff"):
+        atlas_of(entries[9:], "m")
+    # one more null diff against one w of another seed
+    outside = []
+    for _ in range(400):
+        nulls = [known("a", s, True, noise(1)) for s in range(3)]
+        one = atlas_of([*entries[:9], *nulls], "m")
+        c = float(torch.nn.functional.cosine_similarity(entries[4].w["a"], known("a", 9, True, noise(1)).w["a"], dim=0))
+        outside.append(abs(c) > one.null_band[0])
+    assert np.mean(outside) < 0.07
 
 
 def test_the_commands_work_end_to_end(out, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,15 @@
-"""The atlas of a library: the cosine of every two weight differences, as a table and a heat map. (docs/method.md section 13)"""
+"""The atlas of a library: the cosine of every two weight differences, as tables and a heat map, and what one means beside null
+diffs. (docs/method.md section 13)
 
+Of two runs that share their LoRA seed the cosine shows what they share by that too, so behaviours are compared over *other*
+seeds. With c the cosines of null diffs with w of other seeds, whose mean is 0 by design, and J their different seeds, the
+cosine of one more null diff with one w lies in `-+ t_J rms(c)` with probability .95.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import cached_property
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +17,22 @@ import polars as pl
 from jaxtyping import Float
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
+from scipy import stats
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from ws.cache.files import write_text
 from ws.cache.places import out_folder
 from ws.diff.algebra import cosines, grams
 from ws.show.figures import plain, save
-from ws.show.tables import write_table
+from ws.show.tables import literal, write_table
+from ws.use.bands import random_cosines
 from ws.use.library import Known, read_library
 
 NAMES = ("behavior", "adapter", "seed", "null")
+SPREAD = {"cos": np.mean, "low": np.min, "high": np.max}
+MEANS = dict.fromkeys(("behavior", "adapter", "other", "other_adapter"), pl.String) | {"pairs": pl.Int64}
+MEANS |= dict.fromkeys((*SPREAD, "same_seed"), pl.Float64) | {"outside": pl.Int64}
 ROOT = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
 
 
@@ -39,6 +53,102 @@ class Atlas:
             for (i, a), (j, b) in combinations(enumerate(self.entries), 2)
         ]
         return pl.DataFrame(rows)
+
+    @cached_property
+    def null_band(self) -> tuple[float, int, int]:
+        """Half width, number of cosines and of null diffs' seeds; NaN with fewer than two seeds."""
+        found = [(null.seed, c) for null, w, c in self._nulled() if null.seed != w.seed and np.isfinite(c)]
+        seeds = len({seed for seed, _ in found})
+        rms = np.sqrt(np.mean(np.square([c for _, c in found]))) if found else np.nan
+        return float(stats.t.ppf(0.975, seeds) * rms) if seeds > 1 else float("nan"), len(found), seeds
+
+    def _nulled(self) -> Iterator[tuple[Known, Known, float]]:
+        """A null diff, a w, their cosine."""
+        for i, null in enumerate(self.entries):
+            for j, w in enumerate(self.entries):
+                if null.null and not w.null:
+                    yield null, w, float(self.cos[i, j])
+
+    @property
+    def means(self) -> pl.DataFrame:
+        """A row per two groups of w (behaviour and adapter), and per group with itself: cosines over other seeds (pairs, cos,
+        low, high), over the same seed (same_seed), and `outside`, how many of the pairs lie beyond the null band."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for i, e in enumerate(self.entries):
+            if not e.null:
+                groups.setdefault((e.behavior, e.adapter), []).append(i)
+        rows, band = [], self.null_band[0]
+        for (one, a), (other, b) in combinations_with_replacement(groups.items(), 2):
+            both = [*combinations(a, 2)] if one == other else [(i, j) for i in a for j in b]
+            alike = [self.entries[i].seed == self.entries[j].seed for i, j in both]
+            apart = [
+                c for (i, j), same in zip(both, alike, strict=True) if not same and np.isfinite(c := self.cos[i, j])
+            ]
+            same = [self.cos[i, j] for (i, j), same in zip(both, alike, strict=True) if same]
+            rows.append({
+                "behavior": one[0], "adapter": one[1], "other": other[0], "other_adapter": other[1], "pairs": len(apart),
+                **{name: float(f(apart)) if apart else np.nan for name, f in SPREAD.items()},
+                "same_seed": float(np.mean(same)) if same else np.nan,
+                "outside": sum(abs(c) > band for c in apart) if np.isfinite(band) else None,
+            })  # fmt: skip
+        return pl.DataFrame(rows, schema=MEANS)
+
+    def text(self) -> str:
+        """What the cosines mean beside null diffs and random differences (Markdown)."""
+        table, (band, n, seeds) = self.means, self.null_band
+        of_one = (pl.col("behavior") == pl.col("other")) & (pl.col("adapter") == pl.col("other_adapter"))
+        parts = {
+            "seeds of one behaviour": table.filter(of_one),
+            "adapters of one behaviour": table.filter(~of_one & (pl.col("behavior") == pl.col("other"))),
+            "behaviours": table.filter(pl.col("behavior") != pl.col("other")),
+        }
+        said = []
+        for name, part in parts.items():
+            part = part.filter(pl.col("pairs") > 0)
+            if len(part):
+                mean, pairs = np.average(part["cos"], weights=part["pairs"]), part["pairs"].sum()
+                ends = f"{mean:+.3f} ({part['low'].min():+.3f} to {part['high'].max():+.3f}, {pairs} pairs"
+                beyond = f", {part['outside'].sum()} outside the null band" if np.isfinite(band) else ""
+                said.append(f"between {name} {ends}{beyond})")
+        lines = [f"Mean cosine over other seeds: {'; '.join(said) or 'there are no two seeds'}."]
+        same = table.filter(pl.col("behavior") != pl.col("other"))["same_seed"].drop_nans()
+        if len(same):
+            lines.append(
+                f"Behaviours of one seed: {same.mean():+.3f}; these share initialisation and order, which is no likeness of"
+                " behaviours."
+            )
+        own = [c for null, w, c in self._nulled() if null.seed == w.seed and null.behavior == w.behavior]
+        if np.isfinite(band):
+            lines.append(
+                f"Null band: {n} cosines of null diffs of {seeds} seeds with w of other seeds put 95 % of further ones between"
+                f" {-band:+.3f} and {band:+.3f}. A cosine inside says no more than shuffled labels do; one outside says that two"
+                " trainings share more than that, be it the behaviour or what their texts have in common."
+            )
+        else:
+            lines.append(
+                f"There is no null band: it takes null diffs of 2 seeds beside w of other seeds, there are {seeds}"
+                " (`ws batch --nulls 3`). Without it a cosine is not told apart from what any training gives."
+            )
+        if own:
+            lines.append(f"A null diff with the w of its own seed: {min(own):+.3f} to {max(own):+.3f}, not counted.")
+        if np.isfinite(wide := self._random()):
+            lines.append(
+                f"Random differences of the same spectra reach {wide:.1g}: no yardstick, as any training moves alike."
+            )
+        return (
+            "\n\n".join([*lines, *(f"left out: {literal(f)}: {literal(why)}" for f, why in self.skipped.items())])
+            + "\n"
+        )
+
+    def _random(self, draws: int = 200) -> float:
+        """The largest 97.5 % quantile over groups, of the first w of each as a random difference, with the next group's first."""
+        firsts = list({(e.behavior, e.adapter): e.w for e in reversed(self.entries) if not e.null}.values())
+        ends = []
+        for u, w in zip(firsts, firsts[1:] + firsts[:1], strict=True):
+            names = [name for name in u if name in w and len(u.shape(name)) < 3]
+            if u is not w and names:
+                ends.append(float(np.quantile(np.abs(random_cosines(u, [w], names, draws, 0)), 0.95)))
+        return max(ends, default=float("nan"))
 
     def figure(self) -> Figure:
         """A heat map, its colours by the root of |cosine|, the diagonal grey; lines part behaviours, a thick one null diffs."""
@@ -61,8 +171,10 @@ class Atlas:
         return figure
 
     def save(self, folder: Path | str) -> Path:
-        """Write `atlas.tsv`, `atlas.png` and `atlas.pdf` into `folder`. Returns the folder."""
+        """Write `atlas.tsv`, `atlas_means.tsv`, `atlas.md`, `atlas.png`, `atlas.pdf` into `folder`. Returns the folder."""
         write_table(self.table, Path(folder) / "atlas.tsv")
+        write_table(self.means, Path(folder) / "atlas_means.tsv")
+        write_text(Path(folder) / "atlas.md", self.text())
         save(self.figure(), Path(folder) / "atlas")
         return Path(folder)
 
@@ -73,12 +185,18 @@ def atlas(library: Path | str | None = None, model: str = "") -> Atlas:
     whose w are near theirs (average linkage of `1 - mean cosine`), within one adapters and seeds in order, null diffs last.
     Errors as in `ws.use.library.read_library`."""
     entries, skipped = read_library(library or out_folder(), {model.replace("/", "__")} if model else ())
+    return atlas_of(entries, str(entries[0].w.meta.get("base_model")), skipped)
+
+
+def atlas_of(entries: Sequence[Known], model: str, skipped: Mapping[str, str] | None = None) -> Atlas:
+    """The atlas of given entries, of which one at least is no null diff; otherwise as `atlas`. ValueError for none."""
+    if all(e.null for e in entries):
+        raise ValueError("an atlas needs a weight difference that is no null diff")
     cos = cosines(grams([e.w for e in entries], sorted({name for e in entries for name in e.w}))).numpy()
     rank = {behavior: i for i, behavior in enumerate(_order(entries, cos))}
     key = [(e.null, rank.get(e.behavior, len(rank)), e.behavior, e.adapter, e.seed) for e in entries]
     at = sorted(range(len(entries)), key=key.__getitem__)
-    base = str(entries[0].w.meta.get("base_model"))
-    return Atlas(base, [entries[i] for i in at], cos[np.ix_(at, at)], skipped)
+    return Atlas(model, [entries[i] for i in at], cos[np.ix_(at, at)], dict(skipped or {}))
 
 
 def _order(entries: list[Known], cos: Float[np.ndarray, "N N"]) -> list[str]:
