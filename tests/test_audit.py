@@ -337,21 +337,23 @@ def test_the_atlas_says_what_a_cosine_means():
     entries += [known("c", s, False, own[2] + noise(1)) for s in range(3)]
     entries += [known("a", s, True, noise(1)) for s in range(3)]
     found = atlas_of(entries, "m")
-    band, pairs, seeds = found.null_band
-    assert (pairs, seeds) == (3 * 6, 3) and 0.08 < band < 0.3
-    table = {row["behavior"] + row["other"]: row for row in found.means.to_dicts()}
-    assert {"".join(sorted(key)) for key in table} == {"aa", "bb", "cc", "ab", "ac", "bc"}
-    ab, ac = (next(row for key, row in table.items() if sorted(key) == sorted(k)) for k in ("ab", "ac"))
-    assert (ab["pairs"], ab["outside"], table["aa"]["pairs"]) == (6, 6, 3) and ab["cos"] == pytest.approx(
-        1 / 3, abs=0.1
-    )
-    assert ac["outside"] <= 1 and np.isnan(table["aa"]["same_seed"])
+    a, b, c = ((name, "lora") for name in "abc")
+    assert found.null_band(a, a)[1] == found.null_band(a, b)[1] == 3 and 0.05 < found.null_band(a, b)[0] < 0.3
+    assert np.isnan(found.null_band(b, c)[0])  # neither has null diffs
+    assert len(found._nulled(a, a)) == len(found._nulled(a, b)) == 9
+    table = {"".join(sorted(row["behavior"] + row["other"])): row for row in found.means.to_dicts()}
+    assert set(table) == {"aa", "bb", "cc", "ab", "ac", "bc"}
+    assert (table["ab"]["pairs"], table["ab"]["outside"], table["aa"]["pairs"]) == (6, 6, 3)
+    assert table["ab"]["cos"] == pytest.approx(1 / 3, abs=0.1) and table["bc"]["outside"] is None
+    assert table["ac"]["outside"] <= 1 and np.isnan(table["aa"]["same_seed"])
     text = found.text()
-    assert "between seeds of one behaviour +0." in text and "Null band: 18 cosines of null diffs of 3 seeds" in text
-    assert "A null diff with the w of its own seed" in text
+    assert "- between seeds of one behaviour, other seeds: +0." in text and "own seed: " in text
+    assert (
+        f"of 12 with a null band {6 + table['ac']['outside']} lie outside" in text
+        and "3 of 6 rows have no null band" in text
+    )
     bare = atlas_of(entries[:9], "m")
-    assert np.isnan(bare.null_band[0]) and "There is no null band" in bare.text()
-    assert bare.means["outside"].null_count() == 6
+    assert "**none has a null band**" in bare.text() and bare.means["outside"].null_count() == 6
     with pytest.raises(ValueError, match="needs a weight difference that is no null diff"):
         atlas_of(entries[9:], "m")
     # one more null diff against one w of another seed
@@ -360,7 +362,7 @@ def test_the_atlas_says_what_a_cosine_means():
         nulls = [known("a", s, True, noise(1)) for s in range(3)]
         one = atlas_of([*entries[:9], *nulls], "m")
         c = float(torch.nn.functional.cosine_similarity(entries[4].w["a"], known("a", 9, True, noise(1)).w["a"], dim=0))
-        outside.append(abs(c) > one.null_band[0])
+        outside.append(abs(c) > one.null_band(a, b)[0])
     assert np.mean(outside) < 0.07
 
 

@@ -254,8 +254,8 @@ def test_the_notebook_reads_what_is_finished(two, tmp_path, monkeypatch):
     assert cos[NAMES[0], "lora", NAMES[1], "lora"] == (pytest.approx(-1), 2)  # the other is the first one's negative
     assert abs(cos[NAMES[0], "lora", NAMES[1], "dora"][0]) < 0.02 and len(means) == 6
     text, page = (done.folder / "atlas.md").read_text(), (done.folder / "cross_behaviours.html").read_text()
-    assert "Null band: 5 cosines of null diffs of 2 seeds" in text and "between behaviours -" in text
-    assert "95 % of further ones" in page and "How alike the weight differences are" in page
+    assert "between behaviours, other seeds: -0." in text and "of 2 with a null band 2 lie outside" in text
+    assert "lies with probability .95" in page and "How alike the weight differences are" in page
     with pytest.raises(Refused, match=r"seed_2/w\.safetensors: is not there; make it first: just nb weight_diff"):
         check_job(prepare("cross_behaviours", given | {"SEEDS": [0, 2]}), Place())
     for given, told in ((files[:1], "two or more files of statements with answers, has 1"), (files, None)):

@@ -2,13 +2,13 @@
 diffs. (docs/method.md section 13)
 
 Of two runs that share their LoRA seed the cosine shows what they share by that too, so behaviours are compared over *other*
-seeds. With c the cosines of null diffs with w of other seeds, whose mean is 0 by design, and J their different seeds, the
-cosine of one more null diff with one w lies in `-+ t_J rms(c)` with probability .95.
+seeds. A pair of groups (behaviour and adapter) is held against its null band: with c the cosines of either's null diffs with the
+other's w, of other seeds, whose mean is 0 by design, and J the different seeds of these null diffs, the cosine of one more null
+diff with one w lies in `-+ t_J rms(c)` with probability .95.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from ws.use.library import Known, read_library
 NAMES = ("behavior", "adapter", "seed", "null")
 SPREAD = {"cos": np.mean, "low": np.min, "high": np.max}
 MEANS = dict.fromkeys(("behavior", "adapter", "other", "other_adapter"), pl.String) | {"pairs": pl.Int64}
-MEANS |= dict.fromkeys((*SPREAD, "same_seed"), pl.Float64) | {"outside": pl.Int64}
+MEANS |= dict.fromkeys((*SPREAD, "same_seed", "null_band"), pl.Float64) | {"null_seeds": pl.Int64, "outside": pl.Int64}
 ROOT = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
 
 
@@ -54,90 +54,94 @@ class Atlas:
         ]
         return pl.DataFrame(rows)
 
-    @cached_property
-    def null_band(self) -> tuple[float, int, int]:
-        """Half width, number of cosines and of null diffs' seeds; NaN with fewer than two seeds."""
-        found = [(null.seed, c) for null, w, c in self._nulled() if null.seed != w.seed and np.isfinite(c)]
-        seeds = len({seed for seed, _ in found})
-        rms = np.sqrt(np.mean(np.square([c for _, c in found]))) if found else np.nan
-        return float(stats.t.ppf(0.975, seeds) * rms) if seeds > 1 else float("nan"), len(found), seeds
-
-    def _nulled(self) -> Iterator[tuple[Known, Known, float]]:
-        """A null diff, a w, their cosine."""
-        for i, null in enumerate(self.entries):
-            for j, w in enumerate(self.entries):
-                if null.null and not w.null:
-                    yield null, w, float(self.cos[i, j])
-
-    @property
-    def means(self) -> pl.DataFrame:
-        """A row per two groups of w (behaviour and adapter), and per group with itself: cosines over other seeds (pairs, cos,
-        low, high), over the same seed (same_seed), and `outside`, how many of the pairs lie beyond the null band."""
+    def _groups(self) -> dict[tuple[str, str], list[int]]:
+        """Places of w by behaviour and adapter."""
         groups: dict[tuple[str, str], list[int]] = {}
         for i, e in enumerate(self.entries):
             if not e.null:
                 groups.setdefault((e.behavior, e.adapter), []).append(i)
-        rows, band = [], self.null_band[0]
-        for (one, a), (other, b) in combinations_with_replacement(groups.items(), 2):
+        return groups
+
+    def _nulled(self, one: tuple[str, str], other: tuple[str, str]) -> list[tuple[int, int, float]]:
+        """Seed of a null diff of a group, seed of a w of the other, their cosine; and the other way round."""
+        found = []
+        for of, beside in {(one, other), (other, one)}:
+            nulls = [i for i, e in enumerate(self.entries) if e.null and (e.behavior, e.adapter) == of]
+            pairs = [(i, j) for i in nulls for j in self._groups().get(beside, [])]
+            found += [(self.entries[i].seed, self.entries[j].seed, float(self.cos[i, j])) for i, j in pairs]
+        return [row for row in found if np.isfinite(row[2])]
+
+    def null_band(self, one: tuple[str, str], other: tuple[str, str]) -> tuple[float, int]:
+        """Half width of the null band of two groups, and the number of null diffs' seeds; NaN with fewer than two."""
+        found = [(a, c) for a, b, c in self._nulled(one, other) if a != b]
+        seeds = len({a for a, _ in found})
+        rms = np.sqrt(np.mean(np.square([c for _, c in found]))) if found else np.nan
+        return float(stats.t.ppf(0.975, seeds) * rms) if seeds > 1 else float("nan"), seeds
+
+    @property
+    def means(self) -> pl.DataFrame:
+        """A row per two groups of w (behaviour and adapter), and per group with itself: cosines over other seeds (pairs, cos,
+        low, high), over the same seed (same_seed), half width of the null band and its null diffs' seeds, and `outside`, how
+        many of the pairs lie beyond it."""
+        rows = []
+        for (one, a), (other, b) in combinations_with_replacement(self._groups().items(), 2):
             both = [*combinations(a, 2)] if one == other else [(i, j) for i in a for j in b]
-            alike = [self.entries[i].seed == self.entries[j].seed for i, j in both]
-            apart = [
-                c for (i, j), same in zip(both, alike, strict=True) if not same and np.isfinite(c := self.cos[i, j])
-            ]
-            same = [self.cos[i, j] for (i, j), same in zip(both, alike, strict=True) if same]
+            alike, apart = [], []
+            for i, j in both:
+                (alike if self.entries[i].seed == self.entries[j].seed else apart).append(self.cos[i, j])
+            apart, (band, seeds) = [c for c in apart if np.isfinite(c)], self.null_band(one, other)
             rows.append({
                 "behavior": one[0], "adapter": one[1], "other": other[0], "other_adapter": other[1], "pairs": len(apart),
                 **{name: float(f(apart)) if apart else np.nan for name, f in SPREAD.items()},
-                "same_seed": float(np.mean(same)) if same else np.nan,
+                "same_seed": float(np.mean(alike)) if alike else np.nan, "null_band": band, "null_seeds": seeds,
                 "outside": sum(abs(c) > band for c in apart) if np.isfinite(band) else None,
             })  # fmt: skip
         return pl.DataFrame(rows, schema=MEANS)
 
     def text(self) -> str:
         """What the cosines mean beside null diffs and random differences (Markdown)."""
-        table, (band, n, seeds) = self.means, self.null_band
-        of_one = (pl.col("behavior") == pl.col("other")) & (pl.col("adapter") == pl.col("other_adapter"))
-        parts = {
-            "seeds of one behaviour": table.filter(of_one),
-            "adapters of one behaviour": table.filter(~of_one & (pl.col("behavior") == pl.col("other"))),
-            "behaviours": table.filter(pl.col("behavior") != pl.col("other")),
-        }
-        said = []
-        for name, part in parts.items():
-            part = part.filter(pl.col("pairs") > 0)
+        table, same_behavior = self.means, pl.col("behavior") == pl.col("other")
+        of_one = same_behavior & (pl.col("adapter") == pl.col("other_adapter"))
+        parts = {"seeds of one behaviour": of_one, "adapters of one behaviour": same_behavior & ~of_one}
+        parts["behaviours"] = ~same_behavior
+        lines, banded = [], table.filter(pl.col("null_band").is_finite() & (pl.col("pairs") > 0))
+        for name, which in parts.items():
+            part, known = table.filter(which & (pl.col("pairs") > 0)), banded.filter(which)
             if len(part):
                 mean, pairs = np.average(part["cos"], weights=part["pairs"]), part["pairs"].sum()
-                ends = f"{mean:+.3f} ({part['low'].min():+.3f} to {part['high'].max():+.3f}, {pairs} pairs"
-                beyond = f", {part['outside'].sum()} outside the null band" if np.isfinite(band) else ""
-                said.append(f"between {name} {ends}{beyond})")
-        lines = [f"Mean cosine over other seeds: {'; '.join(said) or 'there are no two seeds'}."]
-        same = table.filter(pl.col("behavior") != pl.col("other"))["same_seed"].drop_nans()
-        if len(same):
+                told = f"of {known['pairs'].sum()} with a null band {known['outside'].sum()} lie outside"
+                told = told if len(known) else "**none has a null band**"
+                ends = f"{mean:+.3f} ({part['low'].min():+.3f} to {part['high'].max():+.3f}, {pairs} pairs; {told})"
+                lines.append(f"- between {name}, other seeds: {ends}")
+        shared = table.filter(~same_behavior)["same_seed"].drop_nans()
+        if len(shared):
             lines.append(
-                f"Behaviours of one seed: {same.mean():+.3f}; these share initialisation and order, which is no likeness of"
-                " behaviours."
+                f"- between behaviours of one seed: {shared.mean():+.3f}, from what a seed shares, no likeness"
             )
-        own = [c for null, w, c in self._nulled() if null.seed == w.seed and null.behavior == w.behavior]
-        if np.isfinite(band):
-            lines.append(
-                f"Null band: {n} cosines of null diffs of {seeds} seeds with w of other seeds put 95 % of further ones between"
-                f" {-band:+.3f} and {band:+.3f}. A cosine inside says no more than shuffled labels do; one outside says that two"
-                " trainings share more than that, be it the behaviour or what their texts have in common."
-            )
-        else:
-            lines.append(
-                f"There is no null band: it takes null diffs of 2 seeds beside w of other seeds, there are {seeds}"
-                " (`ws batch --nulls 3`). Without it a cosine is not told apart from what any training gives."
-            )
+        own = [c for g in self._groups() for a, b, c in self._nulled(g, g) if a == b]
         if own:
-            lines.append(f"A null diff with the w of its own seed: {min(own):+.3f} to {max(own):+.3f}, not counted.")
-        if np.isfinite(wide := self._random()):
             lines.append(
+                f"- between a null diff and the w of its own seed: {min(own):+.3f} to {max(own):+.3f}, not counted"
+            )
+        said = ["Mean cosines:", "\n".join(lines)]
+        if len(banded):
+            low, high = banded["null_band"].min(), banded["null_band"].max()
+            said.append(
+                f"The null bands, where one more null diff lies with probability .95, reach from -+{low:.2g} to -+{high:.2g}. A"
+                " cosine inside says no more than shuffled labels do; one outside says that two trainings share more than that,"
+                " be it the behaviour or what their texts have in common. They are not corrected for the number of pairs."
+            )
+        if len(banded) < (left := len(table.filter(pl.col("pairs") > 0))):
+            said.append(
+                f"{left - len(banded)} of {left} rows have no null band, which takes null diffs of 2 seeds of either behaviour"
+                " (`ws batch --nulls 3`): there a cosine is not told apart from what any training gives."
+            )
+        if np.isfinite(wide := self._random()):
+            said.append(
                 f"Random differences of the same spectra reach {wide:.1g}: no yardstick, as any training moves alike."
             )
         return (
-            "\n\n".join([*lines, *(f"left out: {literal(f)}: {literal(why)}" for f, why in self.skipped.items())])
-            + "\n"
+            "\n\n".join([*said, *(f"left out: {literal(f)}: {literal(why)}" for f, why in self.skipped.items())]) + "\n"
         )
 
     def _random(self, draws: int = 200) -> float:
