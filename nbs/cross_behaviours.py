@@ -99,7 +99,7 @@ known = [Known(name, adapter, seed, null, ws.load_diff(path)) for name, (adapter
 map_ = atlas_of(known, lm.name)
 map_.save(run.folder)
 display(show(map_.figure(), run.folder / "atlas"))
-display(show_table(map_.means, rows=40))
+display(show_table(map_.means.drop("low", "high"), rows=40))
 display(embedded(map_.text()))
 
 # %% [markdown]

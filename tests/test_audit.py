@@ -362,12 +362,12 @@ def test_the_atlas_says_what_a_cosine_means():
         atlas_of(entries[9:], "m")
     # one more null diff against one w of another seed
     outside = []
-    for _ in range(400):
+    for _ in range(200):
         nulls = [known("a", s, True, noise(1)) for s in range(3)]
         one = atlas_of([*entries[:9], *nulls], "m")
         c = float(torch.nn.functional.cosine_similarity(entries[4].w["a"], known("a", 9, True, noise(1)).w["a"], dim=0))
         outside.append(abs(c) > one.null_band(a, b)[0])
-    assert np.mean(outside) < 0.07
+    assert np.mean(outside) < 0.09
 
 
 def test_the_commands_work_end_to_end(out, tmp_path, monkeypatch, capsys):

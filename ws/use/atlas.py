@@ -32,7 +32,11 @@ from ws.use.library import Known, read_library
 NAMES = ("behavior", "adapter", "seed", "null")
 SPREAD = {"cos": np.mean, "low": np.min, "high": np.max}
 MEANS = dict.fromkeys(("behavior", "adapter", "other", "other_adapter"), pl.String) | {"pairs": pl.Int64}
-MEANS |= dict.fromkeys((*SPREAD, "same_seed", "null_band"), pl.Float64) | {"null_seeds": pl.Int64, "outside": pl.Int64}
+MEANS |= dict.fromkeys((*SPREAD, "null_band"), pl.Float64) | {
+    "outside": pl.Int64,
+    "null_seeds": pl.Int64,
+    "same_seed": pl.Float64,
+}
 ROOT = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
 
 
@@ -81,8 +85,8 @@ class Atlas:
     @property
     def means(self) -> pl.DataFrame:
         """A row per two groups of w (behaviour and adapter), and per group with itself: cosines over other seeds (pairs, cos,
-        low, high), over the same seed (same_seed), half width of the null band and its null diffs' seeds, and `outside`, how
-        many of the pairs lie beyond it."""
+        low, high), half width of the null band, how many of the pairs lie `outside` of it, its null diffs' seeds; and the mean
+        cosine over the same seed."""
         rows = []
         for (one, a), (other, b) in combinations_with_replacement(self._groups().items(), 2):
             both = [*combinations(a, 2)] if one == other else [(i, j) for i in a for j in b]
@@ -93,8 +97,8 @@ class Atlas:
             rows.append({
                 "behavior": one[0], "adapter": one[1], "other": other[0], "other_adapter": other[1], "pairs": len(apart),
                 **{name: float(f(apart)) if apart else np.nan for name, f in SPREAD.items()},
-                "same_seed": float(np.mean(alike)) if alike else np.nan, "null_band": band, "null_seeds": seeds,
-                "outside": sum(abs(c) > band for c in apart) if np.isfinite(band) else None,
+                "null_band": band, "outside": sum(abs(c) > band for c in apart) if np.isfinite(band) else None,
+                "null_seeds": seeds, "same_seed": float(np.mean(alike)) if alike else np.nan,
             })  # fmt: skip
         return pl.DataFrame(rows, schema=MEANS)
 
@@ -115,9 +119,7 @@ class Atlas:
                 lines.append(f"- between {name}, other seeds: {ends}")
         shared = table.filter(~same_behavior)["same_seed"].drop_nans()
         if len(shared):
-            lines.append(
-                f"- between behaviours of one seed: {shared.mean():+.3f}, from what a seed shares, no likeness"
-            )
+            lines.append(f"- between behaviours of one seed: {shared.mean():+.3f}; they share initialisation and order")
         own = [c for g in self._groups() for a, b, c in self._nulled(g, g) if a == b]
         if own:
             lines.append(
