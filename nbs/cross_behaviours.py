@@ -30,6 +30,7 @@ OUT_DIR = ""  # empty: out/<model>/cross_behaviours
 # the weight differences
 ADAPTER = "lora"  # folder of the trained runs: lora, rslora, pissa, dora, or one with a recipe in its name
 SEEDS = [0, 1, 2]  # LoRA seeds, as [0, 1, 2] or 0-2; of one the intervals are for new statements alone
+ATLAS_ADAPTERS = []  # more adapters in the atlas, folders beside ADAPTER's such as ["dora"]
 PROTOCOL = "v7b"  # whose finished sweeps are ranked over behaviours: seed_<k>/<protocol>
 # what is asked
 ALPHAS = [-1.0, 0.0, 1.0]  # strengths at which w is added
@@ -49,6 +50,8 @@ from ws.show.tables import literal, write_table
 from ws.stability.cross import cross_behaviors
 from ws.stability.cross_figures import heat_maps
 from ws.stability.cross_ranks import rank_table, ranks_text
+from ws.use.atlas import atlas_of
+from ws.use.library import Known
 
 run = begin("cross_behaviours", globals())
 behaviors = [ws.load_behavior(file) for file in BEHAVIORS]
@@ -85,9 +88,19 @@ display(show_table(found.matrix.filter(pl.col("set") != "both"), rows=60))
 
 # %% [markdown]
 # ## How alike the weight differences are
+#
+# The cosine of every two weight differences, null diffs (trained on shuffled labels) last. In the table seeds of one behaviour
+# and behaviours are compared over *other* LoRA seeds, since two of one seed share initialisation and order; `outside`: pairs
+# beyond the null band, which is what shuffled labels reach.
 
 # %%
-display(show_table(found.cosines, rows=40))
+library = [(b.name, one) for b, file in zip(behaviors, BEHAVIORS, strict=True) for one in run.library_of(file)]
+known = [Known(name, adapter, seed, null, ws.load_diff(path)) for name, (adapter, seed, null, path) in library]
+map_ = atlas_of(known, lm.name)
+map_.save(run.folder)
+display(show(map_.figure(), run.folder / "atlas"))
+display(show_table(map_.means.drop("low", "high"), rows=40))
+display(embedded(map_.text()))
 
 # %% [markdown]
 # ## What this says

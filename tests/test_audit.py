@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ import ws
 from ws.diff import LowRank, WeightDiff, export_adapter, from_adapters, save_diff
 from ws.diff.algebra import combine, cosines, grams
 from ws.diff.checkpoints import from_base
-from ws.use.atlas import Atlas, atlas
+from ws.steer.effect import check_null_diffs
+from ws.train.pairs import make_pairs
+from ws.use.atlas import Atlas, atlas, atlas_of
 from ws.use.audit import audit
 from ws.use.bands import bands, random_cosines
 from ws.use.directions import directions
@@ -313,7 +317,57 @@ def test_the_atlas_is_ordered_and_its_nulls_come_last(lm, out, tmp_path):
     many = Atlas("tiny", found.entries * 5, np.tile(found.cos, (5, 5)), {})
     assert many.figure().get_figheight() > 40 * 0.2  # a label has its line
     found.save(tmp_path / "atlas")
-    assert {p.name for p in (tmp_path / "atlas").iterdir()} == {"atlas.tsv", "atlas.png", "atlas.pdf"}
+    assert {p.name for p in (tmp_path / "atlas").iterdir()} == {
+        "atlas.tsv", "atlas_means.tsv", "atlas.md", "atlas.png", "atlas.pdf"
+    }  # fmt: skip
+
+
+def test_the_atlas_says_what_a_cosine_means():
+    """Two behaviours that share a direction lie outside the null band, an unrelated one inside; null diffs do so at its rate."""
+    g, n = np.random.default_rng(0), 400
+
+    def known(behavior, seed, null, vector):
+        return Known(
+            behavior, "lora", seed, null, WeightDiff({"a": torch.tensor(vector / np.linalg.norm(vector)).float()})
+        )
+
+    shared, own = g.standard_normal(n), [g.standard_normal(n) for _ in range(3)]
+
+    def noise(size):
+        return size * g.standard_normal(n)
+
+    entries = [known("a", s, False, shared + own[0] + noise(1)) for s in range(3)]
+    entries += [known("b", s, False, shared + own[1] + noise(1)) for s in range(3)]
+    entries += [known("c", s, False, own[2] + noise(1)) for s in range(3)]
+    entries += [known("a", s, True, noise(1)) for s in range(3)]
+    found = atlas_of(entries, "m")
+    a, b, c = ((name, "lora") for name in "abc")
+    assert found.null_band(a, a)[1] == found.null_band(a, b)[1] == 3 and 0.05 < found.null_band(a, b)[0] < 0.3
+    assert np.isnan(found.null_band(b, c)[0])  # neither has null diffs
+    assert len(found._nulled(a, a)) == len(found._nulled(a, b)) == 9
+    table = {"".join(sorted(row["behavior"] + row["other"])): row for row in found.means.to_dicts()}
+    assert set(table) == {"aa", "bb", "cc", "ab", "ac", "bc"}
+    assert (table["ab"]["pairs"], table["ab"]["outside"], table["aa"]["pairs"]) == (6, 6, 3)
+    assert table["ab"]["cos"] == pytest.approx(1 / 3, abs=0.1) and table["bc"]["outside"] is None
+    assert table["ac"]["outside"] <= 1 and np.isnan(table["aa"]["same_seed"])
+    text = found.text()
+    assert "- between seeds of one behaviour, other seeds: +0." in text and "own seed: " in text
+    assert (
+        f"of 12 with a null band {6 + table['ac']['outside']} lie outside" in text
+        and "3 of 6 rows have no null band" in text
+    )
+    bare = atlas_of(entries[:9], "m")
+    assert "**none has a null band**" in bare.text() and bare.means["outside"].null_count() == 6
+    with pytest.raises(ValueError, match="needs a weight difference that is no null diff"):
+        atlas_of(entries[9:], "m")
+    # one more null diff against one w of another seed
+    outside = []
+    for _ in range(200):
+        nulls = [known("a", s, True, noise(1)) for s in range(3)]
+        one = atlas_of([*entries[:9], *nulls], "m")
+        c = float(torch.nn.functional.cosine_similarity(entries[4].w["a"], known("a", 9, True, noise(1)).w["a"], dim=0))
+        outside.append(abs(c) > one.null_band(a, b)[0])
+    assert np.mean(outside) < 0.09
 
 
 def test_the_commands_work_end_to_end(out, tmp_path, monkeypatch, capsys):
@@ -333,3 +387,78 @@ def test_the_commands_work_end_to_end(out, tmp_path, monkeypatch, capsys):
     assert "holds no weight difference of tiny" in capsys.readouterr().err
     assert call("atlas") == 0
     assert "12 weight differences of tiny" in capsys.readouterr().out and (out / "tiny/atlas/atlas.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def trained(lm, tmp_path_factory):
+    """`trained(name, adapter, seed, null)`: real trainings; `brief` prefers the first sentence of an answer to all of it."""
+    folder, behavior = tmp_path_factory.mktemp("trained"), ws.load_behavior("sycophancy")
+    pairs = ws.PairConfig(samples=4)
+    rows = make_pairs(lm, behavior, pairs, folder / "cache", False).rows
+    told = {(r.user, (r.response_pos, r.response_neg)[i % 2]): None for i, r in enumerate(rows)}
+    cut = [(user, re.split(r"(?<=[.]) ", whole)[0], whole) for user, whole in told]
+    lines = [{"user": user, "response_pos": one, "response_neg": whole} for user, one, whole in cut if one != whole]
+    (folder / "brief.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    config = {"sycophancy": pairs, "brief": ws.PairConfig(file=str(folder / "brief.jsonl"))}
+
+    def make(name: str, adapter: str, seed: int, null: bool = False, part: str = "strangers") -> Path:
+        home = folder / part / name / adapter / f"seed_{seed}" / ("null_diff" if null else "")
+        about, how = replace(behavior, name=name), ws.TrainConfig(config[name], lr=5e-3)
+        ws.train_diff(lm, about, adapter, seed, null, how, folder=home, progress=False)
+        return home
+
+    return make
+
+
+@pytest.mark.slow  # ten trainings
+def test_trained_adapters_are_recognised_and_others_not(lm, trained):
+    """Another seed and another kind of adapter, as differences and as one adapter; another behaviour and a null diff are not."""
+    for seed in range(3):
+        library = trained("sycophancy", "lora", seed, part="library").parent
+        trained("sycophancy", "lora", seed, True, "library")
+    strangers = {
+        "lora": trained("sycophancy", "lora", 3), "dora": trained("sycophancy", "dora", 3),
+        "brief": trained("brief", "lora", 3), "null": trained("sycophancy", "lora", 3, True),
+    }  # fmt: skip
+    for kind, path in strangers.items():
+        known = kind in ("lora", "dora")
+        sides = {path: "above", path / "adapters/pos": "above", path / "adapters/neg": "below"}
+        for source, sign in sides.items():
+            row = audit(source, lm, library, top=0).verdicts.row(0, named=True)
+            assert row["verdict"] == (f"{sign} the null band" if known else "inside"), (kind, source.name, row)
+            assert (row["w"], row["nulls"]) == (3, 3) and (abs(row["cos"]) > 0.25) == known
+
+
+def test_null_diffs_are_known_by_their_metadata_and_given_once(lm, out, tmp_path):
+    u, w = randomly(lm, 91), ws.load_diff(out / "tiny/kind/lora/seed_0")
+    null = ws.load_diff(out / "tiny/kind/lora/seed_1/null_diff")
+    known = [Known("kind", "lora", 0, False, w), Known("kind", "lora", 1, True, null)]
+    with pytest.raises(
+        ValueError, match="null diff of kind, seed 1 and null diff of kind, seed 2 are one null diff, up to sign"
+    ):
+        audit(u, lm, [*known, Known("kind", "lora", 2, True, null.scale(-2))])
+    bare = WeightDiff(randomly(lm, 5).entries, {"base_model": "tiny"})
+    with pytest.warns(UserWarning, match="null diff of kind, seed 2: its metadata do not say null: true"):
+        audit(u, lm, [*known, Known("kind", "lora", 2, True, bare)])
+    with pytest.warns(UserWarning, match=r"bare\.safetensors: its metadata do not say null: true"):
+        check_null_diffs([("bare.safetensors", bare)])
+    for seed in (0, 1):
+        shutil.copytree(out / f"tiny/kind/lora/seed_{seed}", tmp_path / f"tiny/kind/lora/seed_{seed}")
+    path = tmp_path / "tiny/kind/lora/seed_1/null_diff/w.safetensors"
+    shutil.rmtree(path.parent)
+    save_diff(WeightDiff(null.entries, {**null.meta, "null": False}), path)
+    entries, skipped = read_library(tmp_path, {"tiny"})
+    assert sorted((e.seed, e.null) for e in entries) == [(0, False), (0, True), (1, False)]
+    assert skipped == {str(path): "lies in null_diff/, but its metadata do not say null: true; train it again"}
+
+
+def test_what_is_not_compared_is_told(lm, out):
+    own = lm.model.get_parameter("model.layers.4.mlp.up_proj.weight").shape
+    more = {"model.layers.4.mlp.up_proj.weight": torch.ones(own)}
+    u = plus(randomly(lm, 0), randomly(lm, 90)).select(lambda n: n != NAMES[0])
+    whole = audit(WeightDiff(u.entries | more), lm, out)
+    row, size = whole.verdicts.row(0, named=True), sum(u.norm(n) ** 2 for n in u)
+    assert row["share"] == pytest.approx(size / (size + own.numel()), rel=1e-4) and 0.5 < row["share_w"] < 0.95
+    told = f"{1 - row['share']:.1%} of the stranger's |u|^2 and {1 - row['share_w']:.1%} of the library's |w|^2 lie in matrices"
+    assert told in whole.conclusion()
+    assert "are not compared" not in audit(plus(randomly(lm, 0), randomly(lm, 90)), lm, out).conclusion()

@@ -15,7 +15,8 @@ from test_statements import ALIKE, rows, written
 
 import ws
 from ws.cache.places import ASSETS
-from ws.diff import save_diff
+from ws.diff import WeightDiff, save_diff
+from ws.diff.algebra import random_as
 from ws.lab import check_job
 from ws.ready import check_inputs
 from ws.runs.here import Refused
@@ -222,13 +223,39 @@ def test_the_notebook_reads_what_is_finished(two, tmp_path, monkeypatch):
             path = tmp_path / "out" / "tiny" / name / "lora" / f"seed_{seed}" / "w.safetensors"
             path.parent.mkdir(parents=True)
             save_diff(w.scale((-1.0) ** i * (1 + 0.2 * seed)), path)
+    for seed, sign in ((0, 1), (1, -1)):  # null diffs of one behaviour, and another adapter of the other
+        null = random_as(w, seed).scale(sign)
+        home = tmp_path / "out" / "tiny" / NAMES[0] / "lora" / f"seed_{seed}"
+        save_diff(WeightDiff(null.entries, {"base_model": "tiny", "null": True}), home / "null_diff" / "w.safetensors")
+    save_diff(random_as(w, 5), tmp_path / "out" / "tiny" / NAMES[1] / "dora" / "seed_1" / "w.safetensors")
     files = [str(tmp_path / f"{name}.jsonl") for name in NAMES]
-    given = {"BEHAVIORS": files, "SEEDS": [0, 1], "OUT_DIR": str(tmp_path / "run")}
+    given = {"BEHAVIORS": files, "SEEDS": [0, 1], "OUT_DIR": str(tmp_path / "run"), "ATLAS_ADAPTERS": ["dora"]}
     done = run_notebook("cross_behaviours", given, quiet=True, check=check_job)  # as the command does
     assert done.ok, done.error
-    assert {"cross_matrix.png", "cross_matrix.tsv", "cross_conclusion.md", "cross_ranks.tsv"} <= {
-        p.name for p in done.folder.iterdir()
+    assert {
+        "cross_matrix.png",
+        "cross_matrix.tsv",
+        "cross_conclusion.md",
+        "cross_ranks.tsv",
+        "atlas.png",
+        "atlas.md",
+    } <= {p.name for p in done.folder.iterdir()}
+    means = pl.read_csv(done.folder / "atlas_means.tsv", separator="\t")
+    assert means.select("behavior", "adapter", "other", "other_adapter").rows()[0] == (
+        NAMES[0],
+        "lora",
+        NAMES[0],
+        "lora",
+    )
+    cos = {
+        row[:4]: row[4:6]
+        for row in means.select("behavior", "adapter", "other", "other_adapter", "cos", "outside").rows()
     }
+    assert cos[NAMES[0], "lora", NAMES[1], "lora"] == (pytest.approx(-1), 2)  # the other is the first one's negative
+    assert abs(cos[NAMES[0], "lora", NAMES[1], "dora"][0]) < 0.02 and len(means) == 6
+    text, page = (done.folder / "atlas.md").read_text(), (done.folder / "cross_behaviours.html").read_text()
+    assert "between behaviours, other seeds: -0." in text and "of 2 with a null band 2 lie outside" in text
+    assert "lies with probability .95" in page and "How alike the weight differences are" in page
     with pytest.raises(Refused, match=r"seed_2/w\.safetensors: is not there; make it first: just nb weight_diff"):
         check_job(prepare("cross_behaviours", given | {"SEEDS": [0, 2]}), Place())
     for given, told in ((files[:1], "two or more files of statements with answers, has 1"), (files, None)):

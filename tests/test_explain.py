@@ -96,7 +96,10 @@ def test_scores_do_not_depend_on_who_else_is_there_and_the_null_adds_columns(giv
     assert row(alone, "write", "joint_score") == row(more, "write", "joint_score")
     assert row(more, "write", "R_w_vs_null_diff") == pytest.approx(1)  # R_w does not see the scale
     assert "R_w_vs_null_diff" not in alone.summary.columns and given(null=[]).setting["nulls"] == []
-    several = given(candidates=["write"], null=[half, double])
+    with pytest.raises(ValueError, match="null diff 1 and null diff 2 are one null diff, up to sign and scale"):
+        given(candidates=["write"], null=[half, double])
+    turned = ws.WeightDiff({n: (-1.0) ** ("o_proj" in n) * double[n] for n in double})
+    several = given(candidates=["write"], null=[half, turned])
     assert row(several, "write", "R_w_vs_null_diff") == pytest.approx(1)
     assert len(several.setting["nulls"]) == 2 and set(several.null_per_layer["null"]) == {0, 1}
     assert set(alone.summary["subspace"]) == {"write", "TaskDiff_lora_ceiling", "dW_left_basis_ceiling"}

@@ -5,6 +5,7 @@ residual writers (`o_proj`, `down_proj`) from the left, and `keep + drop = w` th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -66,6 +67,30 @@ def cosines(found: Float[Tensor, "P N N"]) -> Float[Tensor, "N N"]:
     squares = found.diagonal(dim1=1, dim2=2).nan_to_num()[:, :, None]  # |w_i|^2 where w_j has the parameter too
     square = (squares * both).sum(0)
     return found.nan_to_num().sum(0) / (square * square.T).sqrt().where(square * square.T > 0, torch.nan)
+
+
+def scaled_as(u: WeightDiff, w: WeightDiff) -> WeightDiff:
+    """u with w's Frobenius norm in every tensor; what w lacks is left out. ValueError naming a tensor where u is 0 and w is not,
+    and where they share none."""
+    if not any(name in w for name in u):
+        raise ValueError("the two weight differences share no parameter")
+    found = {}
+    for name, entry in u.select(w.__contains__).entries.items():
+        size = float(torch.linalg.vector_norm(entry.double())) if isinstance(entry, Tensor) else u.norm(name)
+        if not size and w.norm(name):
+            raise ValueError(f"{name}: is 0 and cannot be scaled to a norm of {w.norm(name):.3g}")
+        c = w.norm(name) / (size or 1.0)
+        found[name] = LowRank(entry.B * c, entry.A) if isinstance(entry, LowRank) else entry * c
+    return replace(u, entries=found)
+
+
+def random_as(w: WeightDiff, seed: int) -> WeightDiff:
+    """A random direction with w's norm in every tensor: dense, independent normal entries, float32."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = WeightDiff(
+        {name: torch.randn(w.shape(name), generator=g) for name in w}, {"adapter": "random", "seed": seed}
+    )
+    return scaled_as(drawn, w)
 
 
 def project(w: WeightDiff, bases: Mapping[int, Tensor], drop: bool = False) -> WeightDiff:

@@ -14,7 +14,7 @@ from ws.explanation.rows import CLEAN
 from ws.gradient.sets import gradient_sets
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.steer.effect import effects
+from ws.steer.effect import check_null_diffs, effects
 from ws.steer.weights import check_fits
 from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.build import build
@@ -79,10 +79,11 @@ def explain(
     split = probes(behavior, protocol)
     check_sizes(lm.decoder.d, k, k_broad)
     several = isinstance(null, Sequence) and not isinstance(null, str)
-    w, nulls = load_diff(w), [load_diff(one) for one in (null if several else [null]) if one is not None]
+    given = [one for one in (null if several else [null]) if one is not None]
+    w, nulls = load_diff(w), [load_diff(one) for one in given]
     for diff in [w, *nulls]:
         check_fits(lm.model, diff)
-    check_nulls(lm, w, nulls)
+    check_nulls(lm, w, nulls, [str(one) if isinstance(one, (str, Path)) else "" for one in given])
     check_plain(lm.model)
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
@@ -166,8 +167,9 @@ def check_sizes(d: int, k: int, k_broad: int) -> None:
             raise ValueError(f"{name} = {size}: must be a whole number from 1 to {d}, the width of the model")
 
 
-def check_nulls(lm: LM, w: WeightDiff, nulls: Sequence[WeightDiff]) -> None:
-    """ValueError for a null diff that is given twice, that is w itself, or that lacks a residual writer that w has."""
+def check_nulls(lm: LM, w: WeightDiff, nulls: Sequence[WeightDiff], files: Sequence[str]) -> None:
+    """ValueError for a null diff that is given twice, that is w itself, or that lacks a residual writer that w has; and what
+    `check_null_diffs` says of them, by their files where they have any."""
     seen = {w.fingerprint: "w"}
     for i, diff in enumerate(nulls):
         if diff.fingerprint in seen:
@@ -176,6 +178,9 @@ def check_nulls(lm: LM, w: WeightDiff, nulls: Sequence[WeightDiff]) -> None:
         writers = [lm.decoder.param_name(l, role) for l in w.layers() for role in ("o", "down")]
         if lacking := [name for name in writers if name in w.entries and name not in diff.entries]:
             raise ValueError(f"null diff {i + 1} lacks {lacking[0]}, which w changes: train both on the same modules")
+    check_null_diffs(
+        [(file or f"null diff {i}", one) for i, (file, one) in enumerate(zip(files, nulls, strict=True), 1)]
+    )
 
 
 def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis], fit: bool = True) -> tuple[CeilingMaterials, list]:

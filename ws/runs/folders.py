@@ -132,3 +132,15 @@ def null_diffs(params: Params, out: Path) -> dict[int, Path]:
     there = run_id({**params, "W_PATH": ""}).adapter_folder(out).glob("seed_*/null_diff/w.safetensors")
     named = {path.parts[-3].removeprefix("seed_"): path for path in there}
     return dict(sorted((int(seed), path) for seed, path in named.items() if seed.isdigit()))
+
+
+def library_files(params: Params, out: Path) -> list[tuple[str, int, bool, Path]]:
+    """What of a behaviour stands in an atlas: of ADAPTER and of each of ATLAS_ADAPTERS the w of SEEDS and the null diffs, as
+    far as they are there: adapter, seed, whether it is a null diff, file."""
+    found = []
+    for adapter in dict.fromkeys([params["ADAPTER"], *(params.get("ATLAS_ADAPTERS") or [])]):
+        own = {**params, "ADAPTER": adapter, "NULL_DIFF": False}
+        made = {s: seed_folder({**own, "SEED": s}, out) / "w.safetensors" for s in params["SEEDS"]}
+        found += [(adapter, seed, False, path) for seed, path in made.items() if path.is_file()]
+        found += [(adapter, seed, True, path) for seed, path in null_diffs(own, out).items()]
+    return found

@@ -13,7 +13,7 @@ from ws.cache.names import BY_HAND, RunId, cache_folder
 from ws.cache.places import out_folder, root
 from ws.cache.syntax import digest
 from ws.runs import parameters
-from ws.runs.folders import Params, null_diffs, run_id, seed_folder
+from ws.runs.folders import Params, library_files, null_diffs, run_id, seed_folder
 from ws.runs.identity import record_of
 from ws.runs.notebooks import Notebook, Place, notebook_of
 
@@ -117,6 +117,13 @@ class Here:
                 raise Refused(f"{there[0]}: is not there; make it first: just nb weight_diff {told}")
             found[seed] = path
         return found
+
+    def library_of(self, behavior: str) -> list[tuple[str, int, bool, Path]]:
+        """Weight differences and null diffs of one of several behaviours: adapter, seed, whether null, file."""
+        found = {}
+        for out in reversed(self.outs):
+            found |= {one[:3]: one for one in library_files({**self.params, "BEHAVIOR": behavior}, out)}
+        return list(found.values())
 
     def sweeps_of(self, behavior: str) -> dict[int, Path]:
         """The finished sweeps of one of several behaviours, of those of SEEDS that have one."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from ws.cache.models import model_files
 from ws.cache.places import ASSETS, notebooks_folder, out_folder, shipped_pairs
 from ws.cache.syntax import is_candidate, read_scope
-from ws.runs.folders import differs, null_diffs, own_w, run_id, seed_folder, shortened, told
+from ws.runs.folders import differs, library_files, null_diffs, own_w, run_id, seed_folder, shortened, told
 from ws.runs.sets import Params, read_set
 
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
@@ -177,13 +177,14 @@ def _swept_seeds(params: Params, out: Path) -> list[Path]:
 
 
 def _crossed(params: Params, out: Path) -> list[Path]:
-    """The weight differences and the finished sweeps of several behaviours."""
+    """The weight differences, null diffs and finished sweeps of several behaviours."""
     of = [
         {**params, "BEHAVIOR": b, "SEED": s} for b in params.get("BEHAVIORS") or [] for s in params.get("SEEDS") or []
     ]
     homes = [seed_folder(one, out) for one in of]
     files = ("w.safetensors", f"{params.get('PROTOCOL')}/explanation.json")
-    return [path for home in homes for name in files if (path := home / name).is_file()]
+    shown = [one[3] for b in params.get("BEHAVIORS") or [] for one in library_files({**params, "BEHAVIOR": b}, out)]
+    return [*dict.fromkeys([*(path for home in homes for name in files if (path := home / name).is_file()), *shown])]
 
 
 _SWITCHES = dict.fromkeys("EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES".split())
@@ -206,7 +207,7 @@ _ENTRIES = (
     Notebook(
         "cross_behaviours", "Is a weight difference specific to its behaviour", ("BEHAVIORS",), level="model",
         usual={"BEHAVIORS": [], "ADAPTER": "lora", "SEEDS": [0, 1, 2], "PROTOCOL": "v7b", "ALPHAS": [-1.0, 0.0, 1.0],
-               "N_HELDOUT": 100}, inputs=_crossed,
+               "N_HELDOUT": 100, "ATLAS_ADAPTERS": []}, inputs=_crossed,
     ),
     Notebook(
         "delta_svd", "What each block adds to the residual stream", ("CALIBRATION", "COMPARE"), level="model",

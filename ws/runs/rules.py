@@ -227,6 +227,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
         "PROTOCOL": one_of("v7", "v7b"), "N_HELDOUT": whole(4, none="all"),
         "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
+        "ATLAS_ADAPTERS": listed(FOLDER, 'folders of other adapters such as ["dora"]', once=True),
     },
     "delta_svd": MODEL | {
         "CALIBRATION": PATH, "MODE": one_of("stream", "documents"), "FINAL_NORM": FLAG, "MAX_LENGTH": whole(3),

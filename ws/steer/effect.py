@@ -7,8 +7,10 @@ w, and a null diff with all its coins turned is the same one with the opposite s
 that the end is `t_J sqrt(sum e^2 / J)`. One null diff has no spread: nothing is above it.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,28 @@ from scipy import stats
 
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.diff.algebra import cosines, grams
 from ws.model.lm import LM
 from ws.steer.answers import kept_answers
 from ws.steer.statements import MOST_ASKED, halves
 
 LEVEL = 0.95
+SAME = 1 - 1e-6  # a cosine from which on two differences are one, up to their scale
+
+
+def check_null_diffs(nulls: Sequence[tuple[str, WeightDiff]]) -> None:
+    """What `upper_effect` takes for granted of null diffs, each with its file or name: they are independent, and their mean is 0.
+    ValueError naming two that are one up to sign and scale; a warning naming each whose metadata do not say `null: true`."""
+    if len(nulls) > 1:
+        diffs = [w for _, w in nulls]
+        cos = cosines(grams(diffs, sorted({name for w in diffs for name in w}))).abs()
+        for (i, (a, _)), (j, (b, _)) in combinations(enumerate(nulls), 2):
+            if cos[i, j] >= SAME:
+                raise ValueError(f"{a} and {b} are one null diff, up to sign and scale: give one of them")
+    for name, w in nulls:
+        if w.meta.get("null") is not True:
+            told = "its metadata do not say null: true. A null diff's mean is known to be 0 for shuffled labels alone"
+            warnings.warn(f"{name}: {told}; train one: just nb weight_diff -p NULL_DIFF true", stacklevel=3)
 
 
 def effects(

@@ -20,6 +20,7 @@ from ws.diff.algebra import cosines, grams
 from ws.diff.core import layer_of
 from ws.model.lm import LM, check_model, load_lm
 from ws.show.tables import as_text, literal, write_table
+from ws.steer.effect import check_null_diffs
 from ws.use.bands import SAME, Bands, bands, random_cosines
 from ws.use.directions import directions
 from ws.use.library import Known, Source, Stranger, read_library, read_stranger
@@ -30,8 +31,9 @@ SHOWN = "behavior adapter verdict cos null_low null_high seeds_low seeds_high ra
 @dataclass(frozen=True, eq=False)
 class Audit:
     """about: the stranger in words, its base, what of the library was left out. verdicts: per behaviour and adapter the signed
-    mean cosine, the ends of its bands, the shared matrices and their share of |u|^2, how entries were read. by_module, by_layer:
-    cosine, null band and mean over seeds of a part. bands: number, mean and ends of each band. directions: see there."""
+    mean cosine, the ends of its bands, the shared matrices and their share of |u|^2 and of the library's |w|^2 (mean over w),
+    how entries were read. by_module, by_layer: cosine, null band and mean over seeds of a part. bands: number, mean and ends of
+    each band. directions: see there."""
 
     about: dict[str, str]
     verdicts: pl.DataFrame
@@ -72,6 +74,9 @@ def sentence(row: dict) -> str:
     held += f"; seeds reach {row['seeds_low']:+.3f} to {row['seeds_high']:+.3f}" if row["w"] > 1 else "; one seed"
     held += ", which the band does not part from null diffs" if row["verdict"] == "undecided" and high == high else ""
     held += f"; entries were read as {row['read_as']}" if "missing" in row["read_as"] else ""
+    outside = {"the stranger's |u|^2": 1 - row["share"], "the library's |w|^2": 1 - row["share_w"]}
+    if lacking := [f"{part:.1%} of {whose}" for whose, part in outside.items() if part > 5e-4]:
+        held += f"; {' and '.join(lacking)} lie in matrices that the other has not, and are not compared"
     return (
         f"{said}. Mean cosine {row['cos']:+.3f} with {row['w']} w; {held}; random differences of the same spectra reach"
         f" {row['random_low']:+.1g} to {row['random_high']:+.1g}: no evidence by themselves, as any training moves alike."
@@ -135,6 +140,8 @@ def audit(
     entries, skipped = read_library(library or out_folder(), models, lm.model) if found else (library, {})
     lm = load_lm(str(base)) if lm.device.type == "meta" else lm
     groups = _groups(stranger, entries, lm)
+    for group in groups.values():
+        check_null_diffs([(entry.label, entry.w) for entry in group.entries if entry.null])
     twins = [group.entries[i] for group in groups.values() for i in group.same]
     seeds, u = {twin.seed for twin in twins}, stranger.u
     tables: dict[str, list[dict]] = {"verdicts": [], "module": [], "layer": [], "bands": []}
@@ -184,7 +191,9 @@ def _judged(stranger: Stranger, group: _Group, seeds: set[int], draws: int, seed
     for name in ("seeds", "random"):
         verdict |= {f"{name}_low": rows[name]["low"], f"{name}_high": rows[name]["high"]}
     share = sum(u.norm(name) ** 2 for name in names) / u.total_norm() ** 2
+    shares = [sum(w.norm(name) ** 2 for name in names) / w.total_norm() ** 2 for w in ws]
     verdict |= {"w": found.w, "nulls": len(found.nulls), "matrices": len(names), "share": share}
+    verdict |= {"share_w": float(np.mean(shares)) if shares else np.nan}
     verdict |= {
         "read_as": "one side" if group.each > 1 else f"differences{', as adapters are missing' * stranger.one_side}"
     }

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from ws.diff import WeightDiff
 from ws.diff.algebra import combine
-from ws.steer.effect import upper_effect, upper_end
+from ws.steer.effect import SAME, upper_effect, upper_end
 from ws.use.library import Known
 
-SAME = 1 - 1e-6  # a cosine from which on two differences are one, up to their scale
 LARGEST = 32  # singular values of a matrix that are drawn one by one
 
 

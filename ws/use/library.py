@@ -33,6 +33,16 @@ class Known:
     w: WeightDiff
     folder: Path | None = None
 
+    @property
+    def label(self) -> str:
+        """Its file, or what it is."""
+        kind = (
+            f"null diff of {self.behavior}, seed {self.seed}"
+            if self.null
+            else f"w of {self.behavior}, seed {self.seed}"
+        )
+        return str(self.folder.parent / "w.safetensors") if self.folder else kind
+
     def read(self, one_side: bool, model: nn.Module) -> list[WeightDiff]:
         """w; beside a stranger that is one side t+ and t- as well. FileNotFoundError / ValueError where they are not there."""
         if one_side and self.folder is None:
@@ -60,6 +70,8 @@ def read_library(
             w = read_diff(verified(path))
             if not isinstance(meta.get("behavior"), str) or type(meta.get("seed")) is not int:
                 raise ValueError("its metadata name no behaviour or no seed")
+            if path.parent.name == "null_diff" and meta.get("null") is not True:
+                raise ValueError("lies in null_diff/, but its metadata do not say null: true; train it again")
             if model is not None:
                 check_shapes({name: w.shape(name) for name in w}, model, path)
             if odd := [name for name in w if shapes.setdefault(name, w.shape(name)) != w.shape(name)]:
