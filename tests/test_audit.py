@@ -462,3 +462,16 @@ def test_what_is_not_compared_is_told(lm, out):
     told = f"{1 - row['share']:.1%} of the stranger's |u|^2 and {1 - row['share_w']:.1%} of the library's |w|^2 lie in matrices"
     assert told in whole.conclusion()
     assert "are not compared" not in audit(plus(randomly(lm, 0), randomly(lm, 90)), lm, out).conclusion()
+
+
+def test_a_library_of_an_earlier_model_is_told(lm, tmp_path):
+    """Name and shapes fit, the files under the name were others."""
+    from ws.train.record import base_content
+
+    w = ws.load_diff("tiny")
+    for content, told in ((base_content(lm), False), ("0" * 64, True)):
+        entry = Known("sycophancy", "lora", 1, False, ws.WeightDiff(w.entries, {**w.meta, "base_content": content}))
+        found = audit(randomly(lm, 5), lm, [entry])
+        assert ("trained from other files" in found.conclusion()) == told
+        scored = ws.explain(lm, entry.w, candidates=["write"], progress=False, cache=tmp_path)
+        assert ("comes from other files" in scored.conclusion()) == told

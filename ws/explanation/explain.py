@@ -28,6 +28,7 @@ from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
 from ws.train.asked import other_training
 from ws.train.pairs import PairConfig
+from ws.train.record import other_base
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def explain(
             "layers": list(layers), "k": k, "k_broad": k_broad,
             "w": w.fingerprint, "w_matrices": len(w), "w_norm": w.total_norm(), "w_layers": w.layers(), "w_meta": w.meta,
             "other_training": next(filter(None, doubts), ""),
+            "other_base": [whose for one, whose in read if other_base(one.meta, lm)],
             "nulls": [diff.fingerprint for diff in nulls], "effects": moved[0].tolist(),
             "null_effects": [float(effect.mean()) for effect in moved[1:]],
             "score": "margin of the matching answer" if behavior.answers else "log-ratio",

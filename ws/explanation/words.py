@@ -210,6 +210,9 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
     out = ["One LoRA seed: no ranking is established by a single run; the stability report compares seeds."]
     if doubt := facts.get("other_training"):
         out.insert(0, f"**{literal(doubt)}**: what it does to them says nothing of held-out ones. Train it anew.")
+    if whose := facts.get("other_base"):
+        told = f"{' and '.join(dict.fromkeys(whose))} comes from other files under the name {literal(facts['model'])}"
+        out.insert(0, f"**{told}** than it has now: if its weights are others, scores say nothing. Train it anew.")
     m, n = facts["n_templates"], facts["n_eval"]
     if m < 2:
         out += [

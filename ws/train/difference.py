@@ -25,7 +25,7 @@ from ws.steer.answers import check_words
 from ws.train.asked import trained_on
 from ws.train.lora import SIGNS, TrainConfig, adapter_layers, train_adapter
 from ws.train.pairs import make_pairs, most_pairs, trained_claims
-from ws.train.record import pairs_meta
+from ws.train.record import base_content, pairs_meta
 from ws.train.stopping import held_out
 from ws.train.written import named_pairs
 
@@ -200,6 +200,7 @@ def _join(
         "behavior": behavior.name,
         "adapter": adapter,
         "seed": seed,
+        **({"base_content": content} if (content := base_content(lm)) else {}),
         **(more or {}),
     }
     code = ["ws.diff.build.from_adapters", "ws.diff.io.save_diff"]

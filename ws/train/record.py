@@ -1,12 +1,14 @@
-"""What the metadata of a trained w says of its pairs: how to have them again, and how to know them.
+"""What the metadata of a trained w says of its pairs and of its base model: how to have them again, and how to know them.
 
-`pairs_of`: how they were written or read, as far as that is not usual; `pairs_hash`: a hash of their texts.
+`pairs_of`: how they were written or read, as far as that is not usual; `pairs_hash`: a hash of their texts; `base_content`: a
+hash of the base model's files.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from ws.cache.syntax import digest
+from ws.model.lm import LM
 from ws.train.pairs import Pair, PairConfig
 from ws.train.written import named_pairs
 
@@ -33,3 +35,14 @@ def pairs_config(known: dict) -> PairConfig:
 def own_pairs(meta: dict) -> PairConfig | None:
     """The pairs that a w of this metadata was trained on; None where it does not say."""
     return None if meta.get("pairs_of") is None else pairs_config(meta["pairs_of"])
+
+
+def base_content(lm: LM) -> str:
+    """What tells a model's files apart from others of its name, whatever the dtype; '' where that is not known."""
+    return lm.fingerprint.partition("/")[0]
+
+
+def other_base(meta: dict, lm: LM) -> bool:
+    """Whether a w of this metadata was trained from other files under the model's name than it has now."""
+    known, mine = meta.get("base_content"), base_content(lm)
+    return bool(known and mine and known != mine)

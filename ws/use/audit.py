@@ -21,6 +21,7 @@ from ws.diff.core import layer_of
 from ws.model.lm import LM, check_model, load_lm
 from ws.show.tables import as_text, literal, write_table
 from ws.steer.effect import check_null_diffs
+from ws.train.record import other_base
 from ws.use.bands import SAME, Bands, bands, random_cosines
 from ws.use.directions import directions
 from ws.use.library import Known, Source, Stranger, read_library, read_stranger
@@ -152,6 +153,10 @@ def audit(
     kind = "a task vector, one side" if stranger.one_side else "a difference of two sides"
     itself = ", ".join(f"{twin.behavior} seed {twin.seed}{' (null diff)' * twin.null}" for twin in twins)
     about = {"stranger": f"{stranger.name}, {kind}, {len(u)} matrices, norm {u.total_norm():.3g}", "base": lm.name}
+    apart = [stranger.name] * other_base(stranger.u.meta, lm) + [e.label for e in entries if other_base(e.w.meta, lm)]
+    about |= {
+        "trained from other files under the name of this base, so that a cosine may say nothing": ", ".join(apart)
+    }
     about |= {"note": stranger.note, "left out with all w of its seed, as it is the stranger": itself}
     about |= {"left out": "; ".join(f"{path}: {why}" for path, why in skipped.items())}
     frames = (pl.DataFrame(rows, infer_schema_length=None) for rows in tables.values())
