@@ -298,5 +298,7 @@ def test_bad_input_is_named(lm, behavior, given):
     )
     with pytest.raises(ValueError, match="layer 3: w is 0"):
         call({}, zero)
+    with pytest.raises(ValueError, match="no slope is given for it"):
+        writer_spans(lm, w, [], {}, progress=False)
     with ws.weight_steer(lm.model, w, 1.0), pytest.raises(ValueError, match="steer"):
         call({})

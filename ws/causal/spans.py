@@ -168,6 +168,10 @@ def writer_spans(
     for l in w.layers():
         for role in ROLES:
             if (name := lm.decoder.param_name(l, role)) in w:
+                if (l, role) not in slopes:
+                    raise ValueError(
+                        f"{name}: no slope is given for it; take them with slopes(lm, behavior, w.layers())"
+                    )
                 U, s, Vh = w.svd(name)
                 some = s > CUT * s[0] if len(s) else s > 0
                 g = slopes[l, role].double()
