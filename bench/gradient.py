@@ -5,26 +5,29 @@
 
 The first scores every candidate of v7b and those of source `gradient` on each seed's w: geometric mean of R_w over seeds with a
 95 % t interval in log R, the share of the best subspace of rank 8, the mean over shuffled labels, and whether the gradient lies
-above the best of the others on every seed. The second trains adapters on half of the wordings (`--grid` random halves, each
-also the other way round) and scores gradients of pairs that share topics, wordings, both or neither with the training: R_w and
-`share due to wording = 1 - R(other topics, other wordings) / R(other topics, same wordings)`. What is finished is kept in --out.
+above the best of the others on every seed; and of those shown the retention, that of controls of equal energy, and p of each
+seed (`ws.causal`). The second (`wording.py`) trains adapters on half of the wordings (`--grid` random halves, each also the
+other way round) and scores gradients and activations of pairs that share topics, wordings, both or neither with the training.
+What is finished is kept in --out.
 """
 
 import argparse
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
 from scipy import stats
+from wording import grid
 
 import ws
-from ws.cache.names import cache_folder
-from ws.gradient.capture import chosen, pair_gradients
+from ws.causal.retention import retention
+from ws.causal.spans import slopes
+from ws.diff.algebra import WRITERS
+from ws.diff.core import layer_of
+from ws.show.tables import as_text, write_table
 from ws.subspaces.algebra import left_svd
-from ws.train.pairs import Pair, from_file
-from ws.train.written import split_written
 
 SHOWN = ("grad_contrast", "grad_sum", "grad_null", "grad_contrast_heldout_topics", "grad_contrast_other_wording", "grad_probe",
          "grad_answer", "grad_contrast_read", "dW_left_basis_ceiling", "random_orthogonal")  # fmt: skip
@@ -40,8 +43,15 @@ def interval(values: Sequence[float]) -> str:
     return f"{np.exp(mean):.2f} [{np.exp(mean - half):.2f}, {np.exp(mean + half):.2f}]"
 
 
-def scored(lm, behavior, w, pairs: str, title: str) -> pl.DataFrame:
-    """R_act, R_w, share of the best rank 8 by candidate; the eight shuffles as their mean, `grad_null`."""
+def plain_interval(values: Sequence[float]) -> str:
+    """Mean and 95 % t interval."""
+    mean, n = np.mean(values), len(values)
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]" if n > 1 else f"{mean:.3f}"
+
+
+def scored(lm, behavior, w, pairs: str, title: str) -> tuple[pl.DataFrame, dict[str, dict[int, torch.Tensor]]]:
+    """R_act and R_w by candidate, the eight shuffles as their mean, `grad_null`; and the bases of those that write."""
     found = ws.explain(lm, w, behavior, protocol="v7b", pairs=pairs, title=title)
     names = {"mean_conc_act": "R_act", "mean_conc_w_combined": "R_w"}
     table = found.summary.select("subspace", "kind", "axis_kind", *names).rename(names)
@@ -50,14 +60,44 @@ def scored(lm, behavior, w, pairs: str, title: str) -> pl.DataFrame:
         subspace=pl.lit("grad_null"), kind=pl.lit("control"), axis_kind=pl.lit("write"),
         R_act=pl.col("R_act").mean(), R_w=pl.col("R_w").mean(),
     ).head(1)  # fmt: skip
-    return pl.concat([table.filter(~pl.col("subspace").str.starts_with("grad_null_")), mean])
+    bases: dict[str, dict[int, torch.Tensor]] = {}
+    write = set(table.filter(pl.col("axis_kind") != "read")["subspace"])
+    for name, B in found.tensors.items():
+        if name.startswith("basis/") and (own := name.split("/")[1]) in write:
+            bases.setdefault(own, {})[int(name.split("/")[2])] = B
+    sides: dict[int, list[torch.Tensor]] = {}
+    for name in filter(lambda n: n.endswith(WRITERS), w):
+        U, s, _ = w.svd(name)
+        sides.setdefault(layer_of(name), []).append(U * s)
+    bases["dW_left_basis_ceiling"] = {l: left_svd(torch.cat(each, dim=1), 8).B for l, each in sides.items()}
+    return pl.concat([table.filter(~pl.col("subspace").str.starts_with("grad_null_")), mean]), bases
 
 
-def over_seeds(lm, behavior, paths: list[Path], pairs: str, out: Path | None) -> None:
+def carried(lm, behavior, paths, bases, shown: list[str], templates: int, draws: int, out: Path | None) -> pl.DataFrame:
+    """`retention` of the rows shown on every seed, the nulls as the first shuffle; control_share: linear effect of controls of
+    equal energy over that of w_res."""
+    tables, given = [], None
+    for i, (path, each) in enumerate(zip(paths, bases, strict=True)):
+        w = ws.load_diff(path)
+        given = given or slopes(lm, behavior, w.layers(), templates)
+        each = each | {"grad_null": each["grad_null_1"]}
+        mine = {name: each[name] for name in shown if name in each}
+        table = retention(lm, w, mine, behavior, templates=templates, n_draws=draws, given=given)
+        linear = table.filter(subspace="w_res")["linear"][0]
+        tables.append(table.with_columns(seed=pl.lit(i), control_share=pl.col("control") / linear))
+        print(as_text(tables[-1]), flush=True)
+        if out:
+            write_table(pl.concat(tables), out / "retention.tsv")
+    return pl.concat(tables)
+
+
+def over_seeds(lm, behavior, paths: list[Path], pairs: str, templates: int, draws: int, out: Path | None) -> None:
     """The first table."""
-    tables = []
+    tables, bases = [], []
     for i, path in enumerate(paths):
-        tables.append(scored(lm, behavior, ws.load_diff(path), pairs, path.parent.name).with_columns(seed=pl.lit(i)))
+        table, each = scored(lm, behavior, ws.load_diff(path), pairs, path.parent.name)
+        tables.append(table.with_columns(seed=pl.lit(i)))
+        bases.append(each)
         if out:
             pl.concat(tables).write_csv(out / "seeds.csv")
     whole = pl.concat(tables)
@@ -70,72 +110,21 @@ def over_seeds(lm, behavior, paths: list[Path], pairs: str, out: Path | None) ->
         if np.isfinite(by_name[n]["R_w"].to_numpy()).all()
     }
     best = sorted(means, key=means.get, reverse=True)[:3]
-    for name in [*best, *SHOWN]:
-        if name in by_name and np.isfinite(by_name[name]["R_w"].to_numpy()).all():
-            rows = by_name[name]
-            share = (rows["R_w"].to_numpy() / by_name["dW_left_basis_ceiling"]["R_w"].to_numpy()).mean()
-            each = [interval(rows[score].to_list()) for score in ("R_w", "R_act")]
-            print(f"{name:36} R_w {each[0]:24} R_act {each[1]:24} share of the best {share:.3f}")
+    shown = [n for n in [*best, *SHOWN] if n in by_name and np.isfinite(by_name[n]["R_w"].to_numpy()).all()]
+    kept = carried(lm, behavior, paths, bases, shown, templates, draws, out)
+    for name in shown:
+        rows = by_name[name]
+        share = (rows["R_w"].to_numpy() / by_name["dW_left_basis_ceiling"]["R_w"].to_numpy()).mean()
+        each = [interval(rows[score].to_list()) for score in ("R_w", "R_act")]
+        part, said = kept.filter(subspace=name), ""
+        if len(part):
+            kinds = {column: plain_interval(part[column].to_list()) for column in ("retention", "control_share")}
+            p = ", ".join(f"{value:.3g}" for value in part["p"])
+            said = f" retention {kinds['retention']:24} of equal energy {kinds['control_share']:24} p {p}"
+        print(f"{name:36} R_w {each[0]:24} R_act {each[1]:24} share of the best {share:.3f}{said}")
     top = np.max([by_name[n]["R_w"].to_numpy() for n in means], axis=0)
     over = by_name["grad_contrast"]["R_w"].to_numpy() / top
     print("grad_contrast over the best of the others, by seed:", over.round(2).tolist())
-
-
-def cells(behavior, pairs: str, wordings: list[str]) -> dict[str, tuple[Pair, ...]]:
-    """Pairs by what they share with a training on some wordings: topics and wordings, each same or other."""
-    everything = from_file(behavior, ws.PairConfig(file=pairs))
-    train = from_file(behavior, ws.PairConfig(file=pairs, wordings=tuple(wordings))).rows
-    known = {row.persona for row in train}
-    parts = {"same": everything.rows, "other": everything.heldout}
-    return {
-        f"{topics} topics, {words} wordings": tuple(r for r in rows if (r.persona in known) == (words == "same"))
-        for (topics, rows), words in product(parts.items(), ("same", "other"))
-    }
-
-
-def grid(lm, behavior, pairs: str, halves: int, seeds: list[int], out: Path, most: int, steps: dict) -> None:
-    """The second table."""
-    names = list(dict.fromkeys(row.wording for row in split_written(pairs, behavior)[0]))
-    rows = []
-    for h, seed in product(range(halves), seeds):
-        order = np.random.default_rng(h).permutation(names).tolist()
-        for side, some in enumerate((order[: len(order) // 2], order[len(order) // 2 :])):
-            config = ws.TrainConfig(ws.PairConfig(file=pairs, wordings=tuple(some)), **steps)
-            w = ws.train_diff(lm, behavior, seed=seed, config=config, folder=out / f"w_{h}_{side}_{seed}")
-            found, layers = cells(behavior, pairs, some), w.layers()
-            size = min(most, *map(len, found.values()))
-            bases = {}
-            for name, part in found.items():
-                label = f"{name} {h} {side}"
-                G = pair_gradients(
-                    lm, chosen(part, size), layers, fold_gain=True, shuffles=4, label=label, cache=cache_folder(lm.name)
-                )
-                kinds = {"": "contrast"} | {f" null {i}": f"null {i}" for i in range(4)}
-                for end, kind in kinds.items():
-                    bases[name + end] = {l: left_svd(G.roots[kind, "write", l], 8).B for l in layers}
-            ex = ws.explain(lm, w, behavior, protocol="v7b", candidates=["write"], extra=bases, progress=False)
-            for r in ex.summary.iter_rows(named=True):
-                rows.append((h, side, seed, r["subspace"], r["mean_conc_w_combined"], r["mean_conc_act"], size))
-            table = pl.DataFrame(rows, ["half", "side", "seed", "subspace", "R_w", "R_act", "pairs"], orient="row")
-            table.write_csv(out / "grid.csv")
-            print(
-                h,
-                side,
-                seed,
-                {r[3]: round(r[4], 2) for r in rows[-len(ex.summary) :] if "null" not in r[3]},
-                flush=True,
-            )
-    for name in found:
-        R = table.filter(subspace=name).sort("half", "side", "seed")["R_w"].to_list()
-        null = table.filter(pl.col("subspace").str.starts_with(name + " null"))["R_w"].to_list()
-        print(f"{name:32} R_w {interval(R):24} labels shuffled {interval(null)}")
-    R = {n: np.array(table.filter(subspace=n).sort("half", "side", "seed")["R_w"]) for n in found}
-    ratio = np.log(R["other topics, other wordings"] / R["other topics, same wordings"])
-    by_half = ratio.reshape(halves, 2, len(seeds)).mean(axis=2).ravel()  # seeds of one half share their wordings
-    n, mean = len(by_half), by_half.mean()
-    half = stats.t.ppf(0.975, n - 1) * by_half.std(ddof=1) / n**0.5 if n > 1 else float("nan")
-    shares = [1 - np.exp(x) for x in (mean, mean + half, mean - half)]
-    print("share due to wording: {:.2f} [{:.2f}, {:.2f}]".format(*shares))
 
 
 def main() -> None:
@@ -149,24 +138,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--most", type=int, default=60)
+    parser.add_argument("--templates", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lm, behavior = ws.load_lm(args.model), ws.load_behavior(args.behavior)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.w:
-        over_seeds(lm, behavior, args.w, args.pairs, args.out)
+        over_seeds(lm, behavior, args.w, args.pairs, args.templates, args.draws, args.out)
     if args.grid:
-        grid(
-            lm,
-            behavior,
-            args.pairs,
-            args.grid,
-            args.seeds,
-            args.out or Path("grid"),
-            args.most,
-            {"lr": args.lr, "epochs": args.epochs},
-        )
+        out, steps = args.out or Path("grid"), {"lr": args.lr, "epochs": args.epochs}
+        grid(lm, behavior, args.pairs, args.grid, args.seeds, out, args.most, args.templates, steps)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ class Geometry:
     best: Mapping[str, Float[np.ndarray, "S C L"]]
 
 
-def haar(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:
-    """A uniformly random rotation or reflection of R^d, float32 on the generator's device."""
-    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, device=generator.device))
+def haar(d: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Float[Tensor, "d d"]:
+    """A uniformly random rotation or reflection of R^d, on the generator's device."""
+    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, device=generator.device, dtype=dtype))
     return Q * R.diagonal().sign()  # without the signs, Q depends on how the routine chose them
 
 

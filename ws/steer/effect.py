@@ -43,15 +43,21 @@ def check_null_diffs(nulls: Sequence[tuple[str, WeightDiff]]) -> None:
             warnings.warn(f"{name}: {told}; train one: just nb weight_diff -p NULL_DIFF true", stacklevel=3)
 
 
+def asked(behavior: Behavior) -> tuple[list[str], Float[np.ndarray, " n"]]:
+    """What the effect asks about, and +1 or -1 for each: the held-out false claims (+1); of statements the first MOST_ASKED
+    held-out ones, those where the yes-word matches (+1) before the others (-1)."""
+    by_half = halves(behavior, MOST_ASKED) if behavior.answers else {"yes": behavior.heldout_claims}
+    claims = [claim for half in by_half.values() for claim in half]
+    return claims, np.repeat([1.0, -1.0][: len(by_half)], [*map(len, by_half.values())])
+
+
 def effects(
     lm: LM, behavior: Behavior, w: WeightDiff, templates: int = 1, cache: Path | None = None
 ) -> Float[np.ndarray, " n"]:
     """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe; of statements on
     the first MOST_ASKED held-out ones, those where the yes-word matches before the others. cache and errors as in
     `ws.steer.answers.kept_answers`."""
-    by_half = halves(behavior, MOST_ASKED) if behavior.answers else {"yes": behavior.heldout_claims}
-    claims = [claim for half in by_half.values() for claim in half]
-    sides = np.repeat([1.0, -1.0][: len(by_half)], [*map(len, by_half.values())])
+    claims, sides = asked(behavior)
     by_wording = [[behavior.probe_text(claim, a) for claim in claims] for a in range(templates)]
     up, down = (
         np.mean([kept_answers(lm, behavior, texts, w, alpha, cache)[0] for texts in by_wording], axis=0)
