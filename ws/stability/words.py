@@ -58,6 +58,9 @@ def _race_lines(v: Verdict, races: Mapping[str, Verdict]) -> list[str]:
     named = {WITHOUT: "without them"} | {race: f"sees {race}" for race in RACES}
     lines = []
     for name, one in shown.items():
+        if one.n_contenders == 1 and one.leader:
+            lines.append(f"{named.get(name, name)}: {literal(one.leader)} alone, so that nothing is compared.")
+            continue
         said = f"{named.get(name, name)} ({one.n_contenders} contenders): "
         if one.winner:
             lines.append(f"{said}**{literal(one.winner)}** wins.")
