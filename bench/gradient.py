@@ -51,17 +51,12 @@ def plain_interval(values: Sequence[float]) -> str:
 
 
 def scored(lm, behavior, w, pairs: str, title: str) -> tuple[pl.DataFrame, dict[str, dict[int, torch.Tensor]]]:
-    """R_act and R_w by candidate, the eight shuffles as their mean, `grad_null`; and the bases of those that write."""
+    """R_act and R_w by candidate, and the bases of those that write."""
     found = ws.explain(lm, w, behavior, protocol="v7b", pairs=pairs, title=title)
     names = {"mean_conc_act": "R_act", "mean_conc_w_combined": "R_w"}
     table = found.summary.select("subspace", "kind", "axis_kind", *names).rename(names)
-    null = table.filter(pl.col("subspace").str.starts_with("grad_null_"))
-    mean = null.select(
-        subspace=pl.lit("grad_null"), kind=pl.lit("control"), axis_kind=pl.lit("write"),
-        R_act=pl.col("R_act").mean(), R_w=pl.col("R_w").mean(),
-    ).head(1)  # fmt: skip
     bases: dict[str, dict[int, torch.Tensor]] = {}
-    write = set(table.filter(pl.col("axis_kind") != "read")["subspace"])
+    write = {c["name"] for c in found.candidates if c["axis_kind"] != "read"}
     for name, B in found.tensors.items():
         if name.startswith("basis/") and (own := name.split("/")[1]) in write:
             bases.setdefault(own, {})[int(name.split("/")[2])] = B
@@ -70,7 +65,7 @@ def scored(lm, behavior, w, pairs: str, title: str) -> tuple[pl.DataFrame, dict[
         U, s, _ = w.svd(name)
         sides.setdefault(layer_of(name), []).append(U * s)
     bases["dW_left_basis_ceiling"] = {l: left_svd(torch.cat(each, dim=1), 8).B for l, each in sides.items()}
-    return pl.concat([table.filter(~pl.col("subspace").str.starts_with("grad_null_")), mean]), bases
+    return table, bases
 
 
 def carried(lm, behavior, paths, bases, shown: list[str], templates: int, draws: int, out: Path | None) -> pl.DataFrame:
