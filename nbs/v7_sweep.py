@@ -80,8 +80,9 @@ log = start_log("v7_sweep", run.folder)
 # %% [markdown]
 # ## Scores
 #
-# The candidates see base weights and base activations only, so that their bases are the same for every LoRA seed: they
-# are built once and kept. The ceilings are built from `w` and from what it does on the FIT probes. Per layer: activation
+# No candidate sees an adapter, so that their bases are the same for every LoRA seed: they are built once and kept. `sees` says
+# what comes nearest to the training: base weights, prompts, pairs about other topics or in other wordings, or the very pairs
+# that the adapters are trained on, through the base model's gradient; these are no rivals of the others. The ceilings are built from `w` and from what it does on the FIT probes. Per layer: activation
 # recovery on the EVAL probes, weight recovery on `o_proj` and `down_proj`, z-scores against the closed-form null. The
 # summary is the mean over the LoRA layers; `joint` is the geometric mean of the two recoveries. `on null`: the geometric mean
 # over null diffs, the same training with shuffled labels, which is the control for every score. `% best`: the share of what
