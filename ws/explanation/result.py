@@ -92,7 +92,7 @@ class Explanation:
 
     def figure(self) -> Figure:
         """Activation against weight recovery of every candidate."""
-        return joint_scatter(self.plain_summary, self.setting["title"])
+        return joint_scatter(self.summary, self.setting["title"])
 
     def layer_figure(self, best: int = 6) -> Figure:
         """Recovery by layer of the best write and mixed candidates, with the ceilings."""
