@@ -64,6 +64,13 @@ class Gradients:
         return list(dict.fromkeys(kind for kind, _, _ in self.roots))
 
 
+def pair_texts(lm: LM, rows: Sequence[Pair]) -> tuple[list[Example], Float[Tensor, "2 n"]]:
+    """All positive texts, then all negative ones, as in training; and their numbers of response tokens by side."""
+    frame = answer_frame(lm.tokenizer)
+    examples = [make_example(lm, row, sign, frame, 512) for sign in ("pos", "neg") for row in rows]
+    return examples, torch.tensor([float(sum(t != -100 for t in e["labels"])) for e in examples]).reshape(2, -1)
+
+
 def chosen(rows: Sequence[Pair], most: int = MOST, seed: int = 0) -> tuple[Pair, ...]:
     """At most `most` pairs, a seeded draw in the order of the file; all where there are no more."""
     if len(rows) <= most:
@@ -108,12 +115,10 @@ def pair_gradients(
     refuses."""
     if not rows:
         raise ValueError(f"{label}: no pair to take a gradient of")
-    frame, limit = answer_frame(lm.tokenizer), 512
-    examples = [make_example(lm, row, sign, frame, limit) for sign in ("pos", "neg") for row in rows]
+    examples, tokens = pair_texts(lm, rows)
     swaps = signs(len(rows), shuffles)
 
     def make() -> Gradients:
-        tokens = torch.tensor([float(sum(t != -100 for t in e["labels"])) for e in examples]).reshape(2, -1)
         weights = side_weights(tokens, swaps)
         halves = every_other(weights[1] - weights[0], len(rows))
         last = len(weights)

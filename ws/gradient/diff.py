@@ -18,12 +18,10 @@ from ws.cache.syntax import digest
 from ws.diff import WeightDiff
 from ws.diff.algebra import scaled_as
 from ws.gradient.accumulate import weighted_gradients
-from ws.gradient.capture import leading, side_weights, signs
+from ws.gradient.capture import leading, pair_texts, side_weights, signs
 from ws.model.decoder import ROLES
 from ws.model.lm import LM
-from ws.model.text import answer_frame
 from ws.steer.weights import check_fits
-from ws.train.examples import make_example
 from ws.train.pairs import Pair
 
 
@@ -47,12 +45,10 @@ def contrasts(
     every = [(l, role) for l in range(lm.decoder.n_layers) for role in ROLES]
     if not (targets := [one for one in every if lm.decoder.param_name(*one) in w]):
         raise ValueError(f"{label}: the weight difference has no matrix of {', '.join(ROLES)}")
-    frame = answer_frame(lm.tokenizer)
-    examples = [make_example(lm, row, sign, frame, 512) for sign in ("pos", "neg") for row in rows]
+    examples, tokens = pair_texts(lm, rows)
     swaps = torch.cat([torch.ones(1, len(rows)), signs(len(rows), shuffles)])
 
     def make() -> list[WeightDiff]:
-        tokens = torch.tensor([float(sum(t != -100 for t in e["labels"])) for e in examples]).reshape(2, -1)
         weights = dict.fromkeys(targets, side_weights(tokens, swaps)[2:])
         sums, _ = weighted_gradients(lm, examples, weights, label=f"gradients of {label}", progress=progress)
         return [WeightDiff({lm.decoder.param_name(*one): sums[one][s] for one in targets}) for s in range(1 + shuffles)]

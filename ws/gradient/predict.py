@@ -20,14 +20,12 @@ from ws.cache.names import cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
 from ws.gradient.accumulate import Adder
-from ws.gradient.capture import chosen, side_weights, signs
+from ws.gradient.capture import chosen, pair_texts, side_weights, signs
 from ws.gradient.sketch import Target, diff_sketch, text_sketches
 from ws.model.decoder import ROLES
 from ws.model.lm import LM
-from ws.model.text import answer_frame
 from ws.show.tables import write_table
 from ws.steer.weights import check_fits
-from ws.train.examples import make_example
 from ws.train.lora import TrainConfig, adapter_layers
 from ws.train.pairs import Pair, PairConfig, make_pairs
 
@@ -103,9 +101,7 @@ def predict(
     rows = chosen(make_pairs(lm, behavior, config, cache or cache_folder(lm.name), progress).rows, most, seed)
     if len(rows) < 4:
         raise ValueError(f"{len(rows)} pairs: a prediction needs at least 4")
-    frame = answer_frame(lm.tokenizer)
-    examples = [make_example(lm, row, sign, frame, 512) for sign in ("pos", "neg") for row in rows]
-    tokens = torch.tensor([float(sum(t != -100 for t in e["labels"])) for e in examples]).reshape(2, -1)
+    examples, tokens = pair_texts(lm, rows)
     targets = [(l, role) for l in layers for role in ROLES]
     adder = Adder(dict.fromkeys(targets, side_weights(tokens, signs(len(rows), 0))))
     sketches, _ = text_sketches(lm, examples, targets, adder, "gradients of pairs", progress)
@@ -116,7 +112,7 @@ def predict(
     span = jackknife(K, rows, tokens.numpy(), seed) if np.isfinite(wording) else (float("nan"),) * 2
     parts = _parts(lm, D, w)
     found = _against(lm, F, tokens, targets, w, parts, seed) if w is not None else {}
-    text = _text(parts, grid, found, wording, span, len(rows))
+    text = _text(parts, grid, found, wording, span, len(rows), bool(config.file))
     return Prediction(parts, grid, found, wording, span, len(rows), text)
 
 
@@ -231,9 +227,15 @@ def _against(lm: LM, F, tokens, targets: Sequence[Target], w: WeightDiff, parts:
 
 
 def _text(
-    parts: pl.DataFrame, grid: pl.DataFrame, found: dict, wording: float, span: tuple[float, float], n: int
+    parts: pl.DataFrame,
+    grid: pl.DataFrame,
+    found: dict,
+    wording: float,
+    span: tuple[float, float],
+    n: int,
+    written: bool,
 ) -> str:
-    """The prediction in sentences."""
+    """The prediction in sentences. written: whether the pairs come from a file, which can say their wordings."""
     roles = parts.group_by("role", maintain_order=True).agg(pl.col("share").sum()).sort("share", descending=True)
     layers = parts.group_by("layer", maintain_order=True).agg(pl.col("share").sum()).sort("share", descending=True)
     most = ", ".join(f"{role} {share:.0%}" for role, share in roles.head(3).rows())
@@ -248,9 +250,8 @@ def _text(
     ]
     same, topics, both = (cos[name] for name in CELLS)
     if not np.isfinite(same[0]):
-        lines.append(
-            "The pairs have one wording, or none: what of D is wording cannot be told. Give them a field `wording`."
-        )
+        how = "Give them a field `wording`." if written else "It takes written pairs (PAIRS) with a field `wording`."
+        lines.append(f"The pairs have one wording, or none: what of D is wording cannot be told. {how}")
     else:
         lines.append(
             f"About other topics in the same wordings D keeps a cosine of {same[0]:.2f}, in other wordings {both[0]:.2f}"
