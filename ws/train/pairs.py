@@ -4,7 +4,7 @@ they are read from a file (`ws.train.written`).
 For (topic, persona pair i, sample): `response_pos ~ p(. | persona_pos[i], user)` and
 `response_neg ~ p(. | persona_neg[i], user)`, with user = the claim as an opinion followed by the topic's question.
 Written in seeded batches, each saved whole, so a killed run goes on where it was and gives the same pairs. Of statements nothing
-is written: the question is the user turn, the matching answer `response_pos`, the other `response_neg`. (docs/method.md section 1)
+is written: the question is the user turn, the matching answer `response_pos`, the other `response_neg`. (method section 1)
 """
 
 import json
