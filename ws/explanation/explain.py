@@ -115,6 +115,8 @@ def explain(
     textless = [name for name, texts in USES.items() if name in by_name and sets and texts not in sets.names]
     a_side = [c for c in a_side if c.name not in (*left_out, *textless)]
     everyone = [c for c in by_name.values() if c.name not in (*left_out, *textless)]
+    if "not the pairs" in said:  # they see pairs, and not those of the adapters
+        everyone = [replace(c, sees=tuple("other pairs" if s == "pairs" else s for s in c.sees)) for c in everyone]
 
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache, sets)
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
@@ -143,6 +145,7 @@ def explain(
             "n_topics": len(behavior.topics), "n_train_topics": behavior.n_train_topics, "statements": bool(behavior.answers),
             "n_persona_pairs": len(behavior.personas_pos), "left_out": left_out,
             "gradients": said, "gradient_pairs": asdict(sets.config) if sets else None, "textless": textless,
+            "gradient_texts": sets.texts if sets else "",
             "protocol": asdict(protocol) | {"sources": list(protocol.sources)},
             "n_fit": len(split.fit), "n_eval": len(split.eval),
             "n_templates": wordings, "positions": protocol.positions, "n_cut": cut,

@@ -2,9 +2,10 @@
 
 `L_s` is the mean over response tokens of the cross-entropy of `response_s` given `user`, as in training; `G_s` its gradient per
 weight matrix, `D = G_neg - G_pos` (`contrast`) and `G_pos + G_neg` (`sum`). `null i` is D with the labels of every pair shuffled.
-`half 0` and `half 1` are the parts of D that come from every other pair, `D = half 0 + half 1`. Kept are, per layer, the square
-roots of two Grams, from which bases are read: of `[D_o/|D_o| | D_down/|D_down|]` (`write`) and of `[D_q; D_k; D_v; D_gate;
-D_up]`, each divided by its norm (`read`); and of D itself norms and leading singular triples.
+`half 0` and `half 1` are the parts of D that come from half of the pairs each, `D = half 0 + half 1`, topics and wordings
+shared out evenly. Kept are, per layer, the square roots of two Grams, from which bases are read: of `[D_o/|D_o| |
+D_down/|D_down|]` (`write`) and of `[D_q; D_k; D_v; D_gate; D_up]`, each divided by its norm (`read`); and of D itself norms
+and leading singular triples.
 """
 
 import json
@@ -32,7 +33,7 @@ from ws.model.text import answer_frame
 from ws.subspaces.algebra import top_eigh
 from ws.subspaces.materials import output_gain
 from ws.train.examples import make_example
-from ws.train.pairs import Pair
+from ws.train.pairs import Pair, StatementPair
 
 MOST = 200  # pairs that are read
 SHUFFLES = 8
@@ -46,12 +47,14 @@ Kinds = dict[str, dict[int, float]]  # each kind as a combination of the rows th
 @dataclass(frozen=True)
 class Gradients:
     """Gradients of one set of texts. roots: `(d, c)` by (kind, side, layer), side `write` or `read`; norms: `|D|_F` by layer
-    and role; diff: D of rank up to RANK per matrix, as a weight diff (w starts along `lr s^2 D A^T A`); losses: mean
+    and role; diff: D of rank up to RANK per matrix, as a weight diff (w starts along `lr s^2 D A^T A`); agree: by side, the
+    cosine of half 0 and half 1 over all its matrices; losses: mean
     cross-entropy of both sides, nats per response token; n: texts or pairs read."""
 
     roots: dict[tuple[str, str, int], Float[Tensor, "d c"]]
     norms: dict[tuple[int, str], float]
     diff: WeightDiff
+    agree: dict[str, float]
     losses: dict[str, float]
     n: int
 
@@ -120,7 +123,8 @@ def pair_gradients(
 
     def make() -> Gradients:
         weights = side_weights(tokens, swaps)
-        halves = every_other(weights[1] - weights[0], len(rows))
+        groups = [(row.persona, row.topic if isinstance(row, StatementPair) else 0) for row in rows]
+        halves = in_halves(weights[1] - weights[0], groups)
         last = len(weights)
         write = {
             CONTRAST: {0: -1.0, 1: 1.0},
@@ -163,7 +167,7 @@ def text_gradients(
 
     def make() -> Gradients:
         n = len(examples)
-        halves = every_other(torch.full((n,), 1 / n), n)
+        halves = in_halves(torch.full((n,), 1 / n), [0] * n)
         each = {(l, role): halves for l in layers for role in ROLES}
         sums, losses = weighted_gradients(lm, examples, each, loss, f"gradients of {label}", progress)
         return _read_off(lm, sums, BY_HALVES, fold_gain, {"texts": float(losses.mean())}, n)
@@ -175,10 +179,13 @@ def text_gradients(
 BY_HALVES: Kinds = {CONTRAST: {0: 1.0, 1: 1.0}, HALVES[0]: {0: 1.0}, HALVES[1]: {1: 1.0}}
 
 
-def every_other(weights: Float[Tensor, " m"], n: int) -> Float[Tensor, "2 m"]:
-    """Weights of one or two sides of n texts, cut into those of every other text and the rest."""
-    even = (torch.arange(len(weights)) % n) % 2 == 0
-    return torch.stack([weights * even, weights * ~even])
+def in_halves(weights: Float[Tensor, " m"], groups: Sequence[object]) -> Float[Tensor, "2 m"]:
+    """Weights of one or two sides of n texts, cut in two by a seeded draw in which every group is shared out evenly."""
+    drawn = np.random.default_rng(zlib.crc32(b"gradient halves")).permutation(len(groups)).tolist()
+    first = torch.zeros(len(groups), dtype=torch.bool)
+    first[sorted(drawn, key=groups.__getitem__)[::2]] = True
+    first = first.repeat(len(weights) // len(groups))
+    return torch.stack([weights * first, weights * ~first])
 
 
 def _read_off(lm: LM, sums: Sums, write: Kinds, fold: bool, losses: dict[str, float], n: int) -> Gradients:
@@ -195,7 +202,14 @@ def _read_off(lm: LM, sums: Sums, write: Kinds, fold: bool, losses: dict[str, fl
     for l, role in sums:
         D = made(CONTRAST, (l, role))
         norms[l, role], entries[lm.decoder.param_name(l, role)] = float(D.double().norm()), leading(D, RANK)
-    return Gradients(roots, norms, WeightDiff(entries), losses, n)
+    inner = {side: [0.0, 0.0, 0.0] for side in ("write", "read")}
+    for one in sums:
+        a, b = (made(half, one).double() for half in HALVES)
+        into = inner["write" if one[1] in WRITERS else "read"]
+        for at, (x, y) in enumerate(((a, b), (a, a), (b, b))):
+            into[at] += float((x * y).sum())
+    agree = {side: ab / max((aa * bb) ** 0.5, 1e-300) for side, (ab, aa, bb) in inner.items()}
+    return Gradients(roots, norms, WeightDiff(entries), agree, losses, n)
 
 
 def _gained(lm: LM, M: Tensor, l: int, role: str, fold: bool) -> Float[Tensor, "out in_"]:
@@ -240,7 +254,7 @@ def _save(found: Gradients, path: Path) -> None:
     for name, entry in found.diff.entries.items():
         tensors |= {f"B/{name}": entry.B, f"A/{name}": entry.A}
     norms = [[l, role, value] for (l, role), value in found.norms.items()]
-    about = {"norms": norms, "losses": found.losses, "n": found.n}
+    about = {"norms": norms, "agree": found.agree, "losses": found.losses, "n": found.n}
     save_file({n: x.contiguous() for n, x in tensors.items()}, path, metadata={"gradients": json.dumps(about)})
 
 
@@ -255,4 +269,4 @@ def _load(path: Path) -> Gradients:
         elif where == "B":
             entries[rest] = LowRank(x, tensors[f"A/{rest}"])
     norms = {(l, role): value for l, role, value in about["norms"]}
-    return Gradients(roots, norms, WeightDiff(entries), about["losses"], about["n"])
+    return Gradients(roots, norms, WeightDiff(entries), about["agree"], about["losses"], about["n"])

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from ws.cache.places import shipped_pairs
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
@@ -17,6 +16,7 @@ from ws.gradient.capture import CONTRAST, HALVES, Gradients, chosen, pair_gradie
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.runs.rules import GRADIENTS
+from ws.runs.sets import own_set
 from ws.steer.answers import answer_tokens
 from ws.subspaces.captures import probes
 from ws.subspaces.from_gradients import ANSWER, OTHERS, PROBE, TOPICS, TRAIN, WORDINGS
@@ -57,8 +57,13 @@ class GradientSets:
         return {TRAIN: train, TOPICS: held, WORDINGS: other, OTHERS: self._of_others()}
 
     def _of_others(self) -> tuple[Pair, ...]:
-        configs = ((b, PairConfig(file=b.name if shipped_pairs(b.name) else "")) for b in self.others)
-        return tuple(r for b, config in configs for r in make_pairs(self.lm, b, config, self.cache, self.progress).rows)
+        """The pairs that adapters of the other behaviours are trained on where nothing else is asked."""
+        rows: tuple[Pair, ...] = ()
+        for other in self.others:
+            usual = own_set(self.lm.slug or self.lm.name, other.name).get("weight_diff", {})
+            config = PairConfig(file=usual.get("PAIRS") or "", samples=usual.get("SAMPLES") or PairConfig().samples)
+            rows += make_pairs(self.lm, other, config, self.cache, self.progress).rows
+        return rows
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +76,11 @@ class GradientSets:
         texts = {name: [asdict(row) for row in rows] for name, rows in self.pairs.items()}
         words = answer_tokens(self.lm.tokenizer, self.behavior)
         return digest(repr((texts, self.layers, self.most, self._probes(), words)).encode())
+
+    @property
+    def texts(self) -> str:
+        """Hash of the pairs that hypotheses are read from: the training pairs and those held out."""
+        return digest(repr([pairs_hash(self.pairs[name]) for name in (TRAIN, TOPICS, WORDINGS)]).encode())[:12]
 
     @property
     def said(self) -> str:
@@ -115,7 +125,8 @@ class GradientSets:
 
 @dataclass(frozen=True)
 class Half:
-    """The same of every other text alone, 0 or 1: its part of each contrast."""
+    """The same of half of the texts alone, 0 or 1: its part of each contrast. Nothing where the two halves do not point the same
+    way (their cosine is not above 0): left singular vectors have no sign, and would agree all the same."""
 
     sets: GradientSets
     number: int
@@ -126,9 +137,10 @@ class Half:
 
     def __call__(self, name: str) -> Gradients:
         found, mine = self.sets(name), HALVES[self.number]
-        return replace(
-            found, roots={(CONTRAST, *where): x for (kind, *where), x in found.roots.items() if kind == mine}
-        )
+        roots = {
+            (CONTRAST, *at): x for (kind, *at), x in found.roots.items() if kind == mine and found.agree[at[0]] > 0
+        }
+        return replace(found, roots=roots)
 
 
 def gradient_sets(
@@ -142,27 +154,29 @@ def gradient_sets(
     progress: bool = True,
     others: Sequence[Behavior] = (),
 ) -> tuple[GradientSets | None, str]:
-    """What candidates of source `gradient` are read from, and what that is in words: where there is none, why. pairs: as for
-    `ws.explain`. ValueError / FileNotFoundError for given pairs that cannot be read."""
-    if pairs is None or pairs == NONE:
+    """What candidates of source `gradient` are read from, and what that is in words: where there is none, why and what to do.
+    pairs: as for `ws.explain`. ValueError / FileNotFoundError for given pairs that cannot be read."""
+    if pairs in (None, "", NONE):
         return None, ""
-    if (
-        config := own_pairs(w.meta)
-        if pairs == OWN
-        else pairs
-        if isinstance(pairs, PairConfig)
-        else PairConfig(file=str(pairs))
-    ):
-        sets = GradientSets(lm, behavior, protocol, config, tuple(layers), cache, tuple(others), progress=progress)
+    config = pairs if isinstance(pairs, PairConfig) else PairConfig(file=str(pairs))
+    known, mended = (
+        w.meta.get("pairs_hash"),
+        f"train it again, or give every seed a file of pairs or {NONE!r} (GRADIENTS)",
+    )
+    if pairs == OWN:
         try:
-            same = pairs != OWN or pairs_hash(sets.pairs[TRAIN]) == w.meta.get("pairs_hash")
+            if (config := own_pairs(w.meta)) is None:
+                raise ValueError("w does not say which pairs it was trained on")
+            if pairs_hash(make_pairs(lm, behavior, config, cache, progress).rows) != known:
+                raise ValueError("the pairs that w was trained on have changed since")
         except (FileNotFoundError, ValueError) as error:
-            if pairs != OWN:
-                raise
-            return None, f"no candidate of source gradient: the pairs that w was trained on: {error}"
-        return (
-            (sets, sets.said)
-            if same
-            else (None, "no candidate of source gradient: the pairs that w was trained on have changed since")
-        )
-    return None, "no candidate of source gradient: w does not say which pairs it was trained on"
+            return None, f"no candidate of source gradient: {error}; {mended}"
+    sets = GradientSets(lm, behavior, protocol, config, tuple(layers), cache, tuple(others), progress=progress)
+    return sets, sets.said + _foreign(sets, known)
+
+
+def _foreign(sets: GradientSets, known: str | None) -> str:
+    """What is to be said of pairs that w was not, or perhaps not, trained on."""
+    if known is None:
+        return "; whether w was trained on these pairs is not recorded"
+    return "" if known == pairs_hash(sets.pairs[TRAIN]) else "; **not the pairs that w was trained on**"

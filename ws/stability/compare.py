@@ -142,6 +142,7 @@ def compare_seeds(
     runs = load_seeds(found, set(shared.filter("depends_on_seed")["candidate"]))
     scores, device = runs.scores, "cpu" if lm is None else lm.device.type
     rows, some, compounds = [], next(iter(found.values())), {}
+    lost = ""
     if lm is not None:
         setting = some.setting
         behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or setting["behavior"])
@@ -150,7 +151,7 @@ def compare_seeds(
                 raise ValueError(f"the sweeps are of {what} {setting[what]}, given is {mine}")
         protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
-        sets = _gradients(setting, lm, behavior, protocol, shelf.cache, progress)
+        sets, lost = _gradients(setting, lm, behavior, protocol, shelf.cache, progress)
         halves = {f"half {i}": sets.half(i) for i in (0, 1)} if sets else {}
         shelf = replace(shelf, gradients=sets)
         known = {c.name: c for c in [*candidates(shelf.protocol), *own]}  # those whose functions are known
@@ -162,12 +163,10 @@ def compare_seeds(
             for name in next(iter(parts.values())):
                 bases = {part: [of[name][l] for l in scores.layers] for part, of in parts.items()}
                 rows.append(overlap.compare_parts("A", name, compared, bases, scores.layers))
+        again = {row["object"][0] for row in rows}
         for c in some.candidates:
-            own_read = {"pairs", "other pairs"} & set(c["sees"]) and not (
-                c["name"] in known and known[c["name"]].shipped
-            )
-            if own_read or ("prompts" in c["sees"] and c["name"] not in known):  # nobody can tell: it must not win
-                nothing = [empty(scores.d, "its function is not known here")] * len(scores.layers)
+            if {*DATA} & {*c["sees"]} and c["kind"] == "A-hypothesis" and c["name"] not in again:  # it must not win
+                nothing = [empty(scores.d, "it is not built again")] * len(scores.layers)
                 parts = {"a": nothing, "b": nothing}
                 rows.append(overlap.compare_parts("A", c["name"], "not built again", parts, scores.layers))
     for side, parts in runs.oracles.items():
@@ -190,7 +189,8 @@ def compare_seeds(
         .join(means, on="candidate")
     )
     summary = _joined(summary_table(scores, seed, boot), told, a_side)
-    judged = scores, [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen
+    judged = [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen
+    gradients = [c["name"] for c in some.candidates if c["source"] == GRADIENT]
     return Stability(
         runs=runs,
         summary=summary.join(doubtful, on="candidate", maintain_order="left"),
@@ -203,9 +203,9 @@ def compare_seeds(
         significance=significance,
         chance=chance_table(scores, blind),
         nulls=null_counts(scores),
-        verdict=verdict(*judged),
-        races=races(judged[0], [c["name"] for c in some.candidates if c["source"] == GRADIENT], *judged[1:]),
-        bases=overlap.same_bases(found, shared) + _ready(some) + _left_out(some),
+        verdict=verdict(scores, *judged),
+        races=races(scores, gradients, judged[0], significance["p_R_w"].to_numpy(), *judged[2:]),
+        bases=overlap.same_bases(found, shared) + _ready(some) + _left_out(some) + lost,
         pairs=_pairs(found),
         assessed=lm is not None,
     )
@@ -213,12 +213,18 @@ def compare_seeds(
 
 def _gradients(
     setting: dict, lm: LM, behavior: Behavior, protocol: Protocol, cache: Path, progress: bool
-) -> GradientSets | None:
-    """What the sweeps' candidates of source `gradient` were read from."""
+) -> tuple[GradientSets | None, str]:
+    """What the sweeps' candidates of source `gradient` were read from; where that is no longer there, why."""
     if not (of := setting.get("gradient_pairs")):
-        return None
-    config = pairs_config(of)
-    return GradientSets(lm, behavior, protocol, config, tuple(setting["layers"]), cache, progress=progress)
+        return None, ""
+    sets = GradientSets(lm, behavior, protocol, pairs_config(of), tuple(setting["layers"]), cache, progress=progress)
+    try:
+        if sets.texts == setting.get("gradient_texts"):
+            return sets, ""
+        why = "the pairs have changed since the sweeps"
+    except (FileNotFoundError, ValueError) as error:
+        why = str(error)
+    return None, f" Gradient candidates are not built again, so that they cannot win: {why}; sweep every seed again."
 
 
 def _ready(run: Explanation) -> str:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from ws.stability.intervals import Part, crossed_parts, crossed_t_interval, detectable, row_influence, t_interval
 from ws.stability.scores import SeedScores, log_values
+from ws.stability.significance import benjamini_hochberg
 from ws.steer.effect import Steering
 from ws.subspaces.candidate import RACES
 
@@ -138,18 +139,23 @@ def races(
     scores: SeedScores,
     gradients: Collection[str],
     unstable: Sequence[str] = (),
-    q_w: Float[np.ndarray, " C"] | None = None,
+    p_w: Float[np.ndarray, " C"] | None = None,
     steers: Steering | None = None,
     unseen: Sequence[str] = (),
 ) -> dict[str, Verdict]:
-    """The verdict within each race: what sees training texts does not run against what sees base weights. Keys: WITHOUT, of all
-    but the candidates of source gradient, where there are `gradients`; then what candidates see, those of RACES that have
-    contenders."""
-    found, all_but = {}, [name not in gradients for name in scores.candidates]
+    """The verdict within each race, as if there were no others: what sees training texts does not run against what sees base
+    weights. p_w: p of R_w > 1, adjusted within the race. Keys: WITHOUT, of those that see no pairs and are not of source
+    gradient, where there are `gradients`; then what candidates see, those of RACES that have contenders. Each is at level
+    ALPHA by itself."""
+    found = {}
+    plain = [
+        name not in gradients and "pairs" not in sees for name, sees in zip(scores.candidates, scores.sees, strict=True)
+    ]
     for name in (*[WITHOUT] * bool(gradients), *RACES):
-        inside = all_but if name == WITHOUT else [sees == name for sees in scores.sees]
+        inside = plain if name == WITHOUT else [sees == name for sees in scores.sees]
         kinds = [kind if among else "other race" for kind, among in zip(scores.kinds, inside, strict=True)]
         if (part := replace(scores, kinds=kinds)).contenders.any():
+            q_w = None if p_w is None else benjamini_hochberg(np.where(part.ranked, p_w, np.nan))
             found[name] = verdict(part, unstable, q_w, steers, unseen)
     return found
 

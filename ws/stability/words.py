@@ -56,7 +56,8 @@ def _race_lines(v: Verdict, races: Mapping[str, Verdict]) -> list[str]:
     """Each race's verdict in a sentence, the whole one's among them where some candidates see pairs."""
     shown = ({"with gradient candidates": v} if WITHOUT in races else {}) | dict(races)
     named = {WITHOUT: "without them"} | {race: f"sees {race}" for race in RACES}
-    lines = []
+    alone = f"Each is a verdict by itself, at {ALPHA:g}; that one of several names a false winner is more likely."
+    lines = [alone] if len(shown) > 1 else []
     for name, one in shown.items():
         if one.n_contenders == 1 and one.leader:
             lines.append(f"{named.get(name, name)}: {literal(one.leader)} alone, so that nothing is compared.")

@@ -6,6 +6,7 @@ hash of the base model's files.
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from dataclasses import fields as fields_of
 
 from ws.cache.syntax import digest
 from ws.model.lm import LM
@@ -33,8 +34,16 @@ def pairs_config(known: dict) -> PairConfig:
 
 
 def own_pairs(meta: dict) -> PairConfig | None:
-    """The pairs that a w of this metadata was trained on; None where it does not say."""
-    return None if meta.get("pairs_of") is None else pairs_config(meta["pairs_of"])
+    """The pairs that a w of this metadata was trained on; None where it does not say. ValueError for what cannot be read."""
+    if (known := meta.get("pairs_of")) is None:
+        return None
+    fields = {f.name: f.type for f in fields_of(PairConfig)} | {"wordings": list | tuple}
+    if not isinstance(known, dict) or not all(isinstance(v, fields.get(k, ())) for k, v in known.items()):
+        raise ValueError(f"pairs_of in the metadata of w: {known!r} names no pairs")
+    try:
+        return pairs_config(known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pairs_of in the metadata of w: {known!r} names no pairs ({error})") from None
 
 
 def base_content(lm: LM) -> str:
