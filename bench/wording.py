@@ -137,7 +137,7 @@ def grid(lm, behavior, pairs: str, halves: int, seeds: list[int], out: Path, mos
             tables.append(known)
             short = {c: round(known.filter(topics=c[0], words=c[1], kind="gradient")["R_w"][0], 2) for c in CELLS}
             print(h, side, seed, "gradient R_w by (topics, wordings)", short, flush=True)
-        report(pl.concat(tables), out, f"{lm.name}, {behavior.name}")
+        report(pl.concat(tables, how="vertical_relaxed"), out, f"{lm.name}, {behavior.name}")
 
 
 def units(table: pl.DataFrame, score: str) -> dict[tuple[str, str, str], np.ndarray]:
