@@ -6,9 +6,10 @@
 The first scores every candidate of v7b and those of source `gradient` on each seed's w: geometric mean of R_w over seeds with a
 95 % t interval in log R, the share of the best subspace of rank 8, the mean over shuffled labels, and whether the gradient lies
 above the best of the others on every seed; and of those shown the retention, that of controls of equal energy, and p of each
-seed (`ws.causal`). The second (`wording.py`) trains adapters on half of the wordings (`--grid` random halves, each also the
-other way round) and scores gradients and activations of pairs that share topics, wordings, both or neither with the training.
-What is finished is kept in --out.
+seed, not corrected for the number of candidates, with ? where the gap to forward passes is larger than the excess
+(`ws.causal`). The second (`wording.py`) trains adapters on half of the wordings (`--grid` random halves, each also the other
+way round) and scores gradients and activations of pairs that share topics, wordings, both or neither with the training. What
+is finished is kept in --out.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from ws.diff.algebra import WRITERS
 from ws.diff.core import layer_of
 from ws.show.tables import as_text, write_table
 from ws.subspaces.algebra import left_svd
+from ws.train.written import split_written
 
 SHOWN = ("grad_contrast", "grad_sum", "grad_null", "grad_contrast_heldout_topics", "grad_contrast_other_wording", "grad_probe",
          "grad_answer", "grad_contrast_read", "dW_left_basis_ceiling", "random_orthogonal")  # fmt: skip
@@ -114,7 +116,9 @@ def over_seeds(lm, behavior, paths: list[Path], pairs: str, templates: int, draw
         part, said = kept.filter(subspace=name), ""
         if len(part):
             kinds = {column: plain_interval(part[column].to_list()) for column in ("retention", "control_share")}
-            p = ", ".join(f"{value:.3g}" for value in part["p"])
+            p = ", ".join(
+                f"{p:.3g}{'' if sure else '?'}" for p, sure in part.select("p", "sure").rows()
+            )  # by seed, uncorrected
             said = f" retention {kinds['retention']:24} of equal energy {kinds['control_share']:24} p {p}"
         print(f"{name:36} R_w {each[0]:24} R_act {each[1]:24} share of the best {share:.3f}{said}")
     top = np.max([by_name[n]["R_w"].to_numpy() for n in means], axis=0)
@@ -137,7 +141,18 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    lm, behavior = ws.load_lm(args.model), ws.load_behavior(args.behavior)
+    behavior = ws.load_behavior(args.behavior)
+    if gone := [path for path in args.w if not path.is_file()]:
+        parser.error(f"--w {gone[0]}: no such file")
+    if not args.w and (args.grid < 1 or not args.seeds):
+        parser.error("nothing to do: give --w, or --grid 1 or more with --seeds")
+    if not 1 <= args.templates <= len(behavior.templates):
+        parser.error(
+            f"--templates {args.templates}: {behavior.name} has {len(behavior.templates)} wordings of the probe"
+        )
+    if args.grid and len({row.wording for row in split_written(args.pairs, behavior)[0]}) < 2:
+        parser.error(f"--pairs {args.pairs}: the grid takes pairs of two wordings or more")
+    lm = ws.load_lm(args.model)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.w:

@@ -68,8 +68,18 @@ def measure(lm, behavior, paths: list[Path], config, most: int, out: Path) -> pl
     rows = pl.read_csv(file, schema_overrides=SCHEMA).to_dicts() if file.exists() else []
     pairs = chosen(make_pairs(lm, behavior, config, cache).rows, most)
     ws_ = [ws.load_diff(path) for path in paths]
-    settings = (lm.fingerprint, [p.response_pos + p.response_neg for p in pairs], templates, len(paths))
-    marks = [digest(repr((w.fingerprint, *settings)).encode())[:12] for w in ws_]
+    settings = (
+        lm.fingerprint,
+        pairs,
+        templates,
+        behavior.templates,
+        behavior.heldout_claims,
+        behavior.yes,
+        behavior.no,
+    )
+    marks = [
+        digest(repr((i, w.fingerprint, *settings)).encode())[:12] for i, w in enumerate(ws_)
+    ]  # i draws the controls
     found = contrasts(lm, pairs, ws_[0], len(ws_), cache=cache, label="untrained")
     texts = [chat_text(lm.tokenizer, behavior.probe_text(c)) for c in probes(behavior, load_protocol("v7b")).eval]
     kl = kl_from_base(lm, texts)
@@ -133,6 +143,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=200, help="pairs that are read, a seeded draw")
     parser.add_argument("--out", type=Path, default=Path("untrained"))
     args = parser.parse_args()
+    if gone := [path for path in args.w if not path.is_file()]:
+        parser.error(f"--w {gone[0]}: no such file")
     lm, behavior = ws.load_lm(args.model), ws.load_behavior(args.behavior)
     config = ws.PairConfig(file=args.pairs) if args.pairs else ws.PairConfig(samples=args.samples)
     args.out.mkdir(parents=True, exist_ok=True)

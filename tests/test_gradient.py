@@ -420,9 +420,7 @@ def test_own_pairs_and_the_verdict_by_what_candidates_see(lm, tmp_path):
     assert several.races["pairs"].n_contenders == several.races["other pairs"].n_contenders == 1
     told = several.conclusion()
     assert "- with gradient candidates (4 contenders): " in told
-    assert (
-        "- without them (2 contenders): " in told and "- sees other pairs" in told
-    )
+    assert "- without them (2 contenders): " in told and "- sees other pairs" in told
     assert "sees" in several.leading.columns
     lost = ws.WeightDiff(w.entries, {**w.meta, "pairs_hash": "0" * 12})
     for one, why in ((lost, "have changed since"), (ws.WeightDiff(w.entries), "does not say which pairs")):

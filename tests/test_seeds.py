@@ -156,7 +156,7 @@ def test_missing_and_unlike_runs_are_named(runs, tmp_path):
     with pytest.raises(ValueError, match="seeds 0 and 1 were swept with another behavior"):
         load_seeds({0: runs[0], 1: other})
     fewer = replace(runs[1], candidates=runs[1].candidates[1:])
-    with pytest.raises(ValueError, match="seeds 0 and 1 were swept with other candidates or another model"):
+    with pytest.raises(ValueError, match="seeds 0 and 1 were swept with other candidates, as"):
         load_seeds({0: runs[0], 1: fewer})
 
 

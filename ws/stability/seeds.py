@@ -100,8 +100,23 @@ def check_seeds(found: Mapping[int, Explanation]) -> None:
     first, some = next(iter(found.items()))
     names = [c["name"] for c in some.candidates]
     for seed, run in found.items():
-        if [c["name"] for c in run.candidates] != names or run.setting["d"] != some.setting["d"]:
-            raise ValueError(f"seeds {first} and {seed} were swept with other candidates or another model")
+        mine = [c["name"] for c in run.candidates]
+        if run.setting["d"] != some.setting["d"]:
+            raise ValueError(f"seeds {first} and {seed} were swept with another model")
+        if mine != names:
+            apart = sorted({*mine} ^ {*names})
+            said = f", as {', '.join(apart[:3])}" if apart else " in another order"
+            why = next(
+                (
+                    s
+                    for s in (run.setting.get("gradients", ""), some.setting.get("gradients", ""))
+                    if s.startswith("no ")
+                ),
+                "",
+            )
+            raise ValueError(
+                f"seeds {first} and {seed} were swept with other candidates{said}{f' ({why})' if why else ''}; sweep both alike"
+            )
         for what in ("fingerprint", "behavior", "protocol", "k", "k_broad", "layers"):
             if run.setting.get(what) != some.setting.get(what):
                 raise ValueError(f"seeds {first} and {seed} were swept with another {what}")

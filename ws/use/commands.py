@@ -31,6 +31,7 @@ def audit(
     from ws.use.audit import audit as compare
 
     here = typed_in()
+    _check_save(here, save)
     local = not shipped(base) and (here / base).exists()
     lines = [line for line in given_lines(here / texts) if line.strip()] if texts else []
     stranger = str(source) if str(source) == "tiny" else here / source
@@ -88,8 +89,7 @@ def predict(
     from ws.train.written import read_written
 
     here = typed_in()
-    if save and (here / save).is_file():
-        raise ValueError(f"{here / save}: is a file; give a folder for the tables")
+    _check_save(here, save)
     if most < 4:
         raise ValueError(f"--most {most}: a prediction needs at least 4 pairs")
     named = pairs if shipped_pairs(pairs) else str(here / pairs)
@@ -102,3 +102,9 @@ def predict(
         found.save(here / save)
         print(f"\ntables: {here / save}")
     return 0
+
+
+def _check_save(here: Path, save: Path | None) -> None:
+    """ValueError for a folder to save in that is a file, before anything is computed."""
+    if save and (here / save).is_file():
+        raise ValueError(f"{here / save}: is a file; give a folder for the tables")

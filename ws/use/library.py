@@ -82,6 +82,9 @@ def read_library(
             skipped[str(path)] = first_line(error).removeprefix(f"{path}: ")
             continue
         names = (meta["behavior"], _adapter(path, meta), meta["seed"], bool(meta.get("null")))
+        if first := next((e.folder for e in found if (e.behavior, e.adapter, e.seed, e.null) == names), None):
+            skipped[str(path)] = f"another of behaviour, adapter and seed of {first.parent / 'w.safetensors'}"
+            continue
         found.append(Known(*names, w, path.parent / "adapters"))
     if all(entry.null for entry in found):
         of, asked = ("", "") if not models else (f" of {(name := min(models, key=len))}", f" --models {name}")
@@ -94,7 +97,11 @@ def _adapter(path: Path, meta: dict) -> str:
     """`out/<model>/<behavior>/<adapter>/seed_<k>/[null_diff/]w.safetensors` -> adapter; with the model's folder where that says
     more than the model (a chat template, a dtype). Elsewhere what the metadata say."""
     home = path.parent.parent if path.parent.name == "null_diff" else path.parent
-    if not home.name.startswith("seed_"):
+    if (
+        not home.name.startswith("seed_")
+        or len(home.parents) < 4
+        or home.parent.name.split("-")[0] != meta.get("adapter")
+    ):
         return str(meta.get("adapter") or "unknown")
     model = home.parents[2].name
     return home.parent.name + (f" ({model})" if model != meta.get("base_model") else "")
