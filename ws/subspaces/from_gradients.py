@@ -34,13 +34,14 @@ def grad_sum(m: Materials, l: int) -> Basis:
 
 @candidate(family="grad:contrast", source="gradient", sees=OTHER)
 def grad_contrast_heldout_topics(m: Materials, l: int) -> Basis:
-    """grad_contrast of pairs about topics that no adapter is trained on, in the wordings of training."""
+    """grad_contrast of pairs about topics that no adapter is trained on (EVAL asks about them), in the wordings of training."""
     return _top(m, TOPICS, "contrast", "write", l)
 
 
 @candidate(family="grad:contrast", source="gradient", sees=OTHER)
 def grad_contrast_other_wording(m: Materials, l: int) -> Basis:
-    """grad_contrast of pairs about topics that no adapter is trained on, in wordings that none is trained on either."""
+    """grad_contrast of pairs about topics that no adapter is trained on (EVAL asks about them), in wordings that none is trained
+    on either."""
     return _top(m, WORDINGS, "contrast", "write", l)
 
 
