@@ -150,6 +150,7 @@ def test_all_of_the_stream_has_retention_one(lm, behavior, given, tmp_path):
         assert rows["all"][column] == pytest.approx(1, abs=1e-5), column
     assert rows["all"]["linear"] == pytest.approx(rows["w_res"]["linear"], rel=1e-6)
     assert rows["all"]["excess"] == pytest.approx(0, abs=1e-6 * abs(rows["all"]["linear"]))
+    assert rows["all"]["slope"] == pytest.approx(1, rel=1e-5) and rows["none"]["slope"] == 0
     assert rows["none"]["effect"] == rows["none"]["energy"] == rows["none"]["linear"] == 0
     assert rows["w"]["effect"] == pytest.approx(effects(lm, behavior, w, 2).mean(), rel=1e-5)
     assert np.isnan(rows["w"]["linear"]) and rows["w"]["effect"] != pytest.approx(rows["w_res"]["effect"], rel=1e-3)

@@ -48,14 +48,15 @@ def retention(
     """One row for w, for its residual writers w_res, and for each candidate, layer -> orthonormal `(d, r)` for every layer that
     w has a writer in (rank 0 where there is none).
 
-    effect, effect_low, effect_high: of `P w_res` by forward passes, nats, mean over the held-out claims and the first
-    `templates` wordings, with its 95 % t interval over claims; retention: over that of w_res; energy, energy_frobenius: captured
-    share of w_res, input-weighted and not; linear: first-order effect, nats; gap: linear minus effect. From `n_draws` controls
-    of equal input-weighted energy: control, control_low, control_high (mean and 95 % range of their linear effect), excess,
-    p, out_of_reach (share of draws in which a layer's energy cannot be had: these count against the candidate in p, and
-    not in the mean); excess_frobenius, p_frobenius, out_of_reach_frobenius the same at equal Frobenius energy. 0 draws: NaN.
-    p speaks of the first-order effect: where the gap is larger than the excess, `sure` is false. given: what `slopes` returned.
-    ValueError for what does not fit, naming it.
+    slope: the share of the slope's energy `|g|^2` that the bases hold; where it is nearly all, the first-order effect is kept
+    whatever w is, so that retention and p say nothing of w. effect, effect_low, effect_high: of `P w_res` by forward passes,
+    nats, mean over the held-out claims and the first `templates` wordings, with its 95 % t interval over claims; retention:
+    over that of w_res; energy, energy_frobenius: captured share of w_res, input-weighted and not; linear: first-order effect,
+    nats; gap: linear minus effect. From `n_draws` controls of equal input-weighted energy: control, control_low, control_high
+    (mean and 95 % range of their linear effect), excess, p, out_of_reach (share of draws in which a layer's energy cannot be
+    had: these count against the candidate in p, and not in the mean); excess_frobenius, p_frobenius, out_of_reach_frobenius
+    the same at equal Frobenius energy. 0 draws: NaN. p speaks of the first-order effect: where the gap is larger than the
+    excess, `sure` is false. given: what `slopes` returned. ValueError for what does not fit, naming it.
     """
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
@@ -78,6 +79,7 @@ def retention(
     for name, variant in tqdm(variants.items(), desc="effects by forward passes", disable=not progress):
         rows.append({"subspace": name, **_effect(effects(lm, behavior, variant, templates, cache))})
         rows[-1] |= _linear(spans, bases.get(name)) if name != "w" else {}
+        rows[-1] |= {"slope": _slope(given, bases[name])} if name in bases else {}
     whole = rows[1]["effect"]
     for row in rows:
         row["retention"] = row["effect"] / whole if whole else float("nan")
@@ -98,8 +100,8 @@ def retention(
 
 SENSITIVITY = ("excess", "p", "out_of_reach")
 COLUMNS = (
-    "subspace", "rank", "effect", "effect_low", "effect_high", "retention", "energy", "energy_frobenius", "linear", "gap",
-    "control", "control_low", "control_high", "excess", "p", "out_of_reach",
+    "subspace", "rank", "slope", "effect", "effect_low", "effect_high", "retention", "energy", "energy_frobenius", "linear",
+    "gap", "control", "control_low", "control_high", "excess", "p", "out_of_reach",
     *(f"{name}_frobenius" for name in SENSITIVITY),
 )  # fmt: skip
 TYPES = {"subspace": pl.String, "sure": pl.Boolean}
@@ -125,6 +127,12 @@ def _effect(by_claim: Float[np.ndarray, " n"]) -> dict[str, float]:
     mean, n = float(by_claim.mean()), len(by_claim)
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(by_claim)) if n > 1 else float("nan")
     return {"effect": mean, "effect_low": mean - half, "effect_high": mean + half}
+
+
+def _slope(given: Mapping[Place, Tensor], bases: Mapping[int, Tensor]) -> float:
+    """`|P g|^2 / |g|^2` over the writers of the bases' layers."""
+    there = [(bases[l].float(), g.float()) for (l, _), g in given.items() if l in bases]
+    return sum(float((B.T @ g).square().sum()) for B, g in there) / sum(float(g.square().sum()) for _, g in there)
 
 
 def _linear(spans: Mapping[int, Span], bases: Mapping[int, Tensor] | None) -> dict[str, float]:
