@@ -475,3 +475,21 @@ def test_a_library_of_an_earlier_model_is_told(lm, tmp_path):
         assert ("trained from other files" in found.conclusion()) == told
         scored = ws.explain(lm, entry.w, candidates=["write"], progress=False, cache=tmp_path)
         assert ("comes from other files" in scored.conclusion()) == told
+
+
+def test_a_batch_of_several_behaviours_ends_with_their_atlas(lm, tmp_path, monkeypatch, capsys):
+    from ws.use.commands import atlases
+
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
+    atlases({("tiny", "kind"), ("tiny", "tidy")})  # nothing is trained
+    for seed, behavior in enumerate(("kind", "tidy")):
+        meta = {"base_model": "tiny", "behavior": behavior, "adapter": "lora", "seed": seed}
+        save_diff(
+            WeightDiff(randomly(lm, seed).entries, meta),
+            tmp_path / "tiny" / behavior / "lora" / f"seed_{seed}" / "w.safetensors",
+        )
+    atlases({("tiny", "kind"), ("other", "tidy")})
+    assert capsys.readouterr().out == "" and not (tmp_path / "tiny" / "atlas").exists()
+    atlases({("tiny", "kind"), ("tiny", "tidy")})
+    assert "2 weight differences of tiny" in capsys.readouterr().out
+    assert {"atlas.png", "atlas.tsv", "atlas.md"} <= {p.name for p in (tmp_path / "tiny" / "atlas").iterdir()}

@@ -17,7 +17,7 @@ from ws.cache.files import Locked
 from ws.cache.places import typed_in
 from ws.runs import Missing
 from ws.runs.typed import parsed, stem
-from ws.use.commands import atlas, audit, predict
+from ws.use.commands import atlas, atlases, audit, predict
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -96,7 +96,7 @@ def batch(
 ) -> int:
     """Many runs: per combination and seed weight_diff and v7_sweep (protocol v7b), per combination v7b_stability.
 
-    What is done is not done again. Ctrl-C stops; the same command goes on.
+    What is done is not done again. Ctrl-C stops; the same command goes on. With several behaviours it ends with their atlas.
 
     Args:
         models: hub ids, local folders, or tiny (the default).
@@ -147,6 +147,7 @@ def batch(
         return 0
     endings, summary = run_jobs(jobs, Place(), settings, retrain, check_steps)
     print(f"\n{summary}", flush=True)
+    atlases({(job.identity.model, job.identity.behavior) for job in jobs})
     return 0 if all(ending.ok for ending in endings.values()) else 1
 
 

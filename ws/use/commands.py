@@ -1,5 +1,7 @@
 """The commands of this room; what they need is loaded when they run."""
 
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -60,6 +62,14 @@ def atlas(library: Path | None = None, model: str = "") -> int:
         f"{len(found.entries)} weight differences of {found.model}: {found.save(model_folder(found.model) / 'atlas')}"
     )
     return 0
+
+
+def atlases(runs: Collection[tuple[str, str]]) -> None:
+    """The atlas of every model with several behaviours among (model, behaviour), where anything is trained."""
+    for model in sorted({model for model, _ in runs}):
+        if len({behavior for of, behavior in runs if of == model}) > 1:
+            with suppress(ValueError, FileNotFoundError):
+                atlas(model=model)
 
 
 def predict(
