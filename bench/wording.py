@@ -126,7 +126,7 @@ def grid(lm, behavior, pairs: str, halves: int, seeds: list[int], out: Path, mos
             texts = digest(repr((list(parts.values()), behavior.templates, behavior.heldout_claims)).encode())[:12]
             about = {"w": w.fingerprint, "model": lm.fingerprint, "pairs": size, "templates": templates, "texts": texts}
             known = pl.read_csv(path, separator="\t") if path.exists() else pl.DataFrame()
-            if not len(known) or any(str(known[k][0]) != str(v) for k, v in about.items()):
+            if not len(known) or any(k not in known or str(known[k][0]) != str(v) for k, v in about.items()):
                 bases = {}
                 for (topics, words), rows in parts.items():
                     # what this half calls other wordings are those of the other half of the draw
