@@ -422,10 +422,23 @@ def test_own_pairs_and_the_verdict_by_what_candidates_see(lm, tmp_path):
     assert "- with gradient candidates (4 contenders): " in told
     assert "- without them (2 contenders): " in told and "- sees other pairs" in told
     assert "sees" in several.leading.columns
+    for run in found.values():
+        run.setting["gradient_texts"] = "others"
+    changed = ws.compare_seeds(found, lm, boot=50, n_null=50, cache=tmp_path / "cache")
+    assert "the pairs have changed since the sweeps; sweep every seed again" in changed.conclusion()
+    assert {"grad_contrast", "grad_contrast_heldout_topics"} <= set(changed.unstable)
     lost = ws.WeightDiff(w.entries, {**w.meta, "pairs_hash": "0" * 12})
     for one, why in ((lost, "have changed since"), (ws.WeightDiff(w.entries), "does not say which pairs")):
         plain = ws.explain(lm, one, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
         assert why in plain.setting["gradients"] and why in plain.conclusion()
+    for odd in ("sycophancy", {"topics": "all"}, {"nope": 1}):
+        plain = ws.explain(lm, ws.WeightDiff(w.entries, {**w.meta, "pairs_of": odd}), pairs="own", candidates=["write"],
+                           progress=False, cache=tmp_path / "cache")  # fmt: skip
+        assert "names no pairs" in plain.setting["gradients"]
+    foreign = PairConfig(file="sycophancy", topics=3)
+    plain = ws.explain(lm, w, pairs=foreign, candidates=["grad_contrast"], progress=False, cache=tmp_path / "cache")
+    assert "not the pairs that w was trained on" in plain.setting["gradients"]
+    assert plain.summary.filter(subspace="grad_contrast")["sees"].item() == "other pairs"
     gone = ws.WeightDiff(w.entries, {**w.meta, "pairs_of": {"file": str(tmp_path / "gone.jsonl")}})
     plain = ws.explain(lm, gone, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
     assert "gone.jsonl" in plain.setting["gradients"]

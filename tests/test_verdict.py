@@ -10,8 +10,8 @@ from ws.stability.chance import chance_table
 from ws.stability.nulls import null_counts
 from ws.stability.overlap import compare_parts
 from ws.stability.scores import make_scores, summary_table
-from ws.stability.significance import blind_values, significance_table
-from ws.stability.verdict import verdict
+from ws.stability.significance import benjamini_hochberg, blind_values, significance_table
+from ws.stability.verdict import WITHOUT, races, verdict
 from ws.stability.words import conclusion
 from ws.steer.effect import steering
 
@@ -309,3 +309,26 @@ def bases_of_two_seeds():
 
     g = torch.Generator().manual_seed(0)
     return {"0": [random_basis(64, 8, g) for _ in range(2)], "1": [random_basis(64, 8, g) for _ in range(2)]}
+
+
+def test_races_leave_the_others_out_and_adjust_p_by_themselves():
+    scores = planted(3, 2.5, C=12, seed_sd=0.02, cross_sd=0.02)
+    winner = verdict(scores).winner
+    assert winner == "c7"
+    first = scores.candidates.index(winner)
+    sees = ["pairs" if i % 2 != first % 2 else "weights" for i in range(12)]  # the leader sees weights
+    scores = dataclasses.replace(scores, sees=sees)
+    gradients = [name for name, s in zip(scores.candidates, sees, strict=True) if s == "pairs"]
+    found = races(scores, gradients)
+    assert list(found) == [WITHOUT, "weights", "pairs"] and found[WITHOUT].winner == found["weights"].winner == winner
+    assert found["pairs"].winner is None and found["pairs"].n_contenders == 6
+    p = np.where([s == "pairs" for s in sees], 1e-4, 0.9)
+    p[first] = 0.02  # .05 among twelve of which six are tiny, not among its own six
+    assert benjamini_hochberg(p)[first] < 0.05 < 6 * 0.02
+    found = races(scores, gradients, p_w=p)
+    assert found[WITHOUT].winner is None and "not significant (adjusted p = 0.12)" in found[WITHOUT].reasons[-1]
+    own = dataclasses.replace(
+        scores, sees=["other pairs" if name == winner else s for name, s in zip(scores.candidates, sees, strict=True)]
+    )
+    assert winner not in {found.winner for found in (races(own, gradients)[WITHOUT], races(own, gradients)["weights"])}
+    assert list(races(dataclasses.replace(scores, sees=["weights"] * 12), [])) == ["weights"]
