@@ -63,7 +63,7 @@ log = start_log("v7b_stability", run.folder)
 #
 # A basis built without `w` must not depend on the seed at all; the runs share them, and one that differs is named here and
 # cannot win. Whether its *data* determine it is another question: here every basis that depends on prompts is built again from half of the probes, and from one persona
-# pair at a time. The energy-weighted overlap says how much of the one's signal the other holds; under 0.5 a candidate
+# pair at a time, and every basis that is read off gradients from half of its texts. The energy-weighted overlap says how much of the one's signal the other holds; under 0.5 a candidate
 # counts as unstable and cannot win.
 
 # %%
@@ -79,7 +79,8 @@ display(
         f" d = {scores.d}. {literal(found.bases)}" + (f" Chat template: {literal(lm.chat)}." if lm.chat else "")
     )
 )
-display(show_table(found.a_side.sort("stability"), rows=12))
+told = found.summary.select("candidate", "sees")
+display(show_table(found.a_side.sort("stability").join(told, on="candidate", maintain_order="left"), rows=12))
 
 # %% [markdown]
 # What `w` does and where it acts, on the other hand, may differ from seed to seed: the best eight directions for the
