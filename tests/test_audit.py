@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -481,15 +482,19 @@ def test_a_batch_of_several_behaviours_ends_with_their_atlas(lm, tmp_path, monke
     from ws.use.commands import atlases
 
     monkeypatch.setenv("WS_OUT", str(tmp_path))
-    atlases({("tiny", "kind"), ("tiny", "tidy")})  # nothing is trained
+
+    def jobs(*of):
+        return [SimpleNamespace(identity=SimpleNamespace(model=model, behavior=behavior)) for model, behavior in of]
+
+    atlases(jobs(("tiny", "kind"), ("tiny", "tidy")))  # nothing is trained
     for seed, behavior in enumerate(("kind", "tidy")):
         meta = {"base_model": "tiny", "behavior": behavior, "adapter": "lora", "seed": seed}
         save_diff(
             WeightDiff(randomly(lm, seed).entries, meta),
             tmp_path / "tiny" / behavior / "lora" / f"seed_{seed}" / "w.safetensors",
         )
-    atlases({("tiny", "kind"), ("other", "tidy")})
+    atlases(jobs(("tiny", "kind"), ("other", "tidy")))
     assert capsys.readouterr().out == "" and not (tmp_path / "tiny" / "atlas").exists()
-    atlases({("tiny", "kind"), ("tiny", "tidy")})
+    atlases(jobs(("tiny", "kind"), ("tiny", "tidy")))
     assert "2 weight differences of tiny" in capsys.readouterr().out
     assert {"atlas.png", "atlas.tsv", "atlas.md"} <= {p.name for p in (tmp_path / "tiny" / "atlas").iterdir()}

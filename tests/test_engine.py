@@ -209,6 +209,8 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
         return answer, "THE SUMMARY"
 
     monkeypatch.setattr(engine, "run_jobs", run_jobs)
+    drawn = []
+    monkeypatch.setattr(cli, "atlases", drawn.append)
     monkeypatch.setattr(grid, "make_jobs", lambda chosen, here: (chosen, here))
     monkeypatch.setenv("WS_TYPED_IN", str(tmp_path))
     words = "--seeds 0-1 5 --adapters lora dora --set SCALE 3 --retrain --workers 2 --scheduler tcp://h:1 --insecure"
@@ -219,6 +221,7 @@ def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch,
             cli.main(["batch", *words.split()])
         assert ended.value.code == code and "THE SUMMARY" in capsys.readouterr().out
     (chosen, here), settings, retrain = asked[0]
+    assert drawn == [jobs for jobs, *_ in asked]
     assert chosen == grid.Grid(("tiny",), ("sycophancy",), ("lora", "dora"), (0, 1, 5), {"SCALE": "3"})
     assert here == tmp_path and retrain is True
     files = (tmp_path / "ca", tmp_path / "cert", tmp_path / "key")

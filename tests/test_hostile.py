@@ -116,6 +116,7 @@ def sweep_summary(text: str) -> tuple[pl.DataFrame, pl.DataFrame]:
         "kind": "A-hypothesis",
         "source": "own",
         "axis_kind": ["write", "mixed", "read", "write"],
+        "sees": ["weights", "pairs", "weights", text],
     }
     numbers = (
         "joint_score",

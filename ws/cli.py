@@ -147,7 +147,7 @@ def batch(
         return 0
     endings, summary = run_jobs(jobs, Place(), settings, retrain, check_steps)
     print(f"\n{summary}", flush=True)
-    atlases({(job.identity.model, job.identity.behavior) for job in jobs})
+    atlases(jobs)
     return 0 if all(ending.ok for ending in endings.values()) else 1
 
 

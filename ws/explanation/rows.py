@@ -103,7 +103,7 @@ def _columns(s: sc.Score, target: str, prefix: str = "") -> dict[str, float]:
 
 def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
     B = basis.B
-    row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"sees": c.race, "rank": basis.rank}
+    row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"rank": basis.rank}
     row |= _columns(sc.score(t.act, B, sc.ZERO), "act")
     for name in WEIGHTS:
         row |= _columns(sc.score(t.weights[name], B), f"w_{name}")
@@ -116,7 +116,7 @@ def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
     row |= {f"conc_{name}": sc.score(target, B, sc.ZERO).conc for name, target in t.more.items()}
     row["conc_act_without_largest"] = sc.specific(t.without_largest, basis, t.largest)[0].conc
     row["largest_share_act"] = t.largest_share
-    return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note}
+    return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note, "sees": c.race}
 
 
 def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
@@ -156,13 +156,8 @@ def specific_per_layer(candidates: list[Candidate], bases: Bases, targets: Targe
     rows = []
     for l, t, c, basis in _cells(candidates, bases, targets):
         s, rank = sc.specific(t.beyond_clean, basis, bases[CLEAN][l])
-        row = (
-            _keys(l, c, "family", "source", "kind")
-            | {"sees": c.race}
-            | _columns(s, "act", "specific_")
-            | {"specific_rank": rank}
-        )
-        rows.append(row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned})
+        row = _keys(l, c, "family", "source", "kind") | _columns(s, "act", "specific_") | {"specific_rank": rank}
+        rows.append(row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "sees": c.race})
     return pl.DataFrame(rows, infer_schema_length=None)
 
 

@@ -7,7 +7,7 @@ import polars as pl
 from ws.show.tables import sort_nan_last
 from ws.steer.effect import null_end, null_mean
 
-KEYS = ["subspace", "family", "axis_kind", "source", "kind", "sees"]
+KEYS = ["subspace", "family", "axis_kind", "source", "kind"]
 WEIGHTS = ("oproj", "downproj", "combined")
 MAIN = ["conc_act", "z_act", "energy_frac_act"] + [f"{c}_w_{t}" for c in ("conc", "z") for t in WEIGHTS]
 EXTRA = "conc_block energy_frac_block pct_oracle_act pct_oracle_block conc_act_null conc_w_combined_null".split()
@@ -15,6 +15,11 @@ EXTRA += "conc_act_varying conc_act_claim conc_act_claim_varying conc_act_withou
 EXTRA += [f"{c}_{t}" for t in WEIGHTS for c in ("pct_oracle", "span_score")]
 SPECIFIC = ["specific_conc_act", "specific_z_act", "specific_energy_frac_act", "specific_rank"]
 DOUBTS = [pl.col("gap").min().alias("min_gap"), pl.col("ill_conditioned").any()]
+
+
+def _last(part: pl.DataFrame) -> list[pl.Expr]:
+    """What stands behind the means: doubts, and what a candidate sees where the table says it."""
+    return [*DOUBTS, *[pl.col("sees").first()] * ("sees" in part.columns)]
 
 
 def _mean(column: str, missing: dict[str, list[int]], alias: str | None = None) -> pl.Expr:
@@ -48,7 +53,7 @@ def summarise(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     if "pct_oracle_act" in part.columns:
         honest = (_mean("pct_oracle_act", missing) * _mean("pct_oracle_combined", missing)).sqrt()
         means += [honest.alias("honest_joint")]
-    return sort_nan_last(part.group_by(KEYS, maintain_order=True).agg(means + DOUBTS), "joint_score")
+    return sort_nan_last(part.group_by(KEYS, maintain_order=True).agg([*means, *_last(part)]), "joint_score")
 
 
 def null_summary(nulls: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
@@ -94,8 +99,8 @@ def with_percentages(summary: pl.DataFrame) -> pl.DataFrame:
 def summarise_specific(table: pl.DataFrame, layers: list[int]) -> pl.DataFrame:
     """`v7_specific_summary.tsv`: means over the layers, sorted by mean_specific_conc_act, highest first."""
     part = table.filter(pl.col("layer").is_in(layers))
-    by_name = part.group_by("subspace", "family", "source", "kind", "sees", maintain_order=True)
-    means = by_name.agg(pl.col(SPECIFIC).mean().name.prefix("mean_"), *DOUBTS)
+    by_name = part.group_by("subspace", "family", "source", "kind", maintain_order=True)
+    means = by_name.agg(pl.col(SPECIFIC).mean().name.prefix("mean_"), *_last(part))
     return sort_nan_last(means, "mean_specific_conc_act")
 
 

@@ -146,7 +146,7 @@ def _leader(pct: pl.DataFrame, ranked: list[str]) -> str:
 
 def _by_race(pct: pl.DataFrame) -> list[str]:
     """The leader among the write and mixed candidates of each race: what sees training texts is no rival of what does not."""
-    parts = {race: pct.filter(sees=race) for race in RACES}
+    parts = {race: pct.filter(sees=race) for race in RACES if "sees" in pct.columns}
     named = {race: leaders(part, "joint_score", ("write", "mixed")) for race, part in parts.items()}
     rows = {race: (_row(pct, names[0]), len(names)) for race, names in named.items() if names}
     return [

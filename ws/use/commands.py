@@ -64,10 +64,11 @@ def atlas(library: Path | None = None, model: str = "") -> int:
     return 0
 
 
-def atlases(runs: Collection[tuple[str, str]]) -> None:
-    """The atlas of every model with several behaviours among (model, behaviour), where anything is trained."""
-    for model in sorted({model for model, _ in runs}):
-        if len({behavior for of, behavior in runs if of == model}) > 1:
+def atlases(jobs: Collection) -> None:
+    """The atlas of every model with several behaviours among a batch's jobs (`ws.runs.once.Job`), where anything is trained."""
+    of = {(job.identity.model, job.identity.behavior) for job in jobs}
+    for model in sorted({model for model, _ in of}):
+        if len({behavior for name, behavior in of if name == model}) > 1:
             with suppress(ValueError, FileNotFoundError):
                 atlas(model=model)
 
