@@ -16,6 +16,7 @@ from ws.stability.blind import Geometry, combined_factor, thin
 from ws.stability.scores import SeedScores
 from ws.steer.effect import Steering, steering
 from ws.subspaces.algebra import Basis
+from ws.subspaces.candidate import race_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def load_seeds(found: Mapping[int, Explanation], depend: Collection[str] = ()) -
     nulls = [some.nulls.filter(subspace=name).sort("null").select("R_act", "R_w").to_numpy() for name in names]
     scores = SeedScores(
         names, list(found), act, np.stack([grid["conc_w_combined"] for grid in grids]), ranks, d, layers, kinds,
-        [c["axis_kind"] for c in some.candidates], [c["race"] for c in some.candidates], some.setting["n_templates"],
+        [c["axis_kind"] for c in some.candidates], [race_of(c["sees"]) for c in some.candidates], some.setting["n_templates"],
         np.array(best).transpose(0, 2, 1, 3), np.array(best_w).transpose(0, 2, 1),
         np.stack([grid["specific_conc_act"] for grid in beyond]),
         *(np.stack(nulls, axis=1).transpose(2, 0, 1) if len(some.nulls) else (None, None)),

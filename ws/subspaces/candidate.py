@@ -24,6 +24,11 @@ RACES = ("weights", "prompts", "other pairs", "pairs")  # from what knows least 
 _REGISTRY: dict[str, "Candidate"] = {}
 
 
+def race_of(sees: Sequence[str]) -> str:
+    """What of `sees` is nearest to the training."""
+    return next((one for one in ("w", *reversed(RACES)) if one in sees), "unknown")
+
+
 @dataclass(frozen=True)
 class Candidate:
     """name, family and source as in docs/method.md section 5; shared: one basis for all layers; sees: what the basis
@@ -46,7 +51,7 @@ class Candidate:
     @property
     def race(self) -> str:
         """What it sees that is nearest to the training: one of RACES, `w`, or `unknown`. Candidates of one race compete."""
-        return next((one for one in ("w", *reversed(RACES)) if one in self.sees), "unknown")
+        return race_of(self.sees)
 
     @property
     def axis_kind(self) -> str:
@@ -60,10 +65,7 @@ class Candidate:
     @property
     def about(self) -> dict:
         """What the tables and files of a run say of it."""
-        own = {
-            f: getattr(self, f)
-            for f in ("name", "family", "axis_kind", "source", "kind", "shared", "definition", "race")
-        }
+        own = {f: getattr(self, f) for f in ("name", "family", "axis_kind", "source", "kind", "shared", "definition")}
         return own | {"sees": list(self.sees)}
 
     def works(self, personas: bool) -> bool:
