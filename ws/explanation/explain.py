@@ -89,10 +89,8 @@ def explain(
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
-    others, kept = (
-        [one if isinstance(one, Behavior) else load_behavior(one) for one in others],
-        cache or cache_folder(lm.name),
-    )
+    others = [one if isinstance(one, Behavior) else load_behavior(one) for one in others]
+    kept = cache or cache_folder(lm.name)
     sets, said = gradient_sets(lm, behavior, protocol, w, pairs, layers, kept, progress, others)
     if sets:
         protocol = replace(protocol, sources=tuple(dict.fromkeys([*protocol.sources, GRADIENT])))
@@ -115,7 +113,7 @@ def explain(
     textless = [name for name, texts in USES.items() if name in by_name and sets and texts not in sets.names]
     a_side = [c for c in a_side if c.name not in (*left_out, *textless)]
     everyone = [c for c in by_name.values() if c.name not in (*left_out, *textless)]
-    if "not the pairs" in said:  # they see pairs, and not those of the adapters
+    if sets and sets.trained(w) is False:  # they see pairs, and not those of the adapters
         everyone = [replace(c, sees=tuple("other pairs" if s == "pairs" else s for s in c.sees)) for c in everyone]
 
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache, sets)

@@ -229,7 +229,7 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
         out += [f"{literal(without)}."]
     if textless := facts.get("textless"):
         out += [f"No such texts among the pairs, so left out: {_names(textless)}."]
-    if facts.get("gradients", "").startswith("no "):
+    if facts.get("gradients") and not facts.get("gradient_pairs"):
         out += [f"{literal(facts['gradients'])}."]
     if not p["chat_probes"] and facts["n_persona_pairs"]:
         mixed = "a contrast mixes both"

@@ -2,8 +2,8 @@
 
 `L_s` is the mean over response tokens of the cross-entropy of `response_s` given `user`, as in training; `G_s` its gradient per
 weight matrix, `D = G_neg - G_pos` (`contrast`) and `G_pos + G_neg` (`sum`). `null i` is D with the labels of every pair shuffled.
-`half 0` and `half 1` are the parts of D that come from half of the pairs each, `D = half 0 + half 1`, topics and wordings
-shared out evenly. Kept are, per layer, the square roots of two Grams, from which bases are read: of `[D_o/|D_o| |
+`half 0` and `half 1` are the parts of D that come from half of the pairs each, `D = half 0 + half 1`, wordings (of statements
+Yes and No) shared out evenly. Kept are, per layer, the square roots of two Grams, from which bases are read: of `[D_o/|D_o| |
 D_down/|D_down|]` (`write`) and of `[D_q; D_k; D_v; D_gate; D_up]`, each divided by its norm (`read`); and of D itself norms
 and leading singular triples.
 """

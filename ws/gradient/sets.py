@@ -88,6 +88,11 @@ class GradientSets:
         counts = [f"{min(len(rows), self.most)} of {len(rows)} {name}" for name, rows in self.pairs.items() if rows]
         return f"of {', '.join(counts)}; of the FIT probes"
 
+    def trained(self, w: WeightDiff) -> bool | None:
+        """Whether w was trained on these training pairs; None where it does not say."""
+        known = w.meta.get("pairs_hash")
+        return None if known is None else known == pairs_hash(self.pairs[TRAIN])
+
     def half(self, number: int) -> "Half":
         return Half(self, number)
 
@@ -159,24 +164,19 @@ def gradient_sets(
     if pairs in (None, "", NONE):
         return None, ""
     config = pairs if isinstance(pairs, PairConfig) else PairConfig(file=str(pairs))
-    known, mended = (
-        w.meta.get("pairs_hash"),
-        f"train it again, or give every seed a file of pairs or {NONE!r} (GRADIENTS)",
-    )
+    mended = f"train it again, or give every seed a file of pairs or {NONE!r} (GRADIENTS)"
     if pairs == OWN:
         try:
             if (config := own_pairs(w.meta)) is None:
                 raise ValueError("w does not say which pairs it was trained on")
-            if pairs_hash(make_pairs(lm, behavior, config, cache, progress).rows) != known:
+            if pairs_hash(make_pairs(lm, behavior, config, cache, progress).rows) != w.meta.get("pairs_hash"):
                 raise ValueError("the pairs that w was trained on have changed since")
         except (FileNotFoundError, ValueError) as error:
             return None, f"no candidate of source gradient: {error}; {mended}"
     sets = GradientSets(lm, behavior, protocol, config, tuple(layers), cache, tuple(others), progress=progress)
-    return sets, sets.said + _foreign(sets, known)
+    return sets, sets.said + TOLD[sets.trained(w)]
 
 
-def _foreign(sets: GradientSets, known: str | None) -> str:
-    """What is to be said of pairs that w was not, or perhaps not, trained on."""
-    if known is None:
-        return "; whether w was trained on these pairs is not recorded"
-    return "" if known == pairs_hash(sets.pairs[TRAIN]) else "; **not the pairs that w was trained on**"
+TOLD = {  # of pairs by whether w was trained on them
+    True: "", False: "; **not the pairs that w was trained on**", None: "; whether w was trained on these pairs is not recorded",
+}  # fmt: skip
