@@ -16,6 +16,7 @@ from ws.cache.files import atomic_dir
 from ws.cache.models import folder_hash
 from ws.diff import LowRank, WeightDiff, load_diff
 from ws.diff.check import check_shapes
+from ws.diff.core import check_entries
 from ws.diff.factor import factors
 from ws.diff.io import write_adapter
 from ws.explanation.result import Explanation
@@ -73,6 +74,7 @@ def export(
         raise ValueError(f"alpha is {alpha}, expected a finite number{' other than 0' * (kind == 'peft')}")
     folder = check_empty(folder)
     w, lm = load_diff(w), model if isinstance(model, LM) else check_model(str(model))
+    check_entries(w.entries, "w")
     check_shapes(
         {name: w.shape(name) for name in w}, lm.model, f"w of {w.meta.get('base_model') or 'an unnamed model'}"
     )
@@ -157,7 +159,7 @@ def content(lm: LM) -> str:
 def _about(w: WeightDiff, part: WeightDiff, told: str, lm: LM, alpha: float | int) -> list[str]:
     """What is exported, line by line."""
     known = [(key, w.meta.get(key)) for key in ("behavior", "adapter", "seed", "null", "cut")]
-    about = ", ".join(f"{key} {value}" for key, value in known if value not in (None, "", False))
+    about = ", ".join(f"{key} {value}" for key, value in known if value not in (None, "") and value is not False)
     base = f"{lm.slug or lm.name}, content {content(lm) or 'unknown'}, {type(lm.model).__name__}"
     lines = [
         f"w: {about or 'no metadata'}; fingerprint {w.fingerprint}",

@@ -79,7 +79,8 @@ def write_merged(w: WeightDiff, alpha: float | int, lm: LM, folder: Path, shard:
     lost = (off / whole) ** 0.5 if whole else 0.0
     rounded = f"; rounding to {kinds} changes what is added by {lost:.1%} of its size" if lost else ""
     files = len(plan.filename_to_tensors)
-    return f"checkpoint of {size / 1e6:,.1f} MB in {files} file{'s' * (files > 1)}, {len(changes)} tensors changed, {kinds}{rounded}"
+    many = f"{files} file{'s' * (files > 1)}, {len(changes)} tensors changed"
+    return f"checkpoint of {size / 1e6:,.1f} MB in {many}, {kinds}{rounded}"
 
 
 def tensors_of(lm: LM) -> dict[str, _Held] | None:

@@ -42,7 +42,7 @@ def restricted(
     with what is near, and a part in which nothing of w is left.
     """
     own = {decoder.param_name(l, role): role for l in range(decoder.n_layers) for role in ROLES}
-    told = []
+    told, has = [], w.layers()
     if roles:
         known = [role for role in ROLES if role in {own.get(name) for name in w}]
         for role in roles:
@@ -50,7 +50,6 @@ def restricted(
         w = w.select(lambda name: own.get(name) in roles)
         told.append(f"roles {', '.join(role for role in ROLES if role in roles)}")
     if layers:
-        has = w.layers()
         if lacks := sorted(set(layers) - set(has)):
             raise ValueError(f"layer {lacks[0]}: w changes nothing there; it has layers {spans(has) or 'none'}")
         w = w.select(lambda name: layer_of(name) in layers)

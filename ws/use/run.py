@@ -72,7 +72,7 @@ def read_run(name: Path | str, here: Path) -> Run:
         return Run("tiny", load_diff("tiny"), (), {})
     path = (here / name).expanduser()
     if path.is_file():
-        return _run(str(name), path, path.parent)
+        return _run(str(name), path, path.parent, path.parent)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such run; give a run's folder, a w.safetensors, or tiny")
     params = read_json(path / "params.json").get("parameters", {})
@@ -83,11 +83,11 @@ def read_run(name: Path | str, here: Path) -> Run:
         below = sorted(path.glob("**/w.safetensors"))
         near = f"; one lies in {below[0].parent}" if below else ""
         raise FileNotFoundError(f"{path}: no w.safetensors in it or beside it{near}")
-    return _run(str(name), file, path)
+    return _run(str(name), file, path, path if file == files[0] else path.parent)
 
 
-def _run(name: str, file: Path, folder: Path) -> Run:
-    home = folder if (folder / "w.safetensors").is_file() or not (folder / RECORD).is_file() else folder.parent
+def _run(name: str, file: Path, folder: Path, home: Path) -> Run:
+    """home: the folder in which a seed's runs lie beside each other."""
     swept = sorted({path.parent for path in [*home.glob(f"v7*/{RECORD}"), *folder.glob(RECORD)]}, key=_order)
     if folder in swept:
         swept = [folder]

@@ -7,7 +7,6 @@ less, the first or last layer less, half the rank) and still keep the share, the
 model. Monotony is assumed: a move that once kept too little is not tried again. The end is judged on held-out claims (EVAL).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from scipy import stats
 
 from ws.cache.names import cache_folder
 from ws.data import Behavior, load_behavior
-from ws.diff import WeightDiff, load_diff
+from ws.diff import LowRank, WeightDiff, load_diff
 from ws.model.decoder import ROLES
 from ws.model.guard import check_plain
 from ws.model.lm import LM
@@ -30,7 +29,7 @@ from ws.steer.effect import LEVEL, asked, effects
 from ws.steer.kl import kl_from_base
 from ws.steer.statements import MOST_ASKED
 from ws.steer.weights import check_fits
-from ws.use.restrict import parameters, restricted, share_of, spans
+from ws.use.restrict import parameters, share_of, spans, truncated
 
 FIT_WORDINGS = 2
 
@@ -81,8 +80,11 @@ class Trimmed:
             as_text(steps.drop("taken")),
         ]
         if self.state is None:
-            best = self.path.filter(pl.col("move") != "all of w").sort("share", descending=True).row(0, named=True)
-            close = f"the nearest ({best['move']}) keeps {best['share']:.1%}"
+            less = self.path.filter(pl.col("step") > 0).sort("share", descending=True).head(1).to_dicts()
+            close = (
+                "".join(f"the nearest ({row['move']}) keeps {row['share']:.1%}" for row in less)
+                or "it is one direction"
+            )
             said.append(
                 f"**No smaller part of w keeps {self.asked:.1%} of its effect**: {close}. Ask for less, or use all of w."
             )
@@ -125,6 +127,7 @@ def trim(
     if not (low > 0 or high < 0):
         span = f"{whole.mean():+.3g} nats, 95 % t interval {low:+.3g} to {high:+.3g} over {len(whole)} claims"
         raise ValueError(f"w has no effect to keep on the training topics of {behavior.name}: {span}")
+    given, w = w, truncated(w)
     found = {roles[name] for name in w}
     start = State(tuple(r for r in ROLES if r in found), tuple(w.layers()), max(w.rank(name) for name in w))
     state, path = _search(lm, w, start, fit, float(whole.mean()), share, progress)
@@ -148,7 +151,7 @@ def trim(
         report.append(
             row | {"rank": rank, "matrices": len(one), "parameters": parameters(one), "energy": share_of(one, w)}
         )
-    last = replace(last, meta={**w.meta, "part": state.options()}) if done else w
+    last = replace(last, meta={**w.meta, "part": state.options()}) if done else given
     return Trimmed(last, done, path, pl.DataFrame(report), share)
 
 
@@ -206,7 +209,7 @@ def _search(
         for step in range(1, 1000):
             kept = {}
             for move, to in state.moves().items():
-                if move in failed or (move[0] == "rank" and to.rank <= least) or not _holds(lm, w, to):
+                if move in failed or (move[0] == "rank" and to.rank <= least) or not len(_part(lm, w, to)):
                     continue
                 row = tried(step, move, to)
                 if row["share"] >= share:
@@ -234,13 +237,10 @@ def _shown(state: State) -> dict:
 
 
 def _part(lm: LM, w: WeightDiff, state: State) -> WeightDiff:
-    return restricted(w, lm.decoder, "", state.roles, state.layers, state.rank)[0]
-
-
-def _holds(lm: LM, w: WeightDiff, state: State) -> bool:
-    """Whether anything of w is in a part."""
-    names = (lm.decoder.param_name(l, role) for l in state.layers for role in state.roles)
-    return any(name in w and w.norm(name) for name in names)
+    """A state's part of w, whose factors are in the order of their singular values (`truncated`)."""
+    names = {lm.decoder.param_name(l, role) for l in state.layers for role in state.roles}
+    cut = w.select(names.__contains__)
+    return cut.map(lambda _, e: LowRank(e.B[:, : state.rank].contiguous(), e.A[: state.rank].contiguous()))
 
 
 def both(kl, w: WeightDiff) -> float:
@@ -248,7 +248,7 @@ def both(kl, w: WeightDiff) -> float:
     return (kl(w, 1.0) + kl(w, -1.0)) / 2
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def _interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """The 95 % t interval of the mean over claims."""
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
     return float(np.mean(values)) - half, float(np.mean(values)) + half
