@@ -1,6 +1,8 @@
 """Exports: a LoRA and a checkpoint that act as `weight_steer` does, in a process that does not know this project; errors."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from test_cli import call
 
 import ws
+from ws.cache.places import ASSETS
 from ws.causal.variants import gains, keep, writers
 from ws.diff import LowRank, WeightDiff, from_adapters, save_diff
 from ws.model.lm import check_model
@@ -193,6 +196,34 @@ def test_a_model_in_memory_is_merged_as_it_is(model_folder, tmp_path):
     with pytest.raises(ValueError, match=f"{name} contains NaN or inf"):
         export(w.scale(float("nan")), tmp_path / "no", lm)
     assert not (tmp_path / "no").exists()
+
+
+HUB = """
+import json, sys, ws
+from ws.use.export import export
+w = ws.load_diff("tiny")
+for kind in ("peft", "merged"):
+    assert sys.argv[2] in export(w, sys.argv[1] + "/" + kind, "some/model", kind=kind, revision="old").text
+"""
+
+
+def test_the_revision_of_a_hub_model_is_told_and_read(tmp_path):
+    old, new = "1" * 40, "2" * 40
+    for commit, name in ((old, "old"), (new, "main")):
+        at = tmp_path / "hf" / "hub" / "models--some--model"
+        shutil.copytree(ASSETS / "tiny", at / "snapshots" / commit)
+        (at / "refs").mkdir(exist_ok=True)
+        (at / "refs" / name).write_text(commit)
+    (at / "snapshots" / new / "model.safetensors").write_bytes(b"another")
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "WS_OUT": str(tmp_path / "out")}
+    asked = [sys.executable, "-c", HUB, str(tmp_path), old]
+    ran = subprocess.run(asked, cwd=ASSETS.parents[1], env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/model", old)
+    lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
+    with torch.no_grad(), ws.weight_steer(lm.model, w, 1.0):
+        assert torch.equal(logits_of(tmp_path / "merged"), lm.model(IDS).logits)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,9 @@ def export(
     sweep = found.sweep() if keep and (not keep.startswith(f"{OWN}:") or found.sweeps) else None
     lm = found.model(here, model, weights=False)
     folder = folder or check_empty(here / _named(found.w.meta, alpha, kind, any((keep, roles, layers, rank))))
-    done = write(found.w, folder, lm, alpha, kind, keep=keep, **part, rank=rank, sweep=sweep, shard=shard)
+    more = {"rank": rank, "sweep": sweep, "shard": shard}
+    more |= {"revision": None if model else str(found.params.get("REVISION") or "") or None}
+    done = write(found.w, folder, lm, alpha, kind, keep=keep, **part, **more)
     print(f"{done.text}\n{kind}: {done.folder}")
     return 0
 

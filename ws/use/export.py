@@ -22,7 +22,7 @@ from ws.diff.io import write_adapter
 from ws.explanation.result import Explanation
 from ws.model.lm import LM, check_model, load_lm
 from ws.train.record import base_content, other_base
-from ws.use.merge import write_merged
+from ws.use.merge import commit_of, write_merged
 from ws.use.restrict import parameters, restricted, share_of, truncated
 
 KINDS = ("peft", "merged")
@@ -52,15 +52,16 @@ def export(
     rank: int | None = None,
     sweep: Explanation | Path | str | None = None,
     shard: str = SHARD,
+    revision: str | None = None,
 ) -> Exported:
     """Write `alpha w`, or a part of w, for use without this project.
 
-    w: as `load_diff` takes it. folder: new or empty. model: the base model, or its MODEL_ID, which loads no weight that is not
-    needed. kind: `peft` (a LoRA of exactly the matrices that are left, scaling 1, float32), `merged` (a checkpoint: config,
-    tokenizer, shards of at most `shard`; tensor by tensor in the dtype of the checkpoint's files, of a loaded model in its own).
-    keep, roles, layers, rank: the part of w (`ws.use.restrict.restricted`); sweep: whose candidates `keep` names. ValueError /
-    FileNotFoundError before anything is written: what does not fit the model, does not exist, or cannot be a LoRA (embeddings,
-    norms, biases; a dense matrix of full rank, without `rank`).
+    w: as `load_diff` takes it. folder: new or empty. model: the base model, or its MODEL_ID (and the hub's revision), of which no
+    weight is loaded that is not needed. kind: `peft` (a LoRA of exactly the matrices that are left, scaling 1, float32), `merged`
+    (a checkpoint: config, tokenizer, shards of at most `shard`; tensor by tensor in the dtype of the checkpoint's files, of a
+    loaded model in its own). keep, roles, layers, rank: the part of w (`ws.use.restrict.restricted`); sweep: whose candidates
+    `keep` names. ValueError / FileNotFoundError before anything is written: what does not fit the model, does not exist, or
+    cannot be a LoRA (embeddings, norms, biases; a dense matrix of full rank, without `rank`).
 
     Example:
         >>> import tempfile, ws
@@ -73,14 +74,14 @@ def export(
     if not math.isfinite(alpha) or (kind == "peft" and not alpha):
         raise ValueError(f"alpha is {alpha}, expected a finite number{' other than 0' * (kind == 'peft')}")
     folder = check_empty(folder)
-    w, lm = load_diff(w), model if isinstance(model, LM) else check_model(str(model))
+    w, lm = load_diff(w), model if isinstance(model, LM) else check_model(str(model), revision=revision)
     check_entries(w.entries, "w")
     check_shapes(
         {name: w.shape(name) for name in w}, lm.model, f"w of {w.meta.get('base_model') or 'an unnamed model'}"
     )
     sweep = Explanation.load(sweep) if isinstance(sweep, (Path, str)) else sweep
     source = lm.model.config._name_or_path
-    commit = getattr(lm.model.config, "_commit_hash", None)
+    commit = commit_of(lm, revision)
     try:
         part, told = restricted(w, lm.decoder, keep, roles, layers, rank, sweep)
     except (
@@ -89,7 +90,7 @@ def export(
         part, told = restricted(w, load_lm(source, revision=commit).decoder, keep, roles, layers, rank, sweep)
     if kind == "peft":
         part = as_factors(part, lm.model)
-    said = _about(w, part, told, lm, alpha)
+    said = _about(w, part, told, lm, alpha, commit)
     with atomic_dir(folder) as temporary:
         if kind == "peft":
             write_adapter(_folded(part, alpha), temporary, source, commit)
@@ -98,7 +99,7 @@ def export(
                 f"PEFT LoRA, scaling 1, {len(part)} matrices, rank {ranks[0]}{f' to {ranks[-1]}' * (len(ranks) > 1)}"
             )
         else:
-            said.append(write_merged(part, alpha, lm, temporary, shard))
+            said.append(write_merged(part, alpha, lm, temporary, shard, commit))
         text = "\n".join(f"- {line}" for line in said) + "\n"
         (temporary / "README.md").write_text(_card(kind, source, text), encoding="utf-8")
     return Exported(folder, part, text)
@@ -147,28 +148,30 @@ def _folded(w: WeightDiff, alpha: float | int) -> WeightDiff:
     return w.map(lambda _, e: LowRank(e.B * math.copysign(root, alpha), e.A * root))
 
 
-def content(lm: LM) -> str:
+def content(lm: LM, commit: str | None) -> str:
     """What tells the base model's files apart from others of its name; on the meta device the folder's hash, or the hub's
     commit."""
     if lm.device.type != "meta":
         return base_content(lm)
     source = Path(lm.model.config._name_or_path)
-    return folder_hash(source) if source.is_dir() else str(getattr(lm.model.config, "_commit_hash", None) or "")
+    return folder_hash(source) if source.is_dir() else commit or ""
 
 
-def _about(w: WeightDiff, part: WeightDiff, told: str, lm: LM, alpha: float | int) -> list[str]:
+def _about(w: WeightDiff, part: WeightDiff, told: str, lm: LM, alpha: float | int, commit: str | None) -> list[str]:
     """What is exported, line by line."""
     known = [(key, w.meta.get(key)) for key in ("behavior", "adapter", "seed", "null", "cut")]
     about = ", ".join(f"{key} {value}" for key, value in known if value not in (None, "") and value is not False)
-    base = f"{lm.slug or lm.name}, content {content(lm) or 'unknown'}, {type(lm.model).__name__}"
+    held = content(lm, commit)
+    base = f"{lm.slug or lm.name}, content {held or 'unknown'}, {type(lm.model).__name__}"
     lines = [
         f"w: {about or 'no metadata'}; fingerprint {w.fingerprint}",
         f"alpha: {alpha:g}, folded in",
         f"part of w: {told or 'all of it'}; {share_of(part, w):.2%} of |w|^2, {parameters(part):,} numbers",
         f"base model: {base}",
     ]
-    trained = w.meta.get("base_content")
-    if other_base(w.meta, lm) or (trained and lm.device.type == "meta" and not str(trained).startswith(content(lm))):
+    trained, sketched = w.meta.get("base_content"), lm.device.type == "meta"
+    local = sketched and Path(lm.model.config._name_or_path).is_dir()  # of the hub's files the commit alone is known
+    if other_base(w.meta, lm) if not sketched else local and trained and trained != held:
         lines.append(f"**w was trained from other files under this name**: content {trained}")
     return lines
 

@@ -5,6 +5,7 @@ in float32 and rounded once.
 """
 
 import copy
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,18 +36,18 @@ class _Held:
     read: Callable[[], Tensor]
 
 
-def write_merged(w: WeightDiff, alpha: float | int, lm: LM, folder: Path, shard: str) -> str:
+def write_merged(w: WeightDiff, alpha: float | int, lm: LM, folder: Path, shard: str, commit: str | None) -> str:
     """Fill a folder with the checkpoint of `lm` plus `alpha w`: shards of at most `shard` ("5GB"), config, generation config,
-    tokenizer. Returns what it is, in words, with what rounding to half precision took. ValueError, before anything is written,
-    for a quantised base, a tensor that the checkpoint lacks, two changes of one tied parameter."""
+    tokenizer; commit: of a hub model whose files are read. Returns what it is, in words, with what rounding to half precision
+    took. ValueError for a quantised base, a tensor that the checkpoint lacks, two changes of one tied parameter."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     if getattr(lm.model.config, "quantization_config", None):
         raise ValueError(f"{lm.name}: its checkpoint is quantised, no sum can be written into it; export it as peft")
-    held, tokenizer = tensors_of(lm), lm.tokenizer
+    held, tokenizer = tensors_of(lm, commit), lm.tokenizer
     if held is None:
-        lm = load_lm(lm.model.config._name_or_path, revision=getattr(lm.model.config, "_commit_hash", None))
-        held = tensors_of(lm)
+        lm = load_lm(lm.model.config._name_or_path, revision=commit)
+        held = tensors_of(lm, commit)
     changes = changes_of(w, lm.model, held)
     sketch = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in held.items()}
     try:
@@ -73,7 +74,7 @@ def write_merged(w: WeightDiff, alpha: float | int, lm: LM, folder: Path, shard:
         write_json(
             folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         )
-    _write_rest(lm, tokenizer, folder)
+    _write_rest(lm, tokenizer, folder, commit)
     size = sum(x.dtype.itemsize * torch.Size(x.shape).numel() for x in held.values())
     kinds = ", ".join(sorted({str(held[name].dtype).removeprefix("torch.") for name in changes}))
     lost = (off / whole) ** 0.5 if whole else 0.0
@@ -83,7 +84,23 @@ def write_merged(w: WeightDiff, alpha: float | int, lm: LM, folder: Path, shard:
     return f"checkpoint of {size / 1e6:,.1f} MB in {many}, {kinds}{rounded}"
 
 
-def tensors_of(lm: LM) -> dict[str, _Held] | None:
+def commit_of(lm: LM, revision: str | None = None) -> str | None:
+    """The commit of a hub model's revision (None: the main one); None for a model that lies on this machine."""
+    from transformers.utils import cached_file
+
+    source = lm.model.config._name_or_path
+    if not source or Path(source).is_dir():
+        return None
+    try:
+        found = re.search(
+            r"/snapshots/([0-9a-f]{40})/", Path(cached_file(source, "config.json", revision=revision)).as_posix()
+        )
+    except OSError:  # neither kept nor to be had
+        found = None
+    return found[1] if found else revision
+
+
+def tensors_of(lm: LM, commit: str | None = None) -> dict[str, _Held] | None:
     """Every tensor of the checkpoint, tied ones once where the model is in memory; None where a model that is not in memory has
     no safetensors."""
     if lm.device.type != "meta":
@@ -97,7 +114,6 @@ def tensors_of(lm: LM) -> dict[str, _Held] | None:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        commit = getattr(lm.model.config, "_commit_hash", None)
         folder = Path(
             snapshot_download(source, revision=commit, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
         )
@@ -147,7 +163,7 @@ def plus(W: Tensor, change: Tensor, alpha: float | int) -> Tensor:
     return wide.add_(change.to(wide.dtype), alpha=alpha).to(W.dtype)
 
 
-def _write_rest(lm: LM, tokenizer, folder: Path) -> None:
+def _write_rest(lm: LM, tokenizer, folder: Path, commit: str | None) -> None:
     """Config, generation config and tokenizer with its chat template."""
     from transformers import GenerationConfig
 
@@ -158,8 +174,7 @@ def _write_rest(lm: LM, tokenizer, folder: Path) -> None:
     config.save_pretrained(folder)
     found = lm.model.generation_config
     if lm.device.type == "meta":
-        source, commit = lm.model.config._name_or_path, getattr(lm.model.config, "_commit_hash", None)
         with suppress(OSError):
-            found = GenerationConfig.from_pretrained(source, revision=commit)
+            found = GenerationConfig.from_pretrained(lm.model.config._name_or_path, revision=commit)
     found.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -72,13 +72,9 @@ class Trimmed:
     report: pl.DataFrame
     asked: float
 
-    def text(self, rows: int | None = None) -> str:
-        """The path, the report and what they say, in words. rows: of the path at most."""
-        steps = self.path.filter(pl.col("taken")) if rows else self.path
-        said = [
-            f"On training topics (FIT), {len(self.path)} parts tried{', those taken' * bool(rows)}:",
-            as_text(steps.drop("taken")),
-        ]
+    def text(self) -> str:
+        """The path, the report and what they say, in words (Markdown)."""
+        said = [f"On training topics (FIT), {len(self.path)} parts tried:", as_text(self.path.drop("taken"))]
         if self.state is None:
             less = self.path.filter(pl.col("step") > 0).sort("share", descending=True).head(1).to_dicts()
             close = (
