@@ -23,6 +23,7 @@ EXPORTS = {
     "weight_steer": "ws.steer.weights",
     "alpha_sweep": "ws.steer.evaluate",
     "audit": "ws.use.audit",
+    "export": "ws.use.export",
     "predict": "ws.gradient.predict",
     "candidate": "ws.subspaces.candidate",
     "candidates": "ws.subspaces.build",
