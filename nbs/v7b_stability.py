@@ -45,6 +45,7 @@ DTYPE = "auto"  # of the model: auto (the checkpoint's own), float32, bfloat16, 
 from IPython.display import Markdown, display
 
 import ws
+from ws.causal.seeds import finished, over_seeds
 from ws.lab import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import literal, write_table
@@ -69,7 +70,9 @@ log = start_log("v7b_stability", run.folder)
 # %%
 own = own_candidates(next(iter(sweeps.values())), CANDIDATES)
 draws = dict(boot=BOOT, n_null=N_NULL, seed=STAT_SEED)
-found = ws.compare_seeds(sweeps, lm, behavior, own=own, progress=True, **draws)
+checks = finished(run.checks)
+causal = over_seeds(checks) if checks else None
+found = ws.compare_seeds(sweeps, lm, behavior, own=own, more=causal and causal.table, progress=True, **draws)
 found.save(run.folder)
 scores = found.runs.scores
 display(
@@ -125,6 +128,19 @@ display(show_table(found.chance, rows=40))
 
 # %%
 display(embedded(found.conclusion()))
+
+# %% [markdown]
+# ## Which of them carry the behaviour?
+#
+# Overlap is not need. What each candidate keeps of `w`'s effect, beyond random subspaces that hold as much energy, is measured seed by
+# seed in `causal_check`; here over seeds, with intervals for new seeds and new claims.
+
+# %%
+if causal:
+    write_table(causal.table, run.folder / "v7b_causal.tsv")
+    display(embedded(causal.text()), show_table(causal.table, rows=12))
+else:
+    display(Markdown("No causal check of these seeds is finished: `just nb causal_check -p SEED 0` makes one."))
 
 # %% [markdown]
 # ## What the corrections moved

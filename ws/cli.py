@@ -80,6 +80,7 @@ def batch(
     adapters: tuple[str, ...] = (),
     seeds: tuple[str, ...] = (),
     nulls: int | None = None,
+    causal: bool = False,
     grid: Path | None = None,
     params: Annotated[tuple[tuple[str, str], ...], arg(name="set", metavar="KEY VALUE"), UseAppendAction] = (),
     dry_run: bool = False,
@@ -105,7 +106,8 @@ def batch(
         seeds: LoRA seeds: numbers and ranges (default: 0-2).
         nulls: null diffs (shuffled labels) per combination that every score is compared with (default: 5). Those that are
             there count, the others take the lowest seeds; 0 trains none.
-        grid: a YAML file with models, behaviors, adapters, seeds, nulls, set; the options win.
+        causal: check causally, too, what each seed's candidates carry (nbs/causal_check; it takes longest).
+        grid: a YAML file with models, behaviors, adapters, seeds, nulls, causal, set; the options win.
         params: a further parameter, for every notebook that defines it; may be repeated.
         dry_run: print what would run, and why, and what is done.
         retrain: train adapters anew whose training code changed.
@@ -139,7 +141,7 @@ def batch(
     files = (here / tls[0], here / tls[1], here / tls[2]) if tls else None
     settings = Settings(workers, threads, scheduler, job, wait, timeout, files, insecure)
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
-    jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here, nulls), here)
+    jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here, nulls, causal), here)
     if dry_run:
         steps = plan(jobs, retrain)
         check_steps(steps, Place())

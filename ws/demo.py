@@ -34,21 +34,24 @@ class Show:
         return RunId(model_slug(self.model), "sycophancy", "lora", self.seeds[0])
 
 
-DEMO = Show("tiny")  # so small that a second thread does not help it
+# a causal check of what is run forward where it matters, and of few draws: the whole one takes some ten minutes a seed
+LIGHT = {"DRAWS": 500, "CHECKED": 12, "FORWARD": 12, "DROPS": 4, "RANKS": [1, 8, 32], "CLOUD": 300}
+DEMO = Show("tiny", set=LIGHT)  # so small that a second thread does not help it
 REAL = Show(
     "smollm2",
     (0, 1, 2),
     3,
-    {"CORRECTIONS": False},
+    {"CORRECTIONS": False} | LIGHT,
     {"theta_fit": {"PERMUTATIONS": 5, "CONTROL_HEADS": ["unconditional"], "BETAS": [0.0, 0.25]}, "delta_svd": {}},
     threads=0,
 )
-QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False}, {"delta_svd": {}}, v7=False, workers=1, threads=0)
+QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False} | LIGHT, {"delta_svd": {}}, v7=False, workers=1, threads=0)
 
 
 def show_jobs(show: Show) -> list[Job]:
     """The batch of a model, as `ws batch` makes it, and the notebooks beside it."""
-    batch = make_jobs(Grid(models=(show.model,), seeds=show.seeds, nulls=show.nulls, set=show.set))
+    grid = Grid(models=(show.model,), seeds=show.seeds, nulls=show.nulls, set=show.set, causal=True)
+    batch = make_jobs(grid)
     own, named = {"MODEL_ID": show.model}, model_slug(show.model)
     alone = [replace(prepare(n, own | more), name=f"{named}: {n}") for n, more in show.alone.items()]
     trained = next(job.needs for job in batch if job.notebook == "v7_sweep")  # the first seed's w, all null diffs

@@ -58,7 +58,7 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
         return
     if (
         own
-        and notebook == "v7_sweep"
+        and notebook in ("v7_sweep", "causal_check")
         and not values.get("W_PATH")
         and not own_w(dict(values), out or out_folder()).is_file()
     ):
@@ -181,7 +181,7 @@ def check_diffs(
     if notebook == "weight_diff" and not sides and not given:
         layers = tuple(values.get("LORA_LAYERS") or ()) or None
         adapter_layers(lm.decoder.n_layers, TrainConfig(adapter=str(values.get("ADAPTER", "lora")), layers=layers))
-    if notebook == "v7_sweep" and own:
+    if notebook in ("v7_sweep", "causal_check") and own:
         path, found = own_w(dict(values), out or out_folder()), null_diffs(dict(values), out or out_folder())
         theirs = [] if w or not path.is_file() else [(path, values, False)]
         theirs += [] if nulls else [(path, {**values, "SEED": seed}, True) for seed, path in found.items()]

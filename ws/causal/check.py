@@ -44,6 +44,7 @@ def causal_check(
     ranks: Sequence[int] = (1, 2, 4, 8, 16, 32),
     draws: int = 10_000,
     checked: int = 100,
+    forward: int | None = None,
     drops: int | None = None,
     cloud: int = 300,
     boot: int = 2000,
@@ -56,7 +57,8 @@ def causal_check(
     """Everything of section 8 that one w can say. sweep: the finished sweep of this w, whose bases are used; other, other_sweep: w of
     another LoRA seed and its sweep, for the ceilings; nulls: null diffs, for the controls; candidates: names to look at, [] for all;
     ranks: of the ceilings; draws: energy-matched controls, by first-order effects; checked: how many of these are run forward;
-    drops: drop and full_drop are asked of so many candidates with the largest keep effect, None for all; cloud: blind subspaces of the
+    forward, drops: keep, and drop with full_drop, are run forward for so many candidates of the largest first-order effects, None for
+    all; cloud: blind subspaces of the
     designed cloud, 0 for none; templates: wordings of the probe, None for all. Effects by forward passes are kept in `cache`, so that a
     killed check goes on. ValueError for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare`
     says.
@@ -84,34 +86,48 @@ def causal_check(
     if least:
         raise ValueError(f"the sweep leaves out layer {least[0]}, which w changes: sweep with LORA_LAYERS empty")
     templates = templates or len(behavior.templates)
-    ground = prepare(lm, w, behavior, protocol=protocol, alpha=alpha, templates=templates, cache=cache, progress=progress)
+    ground = prepare(
+        lm, w, behavior, protocol=protocol, alpha=alpha, templates=templates, cache=cache, progress=progress
+    )
     sides = {side: {c["name"]: ground.checked(c["name"], bases_of(sweep, c["name"])) for c in about if (c["axis_kind"] == "read") == side}
              for side in (False, True)}  # fmt: skip
     write = sides[False]
-    found = carried(ground, write, draws, seed, drops is None)
-    forward = run_forward(ground, write, checked, seed)
-    table = with_forward(found, forward, seed).with_columns(other_layer=pl.Series(_in_order(found, other_layer(ground, write)), dtype=pl.Float64))
-    best = table[2:].filter(~pl.col("effect").is_nan()).sort("effect", descending=True)["subspace"].to_list()
-    if drops:
-        some = {n: write[n] for n in best[:drops]}
-        extra = carried(ground, some, 0).table.select("subspace", "drop", "keep_plus_drop", "full_drop")
-        table = table.drop("drop", "keep_plus_drop", "full_drop").join(extra, on="subspace", how="left", maintain_order="left")
+    found = carried(ground, write, draws, seed, forward, drops)
+    ran = run_forward(ground, write, checked, seed)
+    away = pl.Series("other_layer", _in_order(found, other_layer(ground, write)), dtype=pl.Float64)
+    table = with_forward(found, ran, seed).with_columns(away)
+    led = table[2:].filter(pl.col("effect").is_not_nan()).sort("effect", descending=True)["subspace"].to_list()
     act = factors_of(sweep, ground.layers)
-    away = None if other_sweep is None else other_sweep if isinstance(other_sweep, Explanation) else Explanation.load(other_sweep)
-    act_other = factors_of(away, ground.layers) if away else {}
+    theirs = other_sweep
+    if theirs is not None and not isinstance(theirs, Explanation):
+        theirs = Explanation.load(theirs)
+    act_other = factors_of(theirs, ground.layers) if theirs else {}
     k = int(setting["k"])
     clouded = designed(ground, write, act, k, cloud, boot, seed) if cloud and act else None
     scores = sweep.plain_summary.select("subspace", *(c for c in SCORES if c in sweep.plain_summary.columns))
-    facts = pl.DataFrame([{"subspace": c["name"], "kind": c["kind"], "axis_kind": c["axis_kind"], "family": c["family"], "sees": race(c)} for c in about])
-    table = table.join(facts, on="subspace", how="left", maintain_order="left").join(scores, on="subspace", how="left", maintain_order="left")
+    facts = pl.DataFrame(
+        [
+            {
+                "subspace": c["name"],
+                "kind": c["kind"],
+                "axis_kind": c["axis_kind"],
+                "family": c["family"],
+                "sees": race(c),
+            }
+            for c in about
+        ]
+    )
+    table = table.join(facts, on="subspace", how="left", maintain_order="left").join(
+        scores, on="subspace", how="left", maintain_order="left"
+    )
     return CausalCheck(
         candidates=table,
         where=where_table(ground),
-        read=read_table(ground, sides[True]),
+        read=read_table(ground, sides[True], drops),
         ranks=rank_table(ground, ranks, None if other is None else load_diff(other), act, act_other),
-        dose=dose_table(ground, {n: write[n] for n in best[:DOSED]}, lambda of: keep(ground.w, of, ground.gains)),
+        dose=dose_table(ground, {n: write[n] for n in led[:DOSED]}, lambda of: keep(ground.w, of, ground.gains)),
         controls=other_controls(ground, k, nulls, cache, seed),
-        forward=forward,
+        forward=ran,
         cloud={} if clouded is None else {name: getattr(clouded, name) for name in ("points", "fit", "slopes", "beyond")},
         setting={
             "title": title or setting["title"], "model": lm.name, "fingerprint": lm.fingerprint, "w": w.fingerprint,
@@ -169,8 +185,17 @@ def run_forward(ground: Ground, bases: Mapping[str, Bases], checked: int, seed: 
         of = formed(ground.spans, bases[name], haar(d, g, torch.float64))
         if of is not None:
             made[f"{name}/{i}"] = of
-    moved = ground.passes({n: keep(ground.w, of, ground.gains) for n, of in made.items()}, label="controls, run forward")
-    rows = [{"of": n.rpartition("/")[0], "linear": linear_of(ground.spans, of)["linear"], "effect": float(moved[n].effect.mean())} for n, of in made.items()]
+    moved = ground.passes(
+        {n: keep(ground.w, of, ground.gains) for n, of in made.items()}, label="controls, run forward"
+    )
+    rows = [
+        {
+            "of": n.rpartition("/")[0],
+            "linear": linear_of(ground.spans, of)["linear"],
+            "effect": float(moved[n].effect.mean()),
+        }
+        for n, of in made.items()
+    ]
     return pl.DataFrame(rows, schema={"of": pl.String, "linear": pl.Float64, "effect": pl.Float64})
 
 
@@ -194,7 +219,9 @@ def with_forward(found: Carried, forward: pl.DataFrame, seed: int) -> pl.DataFra
         at = start + slope * column
         excess.append(float(effect - at[had].mean()))
         p.append((1 + int((at[had] + noise[had] >= effect).sum()) + int((~had).sum())) / (1 + len(column)))
-    return table.with_columns(excess_forward=pl.Series(excess, dtype=pl.Float64), p_forward=pl.Series(p, dtype=pl.Float64))
+    return table.with_columns(
+        excess_forward=pl.Series(excess, dtype=pl.Float64), p_forward=pl.Series(p, dtype=pl.Float64)
+    )
 
 
 def _in_order(found: Carried, values: Mapping[str, float]) -> list[float]:

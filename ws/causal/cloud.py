@@ -39,7 +39,13 @@ class Cloud:
 
 
 def cloud(
-    ground: Ground, bases: Mapping[str, Bases], act: Mapping[int, Tensor], k: int, n: int = 300, boot: int = 2000, seed: int = 0
+    ground: Ground,
+    bases: Mapping[str, Bases],
+    act: Mapping[int, Tensor],
+    k: int,
+    n: int = 300,
+    boot: int = 2000,
+    seed: int = 0,
 ) -> Cloud:
     """act: activation differences `(d, n_probes)` of the EVAL probes, per layer, rows of norm 1 over their number. ValueError for fewer
     than 20 subspaces."""
@@ -62,7 +68,10 @@ def cloud(
     X, y = points.select(SCORES).to_numpy(), points["linear"].to_numpy()
     sets = {"energy_frobenius": [0], "energy": [1], "R_act": [2], "both energies": [0, 1], "all three": [0, 1, 2]}
     order = np.random.default_rng(seed).permutation(n)
-    fit = [{"scores": name, "r2": _r2(X[:, c], y, X[:, c], y), "r2_out": _out(X[:, c], y, order)} for name, c in sets.items()]
+    fit = [
+        {"scores": name, "r2": _r2(X[:, c], y, X[:, c], y), "r2_out": _out(X[:, c], y, order)}
+        for name, c in sets.items()
+    ]
     coef = _ols(X, y)
     spread = (y - _at(coef, X)).std(ddof=4)
     beyond = []
@@ -88,7 +97,13 @@ def _grams(ground: Ground, act: Mapping[int, Tensor], l: int) -> list[tuple[Tens
 def _scores(ground: Ground, of: Bases, act: Mapping[int, Tensor]) -> dict[str, float]:
     found = linear_of(ground.spans, of)
     d = ground.lm.decoder.d
-    recovered = [float((of[l].T @ act[l].double()).square().sum()) / float(act[l].double().square().sum()) * d / max(of[l].shape[1], 1) for l in of]
+    recovered = [
+        float((of[l].T @ act[l].double()).square().sum())
+        / float(act[l].double().square().sum())
+        * d
+        / max(of[l].shape[1], 1)
+        for l in of
+    ]
     return {s: found[s] for s in SCORES[:2]} | {"R_act": float(np.mean(recovered)), "linear": found["linear"]}
 
 

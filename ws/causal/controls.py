@@ -113,9 +113,13 @@ def draw(
                         Y = (targets[:size] @ (V @ B)).double().unflatten(2, (len(those), rank)).transpose(1, 2)
                         few = max(1, MOST // (len(layer.v) * rank**2))
                         near, look = guess[those].repeat(size, 1), i % FEW == 0
-                        parts = zip(*(x.split(few) for x in (Y.flatten(0, 1), share[those].repeat(size), near)), strict=True)
+                        parts = zip(
+                            *(x.split(few) for x in (Y.flatten(0, 1), share[those].repeat(size), near)), strict=True
+                        )
                         got = [_matched(layer, *part, look) for part in parts]
-                        slope, far, ends, over = (torch.cat(each).unflatten(0, (size, -1)) for each in zip(*got, strict=True))
+                        slope, far, ends, over = (
+                            torch.cat(each).unflatten(0, (size, -1)) for each in zip(*got, strict=True)
+                        )
                         at = slice(start, start + size), those
                         effect[at] += 2 * slope
                         off[at] = torch.maximum(off[at], far.float())
@@ -137,7 +141,10 @@ def _matched(
     by how much its energy differs; log k, in the column of its sign; and with `look` its square overlaps with the eigenvectors.
     near: log k of other draws, by sign, NaN where none is known."""
     q, slope, far = len(layer.v), torch.full_like(want, torch.nan), torch.zeros_like(want)
-    over, ends = torch.full((len(want), q if look else 0), torch.nan, dtype=want.dtype), torch.full_like(near, torch.nan)
+    over, ends = (
+        torch.full((len(want), q if look else 0), torch.nan, dtype=want.dtype),
+        torch.full_like(near, torch.nan),
+    )
     inside, beyond = Y[:, :q], Y[:, q:]
     for sign, some, log_k, grow, found, off in _grown(layer, inside, want, near):
         Z, rest = grow[:, :, None] * inside[some], layer.outside(inside[some])

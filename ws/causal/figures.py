@@ -15,7 +15,9 @@ NAMED = 8
 def forest(table: pl.DataFrame) -> Figure:
     """Excess of each candidate in nats: 95 % interval over claims, filled where max-T over all candidates is under .05; grey bar: the 95 %
     range of its own controls; hollow diamond: by forward passes."""
-    rows = table[2:].filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null()).sort("excess", descending=True)
+    rows = (
+        table[2:].filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null()).sort("excess", descending=True)
+    )
     shown = rows.head(MOST)
     figure = Figure(figsize=(9, 1.6 + 0.24 * max(len(shown), 3)), layout="constrained")
     axis = figure.subplots()
@@ -44,7 +46,9 @@ def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> 
     axis = figure.subplots()
     styles = family_styles(sorted(set(rows["family"].drop_nulls())))
     for (family,), part in rows.group_by("family", maintain_order=True):
-        axis.scatter(part["energy"], part["retention"], s=42, edgecolors="white", linewidths=0.5, zorder=3, **styles[family])
+        axis.scatter(
+            part["energy"], part["retention"], s=42, edgecolors="white", linewidths=0.5, zorder=3, **styles[family]
+        )
     for row in rows.iter_rows(named=True):
         if row["control"] is not None and np.isfinite(row["control"]) and whole:
             axis.plot([row["energy"]] * 2, [row["retention"], row["control"] / whole], color="0.8", lw=0.8, zorder=1)
@@ -52,7 +56,10 @@ def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> 
     best = rows.sort("retention", descending=True).head(NAMED)
     for name, x, y in best.select("subspace", "energy", "retention").rows():
         axis.annotate(plain(name), (x, y), (4, 4), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="captured share of the writers' input-weighted energy", ylabel="retention: effect of P w over that of w's writers")
+    axis.set(
+        xlabel="captured share of the writers' input-weighted energy",
+        ylabel="retention: effect of P w over that of w's writers",
+    )
     axis.set_title("Effect kept against energy kept (bar: controls of equal energy)")
     axis.legend(fontsize=8, loc="lower right")
     axis.grid(True, alpha=0.2)
@@ -72,7 +79,13 @@ def where_bars(where: pl.DataFrame) -> Figure:
         e = np.array([by[n]["effect"] for n in names])
         err = e - np.array([by[n]["effect_low"] for n in names])
         axis.bar(x - 0.2, e, 0.4, yerr=err, color=PALETTE[0], label="effect (nats)", error_kw={"lw": 1})
-        axis.bar(x + 0.2, [by[n]["share"] * whole for n in names], 0.4, color="0.75", label="share of $|w|^2$, times w's effect")
+        axis.bar(
+            x + 0.2,
+            [by[n]["share"] * whole for n in names],
+            0.4,
+            color="0.75",
+            label="share of $|w|^2$, times w's effect",
+        )
         axis.set_xticks(x, [n.removeprefix("layer ") for n in names], rotation=45 if len(names) > 12 else 0, fontsize=9)
         axis.axhline(0, color="0.3", lw=0.8)
         axis.set_title(f"Where w acts, {title}")
@@ -86,7 +99,13 @@ def rank_curves(ranks: pl.DataFrame) -> Figure:
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axis = figure.subplots()
     for i, ((of, whose), part) in enumerate(ranks.group_by("of", "whose", maintain_order=True)):
-        axis.plot(part["rank"], part["retention"], "o-" if "own" in whose else "s--", color=PALETTE[i % len(PALETTE)], label=f"{of}, {whose}")
+        axis.plot(
+            part["rank"],
+            part["retention"],
+            "o-" if "own" in whose else "s--",
+            color=PALETTE[i % len(PALETTE)],
+            label=f"{of}, {whose}",
+        )
     axis.set_xscale("log", base=2)
     ticks = sorted(set(ranks["rank"]))
     axis.set_xticks(ticks, list(map(str, ticks)))

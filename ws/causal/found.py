@@ -19,8 +19,6 @@ RECORD, TENSORS = "causal.json", "causal_excess.safetensors"
 AGAIN = "running this causal_check again"
 TABLES = ("candidates", "where", "read", "ranks", "dose", "controls", "forward")
 CLOUD = ("points", "fit", "slopes", "beyond")
-# what of a candidate's row stands beside its scores in the tables over seeds and of all runs
-TOLD = ("effect", "retention", "energy", "linear", "excess", "excess_low", "excess_high", "p", "p_max", "excess_forward", "p_forward", "sure", "saturated")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +68,9 @@ class CausalCheck:
         """Write `causal_*` tables, tensors and the conclusion into `folder`, each whole; the record comes last. Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tables = {name: getattr(self, name) for name in TABLES} | {f"cloud_{name}": of for name, of in self.cloud.items()}
+        tables = {name: getattr(self, name) for name in TABLES} | {
+            f"cloud_{name}": of for name, of in self.cloud.items()
+        }
         files = [write_table(table, folder / f"causal_{name}.tsv") for name, table in tables.items()]
         write_text(folder / "causal_conclusion.md", self.conclusion())
         with atomic_file(folder / TENSORS) as tmp:

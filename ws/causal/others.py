@@ -43,7 +43,11 @@ def weight_bases(ground: Ground, w: WeightDiff, rank: int) -> Bases:
     found = {}
     for l in ground.layers:
         factors = left_factors(w, l) if l in w.layers() else []
-        found[l] = left_svd(torch.cat(factors, dim=1), rank).B.double() if factors else torch.zeros(ground.lm.decoder.d, 0).double()
+        found[l] = (
+            left_svd(torch.cat(factors, dim=1), rank).B.double()
+            if factors
+            else torch.zeros(ground.lm.decoder.d, 0).double()
+        )
     return found
 
 
@@ -52,7 +56,13 @@ def act_bases(ground: Ground, factors: Mapping[int, Tensor], rank: int) -> Bases
     return {l: left_svd(factors[l].double(), rank).B.double() for l in ground.layers}
 
 
-def rank_table(ground: Ground, ranks: Sequence[int], other: WeightDiff | None, act: Mapping[int, Tensor], act_other: Mapping[int, Tensor]) -> pl.DataFrame:
+def rank_table(
+    ground: Ground,
+    ranks: Sequence[int],
+    other: WeightDiff | None,
+    act: Mapping[int, Tensor],
+    act_other: Mapping[int, Tensor],
+) -> pl.DataFrame:
     """Ceilings at several ranks: of (weights or activations), whose (w's own, another seed's), rank, effect with its interval,
     retention, energy, linear. act: the activation differences of the EVAL probes per layer, {} for none."""
     sources = {("weights", OWN): lambda r: weight_bases(ground, ground.w, r)}
@@ -66,7 +76,13 @@ def rank_table(ground: Ground, ranks: Sequence[int], other: WeightDiff | None, a
     rows, whole = [], ground.effects["w_res"]
     for (of, whose, rank), each in bases.items():
         effect = spread(moved[str((of, whose, rank))].effect, "effect")
-        row = {"of": of, "whose": whose, "rank": rank, **effect, "retention": effect["effect"] / whole if whole else float("nan")}
+        row = {
+            "of": of,
+            "whose": whose,
+            "rank": rank,
+            **effect,
+            "retention": effect["effect"] / whole if whole else float("nan"),
+        }
         rows.append(row | {k: v for k, v in linear_of(ground.spans, each).items() if k in ("energy", "linear")})
     return pl.DataFrame(rows)
 
@@ -79,7 +95,9 @@ def other_controls(
     lm, d = ground.lm, ground.lm.decoder.d
     g = torch.Generator().manual_seed(seed)
     drawn = [random_as(ground.res, seed + i) for i in range(MAGNITUDES)]
-    groups: dict[str, list[tuple[Bases | None, WeightDiff]]] = {"random direction, w's norms (mag_only)": [(None, w) for w in drawn]}
+    groups: dict[str, list[tuple[Bases | None, WeightDiff]]] = {
+        "random direction, w's norms (mag_only)": [(None, w) for w in drawn]
+    }
     bases = {
         "random, inside w's span": [_in_span(ground, k, g) for _ in range(IN_SPAN)],
         "null diffs' leading directions": [weight_bases(ground, null, k) for null in nulls if len(writers_of(null))],
@@ -94,7 +112,11 @@ def other_controls(
         held = [linear_of(ground.spans, of)["energy"] for of, _ in some if of]
         rank = np.mean([B.shape[1] for B in some[0][0].values()]) if some[0][0] else d
         row = {"control": name, "draws": len(some), "rank": float(rank), "effect": float(np.mean(effects))}
-        row |= {"low": min(effects), "high": max(effects), "retention": float(np.mean(effects)) / whole if whole else float("nan")}
+        row |= {
+            "low": min(effects),
+            "high": max(effects),
+            "retention": float(np.mean(effects)) / whole if whole else float("nan"),
+        }
         rows.append(row | {"energy": float(np.mean(held)) if held else float("nan")})
     return pl.DataFrame(rows)
 
@@ -120,7 +142,11 @@ def yes_no(ground: Ground) -> Tensor:
     lm = ground.lm
     yes, no = answer_tokens(lm.tokenizer, ground.behavior)
     with torch.no_grad():
-        gain = lm.decoder.final_norm(torch.ones(1, lm.decoder.d, device=lm.decoder.final_norm.weight.device))[0].float().cpu()
+        gain = (
+            lm.decoder.final_norm(torch.ones(1, lm.decoder.d, device=lm.decoder.final_norm.weight.device))[0]
+            .float()
+            .cpu()
+        )
     U = lm.decoder.unembed().cpu()
     u = ((U[yes].mean(dim=0) - U[no].mean(dim=0)) * gain).double()
     return u / u.norm()
@@ -131,11 +157,16 @@ def shuffled_personas(ground: Ground, k: int, cache: Path | None = None) -> list
     without personas."""
     if not ground.behavior.personas_pos:
         return []
-    shelf, coins = make_shelf(ground.lm, ground.behavior, ground.protocol, k, cache=cache), torch.Generator().manual_seed(0)
+    shelf, coins = (
+        make_shelf(ground.lm, ground.behavior, ground.protocol, k, cache=cache),
+        torch.Generator().manual_seed(0),
+    )
     base, found = shelf.base(), []
     for _ in range(SHUFFLED):
         sign = torch.randint(0, 2, (base.pos.resid.shape[1], 1), generator=coins) * 2.0 - 1
-        found.append({l: pca(sign * (base.pos.resid[l] - base.neg.resid[l]).float(), k).B.double() for l in ground.layers})
+        found.append(
+            {l: pca(sign * (base.pos.resid[l] - base.neg.resid[l]).float(), k).B.double() for l in ground.layers}
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from ws.diff.core import layer_of
 from ws.model.decoder import ROLES
 
 DOSES = (0.25, 0.5, 1.0)
+BLOCKS = 8  # of layers at most, each alone and left out
 GAINED = "_gain"  # how candidates end whose bases are of what enters a norm
 
 
@@ -22,13 +23,17 @@ def share(part: WeightDiff, w: WeightDiff) -> float:
 
 
 def where_parts(w: WeightDiff) -> dict[str, WeightDiff]:
-    """w restricted to each role, to what writes and what reads, to each layer, and to all but each layer."""
+    """w restricted to each role, to what writes and what reads, to each layer, and to all but each layer; of many layers to blocks of
+    neighbours."""
     ends = {role: f".{path.rpartition('.')[2]}.weight" for role, path in ROLES.items()}
     groups = {"writers": (ends["o"], ends["down"]), "readers": READERS, **{role: (end,) for role, end in ends.items()}}
     found = {"w": w} | {name: w.select(lambda n, e=end: n.endswith(e)) for name, end in groups.items()}
-    for l in w.layers():
-        found[f"layer {l}"] = w.select(lambda n, l=l: layer_of(n) == l)
-        found[f"all but layer {l}"] = w.select(lambda n, l=l: layer_of(n) != l)
+    layers = w.layers()
+    few = -(-len(layers) // BLOCKS)
+    for some in (layers[i : i + few] for i in range(0, len(layers), few)):
+        named = f"layer {some[0]}" if len(some) == 1 else f"layers {some[0]}-{some[-1]}"
+        found[named] = w.select(lambda n, some=some: layer_of(n) in some)
+        found[f"all but {named}"] = w.select(lambda n, some=some: layer_of(n) not in some)
     return {name: part for name, part in found.items() if len(part)}
 
 
@@ -45,32 +50,36 @@ def where_table(ground: Ground) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def read_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]]) -> pl.DataFrame:
-    """Read candidates, on what reads the stream: subspace, rank, share of `|w_read|^2`, effect of `w_read P` with its interval, drop,
-    full_drop (all of w but `w_read P`), retention of w_read's effect. Names that end in `_gain` are put before the norm, the others
-    after it. Energy-matched controls are of what writes; here there are none. Empty where w reads nothing."""
-    w = ground.w
-    names = {"subspace": pl.String, **dict.fromkeys("rank share effect effect_low effect_high drop full_drop retention".split(), pl.Float64)}
+READ = ("subspace", "rank", "share", "effect", "effect_low", "effect_high", "retention", "drop", "full_drop")
+
+
+def read_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], drops: int | None = None) -> pl.DataFrame:
+    """Read candidates, on what reads the stream, one row each: READ. share: of `|w_read|^2`; effect: of `w_read P` with its interval, nats;
+    retention: of w_read's effect; drop: `w_read (I - P)`; full_drop: all of w but `w_read P`, both for the `drops` largest effects, None
+    for all. Names that end in `_gain` are put before the norm, the others after it. Energy-matched controls are of what writes;
+    here there are none. Empty where w reads nothing."""
+    w, schema = ground.w, {name: pl.String if name == "subspace" else pl.Float64 for name in READ}
     if not bases or not any(name.endswith(READERS) for name in w):
-        return pl.DataFrame(schema=names)
+        return pl.DataFrame(schema=schema)
     whole, gains = readers(w), input_gains(ground.lm.decoder, w)
-    kept = {"w_read": whole}
-    left, without = {}, {}
-    for name, of in bases.items():
-        g = gains if name.endswith(GAINED) else None
-        kept[name], left[name] = keep_read(w, of, g), drop_read(w, of, g)
-        without[name] = WeightDiff({**w.entries, **left[name].entries}, w.meta)
+    side = {name: gains if name.endswith(GAINED) else None for name in bases}
+    kept = {"w_read": whole} | {name: keep_read(w, of, side[name]) for name, of in bases.items()}
     moved = ground.passes(kept, label="keep, read")
-    drops = ground.passes(left, label="drop, read"), ground.passes(without, label="full_drop, read")
+    led = sorted(bases, key=lambda name: -moved[name].effect.mean())[:drops]
+    left = {name: drop_read(w, bases[name], side[name]) for name in led}
+    without = {name: WeightDiff({**w.entries, **of.entries}, w.meta) for name, of in left.items()}
+    lost = {
+        "drop": ground.passes(left, label="drop, read"),
+        "full_drop": ground.passes(without, label="full_drop, read"),
+    }
     base, rows = float(moved["w_read"].effect.mean()), []
     for name, one in moved.items():
         row = {"subspace": name, **spread(one.effect, "effect"), "share": share(kept[name], whole)}
-        row["retention"] = row["effect"] / base if base else float("nan")
-        for column, of in zip(("drop", "full_drop"), drops, strict=True):
-            row[column] = float(of[name].effect.mean()) if name in of else float("nan")
-        row["rank"] = sum(B.shape[1] for B in bases[name].values()) / len(bases[name]) if name in bases else float("nan")
-        rows.append(row)
-    return pl.DataFrame(rows).select(*names)
+        row |= {column: float(of[name].effect.mean()) for column, of in lost.items() if name in of}
+        row["rank"] = sum(B.shape[1] for B in bases[name].values()) / len(bases[name]) if name in bases else None
+        rows.append(row | {"retention": row["effect"] / base if base else None})
+    rows = [{name: row.get(name) for name in READ} for row in rows]
+    return pl.DataFrame(rows, schema=schema).with_columns(pl.col(pl.Float64).fill_null(float("nan")))
 
 
 def dose_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], keep_of) -> pl.DataFrame:

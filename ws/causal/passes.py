@@ -161,7 +161,9 @@ class Passes:
     def base(self) -> dict[str, np.ndarray]:
         """The base model's answers, `(1, n)`, and its log-probabilities `(n, V)`."""
         logp = {}
-        stacked(self.lm, [(WeightDiff({}), 0.0)], self.items.turns, lambda x, at: logp.update(zip(at, x[0], strict=True)))
+        stacked(
+            self.lm, [(WeightDiff({}), 0.0)], self.items.turns, lambda x, at: logp.update(zip(at, x[0], strict=True))
+        )
         whole = torch.stack([logp[i] for i in range(len(logp))]).log_softmax(dim=-1)
         return self._scores(whole[None], whole) | {"logp": whole}
 

@@ -105,26 +105,43 @@ def check_names(candidates: Mapping[str, object]) -> None:
         raise ValueError(f"candidate {taken[0]}: this name is a row of its own; give it another")
 
 
-def carried(ground: Ground, bases: Mapping[str, Bases], n_draws: int, seed: int = 0, drops: bool = True) -> Carried:
-    """The table of `retention` for checked bases. drops: whether drop and full_drop are asked too."""
+def carried(
+    ground: Ground,
+    bases: Mapping[str, Bases],
+    n_draws: int,
+    seed: int = 0,
+    forward: int | None = None,
+    drops: int | None = None,
+) -> Carried:
+    """The table of `retention` for checked bases. forward, drops: keep, and drop with full_drop, are run forward for so many candidates of
+    the largest first-order effects, None for all; what is not run is NaN."""
     w, norms = ground.w, ground.gains
-    kept = {"w": w, "w_res": ground.res} | {name: keep(w, of, norms) for name, of in bases.items()}
-    moved = ground.on_true(kept, label="keep")
-    more: dict[str, dict[str, Moved]] = {}
-    for what, part in (("drop", drop), ("full_drop", full_drop)) if drops else ():
-        more[what] = ground.passes({name: part(w, of, norms) for name, of in bases.items()}, label=what)
+    first = {name: linear_of(ground.spans, of) for name, of in bases.items()}
+    order = sorted(bases, key=lambda name: -first[name]["linear"])
+    run, dropped = order[:forward], order[:drops]
+    kept = {"w": w, "w_res": ground.res} | {name: keep(w, bases[name], norms) for name in bases if name in run}
+    moved, more = ground.on_true(kept, label="keep"), {}
+    for what, part in (("drop", drop), ("full_drop", full_drop)):
+        more[what] = ground.passes({name: part(w, bases[name], norms) for name in dropped}, label=what)
     rows = []
-    for name, one in moved.items():
-        row = {"subspace": name, **spread(one.effect, "effect"), "kl": one.mean_kl, "pmass": one.least_pmass}
-        row |= {"contrast": one.contrast, "saturated": one.saturated} | dict(zip(("plus", "minus"), one.ends, strict=True))
-        row |= linear_of(ground.spans, bases.get(name)) if name != "w" else {}
+    for name in ("w", "w_res", *bases):
+        row = {"subspace": name} | (first.get(name) or (linear_of(ground.spans, None) if name == "w_res" else {}))
+        if one := moved.get(name):
+            row |= {
+                **spread(one.effect, "effect"),
+                "kl": one.mean_kl,
+                "pmass": one.least_pmass,
+                "contrast": one.contrast,
+            }
+            row |= {"saturated": one.saturated} | dict(zip(("plus", "minus"), one.ends, strict=True))
         row |= {"slope": slope_share(ground.given, bases[name])} if name in bases else {}
         rows.append(row | {what: float(of[name].effect.mean()) for what, of in more.items() if name in of})
-    whole = rows[1]["effect"]
+    whole, unknown = rows[1]["effect"], float("nan")
     for row in rows:
-        row["retention"] = row["effect"] / whole if whole else float("nan")
-        row["keep_plus_drop"] = (row["effect"] + row.get("drop", float("nan"))) / whole if whole else float("nan")
-        row["gap"] = row.get("linear", float("nan")) - row["effect"]
+        effect = row.get("effect", unknown)
+        row["retention"] = effect / whole if whole else unknown
+        row["keep_plus_drop"] = (effect + row.get("drop", unknown)) / whole if whole else unknown
+        row["gap"] = row.get("linear", unknown) - effect
     linear, excess, drawn = np.array([row["linear"] for row in rows[2:]]), np.zeros((len(bases), 0)), None
     if n_draws and bases:
         drawn, excess = _against_controls(ground, bases, rows[2:], linear, n_draws, seed)
@@ -135,7 +152,12 @@ def carried(ground: Ground, bases: Mapping[str, Bases], n_draws: int, seed: int 
 
 
 def _against_controls(
-    ground: Ground, bases: Mapping[str, Bases], rows: list[dict], linear: Float[np.ndarray, " C"], n_draws: int, seed: int
+    ground: Ground,
+    bases: Mapping[str, Bases],
+    rows: list[dict],
+    linear: Float[np.ndarray, " C"],
+    n_draws: int,
+    seed: int,
 ) -> tuple[Drawn, Float[np.ndarray, "C claims"]]:
     """Fill in what the controls say; the joint draws and the excess on every claim."""
     of, progress = list(bases.values()), ground.progress
@@ -154,7 +176,8 @@ def _against_controls(
     for row, by_claim, p, each in zip(rows, excess, p_max, q, strict=True):
         around = spread(by_claim, "excess") if np.isfinite(row["excess"]) else {}
         row |= {f"excess_{end}": around.get(f"excess_{end}", float("nan")) for end in ("low", "high")}
-        row |= {"p_max": float(p), "q": float(each), "sure": abs(row["gap"]) <= abs(row["excess"])}
+        row |= {"p_max": float(p), "q": float(each)}
+        row["sure"] = None if np.isnan(row["gap"]) else abs(row["gap"]) <= abs(row["excess"])
     return drawn["input"], excess
 
 

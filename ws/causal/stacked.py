@@ -26,7 +26,9 @@ from ws.steer.weights import check_fits
 TOKENS = 4096  # of a pass, stack included
 WORDING, LEAST = 3, 4  # tokens that tell wordings apart; of a beginning that is worth a pass of its own
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
-Read = Callable[[Float[Tensor, "S k V"], list[int]], None]  # of logits after the last token, and which texts they are of
+Read = Callable[
+    [Float[Tensor, "S k V"], list[int]], None
+]  # of logits after the last token, and which texts they are of
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ def _logits(
             lead = {name: x[:1, :first] for name, x in inputs.items()}
             cache = lm.model(**lead, use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(n)
-            inputs |= {key: inputs[key][:, first:] for key in ("input_ids", "position_ids")} | {"past_key_values": cache}
+            inputs |= {key: inputs[key][:, first:] for key in ("input_ids", "position_ids")} | {
+                "past_key_values": cache
+            }
             rows[0] = n
         wanted, place = (at - first).unique(return_inverse=True)
         keep = {"logits_to_keep": wanted.to(device)} if some else {}

@@ -98,8 +98,6 @@ def check_bases(name: str, bases: Mapping[int, Tensor], w: WeightDiff, d: int) -
     return found
 
 
-
-
 def readers(w: WeightDiff) -> WeightDiff:
     """What of w reads the residual stream. ValueError where it has none."""
     found = w.select(lambda name: name.endswith(READERS))
@@ -129,9 +127,11 @@ def drop_read(w: WeightDiff, bases: Bases, gains: Gains | None = None) -> Weight
     """`w_read (I - P)`: what `keep_read` leaves."""
     kept = keep_read(w, bases, gains)
     return readers(w).map(
-        lambda name, entry: LowRank(entry.B.float(), entry.A.float() - kept.entries[name].A)
-        if isinstance(entry, LowRank)
-        else entry.float() - kept.entries[name]
+        lambda name, entry: (
+            LowRank(entry.B.float(), entry.A.float() - kept.entries[name].A)
+            if isinstance(entry, LowRank)
+            else entry.float() - kept.entries[name]
+        )
     )
 
 

@@ -21,7 +21,15 @@ def conclusion(found) -> str:
         "Caveats of this run": _caveats(found),
     }
     head = f"# Causal check: {literal(s['title'])}\n\nalpha {s['alpha']:g}, {s['claims']} held-out claims, {s['templates']} wordings, layers {', '.join(map(str, s['layers']))}, {s['draws']:,} energy-matched draws."
-    return "\n\n".join([head, *(f"## {title}\n\n" + "\n".join(f"- {x}" for x in lines) for title, lines in sections.items() if lines)]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                head,
+                *(f"## {title}\n\n" + "\n".join(f"- {x}" for x in lines) for title, lines in sections.items() if lines),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _around(row: dict, name: str = "effect") -> str:
@@ -34,24 +42,38 @@ def _where(found) -> list[str]:
     lines = [f"w moves the score by {_around(w)} nats between both ends (95 % over claims)."]
     if "writers" in by:
         one = by["writers"]
-        lines.append(f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**.")
+        lines.append(
+            f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**."
+        )
     rest = found.setting["effects"].get("w - w_res")
     if rest is not None:
-        lines.append(f"All else does {rest:+.2f} nats alone; the two add up to {(by['writers']['effect'] + rest) / w['effect'] if w['effect'] else float('nan'):.2f} of w's effect.")
-    roles = sorted((r for n, r in by.items() if n in ("q", "k", "v", "o", "gate", "up", "down")), key=lambda r: -r["effect"])
+        lines.append(
+            f"All else does {rest:+.2f} nats alone; the two add up to {(by['writers']['effect'] + rest) / w['effect'] if w['effect'] else float('nan'):.2f} of w's effect."
+        )
+    roles = sorted(
+        (r for n, r in by.items() if n in ("q", "k", "v", "o", "gate", "up", "down")), key=lambda r: -r["effect"]
+    )
     if roles:
-        lines.append("By module, alone: " + ", ".join(f"{r['part']} {r['effect']:+.2f} ({r['share']:.0%} of |w|²)" for r in roles) + ".")
+        lines.append(
+            "By module, alone: "
+            + ", ".join(f"{r['part']} {r['effect']:+.2f} ({r['share']:.0%} of |w|²)" for r in roles)
+            + "."
+        )
     alone = sorted((r for n, r in by.items() if n.startswith("layer")), key=lambda r: -r["effect"])
     if len(alone) > 1:
         best = alone[0]
-        lines.append(f"Of single layers {best['part'].removeprefix('layer ')} does most, {best['effect']:+.2f} nats; all layers alone sum to {sum(r['effect'] for r in alone):+.2f}.")
+        lines.append(
+            f"Of single layers {best['part'].removeprefix('layer ')} does most, {best['effect']:+.2f} nats; all layers alone sum to {sum(r['effect'] for r in alone):+.2f}."
+        )
     return lines
 
 
 def _told(found) -> pl.DataFrame:
     """Rows of candidates that can be judged: A-hypotheses whose energy is within reach."""
     rows = found.candidates[2:]
-    return rows.filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null() & (pl.col("kind") == "A-hypothesis"))
+    return rows.filter(
+        pl.col("excess").is_not_nan() & pl.col("excess").is_not_null() & (pl.col("kind") == "A-hypothesis")
+    )
 
 
 def _carriers(found) -> list[str]:
@@ -59,9 +81,13 @@ def _carriers(found) -> list[str]:
     if rows.is_empty():
         return ["Nothing was held against controls (0 draws, or no energy within reach)."]
     over = rows.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
-    both = over.filter(pl.col("excess_forward").is_nan() | ((pl.col("excess_forward") > 0) & (pl.col("p_forward") < ALPHA)))
+    both = over.filter(
+        pl.col("excess_forward").is_nan() | ((pl.col("excess_forward") > 0) & (pl.col("p_forward") < ALPHA))
+    )
     single = int(((rows["p"] < ALPHA) & (rows["excess"] > 0)).sum())
-    lines = [f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05); {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."]
+    lines = [
+        f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05); {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."
+    ]
     for row in both.head(6).iter_rows(named=True):
         lines.append(
             f"{code(row['subspace'])} ({literal(row['sees'])}): keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) on {row['energy']:.1%} of the energy; excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T {row['p_max']:.2g};"
@@ -71,41 +97,64 @@ def _carriers(found) -> list[str]:
         lines.append(f"Not confirmed by forward passes: {', '.join(map(code, lost))}.")
     low = rows.filter((pl.col("excess") < 0) & (pl.col("p") > 1 - ALPHA))["subspace"].to_list()
     if low:
-        lines.append(f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {', '.join(map(code, low[:6]))}{' ...' if len(low) > 6 else ''}.")
+        lines.append(
+            f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {', '.join(map(code, low[:6]))}{' ...' if len(low) > 6 else ''}."
+        )
     follows = _spearman(rows["energy"], rows["retention"])
-    lines.append(f"Retention follows captured energy with a rank correlation of {follows:.2f}: a correlation of overlap scores with retention says next to nothing.")
+    lines.append(
+        f"Retention follows captured energy with a rank correlation of {follows:.2f}: a correlation of overlap scores with retention says next to nothing."
+    )
     return lines
 
 
 def _spearman(a: pl.Series, b: pl.Series) -> float:
-    return float(pl.DataFrame({"a": a, "b": b}).select(pl.corr("a", "b", method="spearman")).item()) if len(a) > 2 else float("nan")
+    return (
+        float(pl.DataFrame({"a": a, "b": b}).select(pl.corr("a", "b", method="spearman")).item())
+        if len(a) > 2
+        else float("nan")
+    )
 
 
 def _gap(found) -> list[str]:
     rows, lines = _told(found), []
     gaps = rows["gap"].abs()
     if len(rows):
-        lines.append(f"First-order against forward effect of {len(rows)} candidates: largest gap {gaps.max():.3f} nats, median {gaps.median():.3f}; for {int((~rows['sure']).sum())} of them it is larger than the excess.")
+        lines.append(
+            f"First-order against forward effect of {len(rows)} candidates: largest gap {gaps.max():.3f} nats, median {gaps.median():.3f}; for {int((~rows['sure']).sum())} of them it is larger than the excess."
+        )
     if len(found.forward) > 2:
         x, y = found.forward["linear"].to_numpy(), found.forward["effect"].to_numpy()
         slope, start = np.polyfit(x, y, 1)
-        lines.append(f"{len(x)} energy-matched controls were run forward: correlation {np.corrcoef(x, y)[0, 1]:.4f}, forward = {start:+.3f} {slope:+.3f} times first-order, scatter {np.std(y - start - slope * x, ddof=2):.3f} nats.")
+        lines.append(
+            f"{len(x)} energy-matched controls were run forward: correlation {np.corrcoef(x, y)[0, 1]:.4f}, forward = {start:+.3f} {slope:+.3f} times first-order, scatter {np.std(y - start - slope * x, ddof=2):.3f} nats."
+        )
     w_res = found.candidates.filter(pl.col("subspace") == "w_res")
     lines.append(f"All writers: first-order {w_res['linear'][0]:+.2f}, forward {w_res['effect'][0]:+.2f} nats.")
     return lines
 
 
 def _needed(found) -> list[str]:
-    rows, w = found.candidates[2:].filter(pl.col("full_drop").is_not_nan() & pl.col("full_drop").is_not_null()), found.setting["effects"]["w"]
+    rows, w = (
+        found.candidates[2:].filter(pl.col("full_drop").is_not_nan() & pl.col("full_drop").is_not_null()),
+        found.setting["effects"]["w"],
+    )
     if rows.is_empty() or not w:
         return []
     rows = rows.sort("full_drop").head(3)
-    told = [f"{code(r['subspace'])} {r['full_drop']:+.2f} ({r['full_drop'] / w:.0%} of w's {w:+.2f})" for r in rows.iter_rows(named=True)]
-    return [f"w with the candidate taken out of its writers keeps least of its effect without {'; '.join(told)}. What does not write stays in."]
+    told = [
+        f"{code(r['subspace'])} {r['full_drop']:+.2f} ({r['full_drop'] / w:.0%} of w's {w:+.2f})"
+        for r in rows.iter_rows(named=True)
+    ]
+    return [
+        f"w with the candidate taken out of its writers keeps least of its effect without {'; '.join(told)}. What does not write stays in."
+    ]
 
 
 def _controls(found) -> list[str]:
-    lines = [f"{literal(r['control'])}: {r['effect']:+.2f} nats ({r['retention']:.0%}), {r['draws']} drawn, {r['low']:+.2f} to {r['high']:+.2f}." for r in found.controls.iter_rows(named=True)]
+    lines = [
+        f"{literal(r['control'])}: {r['effect']:+.2f} nats ({r['retention']:.0%}), {r['draws']} drawn, {r['low']:+.2f} to {r['high']:+.2f}."
+        for r in found.controls.iter_rows(named=True)
+    ]
     for (of, whose), part in found.ranks.group_by("of", "whose", maintain_order=True):
         told = ", ".join(f"{r['rank']}: {r['retention']:.2f}" for r in part.iter_rows(named=True))
         lines.append(f"Ceiling of {of}, {whose}, retention by rank: {told}.")
@@ -119,11 +168,20 @@ def _cloud(found) -> list[str]:
     n = len(found.cloud["points"])
     told = ", ".join(f"{name} {r['r2_out']:.2f}" for name, r in fit.items())
     lines = [f"Over {n} blind subspaces, share of the effect's variance that is predicted on held-out folds: {told}."]
-    tells = [f"{r['score']} {r['nats_per_sd']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in found.cloud["slopes"].iter_rows(named=True)]
+    tells = [
+        f"{r['score']} {r['nats_per_sd']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+        for r in found.cloud["slopes"].iter_rows(named=True)
+    ]
     lines.append(f"Nats per standard deviation, the others held: {'; '.join(tells)}.")
     far = found.cloud["beyond"].sort("residual", descending=True).head(5)
     if len(far):
-        lines.append("Highest above what the three scores expect: " + ", ".join(f"{code(r['subspace'])} {r['residual']:+.2f} nats (z {r['z']:.1f})" for r in far.iter_rows(named=True)) + ".")
+        lines.append(
+            "Highest above what the three scores expect: "
+            + ", ".join(
+                f"{code(r['subspace'])} {r['residual']:+.2f} nats (z {r['z']:.1f})" for r in far.iter_rows(named=True)
+            )
+            + "."
+        )
     return lines
 
 
@@ -135,12 +193,16 @@ def _caveats(found) -> list[str]:
     if s["templates"] < 4:
         lines.append(f"{s['templates']} wordings: the endpoint asks for at least 4.")
     if flagged := rows.filter(pl.col("saturated"))["subspace"].to_list():
-        lines.append(f"Saturated (beyond 12 nats, or pmass under one half), not to be ranked: {', '.join(map(code, flagged))}.")
+        lines.append(
+            f"Saturated (beyond 12 nats, or pmass under one half), not to be ranked: {', '.join(map(code, flagged))}."
+        )
     if lost := rows.filter(pl.col("out_of_reach") > 0).select("subspace", "out_of_reach").rows():
         lines.append("Energy out of reach of some draws: " + ", ".join(f"{code(n)} {x:.0%}" for n, x in lost) + ".")
     tied = rows.filter(pl.col("slope") > 0.9)["subspace"].to_list()
     if tied:
-        lines.append(f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; their retention is near 1 whatever w is.")
+        lines.append(
+            f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; their retention is near 1 whatever w is."
+        )
     if not s["other"]:
         lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")
     if s["draws"] < 10_000:

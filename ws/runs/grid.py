@@ -3,6 +3,7 @@
 Per (model, behaviour, adapter), with s0 the lowest seed, as the table of notebooks says (`batch`, `needs`):
 
     weight_diff(s)  ->  v7_sweep(s, protocol v7b)  ->  v7b_stability(all s)
+    with `causal`: weight_diff(all s), v7_sweep(s)  ->  causal_check(s)  ->  v7b_stability(all s)
     weight_diff(s0 .. s0 + 4, shuffled labels)  ->  v7_sweep(s) of every s     (docs/method.md section 7)
 
 A job is one run of one notebook. A job whose own state is "done" but which needs one that is not may turn out done.
@@ -31,7 +32,7 @@ NULL_DIFFS = 5  # of an adapter: one null diff beats another too, so that one al
 @dataclass(frozen=True)
 class Grid:
     """Combinations to run; `set` holds further notebook parameters, texts as typed. nulls: null diffs per combination, at
-    least; those that are there count, 0 trains none."""
+    least; those that are there count, 0 trains none. causal: whether each seed's causal check is run, too."""
 
     models: tuple[str, ...] = ("tiny",)
     behaviors: tuple[str, ...] = ("sycophancy",)
@@ -39,6 +40,7 @@ class Grid:
     seeds: tuple[int, ...] = (0, 1, 2)
     set: dict[str, object] = field(default_factory=dict)
     nulls: int = NULL_DIFFS
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,12 @@ def read_grid(path: Path) -> Grid:
     extra = given.pop("set", {})
     if not isinstance(extra, dict):
         raise ValueError(f"{path}: set: expects a mapping of parameters, got {extra!r}")
-    nulls = given.pop("nulls", None)
+    nulls, causal = given.pop("nulls", None), given.pop("causal", False)
+    if not isinstance(causal, bool):
+        raise ValueError(f"{path}: causal: expects true or false, got {causal!r}")
     axes = {k: tuple(map(str, v if isinstance(v, list) else [v])) for k, v in given.items()}
     extra = {k: parameters.located(k, v, path.parent) for k, v in extra.items()}
-    return _over(Grid(), axes, extra, path.parent, nulls)
+    return _over(Grid(causal=causal), axes, extra, path.parent, nulls)
 
 
 def read_options(
@@ -97,11 +101,11 @@ def read_options(
     file: Path | None,
     folder: Path,
     nulls: int | str | None = None,
+    causal: bool = False,
 ) -> Grid:
-    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes`, `extra` and `nulls`.
-    Relative paths in `axes` are seen from `folder`."""
-    given = {k: words for k, words in axes.items() if words}
-    return _over(read_grid(file) if file else Grid(), given, extra, folder, nulls)
+    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes`, `extra`, `nulls` and `causal`. Relative paths in `axes` are seen from `folder`."""
+    given, grid = {k: words for k, words in axes.items() if words}, read_grid(file) if file else Grid()
+    return _over(replace(grid, causal=grid.causal or causal), given, extra, folder, nulls)
 
 
 def _over(grid: Grid, axes: dict[str, tuple[str, ...]], extra: dict[str, object], folder: Path, nulls: object) -> Grid:
@@ -130,7 +134,7 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
     """All jobs of a grid, each after those it needs. `cwd`: where relative paths in `grid.set` were typed. Raises
     ValueError / FileNotFoundError for a parameter no notebook defines or the grid itself decides."""
     place = place or Place()
-    entries = [entry for entry in TABLE.values() if entry.batch is not None]
+    entries = [entry for entry in TABLE.values() if entry.batch is not None and (grid.causal or not entry.extra)]
     known = {e.name: parameters.defaults(parameters.read_notebook(place.notebook(e.name)), e.name) for e in entries}
     everything = sorted({key for values in known.values() for key in values} - {*OWNED, *FOREIGN})
     for key in grid.set:
@@ -164,13 +168,14 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         trained = own
         for entry in entries:
             if entry.level != "seed":
-                add(entry, {**trained, "SEEDS": seeds}, [job for need in entry.needs for job in made[need]])
+                add(entry, {**trained, "SEEDS": seeds}, [job for need in entry.needs for job in made.get(need, [])])
                 continue
             made[entry.name] = []
             for i, seed in enumerate(seeds):
                 asks = null if "NULL_W_PATH" in known[entry.name] else []
                 paths = [str(jobs[name].folder.parent / "w.safetensors") for name in asks]
                 needs = [made[need][i] for need in entry.needs] + asks
+                needs += made["weight_diff"] if "OTHER_SEED" in known[entry.name] else []
                 nulled = {"NULL_W_PATH": paths} if paths else {}
                 others = [other for other in grid.behaviors if other != behavior]
                 if others and "OTHERS" in known[entry.name] and "OTHERS" not in grid.set:

@@ -15,7 +15,7 @@ from ws.cache.syntax import digest
 from ws.runs import parameters
 from ws.runs.folders import Params, library_files, null_diffs, run_id, seed_folder
 from ws.runs.identity import record_of
-from ws.runs.notebooks import Notebook, Place, notebook_of
+from ws.runs.notebooks import CAUSAL, Notebook, Place, notebook_of, other_seed
 
 SWEPT = "explanation.json"  # the last file that a sweep writes
 
@@ -88,6 +88,27 @@ class Here:
         return next((list(found.values()) for out in self.outs if (found := null_diffs(self.params, out))), [])
 
     @property
+    def sweep(self) -> Path:
+        """Folder of the finished sweep of this seed's weight difference."""
+        words = self.words("MODEL_ID", "BEHAVIOR", "ADAPTER", "SEED", "W_PATH")
+        protocol = self.params["PROTOCOL"]
+        return self.find(f"{protocol}/{SWEPT}", f"just nb v7_sweep -p PROTOCOL {protocol}{words}").parent
+
+    @property
+    def other(self) -> tuple[Path | None, Path | None]:
+        """Another LoRA seed's weight difference and its finished sweep, as far as they are there. Refused where OTHER_SEED is given and is
+        not trained."""
+        for out in self.outs:
+            if (seed := other_seed(self.params, out)) is not None:
+                home = seed_folder({**self.params, "SEED": seed}, out)
+                w, swept = home / "w.safetensors", home / str(self.params["PROTOCOL"])
+                if w.is_file():
+                    return w, swept if (swept / SWEPT).is_file() else None
+        if (seed := self.params["OTHER_SEED"]) is not None:
+            raise Refused(f"OTHER_SEED {seed}: is not trained; train it: just nb weight_diff -p SEED {seed}")
+        return None, None
+
+    @property
     def sweeps(self) -> dict[int, Path]:
         """Folder of each seed's finished sweep, below RUNS_DIR or the adapter's folder."""
         base, protocol = str(self.params.get("RUNS_DIR") or ""), self.params["PROTOCOL"]
@@ -99,6 +120,11 @@ class Here:
                 raise Refused(f"{Path(base) / below}: is not there; RUNS_DIR must hold a sweep of every seed")
             found[seed] = Path(base) / below if base else self.find(f"{below}/{SWEPT}", f"{command}{seed}").parent
         return found
+
+    @property
+    def checks(self) -> dict[int, Path]:
+        """Folder of each seed's causal check, beside its sweep; there or not."""
+        return {seed: sweep.with_name(CAUSAL) for seed, sweep in self.sweeps.items()}
 
     def w_of(self, seed: int) -> Path:
         """The weight difference that the sweep of a seed is of."""

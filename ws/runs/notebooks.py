@@ -17,6 +17,7 @@ from ws.runs.sets import Params, read_set
 PLACES = ("OUT_DIR", "RUNS_DIR")  # folders whose content as a whole is no input
 # a path only when something lies there; else a known name
 MAYBE_PATHS = ("MODEL_ID", "BEHAVIOR", "CHAT_TEMPLATE", "GRADIENTS", "OTHERS")
+CAUSAL = "causal"  # folder of a seed's causal check
 CANDIDATE_MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
 
 
@@ -51,7 +52,8 @@ class Notebook:
     products: Callable[[Params, Path], list[Path]] = lambda params, out: []  # what it makes outside its folder
     roots: Callable[[Params], list[str]] = lambda params: []  # code behind it that its cells do not name
     batch: str | None = None  # its parameter set in a batch, "" for none; None where a batch leaves it out
-    needs: tuple[str, ...] = ()  # the notebooks that a batch runs before it
+    needs: tuple[str, ...] = ()  # the notebooks that a batch runs before it, where it runs them
+    extra: bool = False  # whether a batch runs it only where that is asked for
     trains: str = ""  # the function that makes its adapters
     scores: str = ""  # its table in out/results.parquet
 
@@ -169,10 +171,29 @@ def _swept_w(params: Params, out: Path) -> list[Path]:
     return own if params.get("NULL_W_PATH") else [*own, *null_diffs(params, out).values()]
 
 
+def other_seed(params: Params, out: Path) -> int | None:
+    """The LoRA seed of a further weight difference of the same adapter: OTHER_SEED, else the lowest other one that is trained."""
+    if (given := params.get("OTHER_SEED")) is not None or params.get("W_PATH"):
+        return given
+    home = run_id(params).adapter_folder(out)
+    there = sorted(int(p.parent.name.removeprefix("seed_")) for p in home.glob("seed_[0-9]*/w.safetensors"))
+    return next((seed for seed in there if seed != params.get("SEED")), None)
+
+
+def _checked(params: Params, out: Path) -> list[Path]:
+    """The sweep, the weight differences of this and of another seed, and the null diffs."""
+    kept, away = ("explanation.json", "scores.safetensors"), other_seed(params, out)
+    homes = [seed_folder(params, out)]
+    homes += [seed_folder({**params, "SEED": away}, out)] if away is not None else []
+    sweeps = [home / str(params.get("PROTOCOL")) / name for home in homes for name in kept]
+    return [*_swept_w(params, out), *(home / "w.safetensors" for home in homes[1:]), *sweeps]
+
+
 def _swept_seeds(params: Params, out: Path) -> list[Path]:
     home = next(iter(paths_in(params, "RUNS_DIR")), run_id(params).adapter_folder(out))
     tables = ("explanation.json", "v7_per_layer.csv", "v7_specific_per_layer.csv", "scores.safetensors", "*.py")
     files = ["w.safetensors", *(f"{params.get('PROTOCOL') or 'v7*'}/{name}" for name in tables)]
+    files += [f"{CAUSAL}/{name}" for name in ("causal.json", "causal_candidates.tsv", "causal_excess.safetensors")]
     return [p for s in params.get("SEEDS") or ["*"] for f in files for p in sorted(home.glob(f"seed_{s}/{f}"))]
 
 
@@ -200,9 +221,13 @@ _ENTRIES = (
         batch="v7b", needs=("weight_diff",), scores="v7_summary.tsv",
     ),
     Notebook(
+        "causal_check", "Which subspace carries the behaviour", ("W_PATH", "NULL_W_PATH"), folder=CAUSAL,
+        usual={"PROTOCOL": "v7b", "SUBSPACES": [], "ALPHA": 1.0}, inputs=_checked, batch="", needs=("v7_sweep",), extra=True,
+    ),
+    Notebook(
         "v7b_stability", "Which of it holds over seeds", ("CANDIDATES",), level="adapter", folder="v7b",
         usual={"SEEDS": [0, 1, 2], "PROTOCOL": "v7b", "RUNS_DIR": ""}, inputs=_swept_seeds,
-        roots=lambda params: candidate_code(None), batch="", needs=("v7_sweep",),
+        roots=lambda params: candidate_code(None), batch="", needs=("v7_sweep", "causal_check"),
     ),
     Notebook(
         "cross_behaviours", "Is a weight difference specific to its behaviour", ("BEHAVIORS",), level="model",

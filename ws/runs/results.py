@@ -13,11 +13,14 @@ from ws.cache.files import atomic_file
 from ws.cache.made import Damaged, read_sidecar, verified
 from ws.cache.places import out_folder
 from ws.cache.records import tell
-from ws.runs.notebooks import TABLE
+from ws.runs.notebooks import CAUSAL, TABLE
 from ws.runs.parameters import suggest
 from ws.show.tables import as_text, read_table, sort_nan_last
 
 KEYS = ["model", "behavior", "adapter", "seed", "protocol"]
+CARRIED = (
+    "effect retention energy linear excess excess_low excess_high p p_max excess_forward p_forward saturated".split()
+)
 SHOWN = [*KEYS, "subspace", "kind", "mean_conc_act", "mean_conc_w_combined", "joint_score", "ill_conditioned"]
 
 
@@ -41,11 +44,25 @@ def collect(out: Path) -> pl.DataFrame:
         values.insert(KEYS.index("seed"), int(seed.removeprefix("seed_")) if seed else None)
         kinds = {"seed": pl.Int32}
         keys = [pl.lit(value, kinds.get(key, pl.String)).alias(key) for key, value in zip(KEYS, values, strict=True)]
-        table = read_table(scores)
+        table = _with_causal(read_table(scores), scores.parent)
         parts.append(table.with_columns(keys).select([*KEYS, *table.columns]))
     if not parts:
         return pl.DataFrame(schema={key: pl.Int32 if key == "seed" else pl.String for key in KEYS})
     return pl.concat(parts, how="diagonal_relaxed").sort(KEYS, maintain_order=True)
+
+
+def _with_causal(table: pl.DataFrame, sweep: Path) -> pl.DataFrame:
+    """The summary with what the finished causal check beside it says of each candidate, if there is one of this protocol."""
+    path = sweep.with_name(CAUSAL) / "causal_candidates.tsv"
+    if sweep.name != "v7b" or not path.is_file() or not read_sidecar(path.with_name("causal_check.ipynb")):
+        return table
+    try:
+        verified(path)
+    except Damaged as error:
+        tell(f"left out of the results: {error}")
+        return table
+    causal = read_table(path).select("subspace", *(pl.col(c).alias(f"causal_{c}") for c in CARRIED))
+    return table.join(causal, on="subspace", how="left", maintain_order="left")
 
 
 def write_results(out: Path | None = None) -> Path:

@@ -217,6 +217,14 @@ RULES: dict[str, dict[str, Rule]] = {
         "SOURCES": listed(one_of("v5", "external-v6-plan", "B-side", "v7b"), "some of v5, external-v6-plan, B-side, v7b"),
         "LORA_LAYERS": LAYERS, "PCS": whole(1), "K_BROAD": whole(1), "N_NULL": whole(0),
     },
+    "causal_check": MODEL | CHAT | BEHAVIOR | {
+        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "PROTOCOL": one_of("v7", "v7b"),
+        "OTHER_SEED": whole(0, TOP_SEED, none="the lowest other one that is trained"),
+        "SUBSPACES": listed(text("a candidate", r"[^\0]+"), "names of the sweep's candidates", once=True),
+        "ALPHA": number(0), "N_WORDINGS": whole(1, none="all"), "DRAWS": whole(1), "CHECKED": whole(0),
+        "FORWARD": whole(1, none="all"), "DROPS": whole(0, none="all"), "RANKS": listed(whole(1), "ranks such as [1, 8, 32]", 1),
+        "CLOUD": whole(0), "BOOT": whole(1), "STAT_SEED": SEED,
+    },
     "v7b_stability": MODEL | CHAT | BEHAVIOR | {
         "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
         "PROTOCOL": one_of("v7", "v7b"), "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1), "STAT_SEED": SEED,

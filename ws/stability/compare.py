@@ -113,6 +113,7 @@ def compare_seeds(
     boot: int = 20_000,
     n_null: int = 10_000,
     seed: int = 0,
+    more: pl.DataFrame | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Stability:
@@ -122,7 +123,8 @@ def compare_seeds(
     theirs) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
     one that its data do not determine cannot win, nor one whose bases differ between the seeds. own: the caller's
     candidates among those swept. boot, n_null, seed: draws of the bootstrap, blind copies of the candidates, generator.
-    Raises FileNotFoundError / ValueError naming the run that is missing or does not fit. (docs/method.md section 7)
+    more: further columns of the summary, by `candidate`. Raises FileNotFoundError / ValueError naming the run that is missing or does
+    not fit. (docs/method.md section 7)
 
     Example:
         >>> import torch, ws
@@ -189,11 +191,12 @@ def compare_seeds(
         .join(means, on="candidate")
     )
     summary = _joined(summary_table(scores, seed, boot), told, a_side)
+    summary = summary.join(doubtful, on="candidate", maintain_order="left")
     judged = [*unstable, *turned], significance["q_R_w"].to_numpy(), runs.steering, unseen
     gradients = [c["name"] for c in some.candidates if c["source"] == GRADIENT]
     return Stability(
         runs=runs,
-        summary=summary.join(doubtful, on="candidate", maintain_order="left"),
+        summary=summary if more is None else summary.join(more, on="candidate", how="left", maintain_order="left"),
         per_seed=per_seed_table(scores)
         .join(at, on=["seed", "candidate"], maintain_order="left")
         .join(doubtful, on="candidate", maintain_order="left"),

@@ -1,0 +1,106 @@
+"""Does a candidate carry more than its energy on other LoRA seeds too? One row per candidate, over seeds. (docs/method.md section 8)
+
+`T = mean_s (linear_s - mean control_s)`. The joint draws of all seeds are of the same rotations, so `p = (1 + #{T_draw >= T}) / (1 + N)`
+keeps what seeds and candidates have in common; max-T over candidates is exact for the same reason. The interval is crossed, for new
+seeds and new claims: `T +- sqrt(sum_k (t_k se_k)^2)`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+
+from ws.causal.found import RECORD, CausalCheck
+from ws.show.tables import code
+from ws.stability.intervals import crossed_parts, half_width
+from ws.stability.significance import benjamini_hochberg, max_t_p
+
+LEVEL = 0.05
+SHOWN = 6
+SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layers", "protocol")
+
+
+@dataclass(frozen=True, eq=False)
+class OverSeeds:
+    """table: candidate, excess (nats, mean over seeds) with its crossed 95 % interval excess_low, excess_high, excess_p, excess_p_max,
+    excess_q, excess_forward (mean), excess_min (of the seeds), retention, kept (effect of keep, nats), energy, out_of_reach (of any seed's
+    draw), best first. effects: by seed, of w, of its writers and of all else."""
+
+    table: pl.DataFrame
+    effects: pl.DataFrame
+    seeds: tuple[int, ...]
+
+    def text(self) -> str:
+        """In words, every number from the table (Markdown)."""
+        rows, S = self.table.filter(pl.col("excess").is_not_nan()), len(self.seeds)
+        if rows.is_empty():
+            return "No candidate was held against controls."
+        sure = rows.filter((pl.col("excess_p_max") < LEVEL) & (pl.col("excess") > 0))
+        known = sure.filter(pl.col("excess_low") > 0) if S > 1 else sure
+        share = self.effects["w_res"].mean() / self.effects["w"].mean()
+        lines = [
+            f"The residual writers, which every projection is of, do {share:.0%} of w's effect (mean of {S} seed{'s' if S > 1 else ''}).",
+            f"{len(sure)} of {len(rows)} candidates exceed controls of equal energy over all seeds (max-T, p < .05); of {len(known)}"
+            " the interval for new seeds and claims lies above 0.",
+        ]
+        for r in known.head(SHOWN).iter_rows(named=True):
+            around = f"{r['excess']:+.2f} [{r['excess_low']:+.2f}, {r['excess_high']:+.2f}] nats"
+            lines.append(
+                f"{code(r['candidate'])}: excess {around}, at least {r['excess_min']:+.2f} on each seed, by forward passes"
+                f" {r['excess_forward']:+.2f}; keeps {r['retention']:.0%} of the writers' effect on {r['energy']:.1%} of their energy."
+            )
+        return "\n".join(f"- {line}" for line in lines)
+
+
+def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
+    """checks: seed -> causal check, or its folder. Only candidates that every check has. ValueError for none, and for checks that differ in
+    alpha, draws, wordings, model or behaviour, naming it."""
+    found = {s: c if isinstance(c, CausalCheck) else CausalCheck.load(c) for s, c in sorted(checks.items())}
+    if not found:
+        raise ValueError("no causal check is given: just nb causal_check -p SEED 0 makes one")
+    first, *rest = found.values()
+    for s, one in zip(list(found)[1:], rest, strict=True):
+        for key in SAME:
+            if one.setting[key] != first.setting[key]:
+                told = f"{key} {one.setting[key]} of seed {s}, {first.setting[key]} of seed {next(iter(found))}"
+                raise ValueError(f"the causal checks differ in {told}: run them alike")
+    names = [name for name in first.names if all(name in one.names for one in rest)]
+    at = {s: [one.names.index(name) for name in names] for s, one in found.items()}
+    by_claim = np.stack([found[s].tensors["excess"].numpy()[at[s]] if found[s].tensors["excess"].numel() else
+                         np.full((len(names), 1), np.nan) for s in found])  # fmt: skip
+    drawn = np.stack([found[s].tensors["drawn"].double().numpy()[:, at[s]] for s in found])
+    linear = np.stack([found[s].tensors["linear"].numpy()[at[s]] for s in found])
+    values, lost = by_claim.mean(axis=2), np.isnan(drawn).any(axis=0)  # (S, C), (N, C)
+    with np.errstate(all="ignore"):
+        centre = (
+            np.nanmean(drawn, axis=1, keepdims=True) if drawn.shape[1] else np.full((len(found), 1, len(names)), np.nan)
+        )
+    T, draws = (linear - centre[:, 0]).mean(axis=0), (drawn - centre).mean(axis=0)
+    tie = 1e-5 * np.abs(linear).mean(axis=0)
+    p = (1 + ((draws >= T - tie) | lost).sum(axis=0)) / (1 + len(draws))
+    whole = ~lost.any(axis=0) & np.isfinite(T)
+    p_max = max_t_p(np.where(whole, T, np.nan), np.where(whole, draws, np.nan))
+    half = half_width(crossed_parts(values, by_claim.mean(axis=0)))
+    mean = {c: _mean(found, names, c) for c in ("retention", "effect", "energy", "excess_forward")}
+    table = pl.DataFrame({
+        "candidate": names, "excess": values.mean(axis=0), "excess_low": values.mean(axis=0) - half,
+        "excess_high": values.mean(axis=0) + half, "excess_p": p, "excess_p_max": p_max, "excess_q": benjamini_hochberg(p),
+        "excess_forward": mean["excess_forward"], "excess_min": values.min(axis=0), "retention": mean["retention"],
+        "kept": mean["effect"], "energy": mean["energy"], "out_of_reach": lost.mean(axis=0) if len(draws) else np.nan,
+    })  # fmt: skip
+    effects = pl.DataFrame([{"seed": s, **one.setting["effects"]} for s, one in found.items()])
+    key = pl.col("excess").fill_nan(None)
+    return OverSeeds(table.sort(key, descending=True, nulls_last=True, maintain_order=True), effects, tuple(found))
+
+
+def finished(folders: Mapping[int, Path]) -> dict[int, Path]:
+    """Of the seeds' folders those with a finished causal check."""
+    return {seed: folder for seed, folder in folders.items() if (folder / RECORD).is_file()}
+
+
+def _mean(found: Mapping[int, CausalCheck], names: list[str], column: str) -> Float[np.ndarray, " C"]:
+    by = [dict(one.candidates.select("subspace", column).rows()) for one in found.values()]
+    return np.array([np.mean([float("nan") if of[name] is None else of[name] for of in by]) for name in names])
