@@ -22,6 +22,7 @@ EXPORTS = {
     "train_diff": "ws.train.difference",
     "weight_steer": "ws.steer.weights",
     "alpha_sweep": "ws.steer.evaluate",
+    "retention": "ws.causal.retention",
     "audit": "ws.use.audit",
     "export": "ws.use.export",
     "predict": "ws.gradient.predict",

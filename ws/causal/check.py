@@ -1,4 +1,5 @@
-"""`causal_check`: which part of a weight difference carries the behaviour? One seed, every candidate of its sweep. (docs/method.md 8)"""
+"""`causal_check`: which part of a weight difference carries the behaviour? One seed, every candidate of its sweep.
+(docs/method.md 8)"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,14 +55,13 @@ def causal_check(
     title: str = "",
     progress: bool = True,
 ) -> CausalCheck:
-    """Everything of section 8 that one w can say. sweep: the finished sweep of this w, whose bases are used; other, other_sweep: w of
-    another LoRA seed and its sweep, for the ceilings; nulls: null diffs, for the controls; candidates: names to look at, [] for all;
-    ranks: of the ceilings; draws: energy-matched controls, by first-order effects; checked: how many of these are run forward;
-    forward, drops: keep, and drop with full_drop, are run forward for so many candidates of the largest first-order effects, None for
-    all; cloud: blind subspaces of the
-    designed cloud, 0 for none; templates: wordings of the probe, None for all. Effects by forward passes are kept in `cache`, so that a
-    killed check goes on. ValueError for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare`
-    says.
+    """Everything of section 8 that one w can say. sweep: the finished sweep of this w, whose bases are used; other,
+    other_sweep: w of another LoRA seed and its sweep, for the ceilings; nulls: null diffs, for the controls; candidates:
+    names to look at, [] for all; ranks: of the ceilings; draws: energy-matched controls, by first-order effects; checked: how
+    many of these are run forward; forward, drops: keep, and drop with full_drop, are run forward for so many candidates of
+    the largest first-order effects, None for all; cloud: blind subspaces of the designed cloud, 0 for none; templates:
+    wordings of the probe, None for all. Effects by forward passes are kept in `cache`, so that a killed check goes on.
+    ValueError for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare` says.
 
     Example:
         >>> import ws
@@ -89,8 +89,9 @@ def causal_check(
     ground = prepare(
         lm, w, behavior, protocol=protocol, alpha=alpha, templates=templates, cache=cache, progress=progress
     )
-    sides = {side: {c["name"]: ground.checked(c["name"], bases_of(sweep, c["name"])) for c in about if (c["axis_kind"] == "read") == side}
-             for side in (False, True)}  # fmt: skip
+    sides: dict[bool, dict[str, Bases]] = {True: {}, False: {}}  # by whether it reads
+    for c in about:
+        sides[c["axis_kind"] == "read"][c["name"]] = ground.checked(c["name"], bases_of(sweep, c["name"]))
     write = sides[False]
     found = carried(ground, write, draws, seed, forward, drops)
     ran = run_forward(ground, write, checked, seed)
@@ -152,8 +153,8 @@ def race(c: Mapping) -> str:
 
 
 def chosen(sweep: Explanation, names: Sequence[str]) -> list[dict]:
-    """What is known of the candidates that are looked at: of all without names; no ceilings, and few of the shuffles. ValueError for a
-    name that the sweep lacks, or that is a ceiling."""
+    """What is known of the candidates that are looked at: of all without names; no ceilings, and few of the shuffles.
+    ValueError for a name that the sweep lacks, or that is a ceiling."""
     known = {c["name"]: c for c in sweep.candidates if c["kind"] != "ceiling"}
     for name in names:
         if name not in known:
@@ -176,8 +177,8 @@ def factors_of(sweep: Explanation, layers: Sequence[int]) -> dict[int, Tensor]:
 
 
 def run_forward(ground: Ground, bases: Mapping[str, Bases], checked: int, seed: int) -> pl.DataFrame:
-    """Energy-matched controls by forward passes: of (whose energy), linear, effect, nats. Candidates take turns; the rotations are none
-    of the joint draws'. A control whose energy is out of reach is left out."""
+    """Energy-matched controls by forward passes: of (whose energy), linear, effect, nats. Candidates take turns; the
+    rotations are none of the joint draws'. A control whose energy is out of reach is left out."""
     g, d = torch.Generator().manual_seed(1_000_003 + seed), ground.lm.decoder.d
     names, made = [n for n, of in bases.items() if sum(B.shape[1] for B in of.values())], {}
     for i in range(checked if names else 0):
@@ -200,8 +201,9 @@ def run_forward(ground: Ground, bases: Mapping[str, Bases], checked: int, seed: 
 
 
 def with_forward(found: Carried, forward: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """The table with excess_forward and p_forward: the effect by forward passes against what its controls' would be, by the straight line
-    that maps first-order effects of the controls that were run to theirs, with the scatter about it. NaN with fewer than 10."""
+    """The table with excess_forward and p_forward: the effect by forward passes against what its controls' would be, by the
+    straight line that maps first-order effects of the controls that were run to theirs, with the scatter about it. NaN with
+    fewer than 10."""
     table, unknown = found.table, float("nan")
     excess, p = [unknown, unknown], [unknown, unknown]
     some = len(forward) >= 10 and found.drawn is not None

@@ -1,10 +1,10 @@
 """Is any overlap score worth looking at? A designed cloud of blind subspaces. (docs/method.md section 8)
 
-Over the candidates themselves the question has no answer: recovery of w *is* captured energy up to weighting. So blind subspaces
-`orth(T_l O E)` are drawn, O one Haar rotation for all layers, E fixed; `T_l = prod_j (I + k_j G_l^j)^(+-1/2)` pulls each towards or
-away from where w's energy lies, where the input-weighted energy lies, and where activations differ, by strengths k_j drawn
-independently. The effect is regressed on the three scores; a candidate that carries more than they say lies above the cloud.
-"""
+Over the candidates themselves the question has no answer: recovery of w *is* captured energy up to weighting. So blind
+subspaces `orth(T_l O E)` are drawn, O one Haar rotation for all layers, E fixed; `T_l = prod_j (I + k_j G_l^j)^(+-1/2)` pulls
+each towards or away from where w's energy lies, where the input-weighted energy lies, and where activations differ, by
+strengths k_j drawn independently. The effect is regressed on the three scores; a candidate that carries more than they say
+lies above the cloud."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +28,10 @@ FOLDS = 10
 
 @dataclass(frozen=True, eq=False)
 class Cloud:
-    """points: one row per blind subspace: SCORES, linear (first-order effect, nats). fit: one row per set of scores: scores, r2 and
-    r2_out (of held-out folds). slopes: one row per score: nats per standard deviation with the 95 % interval of `boot` resamples.
-    beyond: one row per candidate: linear, expected (of all three scores), residual and z, in standard deviations of the cloud's."""
+    """points: one row per blind subspace: SCORES, linear (first-order effect, nats). fit: one row per set of scores: scores,
+    r2 and r2_out (of held-out folds). slopes: one row per score: nats per standard deviation with the 95 % interval of `boot`
+    resamples. beyond: one row per candidate: linear, expected (of all three scores), residual and z, in standard deviations
+    of the cloud's."""
 
     points: pl.DataFrame
     fit: pl.DataFrame
@@ -47,8 +48,8 @@ def cloud(
     boot: int = 2000,
     seed: int = 0,
 ) -> Cloud:
-    """act: activation differences `(d, n_probes)` of the EVAL probes, per layer, rows of norm 1 over their number. ValueError for fewer
-    than 20 subspaces."""
+    """act: activation differences `(d, n_probes)` of the EVAL probes, per layer, rows of norm 1 over their number. ValueError
+    for fewer than 20 subspaces."""
     if n < 20:
         raise ValueError(f"CLOUD = {n}: a regression on three scores needs at least 20 subspaces (0: none)")
     d, g, rows = ground.lm.decoder.d, torch.Generator().manual_seed(seed), []

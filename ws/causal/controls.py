@@ -1,8 +1,10 @@
-"""Energy-matched controls: random subspaces that capture as much of w's energy as a candidate does. (docs/method.md section 8)
+"""Energy-matched controls: random subspaces that capture as much of w's energy as a candidate does. (docs/method.md section
+8)
 
-A control of a candidate with bases `B_l` is `orth((I + k_l G_l)^(+-1/2) O B_l)`: O is one Haar rotation for all layers and all
-candidates, `k_l >= 0` the root at which the control's energy is the candidate's. It keeps rank and overlaps between layers and
-loses the direction. Energy grows with k for `+` and falls for `-`. In the eigenbasis `G = U diag(v) U^T`, with `Y = U^T O B`,
+A control of a candidate with bases `B_l` is `orth((I + k_l G_l)^(+-1/2) O B_l)`: O is one Haar rotation for all layers and
+all candidates, `k_l >= 0` the root at which the control's energy is the candidate's. It keeps rank and overlaps between
+layers and loses the direction. Energy grows with k for `+` and falls for `-`. In the eigenbasis `G = U diag(v) U^T`, with `Y
+= U^T O B`,
 
     +: energy = sum_i (a_i + k b_i) / (1 + k a_i),   Y^T v Y = E a E^T,  b = diag(E^T Y^T v^2 Y E)
     -: energy = tr(D^-1 N),  D = I - Y^T Y + Y^T / (1 + kv) Y,  N = Y^T v / (1 + kv) Y
@@ -37,8 +39,8 @@ Energy = Callable[[Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor
 class Drawn:
     """Controls of C candidates over N joint draws. effect: `(N, C)` first-order effects between alpha -1 and +1, nats, NaN
     where a layer's energy is out of reach; off: `(N, C)` largest distance from the candidate's share of a layer's energy;
-    out: `(C,)` share of draws with a layer out of reach; share: layer -> `(C, q)`, the controls' mean square overlap with each
-    eigenvector of the energy's Gram, NaN where none is matched."""
+    out: `(C,)` share of draws with a layer out of reach; share: layer -> `(C, q)`, the controls' mean square overlap with
+    each eigenvector of the energy's Gram, NaN where none is matched."""
 
     effect: Float[np.ndarray, "N C"]
     off: Float[np.ndarray, "N C"]
@@ -137,9 +139,9 @@ def draw(
 def _matched(
     layer: Layer, Y: Float[Tensor, "n t r"], want: Float[Tensor, " n"], near: Float[Tensor, "n 2"], look: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First-order effect of the control of each rotated basis at the energy that it is to have, NaN where that is out of reach;
-    by how much its energy differs; log k, in the column of its sign; and with `look` its square overlaps with the eigenvectors.
-    near: log k of other draws, by sign, NaN where none is known."""
+    """First-order effect of the control of each rotated basis at the energy that it is to have, NaN where that is out of
+    reach; by how much its energy differs; log k, in the column of its sign; and with `look` its square overlaps with the
+    eigenvectors. near: log k of other draws, by sign, NaN where none is known."""
     q, slope, far = len(layer.v), torch.full_like(want, torch.nan), torch.zeros_like(want)
     over, ends = (
         torch.full((len(want), q if look else 0), torch.nan, dtype=want.dtype),
@@ -163,8 +165,9 @@ def _matched(
 def _grown(
     layer: Layer, Y: Float[Tensor, "n q r"], want: Float[Tensor, " n"], near: Float[Tensor, "n 2"]
 ) -> Iterator[tuple]:
-    """Those whose energy has to rise (0), then those whose has to fall (1): which, log k, `(1 + kv)^(+-1/2)`, whether k is found, and
-    by how much the energy differs. Newton's steps from where other draws ended; what these do not bring home is searched for."""
+    """Those whose energy has to rise (0), then those whose has to fall (1): which, log k, `(1 + kv)^(+-1/2)`, whether k is
+    found, and by how much the energy differs. Newton's steps from where other draws ended; what these do not bring home is
+    searched for."""
     energies = (Y.square() * layer.v[:, None]).sum((1, 2))
     more, already = energies < want, (energies - want).abs()
     low, high = (end - float(layer.v.max().log()) for end in LOG_K)
@@ -253,8 +256,8 @@ def _trace(M: Float[Tensor, "n r r"]) -> Float[Tensor, " n"]:
 
 
 def root(energy: Energy, want: Float[Tensor, " n"], low: float, high: float) -> tuple[Tensor, Bool[Tensor, " n"]]:
-    """Where a monotone function reaches `want`, between two ends, for many at once; and whether it does. Bisection, and Newton's
-    step in its place wherever that stays inside the bracket."""
+    """Where a monotone function reaches `want`, between two ends, for many at once; and whether it does. Bisection, and
+    Newton's step in its place wherever that stays inside the bracket."""
     ends = [torch.full_like(want, end) for end in (low, high)]
     (first, slope), (last, _) = map(energy, ends)
     up = last > first

@@ -1,4 +1,5 @@
-"""Figures of the causal check: excess, energy, where w acts, ceilings by rank, the designed cloud. (docs/method.md section 8)"""
+"""Figures of the causal check: excess, energy, where w acts, ceilings by rank, the designed cloud. (docs/method.md section
+8)"""
 
 import numpy as np
 import polars as pl
@@ -13,8 +14,8 @@ NAMED = 8
 
 
 def forest(table: pl.DataFrame) -> Figure:
-    """Excess of each candidate in nats: 95 % interval over claims, filled where max-T over all candidates is under .05; grey bar: the 95 %
-    range of its own controls; hollow diamond: by forward passes."""
+    """Excess of each candidate in nats: 95 % interval over claims, filled where max-T over all candidates is under .05; grey
+    bar: the 95 % range of its own controls; hollow diamond: by forward passes."""
     rows = (
         table[2:].filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null()).sort("excess", descending=True)
     )
@@ -117,7 +118,8 @@ def rank_curves(ranks: pl.DataFrame) -> Figure:
 
 
 def cloud_scatter(points: pl.DataFrame, beyond: pl.DataFrame) -> Figure:
-    """First-order effect against what three overlap scores expect of it: the blind subspaces of the cloud, and the candidates."""
+    """First-order effect against what three overlap scores expect of it: the blind subspaces of the cloud, and the
+    candidates."""
     X = points.select("energy_frobenius", "energy", "R_act").to_numpy()
     A = np.c_[np.ones(len(X)), X]
     fitted = A @ np.linalg.lstsq(A, points["linear"].to_numpy(), rcond=None)[0]

@@ -1,4 +1,5 @@
-"""`CausalCheck`: what a causal check found, as tables, figures and words, and as the files of a run. (docs/method.md section 8)"""
+"""`CausalCheck`: what a causal check found, as tables, figures and words, and as the files of a run. (docs/method.md section
+8)"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,11 @@ CLOUD = ("points", "fit", "slopes", "beyond")
 
 @dataclass(frozen=True, eq=False)
 class CausalCheck:
-    """candidates: the columns of `ws.causal.retention` with kind, family, sees and the sweep's scores, other_layer (first-order effect of
-    the bases of another layer), excess_forward and p_forward. where, read, ranks, dose, controls: see `ws.causal.parts` and
-    `ws.causal.others`. forward: the controls that were run forward. cloud: points, fit, slopes, beyond of `ws.causal.cloud`, {}
-    without. tensors: excess `(C, claims)`, linear `(C,)`, drawn `(N, C)`, in the order of `names`."""
+    """candidates: the columns of `ws.causal.retention` with kind, family, sees and the sweep's scores, other_layer
+    (first-order effect of the bases of another layer), excess_forward and p_forward. where, read, ranks, dose, controls: see
+    `ws.causal.parts` and `ws.causal.others`. forward: the controls that were run forward. cloud: points, fit, slopes, beyond
+    of `ws.causal.cloud`, {} without. tensors: excess `(C, claims)`, linear `(C,)`, drawn `(N, C)`, in the order of
+    `names`."""
 
     candidates: pl.DataFrame
     where: pl.DataFrame
@@ -65,7 +67,8 @@ class CausalCheck:
         return figures.cloud_scatter(self.cloud["points"], self.cloud["beyond"]) if self.cloud else None
 
     def save(self, folder: Path | str) -> Path:
-        """Write `causal_*` tables, tensors and the conclusion into `folder`, each whole; the record comes last. Returns the folder."""
+        """Write `causal_*` tables, tensors and the conclusion into `folder`, each whole; the record comes last. Returns the
+        folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tables = {name: getattr(self, name) for name in TABLES} | {

@@ -24,9 +24,9 @@ from ws.subspaces.protocol import Protocol, load_protocol
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """One weight difference on one model. w: at the alpha that is asked about; res: its residual writers; gains: of the norms on what
-    they write, {} where nothing is folded; given: slopes of all writers; spans: by layer; passes, on_true: answers about the
-    false claims, and about the true ones too."""
+    """One weight difference on one model. w: at the alpha that is asked about; res: its residual writers; gains: of the norms
+    on what they write, {} where nothing is folded; given: slopes of all writers; spans: by layer; passes, on_true: answers
+    about the false claims, and about the true ones too."""
 
     lm: LM
     behavior: Behavior
@@ -79,8 +79,8 @@ def prepare(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Ground:
-    """Everything is checked before any pass: ValueError for more wordings than there are, an alpha that is not above 0, a w that
-    does not fit or has no residual writer, a steered model."""
+    """Everything is checked before any pass: ValueError for more wordings than there are, an alpha that is not above 0, a w
+    that does not fit or has no residual writer, a steered model."""
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     if not (np.isfinite(alpha) and alpha > 0):

@@ -1,9 +1,9 @@
-"""First-order effects text by text: what a subspace, and what its controls on average, do to each answer. (docs/method.md section 8)
+"""First-order effects text by text: what a subspace, and what its controls on average, do to each answer. (docs/method.md
+section 8)
 
-With `R_i` the part of `M = U R^T` (see `ws.causal.spans`) that text i has, P moves its score by `tr(B^T U R_i^T B)` per unit of alpha.
-A control `B'` is as likely as its mirror image in any eigenvector of the energy's Gram, which has the same energy: so
-`E[B' B'^T]` is diagonal in these eigenvectors, and the controls' mean on text i is `sum_j E|B'^T u_j|^2 (U R_i^T)_jj`.
-"""
+With `R_i` the part of `M = U R^T` (see `ws.causal.spans`) that text i has, P moves its score by `tr(B^T U R_i^T B)` per unit
+of alpha. A control `B'` is as likely as its mirror image in any eigenvector of the energy's Gram, which has the same energy:
+so `E[B' B'^T]` is diagonal in these eigenvectors, and the controls' mean on text i is `sum_j E|B'^T u_j|^2 (U R_i^T)_jj`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from ws.steer.answers import answer_tokens
 
 @dataclass(frozen=True)
 class ItemSlopes:
-    """Per unit of alpha, nats: value: `(C, n)` of each candidate on each text; diagonal: layer -> `(q, n)`, of each eigenvector of
-    the input-weighted energy's Gram."""
+    """Per unit of alpha, nats: value: `(C, n)` of each candidate on each text; diagonal: layer -> `(q, n)`, of each
+    eigenvector of the input-weighted energy's Gram."""
 
     value: Float[np.ndarray, "C n"]
     diagonal: Mapping[int, Float[np.ndarray, "q n"]]

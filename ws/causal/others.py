@@ -1,9 +1,8 @@
 """Further controls, and the ceilings at several ranks. (docs/method.md section 8)
 
-A direction that knows nothing of w but its sizes (`mag_only`), bases inside w's own span, the leading directions of null diffs, the
-direction of the unembedding that tells yes from no, a contrast of shuffled personas, a candidate's basis at another layer. Ceilings see
-a weight difference: that of *another* LoRA seed, since w's own keeps what it is cut from.
-"""
+A direction that knows nothing of w but its sizes (`mag_only`), bases inside w's own span, the leading directions of null
+diffs, the direction of the unembedding that tells yes from no, a contrast of shuffled personas, a candidate's basis at
+another layer. Ceilings see a weight difference: that of *another* LoRA seed, since w's own keeps what it is cut from."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,8 @@ from ws.causal.variants import Bases, keep, rescaled, writers
 from ws.diff import WeightDiff
 from ws.diff.algebra import random_as
 from ws.diff.core import layer_of
-from ws.explanation.scores import weight_targets
 from ws.steer.answers import answer_tokens
 from ws.subspaces.algebra import left_svd, pca
-from ws.subspaces.candidate import Candidate
 from ws.subspaces.kept import make_shelf
 
 MAGNITUDES, IN_SPAN = 5, 10  # draws
@@ -63,8 +60,8 @@ def rank_table(
     act: Mapping[int, Tensor],
     act_other: Mapping[int, Tensor],
 ) -> pl.DataFrame:
-    """Ceilings at several ranks: of (weights or activations), whose (w's own, another seed's), rank, effect with its interval,
-    retention, energy, linear. act: the activation differences of the EVAL probes per layer, {} for none."""
+    """Ceilings at several ranks: of (weights or activations), whose (w's own, another seed's), rank, effect with its
+    interval, retention, energy, linear. act: the activation differences of the EVAL probes per layer, {} for none."""
     sources = {("weights", OWN): lambda r: weight_bases(ground, ground.w, r)}
     if other is not None:
         sources["weights", OTHER] = lambda r: weight_bases(ground, other, r)
@@ -90,10 +87,9 @@ def rank_table(
 def other_controls(
     ground: Ground, k: int, nulls: Sequence[WeightDiff] = (), cache: Path | None = None, seed: int = 0
 ) -> pl.DataFrame:
-    """One row per kind of control: control, draws, rank, effect (mean of the draws), low and high (of the draws), retention, energy
-    (mean). k: the rank of a basis; nulls: null diffs of this adapter."""
-    lm, d = ground.lm, ground.lm.decoder.d
-    g = torch.Generator().manual_seed(seed)
+    """One row per kind of control: control, draws, rank, effect (mean of the draws), low and high (of the draws), retention,
+    energy (mean). k: the rank of a basis; nulls: null diffs of this adapter."""
+    d, g = ground.lm.decoder.d, torch.Generator().manual_seed(seed)
     drawn = [random_as(ground.res, seed + i) for i in range(MAGNITUDES)]
     groups: dict[str, list[tuple[Bases | None, WeightDiff]]] = {
         "random direction, w's norms (mag_only)": [(None, w) for w in drawn]
@@ -153,8 +149,8 @@ def yes_no(ground: Ground) -> Tensor:
 
 
 def shuffled_personas(ground: Ground, k: int, cache: Path | None = None) -> list[Bases]:
-    """The PCA of the persona contrast where a coin says for each probe which persona is which: SHUFFLED draws; [] for a behaviour
-    without personas."""
+    """The PCA of the persona contrast where a coin says for each probe which persona is which: SHUFFLED draws; [] for a
+    behaviour without personas."""
     if not ground.behavior.personas_pos:
         return []
     shelf, coins = (
@@ -171,8 +167,8 @@ def shuffled_personas(ground: Ground, k: int, cache: Path | None = None) -> list
 
 
 def other_layer(ground: Ground, bases: Mapping[str, Bases]) -> dict[str, float]:
-    """First-order effect, nats, of each candidate with its bases of the next layer, those of the first at the last; NaN where there is
-    one layer."""
+    """First-order effect, nats, of each candidate with its bases of the next layer, those of the first at the last; NaN where
+    there is one layer."""
     layers = ground.layers
     if len(layers) < 2:
         return dict.fromkeys(bases, float("nan"))

@@ -1,4 +1,5 @@
-"""Where w acts at all, before any subspace: w restricted to modules and layers, read subspaces, doses. (docs/method.md section 8)"""
+"""Where w acts at all, before any subspace: w restricted to modules and layers, read subspaces, doses. (docs/method.md
+section 8)"""
 
 from collections.abc import Mapping
 
@@ -23,8 +24,8 @@ def share(part: WeightDiff, w: WeightDiff) -> float:
 
 
 def where_parts(w: WeightDiff) -> dict[str, WeightDiff]:
-    """w restricted to each role, to what writes and what reads, to each layer, and to all but each layer; of many layers to blocks of
-    neighbours."""
+    """w restricted to each role, to what writes and what reads, to each layer, and to all but each layer; of many layers to
+    blocks of neighbours."""
     ends = {role: f".{path.rpartition('.')[2]}.weight" for role, path in ROLES.items()}
     groups = {"writers": (ends["o"], ends["down"]), "readers": READERS, **{role: (end,) for role, end in ends.items()}}
     found = {"w": w} | {name: w.select(lambda n, e=end: n.endswith(e)) for name, end in groups.items()}
@@ -38,8 +39,8 @@ def where_parts(w: WeightDiff) -> dict[str, WeightDiff]:
 
 
 def where_table(ground: Ground) -> pl.DataFrame:
-    """One row per part of w: part, share of `|w|^2`, effect with its 95 % t interval over claims, retention (of w's effect), kl,
-    pmass, saturated."""
+    """One row per part of w: part, share of `|w|^2`, effect with its 95 % t interval over claims, retention (of w's effect),
+    kl, pmass, saturated."""
     parts = where_parts(ground.w)
     moved = ground.passes(parts, label="where w acts")
     rows, whole = [], float(moved["w"].effect.mean())
@@ -54,10 +55,10 @@ READ = ("subspace", "rank", "share", "effect", "effect_low", "effect_high", "ret
 
 
 def read_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], drops: int | None = None) -> pl.DataFrame:
-    """Read candidates, on what reads the stream, one row each: READ. share: of `|w_read|^2`; effect: of `w_read P` with its interval, nats;
-    retention: of w_read's effect; drop: `w_read (I - P)`; full_drop: all of w but `w_read P`, both for the `drops` largest effects, None
-    for all. Names that end in `_gain` are put before the norm, the others after it. Energy-matched controls are of what writes;
-    here there are none. Empty where w reads nothing."""
+    """Read candidates, on what reads the stream, one row each: READ. share: of `|w_read|^2`; effect: of `w_read P` with its
+    interval, nats; retention: of w_read's effect; drop: `w_read (I - P)`; full_drop: all of w but `w_read P`, both for the
+    `drops` largest effects, None for all. Names that end in `_gain` are put before the norm, the others after it.
+    Energy-matched controls are of what writes; here there are none. Empty where w reads nothing."""
     w, schema = ground.w, {name: pl.String if name == "subspace" else pl.Float64 for name in READ}
     if not bases or not any(name.endswith(READERS) for name in w):
         return pl.DataFrame(schema=schema)
@@ -83,9 +84,9 @@ def read_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], drops:
 
 
 def dose_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], keep_of) -> pl.DataFrame:
-    """Effect of w, w_res and some candidates at a quarter, a half and all of alpha: subspace, dose, effect with its interval, plus and
-    minus (what either end moves the score by), kl, saturated. An effect that adds up grows with the dose. keep_of: what makes a
-    variant of bases."""
+    """Effect of w, w_res and some candidates at a quarter, a half and all of alpha: subspace, dose, effect with its interval,
+    plus and minus (what either end moves the score by), kl, saturated. An effect that adds up grows with the dose. keep_of:
+    what makes a variant of bases."""
     variants, rows = {"w": ground.w, "w_res": ground.res} | {n: keep_of(of) for n, of in bases.items()}, []
     for dose in DOSES:
         for name, one in ground.passes(variants, dose, f"dose {dose:g}").items():

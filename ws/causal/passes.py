@@ -1,9 +1,10 @@
-"""What weight differences do to the answers, by forward passes: log-ratio, pmass and KL at both ends of alpha. (docs/method.md section 8)
+"""What weight differences do to the answers, by forward passes: log-ratio, pmass and KL at both ends of alpha.
+(docs/method.md section 8)
 
-`effect = (s(+alpha) - s(-alpha)) side` in nats, s the log-ratio `log P(yes) - log P(no)` of one text, side -1 where the no-word shows
-the behaviour. A unit is a held-out claim, whose texts are the wordings of the probe: means over wordings first, intervals over
-claims. Every variant's answers are kept in the cache under its content, so that a killed check goes on where it was.
-"""
+`effect = (s(+alpha) - s(-alpha)) side` in nats, s the log-ratio `log P(yes) - log P(no)` of one text, side -1 where the
+no-word shows the behaviour. A unit is a held-out claim, whose texts are the wordings of the probe: means over wordings first,
+intervals over claims. Every variant's answers are kept in the cache under its content, so that a killed check goes on where
+it was."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,9 +37,9 @@ SATURATED, LEAST_PMASS = 12.0, 0.5  # nats of the log-ratio; what is beyond says
 
 @dataclass(frozen=True)
 class Items:
-    """What is asked. turns: texts as the chat template renders them; claim: `(n,)` which claim each is about; wording: `(n,)`; side:
-    `(n,)` +1 where the yes-word shows the behaviour, else -1; true: `(n,)` whether the claim is one of the true ones, which stand
-    beside the others and are in no effect."""
+    """What is asked. turns: texts as the chat template renders them; claim: `(n,)` which claim each is about; wording:
+    `(n,)`; side: `(n,)` +1 where the yes-word shows the behaviour, else -1; true: `(n,)` whether the claim is one of the true
+    ones, which stand beside the others and are in no effect."""
 
     turns: tuple[str, ...]
     claim: Int[np.ndarray, " n"]
@@ -69,8 +70,8 @@ class Items:
 
 @dataclass(frozen=True)
 class Moved:
-    """A variant's answers: `(2, n)` at +alpha and at -alpha. logratio in nats; kl: `KL(steered || base)` of the answer's first token,
-    nats; base: `(n,)` log-ratio of the base model."""
+    """A variant's answers: `(2, n)` at +alpha and at -alpha. logratio in nats; kl: `KL(steered || base)` of the answer's
+    first token, nats; base: `(n,)` log-ratio of the base model."""
 
     logratio: Float[np.ndarray, "2 n"]
     pmass: Float[np.ndarray, "2 n"]
@@ -115,8 +116,9 @@ class Moved:
 
 
 class Passes:
-    """Answers of variants, many in a pass. lm, behavior: what is asked; cache: a folder of this model, None to keep nothing; tokens of
-    a pass are bounded by `ws.causal.stacked.TOKENS`. ValueError in a steered model, and for answer words that are no tokens."""
+    """Answers of variants, many in a pass. lm, behavior: what is asked; cache: a folder of this model, None to keep nothing;
+    tokens of a pass are bounded by `ws.causal.stacked.TOKENS`. ValueError in a steered model, and for answer words that are
+    no tokens."""
 
     def __init__(
         self,

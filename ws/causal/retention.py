@@ -1,9 +1,8 @@
 """Does a subspace carry the effect, and more of it than its energy explains? (docs/method.md section 8)
 
-`retention = effect(P w_res) / effect(w_res)`, effects by forward passes between -alpha and +alpha, nats, on held-out claims. The
-*excess* of a candidate is its first-order effect minus the mean first-order effect of its energy-matched controls
-(`ws.causal.controls`), and p the share of joint draws with at least its effect, `(1 + k) / (1 + n)`.
-"""
+`retention = effect(P w_res) / effect(w_res)`, effects by forward passes between -alpha and +alpha, nats, on held-out claims.
+The *excess* of a candidate is its first-order effect minus the mean first-order effect of its energy-matched controls
+(`ws.causal.controls`), and p the share of joint draws with at least its effect, `(1 + k) / (1 + n)`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from ws.causal.controls import Drawn, draw
 from ws.causal.ground import Ground, prepare
-from ws.causal.passes import Moved
 from ws.causal.spans import ENERGIES, Place, Span
 from ws.causal.variants import Bases, drop, full_drop, keep
 from ws.data import Behavior
@@ -42,8 +40,8 @@ TYPES = {"subspace": pl.String, "sure": pl.Boolean, "saturated": pl.Boolean}
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """table: COLUMNS, one row for w, for w_res and for each candidate; excess: `(C, claims)` first-order excess on every held-out
-    claim, nats; drawn: the joint controls; linear: `(C,)`; names: of the candidates."""
+    """table: COLUMNS, one row for w, for w_res and for each candidate; excess: `(C, claims)` first-order excess on every
+    held-out claim, nats; drawn: the joint controls; linear: `(C,)`; names: of the candidates."""
 
     table: pl.DataFrame
     names: tuple[str, ...]
@@ -67,23 +65,24 @@ def retention(
     cache: Path | None = None,
     progress: bool = True,
 ) -> pl.DataFrame:
-    """One row for w, for its residual writers w_res, and for each candidate, layer -> orthonormal `(d, r)` for every layer that
-    w has a writer in (rank 0 where there is none).
+    """One row for w, for its residual writers w_res, and for each candidate, layer -> orthonormal `(d, r)` for every layer
+    that w has a writer in (rank 0 where there is none).
 
     slope: the share of the slope's energy `|g|^2` that the bases hold; where it is nearly all, the first-order effect is kept
     whatever w is, so that retention and p say nothing of w. effect, effect_low, effect_high: of `P w_res` by forward passes
-    between -alpha and +alpha, nats, mean over the held-out claims and the first `templates` wordings, with its 95 % t interval over
-    claims; plus, minus: what either end moves the score by; retention: effect over that of w_res; energy, energy_frobenius: captured
-    share of w_res, input-weighted and not; linear: first-order effect, nats; gap: linear minus effect. drop: effect of `(I - P) w_res`,
-    full_drop: of `w - P w_res`; keep_plus_drop: what the two halves of w_res have of its effect together, 1 where effects add up. kl:
-    `KL(steered || base)` of the answer's first token, mean of both ends; pmass: at the worse end; contrast: effect minus that on
-    true claims; saturated: beyond 12 nats or with pmass under one half, left out of verdicts. From `n_draws` controls of equal input-weighted
-    energy: control, control_low, control_high (mean and 95 % range of their linear effect), excess with its 95 % t interval over
-    claims, p, p_max (max-T over all candidates), q (Benjamini-Hochberg), out_of_reach (share of draws in which a layer's energy
-    cannot be had: these count against the candidate in p, and not in the mean); excess_frobenius, p_frobenius,
-    out_of_reach_frobenius the same at equal Frobenius energy, of a tenth of the draws. 0 draws: NaN. p speaks of the
-    first-order effect: where the gap is larger than the excess, `sure` is false. given: what `ws.causal.spans.slopes` returned.
-    ValueError for what does not fit, naming it. (docs/method.md section 8)
+    between -alpha and +alpha, nats, mean over the held-out claims and the first `templates` wordings, with its 95 % t
+    interval over claims; plus, minus: what either end moves the score by; retention: effect over that of w_res; energy,
+    energy_frobenius: captured share of w_res, input-weighted and not; linear: first-order effect, nats; gap: linear minus
+    effect. drop: effect of `(I - P) w_res`, full_drop: of `w - P w_res`; keep_plus_drop: what the two halves of w_res have of
+    its effect together, 1 where effects add up. kl: `KL(steered || base)` of the answer's first token, mean of both ends;
+    pmass: at the worse end; contrast: effect minus that on true claims; saturated: beyond 12 nats or with pmass under one
+    half, left out of verdicts. From `n_draws` controls of equal input-weighted energy: control, control_low, control_high
+    (mean and 95 % range of their linear effect), excess with its 95 % t interval over claims, p, p_max (max-T over all
+    candidates), q (Benjamini-Hochberg), out_of_reach (share of draws in which a layer's energy cannot be had: these count
+    against the candidate in p, and not in the mean); excess_frobenius, p_frobenius, out_of_reach_frobenius the same at equal
+    Frobenius energy, of a tenth of the draws. 0 draws: NaN. p speaks of the first-order effect: where the gap is larger than
+    the excess, `sure` is false. given: what `ws.causal.spans.slopes` returned. ValueError for what does not fit, naming it.
+    (docs/method.md section 8)
 
     Example:
         >>> import torch, ws
@@ -113,8 +112,8 @@ def carried(
     forward: int | None = None,
     drops: int | None = None,
 ) -> Carried:
-    """The table of `retention` for checked bases. forward, drops: keep, and drop with full_drop, are run forward for so many candidates of
-    the largest first-order effects, None for all; what is not run is NaN."""
+    """The table of `retention` for checked bases. forward, drops: keep, and drop with full_drop, are run forward for so many
+    candidates of the largest first-order effects, None for all; what is not run is NaN."""
     w, norms = ground.w, ground.gains
     first = {name: linear_of(ground.spans, of) for name, of in bases.items()}
     order = sorted(bases, key=lambda name: -first[name]["linear"])

@@ -1,9 +1,9 @@
-"""Does a candidate carry more than its energy on other LoRA seeds too? One row per candidate, over seeds. (docs/method.md section 8)
+"""Does a candidate carry more than its energy on other LoRA seeds too? One row per candidate, over seeds. (docs/method.md
+section 8)
 
-`T = mean_s (linear_s - mean control_s)`. The joint draws of all seeds are of the same rotations, so `p = (1 + #{T_draw >= T}) / (1 + N)`
-keeps what seeds and candidates have in common; max-T over candidates is exact for the same reason. The interval is crossed, for new
-seeds and new claims: `T +- sqrt(sum_k (t_k se_k)^2)`.
-"""
+`T = mean_s (linear_s - mean control_s)`. The joint draws of all seeds are of the same rotations, so `p = (1 + #{T_draw >= T})
+/ (1 + N)` keeps what seeds and candidates have in common; max-T over candidates is exact for the same reason. The interval is
+crossed, for new seeds and new claims: `T +- sqrt(sum_k (t_k se_k)^2)`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layer
 
 @dataclass(frozen=True, eq=False)
 class OverSeeds:
-    """table: candidate, excess (nats, mean over seeds) with its crossed 95 % interval excess_low, excess_high, excess_p, excess_p_max,
-    excess_q, excess_forward (mean), excess_min (of the seeds), retention, kept (effect of keep, nats), energy, out_of_reach (of any seed's
-    draw), best first. effects: by seed, of w, of its writers and of all else."""
+    """table: candidate, excess (nats, mean over seeds) with its crossed 95 % interval excess_low, excess_high, excess_p,
+    excess_p_max, excess_q, excess_forward (mean), excess_min (of the seeds), retention, kept (effect of keep, nats), energy,
+    out_of_reach (of any seed's draw), best first. effects: by seed, of w, of its writers and of all else."""
 
     table: pl.DataFrame
     effects: pl.DataFrame
@@ -42,22 +42,25 @@ class OverSeeds:
         known = sure.filter(pl.col("excess_low") > 0) if S > 1 else sure
         share = self.effects["w_res"].mean() / self.effects["w"].mean()
         lines = [
-            f"The residual writers, which every projection is of, do {share:.0%} of w's effect (mean of {S} seed{'s' if S > 1 else ''}).",
-            f"{len(sure)} of {len(rows)} candidates exceed controls of equal energy over all seeds (max-T, p < .05); of {len(known)}"
+            f"The residual writers, which every projection is of, do {share:.0%} of w's effect (mean of "
+            f"{S} seed{'s' if S > 1 else ''}).",
+            f"{len(sure)} of {len(rows)} candidates exceed controls of equal energy over all seeds (max-T, "
+            f"p < .05); of {len(known)}"
             " the interval for new seeds and claims lies above 0.",
         ]
         for r in known.head(SHOWN).iter_rows(named=True):
             around = f"{r['excess']:+.2f} [{r['excess_low']:+.2f}, {r['excess_high']:+.2f}] nats"
             lines.append(
                 f"{code(r['candidate'])}: excess {around}, at least {r['excess_min']:+.2f} on each seed, by forward passes"
-                f" {r['excess_forward']:+.2f}; keeps {r['retention']:.0%} of the writers' effect on {r['energy']:.1%} of their energy."
+                f" {r['excess_forward']:+.2f}; keeps {r['retention']:.0%} of the writers' effect on {r['energy']:.1%} "
+                "of their energy."
             )
         return "\n".join(f"- {line}" for line in lines)
 
 
 def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
-    """checks: seed -> causal check, or its folder. Only candidates that every check has. ValueError for none, and for checks that differ in
-    alpha, draws, wordings, model or behaviour, naming it."""
+    """checks: seed -> causal check, or its folder. Only candidates that every check has. ValueError for none, and for checks
+    that differ in alpha, draws, wordings, model or behaviour, naming it."""
     found = {s: c if isinstance(c, CausalCheck) else CausalCheck.load(c) for s, c in sorted(checks.items())}
     if not found:
         raise ValueError("no causal check is given: just nb causal_check -p SEED 0 makes one")

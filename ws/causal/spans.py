@@ -1,10 +1,9 @@
 """What w's writers do, in the space that they write to: how much energy a subspace captures, and its first-order effect.
 
-Per layer `U (d, q)` is an orthonormal basis of what the writers write. With `S_x` the second moment of a module's input over all
-positions of the probes, the energy Gram is `G = sum w S_x w^T = U K U^T` (Frobenius: `S_x = I`); with `g = ds/dW` at the base
-weights, s the mean log-ratio, `M = sum w g^T = U R^T`. P captures `tr(B^T G B)`, and `P w` moves s by `tr(B^T M B)` per unit of
-alpha to first order. Only products with w's factors are held. (docs/method.md section 8)
-"""
+Per layer `U (d, q)` is an orthonormal basis of what the writers write. With `S_x` the second moment of a module's input over
+all positions of the probes, the energy Gram is `G = sum w S_x w^T = U K U^T` (Frobenius: `S_x = I`); with `g = ds/dW` at the
+base weights, s the mean log-ratio, `M = sum w g^T = U R^T`. P captures `tr(B^T G B)`, and `P w` moves s by `tr(B^T M B)` per
+unit of alpha to first order. Only products with w's factors are held. (docs/method.md section 8)"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,9 +73,9 @@ def slopes(
     cache: Path | None = None,
     progress: bool = True,
 ) -> dict[Place, Float[Tensor, "d in_"]]:
-    """`g = ds/dW` of every residual writer at the base weights, s the mean over what `ws.steer.effect.asked` asks and the first
-    `templates` wordings, nats: of statements the margin of the matching answer. They do not depend on w: give them to every
-    call. cache: a folder of this model; up to 1 GiB is kept. Errors as in `weighted_gradients`."""
+    """`g = ds/dW` of every residual writer at the base weights, s the mean over what `ws.steer.effect.asked` asks and the
+    first `templates` wordings, nats: of statements the margin of the matching answer. They do not depend on w: give them to
+    every call. cache: a folder of this model; up to 1 GiB is kept. Errors as in `weighted_gradients`."""
     yes, no = answer_tokens(lm.tokenizer, behavior)
     claims, sides = asked(behavior)
     turns = [chat_text(lm.tokenizer, behavior.probe_text(claim, a)) for a in range(templates) for claim in claims]
@@ -165,8 +164,8 @@ def writer_spans(
     gains: Gains | None = None,
     progress: bool = True,
 ) -> dict[int, Span]:
-    """The spans of w's writers, layer by layer. gains: of the norms on what they write, folded into both sides. ValueError where
-    w has no writer, or is 0 at a layer."""
+    """The spans of w's writers, layer by layer. gains: of the norms on what they write, folded into both sides. ValueError
+    where w has no writer, or is 0 at a layer."""
     parts: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
     w, gains, norms = writers(w), gains or {}, {}
     for l in w.layers():

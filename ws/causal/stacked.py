@@ -1,9 +1,10 @@
-"""Many weight differences in one forward pass: `W x + alpha_s B_s (A_s x)` for each of S rows of a stack. (docs/method.md section 8)
+"""Many weight differences in one forward pass: `W x + alpha_s B_s (A_s x)` for each of S rows of a stack. (docs/method.md
+section 8)
 
-The stack lies along the batch: what S weight differences make of n texts is one pass of `S n` rows, in which a hook adds each row's
-own product of factors. Below the first layer that any of them changes all rows are alike, so these layers run on n rows; what
-all texts begin with runs on S. A factor A that all of them share is applied once to all rows. Weights are not touched.
-"""
+The stack lies along the batch: what S weight differences make of n texts is one pass of `S n` rows, in which a hook adds each
+row's own product of factors. Below the first layer that any of them changes all rows are alike, so these layers run on n
+rows; what all texts begin with runs on S. A factor A that all of them share is applied once to all rows. Weights are not
+touched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -73,9 +74,9 @@ def stackable(lm: LM, w: WeightDiff) -> bool:
 
 
 def stacked(lm: LM, rows: Sequence[Row], turns: Sequence[str], read: Read) -> None:
-    """`read(logits, places)` for batch after batch of texts that the chat template has rendered already: the logits `(S, k, V)` after
-    the last token of the texts at `places` under each row of the stack, float32 whatever the model's dtype. Texts of like length
-    go together. ValueError inside a steered model, and for a w that does not fit or is not made of factors."""
+    """`read(logits, places)` for batch after batch of texts that the chat template has rendered already: the logits `(S, k,
+    V)` after the last token of the texts at `places` under each row of the stack, float32 whatever the model's dtype. Texts
+    of like length go together. ValueError inside a steered model, and for a w that does not fit or is not made of factors."""
     check_plain(lm.model)
     for w, _ in rows:
         check_fits(lm.model, w)

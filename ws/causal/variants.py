@@ -1,9 +1,8 @@
 """w restricted to subspaces of the residual stream, on what writes to it. (docs/method.md section 8)
 
-`w_res` holds the writers (`o_proj`, `down_proj`) of w; with `P = B_l B_l^T` per layer `keep = P w_res`, `drop = (I - P) w_res`,
-`full_drop = w - P w_res`. Where a block norms its output, with gain D, and bases are of what leaves that norm, `keep` is
-`D^-1 P D w_res`. Bases that read are put on the right of what reads the stream (q, k, v, gate, up): `w_read P`.
-"""
+`w_res` holds the writers (`o_proj`, `down_proj`) of w; with `P = B_l B_l^T` per layer `keep = P w_res`, `drop = (I - P)
+w_res`, `full_drop = w - P w_res`. Where a block norms its output, with gain D, and bases are of what leaves that norm, `keep`
+is `D^-1 P D w_res`. Bases that read are put on the right of what reads the stream (q, k, v, gate, up): `w_read P`."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -20,7 +20,11 @@ def conclusion(found) -> str:
         "Does an overlap score say what matters?": _cloud(found),
         "Caveats of this run": _caveats(found),
     }
-    head = f"# Causal check: {literal(s['title'])}\n\nalpha {s['alpha']:g}, {s['claims']} held-out claims, {s['templates']} wordings, layers {', '.join(map(str, s['layers']))}, {s['draws']:,} energy-matched draws."
+    head = (
+        f"# Causal check: {literal(s['title'])}\n\nalpha {s['alpha']:g}, {s['claims']} held-out claims, "
+        f"{s['templates']} wordings, layers {', '.join(map(str, s['layers']))}, {s['draws']:,} energy-matched "
+        "draws."
+    )
     return (
         "\n\n".join(
             [
@@ -43,13 +47,13 @@ def _where(found) -> list[str]:
     if "writers" in by:
         one = by["writers"]
         lines.append(
-            f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**."
+            f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} "
+            f"nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**."
         )
     rest = found.setting["effects"].get("w - w_res")
-    if rest is not None:
-        lines.append(
-            f"All else does {rest:+.2f} nats alone; the two add up to {(by['writers']['effect'] + rest) / w['effect'] if w['effect'] else float('nan'):.2f} of w's effect."
-        )
+    if rest is not None and w["effect"]:
+        both = (by["writers"]["effect"] + rest) / w["effect"]
+        lines.append(f"All else does {rest:+.2f} nats alone; the two add up to {both:.2f} of w's effect.")
     roles = sorted(
         (r for n, r in by.items() if n in ("q", "k", "v", "o", "gate", "up", "down")), key=lambda r: -r["effect"]
     )
@@ -63,7 +67,8 @@ def _where(found) -> list[str]:
     if len(alone) > 1:
         best = alone[0]
         lines.append(
-            f"Of single layers {best['part'].removeprefix('layer ')} does most, {best['effect']:+.2f} nats; all layers alone sum to {sum(r['effect'] for r in alone):+.2f}."
+            f"Of single layers {best['part'].removeprefix('layer ')} does most, {best['effect']:+.2f} nats; "
+            f"all layers alone sum to {sum(r['effect'] for r in alone):+.2f}."
         )
     return lines
 
@@ -86,23 +91,27 @@ def _carriers(found) -> list[str]:
     )
     single = int(((rows["p"] < ALPHA) & (rows["excess"] > 0)).sum())
     lines = [
-        f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05); {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."
+        f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T "
+        f"over all, p < .05); {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."
     ]
     for row in both.head(6).iter_rows(named=True):
         lines.append(
-            f"{code(row['subspace'])} ({literal(row['sees'])}): keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) on {row['energy']:.1%} of the energy; excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T {row['p_max']:.2g};"
-            f" by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g}); at equal Frobenius energy {row['excess_frobenius']:+.2f}; holds {row['slope']:.0%} of the score's own slope."
+            f"{code(row['subspace'])} ({literal(row['sees'])}): keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) "
+            f"on {row['energy']:.1%} of the energy; excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T "
+            f"{row['p_max']:.2g};"
+            f" by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g}); at equal Frobenius "
+            f"energy {row['excess_frobenius']:+.2f}; holds {row['slope']:.0%} of the score's own slope."
         )
     if lost := over.filter(~pl.col("subspace").is_in(both["subspace"].implode()))["subspace"].to_list():
         lines.append(f"Not confirmed by forward passes: {', '.join(map(code, lost))}.")
     low = rows.filter((pl.col("excess") < 0) & (pl.col("p") > 1 - ALPHA))["subspace"].to_list()
     if low:
-        lines.append(
-            f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {', '.join(map(code, low[:6]))}{' ...' if len(low) > 6 else ''}."
-        )
+        some = ", ".join(map(code, low[:6])) + (" ..." if len(low) > 6 else "")
+        lines.append(f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {some}.")
     follows = _spearman(rows["energy"], rows["retention"])
     lines.append(
-        f"Retention follows captured energy with a rank correlation of {follows:.2f}: a correlation of overlap scores with retention says next to nothing."
+        f"Retention follows captured energy with a rank correlation of {follows:.2f}: a correlation "
+        "of overlap scores with retention says next to nothing."
     )
     return lines
 
@@ -120,13 +129,17 @@ def _gap(found) -> list[str]:
     gaps = rows["gap"].abs()
     if len(rows):
         lines.append(
-            f"First-order against forward effect of {len(rows)} candidates: largest gap {gaps.max():.3f} nats, median {gaps.median():.3f}; for {int((~rows['sure']).sum())} of them it is larger than the excess."
+            f"First-order against forward effect of {len(rows)} candidates: largest gap {gaps.max():.3f} "
+            f"nats, median {gaps.median():.3f}; for {int((~rows['sure']).sum())} of them it is larger than "
+            "the excess."
         )
     if len(found.forward) > 2:
         x, y = found.forward["linear"].to_numpy(), found.forward["effect"].to_numpy()
         slope, start = np.polyfit(x, y, 1)
         lines.append(
-            f"{len(x)} energy-matched controls were run forward: correlation {np.corrcoef(x, y)[0, 1]:.4f}, forward = {start:+.3f} {slope:+.3f} times first-order, scatter {np.std(y - start - slope * x, ddof=2):.3f} nats."
+            f"{len(x)} energy-matched controls were run forward: correlation {np.corrcoef(x, y)[0, 1]:.4f}, "
+            f"forward = {start:+.3f} {slope:+.3f} times first-order, scatter {np.std(y - start - slope * x, ddof=2):.3f} "
+            "nats."
         )
     w_res = found.candidates.filter(pl.col("subspace") == "w_res")
     lines.append(f"All writers: first-order {w_res['linear'][0]:+.2f}, forward {w_res['effect'][0]:+.2f} nats.")
@@ -146,13 +159,15 @@ def _needed(found) -> list[str]:
         for r in rows.iter_rows(named=True)
     ]
     return [
-        f"w with the candidate taken out of its writers keeps least of its effect without {'; '.join(told)}. What does not write stays in."
+        f"w with the candidate taken out of its writers keeps least of its effect without {'; '.join(told)}. "
+        "What does not write stays in."
     ]
 
 
 def _controls(found) -> list[str]:
     lines = [
-        f"{literal(r['control'])}: {r['effect']:+.2f} nats ({r['retention']:.0%}), {r['draws']} drawn, {r['low']:+.2f} to {r['high']:+.2f}."
+        f"{literal(r['control'])}: {r['effect']:+.2f} nats ({r['retention']:.0%}), {r['draws']} drawn, "
+        f"{r['low']:+.2f} to {r['high']:+.2f}."
         for r in found.controls.iter_rows(named=True)
     ]
     for (of, whose), part in found.ranks.group_by("of", "whose", maintain_order=True):
@@ -201,7 +216,8 @@ def _caveats(found) -> list[str]:
     tied = rows.filter(pl.col("slope") > 0.9)["subspace"].to_list()
     if tied:
         lines.append(
-            f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; their retention is near 1 whatever w is."
+            f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; "
+            "their retention is near 1 whatever w is."
         )
     if not s["other"]:
         lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")

@@ -103,7 +103,8 @@ def read_options(
     nulls: int | str | None = None,
     causal: bool = False,
 ) -> Grid:
-    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes`, `extra`, `nulls` and `causal`. Relative paths in `axes` are seen from `folder`."""
+    """The grid of a command line: the defaults, over them `file`, over them the non-empty `axes`, `extra`, `nulls` and
+    `causal`. Relative paths in `axes` are seen from `folder`."""
     given, grid = {k: words for k, words in axes.items() if words}, read_grid(file) if file else Grid()
     return _over(replace(grid, causal=grid.causal or causal), given, extra, folder, nulls)
 

@@ -96,8 +96,8 @@ class Here:
 
     @property
     def other(self) -> tuple[Path | None, Path | None]:
-        """Another LoRA seed's weight difference and its finished sweep, as far as they are there. Refused where OTHER_SEED is given and is
-        not trained."""
+        """Another LoRA seed's weight difference and its finished sweep, as far as they are there. Refused where OTHER_SEED is
+        given and is not trained."""
         for out in self.outs:
             if (seed := other_seed(self.params, out)) is not None:
                 home = seed_folder({**self.params, "SEED": seed}, out)

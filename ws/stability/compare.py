@@ -119,12 +119,12 @@ def compare_seeds(
 ) -> Stability:
     """The stability report of several LoRA seeds' sweeps.
 
-    folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default
-    theirs) every candidate that sees prompts is built again from half of them and from one persona pair at a time:
-    one that its data do not determine cannot win, nor one whose bases differ between the seeds. own: the caller's
-    candidates among those swept. boot, n_null, seed: draws of the bootstrap, blind copies of the candidates, generator.
-    more: further columns of the summary, by `candidate`. Raises FileNotFoundError / ValueError naming the run that is missing or does
-    not fit. (docs/method.md section 7)
+    folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default theirs)
+    every candidate that sees prompts is built again from half of them and from one persona pair at a time: one that its data
+    do not determine cannot win, nor one whose bases differ between the seeds. own: the caller's candidates among those swept.
+    boot, n_null, seed: draws of the bootstrap, blind copies of the candidates, generator. more: further columns of the
+    summary, by `candidate`. Raises FileNotFoundError / ValueError naming the run that is missing or does not fit.
+    (docs/method.md section 7)
 
     Example:
         >>> import torch, ws
