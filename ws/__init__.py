@@ -22,6 +22,7 @@ EXPORTS = {
     "train_diff": "ws.train.difference",
     "weight_steer": "ws.steer.weights",
     "alpha_sweep": "ws.steer.evaluate",
+    "calibrate": "ws.steer.calibrate",
     "audit": "ws.use.audit",
     "predict": "ws.gradient.predict",
     "candidate": "ws.subspaces.candidate",
