@@ -24,7 +24,9 @@ def greedy_ids(lm: LM, rows: Sequence[Sequence[int]], most: int) -> list[list[in
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
     plain = dict.fromkeys(("temperature", "top_p", "top_k"))
-    settings = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=stops or None, pad_token_id=0, **plain)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=most, eos_token_id=stops or None, pad_token_id=0, **plain
+    )
     with torch.no_grad():
         output = lm.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     new = output[:, width:].tolist()

@@ -1,9 +1,11 @@
-"""How strongly to steer: alpha at which a quantile of KL(steered || base) over tokens meets a target. (docs/method.md section 8)
+"""How strongly to steer: alpha at which a quantile of KL(steered || base) over tokens meets a target. (docs/method.md section
+8)
 
     alpha:  max over the signs s of  Q_q { KL(p(. | x, s alpha) || p(. | x)) : x a position }  =  target
 
 On `texts`, positions are those of fixed texts. Along the `continuation` they are those of what the steered model says itself,
-greedily, where steering breaks text first: that KL is a step function of alpha wherever a token changes, and may jump over a target.
+greedily, where steering breaks text first: that KL is a step function of alpha wherever a token changes, and may jump over a
+target.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.model.wide import widened
-from ws.steer.kl import LARGEST, KLs, Steering, as_steering, matched_alpha, token_kls, token_rows
+from ws.steer.kl import LARGEST, KLs, Rows, Steering, as_steering, matched_alpha, token_kls, token_rows
 from ws.steer.neutral import neutral, passage_rows, request
 
 ALONG, SIGNS = ("texts", "continuation"), ("both", "+", "-")
@@ -31,9 +33,9 @@ MOST_TOPICS = 32  # held-out topics whose probes are read
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """alpha > 0, and the q-quantile of KL over positions, nats per token, at +alpha (`plus`) and at -alpha (`minus`). The target
-    is met by the larger of the two where `sign` is both, else by the sign's own. curve: what was tried, ascending: alpha, plus,
-    minus, and the number of positions at either sign."""
+    """alpha > 0, and the q-quantile of KL over positions, nats per token, at +alpha (`plus`) and at -alpha (`minus`). The
+    target is met by the larger of the two where `sign` is both, else by the sign's own. curve: what was tried, ascending:
+    alpha, plus, minus, and the number of positions at either sign."""
 
     alpha: float
     plus: float
@@ -62,7 +64,7 @@ class Calibration:
 def calibrate(
     lm: LM,
     w: WeightDiff | Steering,
-    target: float,
+    target: float | int,
     behavior: Behavior | str = "sycophancy",
     *,
     along: str = "texts",
@@ -74,13 +76,13 @@ def calibrate(
 ) -> Calibration:
     """The strength at which steering moves a model by `target` nats per token, to a share `within`.
 
-    w: a weight difference, or any steering, `alpha -> context`. along: `texts` (every position of the held-out topics' probes in
-    all wordings and of the neutral passages) or `continuation` (up to `tokens` greedy tokens after the held-out topics' opinions
-    and the requests for the passages, with the one that ends a turn). texts: others in their place, rendered by the chat template; for
-    `continuation` prompts. q: the quantile. sign: which end meets the target; `both` the one that is moved more, so
-    that neither is moved further. ValueError before anything is computed for an unknown word, a q outside (0, 1), a target that
-    is not above 0 and a w that does not fit; `ws.steer.kl.Unreached` (a ValueError) with the curve for a target that is out of
-    reach or, along the continuation, jumped over. The model is the same before and after.
+    w: a weight difference, or any steering, `alpha -> context`. along: `texts` (every position of the held-out topics' probes
+    in all wordings and of the neutral passages) or `continuation` (up to `tokens` greedy tokens after the held-out topics'
+    opinions and the requests for the passages, with the one that ends a turn). texts: others in their place, rendered by the
+    chat template; for `continuation` prompts. q: the quantile. sign: which end meets the target; `both` the one that is moved
+    more, so that neither is moved further. ValueError before anything is computed for an unknown word, a q outside (0, 1), a
+    target that is not above 0 and a w that does not fit; `ws.steer.kl.Unreached` (a ValueError) with the curve for a target
+    that is out of reach or, along the continuation, jumped over. The model is the same before and after.
 
     Example:
         >>> import ws
@@ -96,7 +98,7 @@ def calibrate(
     if not 0 < q < 1:
         raise ValueError(f"q = {q}: a quantile lies between 0 and 1")
     check_plain(lm.model)
-    steering = as_steering(lm, w)
+    steering, target = as_steering(lm, w), float(target)
     if along == "texts":
         rows = token_rows(lm, texts) if texts is not None else probe_rows(lm, behavior) + passage_rows(lm, 10_000)[0]
         return met(token_kls(lm, rows), steering, target, along=along, q=q, sign=sign, within=within)
@@ -120,7 +122,10 @@ def met(
 
     def at(alpha: float, signs: str) -> tuple[float, float, int, int]:
         found = [kls(steering, s * alpha) if signs in ("both", name) else None for name, s in (("+", 1), ("-", -1))]
-        return (*(quantile(x, q) if x is not None else float("nan") for x in found), *(0 if x is None else len(x) for x in found))
+        return (
+            *(quantile(x, q) if x is not None else float("nan") for x in found),
+            *(0 if x is None else len(x) for x in found),
+        )
 
     def larger(alpha: float) -> float:
         seen[alpha] = at(alpha, sign)
@@ -154,22 +159,29 @@ def continued_kls(lm: LM, prompts: Sequence[Sequence[int]], tokens: int = TOKENS
 
 
 def said_kls(
-    lm: LM, prompts: Sequence[Sequence[int]], said: Sequence[Sequence[int]], steering: Steering, alpha: float
+    lm: LM, prompts: Rows, said: Rows, steering: Steering, alpha: float, others: Rows | None = None
 ) -> Float[Tensor, " k"]:
-    """KL(steered || base) where each token of `said`, ids that follow the prompts, is chosen."""
-    rows = [[*before, *after[:-1]] for before, after in zip(prompts, said, strict=True)]
-    return token_kls(lm, rows, [len(before) - 1 for before in prompts], budget=0)(steering, alpha)
+    """KL(steered || base) where each token of `said`, ids that follow the prompts, is chosen. others: the steered side's own
+    prompts."""
+    sides = []
+    for each in (prompts, others or prompts):
+        rows = [[*before, *after[:-1]] for before, after in zip(each, said, strict=True)]
+        sides.append((rows, [len(before) - 1 for before in each]))
+    return token_kls(lm, *sides[0], steered=sides[1], budget=0)(steering, alpha)
 
 
-def probe_rows(lm: LM, behavior: Behavior, topics: int = MOST_TOPICS, wordings: int | None = None) -> list[list[int]]:
+def probe_rows(
+    lm: LM, behavior: Behavior, topics: int = MOST_TOPICS, wordings: int | None = None, system: str | None = None
+) -> list[list[int]]:
     """Token ids of the probes about the first held-out topics, wording after wording (None: all)."""
     claims = [topic.claim for topic in behavior.heldout_topics[:topics]]
     asked = [behavior.probe_text(claim, a) for a in range(len(behavior.templates[:wordings])) for claim in claims]
-    return token_rows(lm, [chat_text(lm.tokenizer, text) for text in asked])
+    return token_rows(lm, [chat_text(lm.tokenizer, text, system) for text in asked])
 
 
 def opening_texts(lm: LM, behavior: Behavior, n: int = MOST_TOPICS, system: str | None = None) -> list[str]:
-    """Rendered turns that ask for prose: the held-out topics' opinions and the requests for the neutral passages, up to n of each."""
+    """Rendered turns that ask for prose: the held-out topics' opinions and the requests for the neutral passages, up to n of
+    each."""
     asked = [behavior.opinion_text(topic) for topic in behavior.heldout_topics[:n]]
     asked += [request(about) for about, _ in neutral().passages[:n]]
     return [chat_text(lm.tokenizer, text, system) for text in asked]

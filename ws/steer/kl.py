@@ -6,7 +6,7 @@ alpha^2 near 0. (docs/method.md sections 8 and 12)
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int
@@ -29,8 +29,8 @@ KLs = Callable[[Steering, float], Float[Tensor, " k"]]
 
 
 class Unreached(ValueError):
-    """A KL that no strength was found for. curve: alpha -> KL, what was tried; bracket: the neighbours between which the KL jumps
-    over the target, (nan, nan) where none is above it."""
+    """A KL that no strength was found for. curve: alpha -> KL, what was tried; bracket: the neighbours between which the KL
+    jumps over the target, (nan, nan) where none is above it."""
 
     def __init__(self, told: str, curve: dict[float, float], bracket: tuple[float, float]):
         super().__init__(told)
@@ -69,12 +69,16 @@ def log_probs(lm: LM, rows: Rows, first: Sequence[int]) -> tuple[Float[Tensor, "
 
 
 def token_kls(
-    lm: LM, rows: Rows, first: Sequence[int] = (), steered: tuple[Rows, Sequence[int]] | None = None, budget: int = BUDGET
+    lm: LM,
+    rows: Rows,
+    first: Sequence[int] = (),
+    steered: tuple[Rows, Sequence[int]] | None = None,
+    budget: int = BUDGET,
 ) -> KLs:
-    """`kls(steering, alpha)`: KL(steered || base), nats, at every position of the rows from `first` on (default: all). In float32
-    whatever the model's dtype. steered: other rows for the steered side and where theirs begin, with as many positions each.
-    Of the base's log-probabilities up to `budget` bytes are kept. ValueError for no row, inside a steered model, and where a
-    diff does not fit."""
+    """`kls(steering, alpha)`: KL(steered || base), nats, at every position of the rows from `first` on (default: all). In
+    float32 whatever the model's dtype. steered: other rows for the steered side and where theirs begin, with as many positions
+    each. Of the base's log-probabilities up to `budget` bytes are kept. ValueError for no row, inside a steered model, and
+    where a diff does not fit."""
     check_plain(lm.model)
     rows = list(rows)
     if not rows:
@@ -118,11 +122,11 @@ def kl_from_base(lm: LM, texts: Sequence[str]) -> Callable[[WeightDiff | Steerin
 def matched_alpha(
     kl: Callable[[float], float], target: float, within: float = WITHIN, largest: float = LARGEST, scan: int = 0
 ) -> tuple[float, float]:
-    """alpha > 0 at which `kl(alpha)` is within a share `within` of `target` (nats), and that KL. KL is taken to grow as alpha^2
-    from alpha 1 on, until the target is bracketed; then the bracket is cut in log alpha, where a straight line through the logs of
-    its ends meets the target, at least a tenth away from either. Where the KL jumps over the target, `scan` more strengths around
-    the jump are tried. Unreached (a ValueError) with the curve for a target that is jumped over, that is not reached
-    under `largest` or before KL is no longer finite; ValueError for one that is not above 0."""
+    """alpha > 0 at which `kl(alpha)` is within a share `within` of `target` (nats), and that KL. KL is taken to grow as
+    alpha^2 from alpha 1 on, until the target is bracketed; then the bracket is cut in log alpha, where a straight line through
+    the logs of its ends meets the target, at least a tenth away from either. Where the KL jumps over the target, `scan` more
+    strengths around the jump are tried. Unreached (a ValueError) with the curve for a target that is jumped over, that is not
+    reached under `largest` or before KL is no longer finite; ValueError for one that is not above 0."""
     if not (math.isfinite(target) and target > 0):
         raise ValueError(f"a KL of {target:g} nats cannot be matched: it must be above 0")
     curve: dict[float, float] = {}
