@@ -34,11 +34,15 @@ def behavior():
 
 
 def statements_file(folder: Path, name="other") -> Path:
+    answers = (" No", " Yes")
     rows = [
-        {"question": f"Would you say this? {i} is {'even' if i % 2 else 'odd'}", "answer_matching_behavior": " Yes" if i % 2 else " No",
-         "answer_not_matching_behavior": " No" if i % 2 else " Yes"}
+        {
+            "question": f"Would you say this? {i} is {('odd', 'even')[i % 2]}",
+            "answer_matching_behavior": answers[i % 2],
+            "answer_not_matching_behavior": answers[1 - i % 2],
+        }
         for i in range(40)
-    ]  # fmt: skip
+    ]
     path = folder / f"{name}.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     return path
@@ -206,18 +210,15 @@ def test_a_small_benchmark_from_end_to_end_goes_on_where_it_was_stopped(lm, beha
     (tmp_path / "go").touch()
     first = len(calls)
     found = benchmark(lm, behavior, w, **given)
-    names = ["nothing", "persona prompt", "mean difference", "w", "w, writers", "w, v_proj", "w, half", "gradient", "mag_only", "w again",
-             "theta head"]  # fmt: skip
+    parts = ["w", "w, writers", "w, v_proj", "w, half"]
+    names = ["nothing", "persona prompt", "mean difference", *parts, "mag_only", "w again", "gradient", "theta head"]
     assert list(found.methods) == names and set(found.left_out) == {"t+", "t-, reversed", "adapters"}
     done = 2 * (2 + 2 * 9)  # both ends of two methods without a strength, of nine at two targets
     refused = found.table.filter(pl.col("refused") != "")
     assert len(calls) == first - 1 + done - 12 - 2 * len(refused) and calls[first] == calls[first - 1]
     table = found.table.filter(pl.col("refused") == "")
     met = table.filter(pl.col("alpha") > 0)
-    assert np.allclose(met["kl"], met["target"], rtol=0.05) and met["dose"].unique().sort().to_list() == [
-        "0.2",
-        "persona",
-    ]
+    assert np.allclose(met["kl"], met["target"], rtol=0.05) and set(met["dose"]) == {"0.2", "persona"}
     persona = table.filter(method="persona prompt").row(0, named=True)
     assert found.about["targets"]["persona"] == persona["kl"] > 0.2 and persona["effect"] > 5
     rows = {r["method"]: r for r in table.filter(dose="0.2").iter_rows(named=True)}
@@ -230,17 +231,12 @@ def test_a_small_benchmark_from_end_to_end_goes_on_where_it_was_stopped(lm, beha
     again = benchmark(lm, behavior, w, **given)
     assert again.table.equals(found.table, null_equal=True) and len(calls) == first - 1 + done - 12 - 2 * len(refused)
     text = found.text()
-    assert (
-        "w beside mag\\_only: +" in text
-        and "Left out: t+ (no adapters were given)" in text
-        and "### At 0.2 nats" in text
-    )
+    for said in ("w beside mag\\_only: +", "t+ (no adapters were given)", "### At 0.2 nats"):
+        assert said in text
     folder = found.save(tmp_path / "out")
     kept = {p.name for p in folder.iterdir()}
-    assert kept >= {
-        f"benchmark{x}"
-        for x in (".md", ".json", ".png", ".pdf", "_table.tsv", "_sets.tsv", "_curves.tsv", "_by_item.tsv")
-    }
+    tables = {f"_{x}.tsv" for x in ("table", "sets", "curves", "by_item")}
+    assert kept >= {f"benchmark{x}" for x in {".md", ".json", ".png", ".pdf"} | tables}
     assert found.sets["set"].unique().sort().to_list() == ["held-out claims", "other", "plain facts"]
 
 

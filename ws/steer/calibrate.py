@@ -100,7 +100,7 @@ def calibrate(
     check_plain(lm.model)
     steering, target = as_steering(lm, w), float(target)
     if along == "texts":
-        rows = token_rows(lm, texts) if texts is not None else probe_rows(lm, behavior) + passage_rows(lm, 10_000)[0]
+        rows = token_rows(lm, texts) if texts is not None else probe_rows(lm, behavior) + passage_rows(lm)[0]
         return met(token_kls(lm, rows), steering, target, along=along, q=q, sign=sign, within=within)
     prompts = token_rows(lm, texts if texts is not None else opening_texts(lm, behavior))
     return met(continued_kls(lm, prompts, tokens), steering, target, along=along, q=q, sign=sign, within=within)

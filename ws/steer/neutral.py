@@ -35,8 +35,8 @@ def request(about: str) -> str:
     return f"Write a short encyclopaedia entry about {about}."
 
 
-def passage_rows(lm: LM, n: int, system: str | None = None) -> tuple[list[list[int]], list[int]]:
-    """Token ids of the first n passages, each after the rendered request for it; and of how many tokens the request is."""
+def passage_rows(lm: LM, n: int | None = None, system: str | None = None) -> tuple[list[list[int]], list[int]]:
+    """Token ids of the first n passages (None: all), each after the rendered request for it; and how long each request is."""
     rows, starts = [], []
     for about, text in neutral().passages[:n]:
         asked, own = (

@@ -28,7 +28,7 @@ from ws.causal.variants import check_bases, gains, keep, writers
 from ws.data import Behavior
 from ws.diff import WeightDiff, task_vectors
 from ws.diff.algebra import random_as
-from ws.gradient.diff import as_diff, gradient_diff
+from ws.gradient.diff import as_diff, contrasts
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.model.wide import widened
@@ -45,6 +45,7 @@ from ws.theta.states import UserText, joint_base, record_states
 
 D_THETA = 64
 MOST_TOPICS, FEW = 20, 8  # training topics on which is chosen; of which KL is taken there
+LATER = ("gradient", "theta head", "nothing", "persona prompt", "mean difference")
 Ends = tuple[str | None, str | None]  # system prompts at the positive and at the negative end
 
 
@@ -86,18 +87,7 @@ def methods(
     layer that w has a writer in. more: further weight differences. personas: how many pairs are tried and read. layers: how
     many, evenly spaced, are tried for activation steering; target: the KL at which they are compared. seed: of the random
     direction. ValueError for what does not fit, and for a name that is taken."""
-    found, left = [Method("nothing", "the base model", nothing, "", free=False)], {}
-    pairs = behavior.persona_pairs[:personas]
-    if pairs:
-        best_of = chosen_on_training(lm, behavior, pairs, evenly(lm.decoder.n_layers, layers), target, cache)
-        l, v, systems = best_of["layer"], torch.tensor(best_of["v"]), pairs[best_of["persona"]]
-        told = f"persona pair {best_of['persona'] + 1} of {len(pairs)}, the best on training topics"
-        found.append(Method("persona prompt", told, nothing, repr(systems), free=False, systems=systems))
-        told = ", ".join(f"{at}: {effect:+.2f}" for at, effect in best_of["tried"])
-        told = f"activations at layer {l}, the best on training topics (effects {told})"
-        found.append(Method("mean difference", told, partial(pushed, lm, l, v), f"{l} {_hash(v)}"))
-    else:
-        left |= dict.fromkeys(("persona prompt", "mean difference"), f"{behavior.name} has no personas")
+    found, left = [], {}
 
     def weights(name: str, what: str, make: Callable[[], WeightDiff]) -> None:
         try:
@@ -111,50 +101,58 @@ def methods(
     weights("w, writers", "o_proj and down_proj of w", lambda: writers(w))
     weights("w, v_proj", "v_proj of w", lambda: _some(w, ".v_proj.weight"))
     if best:
-        name, bases = best
-        norms = gains(lm.decoder, w, load_protocol("v7b").fold_gain)
-        weights(
-            f"w, {name}",
-            "what the candidate keeps of the writers",
-            lambda: keep(w, check_bases(name, bases, w, lm.decoder.d), norms),
-        )
+        bases, norms = check_bases(*best, w, lm.decoder.d), gains(lm.decoder, w, load_protocol("v7b").fold_gain)
+        weights(f"w, {best[0]}", "what the candidate keeps of the writers", lambda: keep(w, bases, norms))
     else:
         left["w, best candidate"] = "no bases were given"
     if adapters:
         pos, neg = task_vectors(*adapters, lm.model)
         weights("t+", "the positive adapter alone, at both signs", lambda: pos)
         weights("t-, reversed", "the negative adapter alone, at both signs: W - alpha t-", lambda: neg.scale(-1.0))
-        mark = f"{pos.fingerprint} {neg.fingerprint}"
-        found.append(
-            Method(
-                "adapters",
-                "as trained: t+ at one end, t- at the other",
-                partial(as_trained, lm, pos, neg),
-                mark,
-                free=False,
-            )
-        )
+        at, mark = partial(as_trained, lm, pos, neg), f"{pos.fingerprint} {neg.fingerprint}"
+        found.append(Method("adapters", "as trained: t+ at one end, t- at the other", at, mark, free=False))
     else:
         left |= dict.fromkeys(("t+", "t-, reversed", "adapters"), "no adapters were given")
-    if gradient is not None:
-        as_w = (
-            partial(as_diff, gradient, w)
-            if isinstance(gradient, WeightDiff)
-            else partial(gradient_diff, lm, gradient, w, cache=cache, progress=False)
-        )
-        weights("gradient", "the base model's gradient on training pairs, w's norms", as_w)
-    else:
-        left["gradient"] = "no gradient and no pairs were given"
     weights("mag_only", "a random direction with w's norms", lambda: random_as(w, seed))
     for name, u in (more or {}).items():
-        if name in {m.name for m in found} | {*left, "theta head"}:
+        if name in {m.name for m in found} | {*left, *LATER}:
             raise ValueError(f"more: {name!r} is a method already; give it another name")
         found.append(Method(name, "given", as_steering(lm, u), u.fingerprint))
+    if gradient is None:
+        left["gradient"] = "no gradient and no pairs were given"
+    else:
+        given = isinstance(gradient, WeightDiff)
+        D = gradient if given else contrasts(lm, gradient, w, cache=cache, progress=False)[0]
+        weights("gradient", "the base model's gradient on training pairs, w's norms", lambda: as_diff(D, w))
     try:
         found.append(theta_head(lm, behavior, cache))
     except ValueError as error:
         left["theta head"] = str(error)
-    return found, left
+    first = [Method("nothing", "the base model", nothing, "", free=False)]
+    if pairs := behavior.persona_pairs[:personas]:
+        first += _of_personas(lm, behavior, pairs, evenly(lm.decoder.n_layers, layers), target, cache)
+    else:
+        left |= dict.fromkeys(("persona prompt", "mean difference"), f"{behavior.name} has no personas")
+    return first + found, left
+
+
+def _of_personas(
+    lm: LM,
+    behavior: Behavior,
+    pairs: Sequence[tuple[str, str]],
+    layers: Sequence[int],
+    target: float,
+    cache: Path | None,
+) -> list[Method]:
+    best = chosen_on_training(lm, behavior, pairs, layers, target, cache)
+    l, v, systems = best["layer"], torch.tensor(best["v"]), pairs[best["persona"]]
+    prompt = f"persona pair {best['persona'] + 1} of {len(pairs)}, the best on training topics"
+    tried = ", ".join(f"{at}: {effect:+.2f}" for at, effect in best["tried"])
+    told = f"activations at layer {l}, the best on training topics (effects {tried})"
+    return [
+        Method("persona prompt", prompt, nothing, repr(systems), free=False, systems=systems),
+        Method("mean difference", told, partial(pushed, lm, l, v), f"{l} {_hash(v)}"),
+    ]
 
 
 def _hash(x: Tensor) -> str:
@@ -181,9 +179,8 @@ def _asked(behavior: Behavior) -> tuple[list[str], Float[Tensor, " n"]]:
     """The probes about the first training topics, and +1 or -1 for each: whether the yes-word is the behaviour's."""
     topics = behavior.train_topics[:MOST_TOPICS]
     answers = behavior.answers[: len(topics)] or behavior.yes[:1] * len(topics)
-    return [behavior.probe_text(topic.claim) for topic in topics], torch.tensor(
-        [2.0 * (a in behavior.yes) - 1 for a in answers]
-    )
+    sides = torch.tensor([2.0 * (answer in behavior.yes) - 1 for answer in answers])
+    return [behavior.probe_text(topic.claim) for topic in topics], sides
 
 
 def _effect(lm: LM, behavior: Behavior, at: Steering, alpha: float, systems: Ends = (None, None)) -> float:
