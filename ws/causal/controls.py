@@ -11,8 +11,8 @@ so that no more than `r x r` matrices are solved. `N` draws are products of abou
 `ws.stability.blind`): each is Haar and any two are independent.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil, sqrt
 
 import numpy as np
@@ -25,8 +25,10 @@ from ws.show.bars import tqdm
 from ws.stability.blind import haar
 
 STEPS = 100  # of the search for k; a dozen suffice
-MOST = 1 << 24  # numbers held at once in the search
-CLOSE = 1e-9  # of the layer's energy
+MOST = 1 << 20  # numbers held at once in the search
+CLOSE = 1e-7  # of the layer's energy
+QUICK = 6  # Newton steps from where other draws of the candidate ended
+FEW = 10  # one chunk of draws in so many says where controls lie
 LOG_K = (-30.0, 45.0)  # of k in units of 1 / the largest eigenvalue
 Energy = Callable[[Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor, " n"]]]  # and its derivative
 
@@ -35,10 +37,12 @@ Energy = Callable[[Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor
 class Drawn:
     """Controls of C candidates over N joint draws. effect: `(N, C)` first-order effects between alpha -1 and +1, nats, NaN
     where a layer's energy is out of reach; off: `(N, C)` largest distance from the candidate's share of a layer's energy;
-    out: `(C,)` share of draws with a layer out of reach."""
+    out: `(C,)` share of draws with a layer out of reach; share: layer -> `(C, q)`, the controls' mean square overlap with each
+    eigenvector of the energy's Gram, NaN where none is matched."""
 
     effect: Float[np.ndarray, "N C"]
     off: Float[np.ndarray, "N C"]
+    share: Mapping[int, Float[np.ndarray, "C q"]] = field(default_factory=dict)
 
     @property
     def out(self) -> Float[np.ndarray, " C"]:
@@ -46,7 +50,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A span in the eigenbasis of one of its energies, whose trace is 1: `M = U R^T`, `R = U H^T + beyond`."""
 
     U: Float[Tensor, "d q"]
@@ -55,7 +59,7 @@ class _Layer:
     beyond: Float[Tensor, "d q"]
 
     @classmethod
-    def of(cls, span: Span, kind: str) -> "_Layer":
+    def of(cls, span: Span, kind: str) -> "Layer":
         v, V = torch.linalg.eigh(span.K[kind])
         U, R = span.U @ V, span.R @ V
         H = R.T @ U
@@ -89,53 +93,119 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     turns = [haar(d, generator, torch.float64).float() for _ in range(2 * I)]
     effect, off = torch.zeros(n_draws, len(bases), dtype=torch.float64), torch.zeros(n_draws, len(bases))
+    lies: dict[int, np.ndarray] = {}
     starts = range(0, n_draws, I)
     with tqdm(total=len(spans) * len(starts), desc=f"controls of equal {kind} energy", disable=not progress) as bar:
         for l, span in spans.items():
-            layer = _Layer.of(span, kind)
+            layer = Layer.of(span, kind)
             targets = torch.stack([layer.targets.float() @ O for O in turns[:I]])
             share = torch.tensor([span.energy(of_layer[l], kind) for of_layer in bases], dtype=torch.float64)
+            overlap, matched = torch.zeros(len(bases), len(layer.v), dtype=torch.float64), torch.zeros(len(bases), 1)
+            guess = torch.full((len(bases), 2), torch.nan, dtype=torch.float64)
             by_rank: dict[int, list[int]] = {}
             for c, of_layer in enumerate(bases):
                 by_rank.setdefault(of_layer[l].shape[1], []).append(c)
-            for start, V in zip(starts, turns[I:], strict=False):
+            for i, (start, V) in enumerate(zip(starts, turns[I:], strict=False)):
                 size = min(I, n_draws - start)
                 for rank, those in by_rank.items():
                     if rank:
                         B = torch.cat([bases[c][l].float() for c in those], dim=1)
                         Y = (targets[:size] @ (V @ B)).double().unflatten(2, (len(those), rank)).transpose(1, 2)
                         few = max(1, MOST // (len(layer.v) * rank**2))
-                        parts = zip(Y.flatten(0, 1).split(few), share[those].repeat(size).split(few), strict=True)
-                        slope, far = (
-                            torch.cat(each) for each in zip(*(_matched(layer, *p) for p in parts), strict=True)
-                        )
+                        near, look = guess[those].repeat(size, 1), i % FEW == 0
+                        parts = zip(*(x.split(few) for x in (Y.flatten(0, 1), share[those].repeat(size), near)), strict=True)
+                        got = [_matched(layer, *part, look) for part in parts]
+                        slope, far, ends, over = (torch.cat(each).unflatten(0, (size, -1)) for each in zip(*got, strict=True))
                         at = slice(start, start + size), those
-                        effect[at] += 2 * slope.reshape(size, -1)
-                        off[at] = torch.maximum(off[at], far.reshape(size, -1).float())
+                        effect[at] += 2 * slope
+                        off[at] = torch.maximum(off[at], far.float())
+                        if look:
+                            guess[those] = ends.nanmedian(dim=0).values.where(guess[those].isnan(), guess[those])
+                            overlap[those] += over.nansum(dim=0)
+                            matched[those] += (~slope.isnan()).sum(dim=0)[:, None]
+                    elif i % FEW == 0:
+                        matched[those] += size
                 bar.update()
-    return Drawn(effect.numpy(), off.numpy())
+            lies[l] = (overlap / matched).numpy()
+    return Drawn(effect.numpy(), off.numpy(), lies)
 
 
-def _matched(layer: _Layer, Y: Float[Tensor, "n t r"], want: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+def _matched(
+    layer: Layer, Y: Float[Tensor, "n t r"], want: Float[Tensor, " n"], near: Float[Tensor, "n 2"], look: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First-order effect of the control of each rotated basis at the energy that it is to have, NaN where that is out of reach;
-    and by how much its energy differs."""
+    by how much its energy differs; log k, in the column of its sign; and with `look` its square overlaps with the eigenvectors.
+    near: log k of other draws, by sign, NaN where none is known."""
     q, slope, far = len(layer.v), torch.full_like(want, torch.nan), torch.zeros_like(want)
+    over, ends = torch.full((len(want), q if look else 0), torch.nan, dtype=want.dtype), torch.full_like(near, torch.nan)
     inside, beyond = Y[:, :q], Y[:, q:]
-    more = (inside.square() * layer.v[:, None]).sum((1, 2)) < want
-    for up in (True, False):
+    for sign, some, log_k, grow, found, off in _grown(layer, inside, want, near):
+        Z, rest = grow[:, :, None] * inside[some], layer.outside(inside[some])
+        write = layer.H @ Z + beyond[some]
+        if look:
+            back = torch.linalg.solve(rest + Z.mT @ Z, Z.mT)
+            value = (back.mT * write).sum((1, 2))
+            over[some] = (back.mT * Z).sum(2).where(found[:, None], torch.nan)
+        else:
+            value = _trace(torch.linalg.solve(rest + Z.mT @ Z, Z.mT @ write))
+        slope[some], far[some] = value.where(found, torch.nan), off.where(found, 0.0)
+        ends[some, sign] = log_k.where(found, torch.nan)
+    return slope, far, ends, over
+
+
+def _grown(
+    layer: Layer, Y: Float[Tensor, "n q r"], want: Float[Tensor, " n"], near: Float[Tensor, "n 2"]
+) -> Iterator[tuple]:
+    """Those whose energy has to rise (0), then those whose has to fall (1): which, log k, `(1 + kv)^(+-1/2)`, whether k is found, and
+    by how much the energy differs. Newton's steps from where other draws ended; what these do not bring home is searched for."""
+    energies = (Y.square() * layer.v[:, None]).sum((1, 2))
+    more, already = energies < want, (energies - want).abs()
+    low, high = (end - float(layer.v.max().log()) for end in LOG_K)
+    for sign, up in enumerate((True, False)):
         some = (more == up).nonzero()[:, 0]
         if not len(some):
             continue
-        y = inside[some]
-        rest = layer.outside(y)
-        energy = _rising(layer.v, y) if up else _falling(layer.v, y, rest)
-        log_k, found = root(energy, want[some], *(end - float(layer.v.max().log()) for end in LOG_K))
-        k = log_k.exp()
-        grow = (1 + k[:, None] * layer.v) ** (0.5 if up else -0.5)
-        Z = grow[:, :, None] * y
-        value = _trace(torch.linalg.solve(rest + Z.mT @ Z, Z.mT @ (layer.H @ Z + beyond[some])))
-        slope[some], far[some] = value.where(found, torch.nan), (energy(log_k)[0] - want[some]).abs().where(found, 0.0)
-    return slope, far
+        y, goal = Y[some], want[some]
+
+        def energy_of(y: Tensor, up: bool = up) -> Energy:
+            return _rising(layer.v, y) if up else _falling(layer.v, y, layer.outside(y))
+
+        energy, log_k = energy_of(y), near[some, sign].clone()
+        error = torch.full_like(log_k, torch.inf)
+        log_k[already[some] <= CLOSE] = low
+        for step in range(0 if log_k.isnan().any() else QUICK):
+            value, slope = energy(log_k)
+            error = (value - goal).abs()
+            if bool((error <= CLOSE).all()) or step == QUICK - 1:
+                break
+            log_k = (log_k + ((goal - value) / slope).clamp(-2, 2).nan_to_num()).clamp(low, high)
+        found = error <= CLOSE
+        if len(far := (~found).nonzero()[:, 0]):
+            again = energy_of(y[far])
+            log_k[far], found[far] = root(again, goal[far], low, high)
+            error[far] = (again(log_k[far])[0] - goal[far]).abs()
+        grow = (1 + log_k.exp()[:, None] * layer.v) ** (0.5 if up else -0.5)
+        yield sign, some, log_k, grow, found, error
+
+
+def formed(
+    spans: Mapping[int, Span], bases: Mapping[int, Float[Tensor, "d _"]], O: Float[Tensor, "d d"], kind: str = "input"
+) -> dict[int, Float[Tensor, "d r"]] | None:
+    """The bases of one control, whole: `orth((I + k_l G_l)^(+-1/2) O B_l)`; None where a layer's energy is out of reach."""
+    found = {}
+    for l, span in spans.items():
+        layer, turned = Layer.of(span, kind), O.double() @ bases[l].double()
+        if not turned.shape[1]:
+            found[l] = turned
+            continue
+        inside = layer.U.T @ turned
+        want = torch.tensor([span.energy(bases[l], kind)], dtype=torch.float64)
+        unknown = torch.full((1, 2), torch.nan, dtype=torch.float64)
+        ((_, _, _, grow, there, _),) = _grown(layer, inside[None], want, unknown)
+        if not bool(there):
+            return None
+        found[l] = torch.linalg.qr(turned + layer.U @ ((grow[0][:, None] - 1) * inside)).Q
+    return found
 
 
 def _rising(v: Float[Tensor, " q"], Y: Float[Tensor, "n q r"]) -> Energy:
@@ -154,14 +224,17 @@ def _rising(v: Float[Tensor, " q"], Y: Float[Tensor, "n q r"]) -> Energy:
 def _falling(v: Float[Tensor, " q"], Y: Float[Tensor, "n q r"], rest: Float[Tensor, "n r r"]) -> Energy:
     """The same of `orth((I + kG)^(-1/2) O B)`."""
     r = Y.shape[2]
-    pairs = (Y[:, :, :, None] * Y[:, :, None, :]).flatten(2)
+    i, j = torch.triu_indices(r, r)
+    across = Y.mT.contiguous()
+    pairs, whole = (across[:, i] * across[:, j]).mT, torch.zeros(r, r, dtype=torch.long)
+    whole[i, j] = whole[j, i] = torch.arange(len(i))
 
     def energy(log_k: Tensor) -> tuple[Tensor, Tensor]:
         kv = log_k.exp()[:, None] * v
         part = 1 / (1 + kv)
         turn = -kv * part.square()
         rows = torch.stack([part, part * v, turn, turn * v], dim=1)
-        D, N, dD, dN = (rows @ pairs).unflatten(2, (r, r)).unbind(1)
+        D, N, dD, dN = (rows @ pairs)[:, :, whole].unbind(1)
         N, dD, dN = torch.linalg.solve(rest + D, torch.cat([N, dD, dN], dim=2)).split(r, dim=2)
         return _trace(N), _trace(dN) - (dD * N.mT).sum((1, 2))
 
@@ -192,4 +265,4 @@ def root(energy: Energy, want: Float[Tensor, " n"], low: float, high: float) -> 
         short = (value < want) == up
         below, above = guess.where(short, below), above.where(short, guess)
         guess = guess + (want - value) / slope
-    return best, found & (error <= 100 * CLOSE)
+    return best, found & (error <= 10 * CLOSE)

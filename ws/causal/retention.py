@@ -1,11 +1,12 @@
 """Does a subspace carry the effect, and more of it than its energy explains? (docs/method.md section 8)
 
-`retention = effect(P w_res) / effect(w_res)`, effects by forward passes between alpha -1 and +1, nats, on held-out claims. The
+`retention = effect(P w_res) / effect(w_res)`, effects by forward passes between -alpha and +alpha, nats, on held-out claims. The
 *excess* of a candidate is its first-order effect minus the mean first-order effect of its energy-matched controls
 (`ws.causal.controls`), and p the share of joint draws with at least its effect, `(1 + k) / (1 + n)`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,41 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from ws.cache.names import cache_folder
 from ws.causal.controls import Drawn, draw
-from ws.causal.spans import ENERGIES, Place, Span, probe_sets, slopes, writer_spans
-from ws.causal.variants import check_bases, gains, keep, writers
-from ws.data import Behavior, load_behavior
-from ws.diff import WeightDiff, load_diff
-from ws.model.guard import check_plain
+from ws.causal.ground import Ground, prepare
+from ws.causal.passes import Moved
+from ws.causal.spans import ENERGIES, Place, Span
+from ws.causal.variants import Bases, drop, full_drop, keep
+from ws.data import Behavior
+from ws.diff import WeightDiff
 from ws.model.lm import LM
-from ws.show.bars import tqdm
-from ws.steer.effect import LEVEL, effects
-from ws.steer.weights import check_fits
-from ws.subspaces.protocol import Protocol, load_protocol
+from ws.stability.significance import benjamini_hochberg, max_t_p
+from ws.steer.effect import LEVEL
+from ws.subspaces.protocol import Protocol
 
 TIE = 1e-6  # of an effect: controls that differ by rounding reach it
 WHOLE = ("w", "w_res")  # rows that are no candidates
+LESS = 10  # times fewer draws at equal Frobenius energy, which is the sensitivity analysis
+SENSITIVITY = ("excess", "p", "out_of_reach")
+COLUMNS = (
+    "subspace", "rank", "slope", "effect", "effect_low", "effect_high", "retention", "energy", "energy_frobenius", "linear",
+    "gap", "control", "control_low", "control_high", "excess", "p", "out_of_reach",
+    *(f"{name}_frobenius" for name in SENSITIVITY), "sure", "excess_low", "excess_high", "p_max", "q",
+    "drop", "keep_plus_drop", "full_drop", "kl", "pmass", "contrast", "plus", "minus", "saturated",
+)  # fmt: skip
+TYPES = {"subspace": pl.String, "sure": pl.Boolean, "saturated": pl.Boolean}
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """table: COLUMNS, one row for w, for w_res and for each candidate; excess: `(C, claims)` first-order excess on every held-out
+    claim, nats; drawn: the joint controls; linear: `(C,)`; names: of the candidates."""
+
+    table: pl.DataFrame
+    names: tuple[str, ...]
+    linear: Float[np.ndarray, " C"]
+    excess: Float[np.ndarray, "C claims"]
+    drawn: Drawn | None
 
 
 def retention(
@@ -38,6 +59,7 @@ def retention(
     behavior: Behavior | Path | str = "sycophancy",
     *,
     protocol: Protocol | str = "v7b",
+    alpha: float = 1.0,
     templates: int = 4,
     n_draws: int = 10_000,
     seed: int = 0,
@@ -49,62 +71,91 @@ def retention(
     w has a writer in (rank 0 where there is none).
 
     slope: the share of the slope's energy `|g|^2` that the bases hold; where it is nearly all, the first-order effect is kept
-    whatever w is, so that retention and p say nothing of w. effect, effect_low, effect_high: of `P w_res` by forward passes,
-    nats, mean over the held-out claims and the first `templates` wordings, with its 95 % t interval over claims; retention:
-    over that of w_res; energy, energy_frobenius: captured share of w_res, input-weighted and not; linear: first-order effect,
-    nats; gap: linear minus effect. From `n_draws` controls of equal input-weighted energy: control, control_low, control_high
-    (mean and 95 % range of their linear effect), excess, p, out_of_reach (share of draws in which a layer's energy cannot be
-    had: these count against the candidate in p, and not in the mean); excess_frobenius, p_frobenius, out_of_reach_frobenius
-    the same at equal Frobenius energy. 0 draws: NaN. p speaks of the first-order effect: where the gap is larger than the
-    excess, `sure` is false. given: what `slopes` returned. ValueError for what does not fit, naming it.
+    whatever w is, so that retention and p say nothing of w. effect, effect_low, effect_high: of `P w_res` by forward passes
+    between -alpha and +alpha, nats, mean over the held-out claims and the first `templates` wordings, with its 95 % t interval over
+    claims; plus, minus: what either end moves the score by; retention: effect over that of w_res; energy, energy_frobenius: captured
+    share of w_res, input-weighted and not; linear: first-order effect, nats; gap: linear minus effect. drop: effect of `(I - P) w_res`,
+    full_drop: of `w - P w_res`; keep_plus_drop: what the two halves of w_res have of its effect together, 1 where effects add up. kl:
+    `KL(steered || base)` of the answer's first token, mean of both ends; pmass: at the worse end; contrast: effect minus that on
+    true claims; saturated: beyond 12 nats or with pmass under one half, left out of verdicts. From `n_draws` controls of equal input-weighted
+    energy: control, control_low, control_high (mean and 95 % range of their linear effect), excess with its 95 % t interval over
+    claims, p, p_max (max-T over all candidates), q (Benjamini-Hochberg), out_of_reach (share of draws in which a layer's energy
+    cannot be had: these count against the candidate in p, and not in the mean); excess_frobenius, p_frobenius,
+    out_of_reach_frobenius the same at equal Frobenius energy, of a tenth of the draws. 0 draws: NaN. p speaks of the
+    first-order effect: where the gap is larger than the excess, `sure` is false. given: what `ws.causal.spans.slopes` returned.
+    ValueError for what does not fit, naming it. (docs/method.md section 8)
+
+    Example:
+        >>> import torch, ws
+        >>> lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
+        >>> axes = {l: torch.eye(lm.decoder.d)[:, :8] for l in w.layers()}
+        >>> found = ws.retention(lm, w, {"first axes": axes}, templates=1, n_draws=10, progress=False)
+        >>> found["subspace"].to_list()
+        ['w', 'w_res', 'first axes']
     """
-    behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
-    protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
-    w, cache = load_diff(w), cache or cache_folder(lm.name)
-    if not 1 <= templates <= len(behavior.templates):
-        raise ValueError(
-            f"templates = {templates}: {behavior.name} has {len(behavior.templates)} wordings of the probe"
-        )
+    check_names(candidates)
+    options = {"protocol": protocol, "alpha": alpha, "templates": templates, "given": given, "cache": cache}
+    ground = prepare(lm, w, behavior, progress=progress, **options)
+    return carried(ground, {name: ground.checked(name, of) for name, of in candidates.items()}, n_draws, seed).table
+
+
+def check_names(candidates: Mapping[str, object]) -> None:
+    """ValueError for a candidate called as a row of the table is."""
     if taken := sorted(set(WHOLE) & set(candidates)):
         raise ValueError(f"candidate {taken[0]}: this name is a row of its own; give it another")
-    check_fits(lm.model, w)
-    check_plain(lm.model)
-    res, norms = writers(w), gains(lm.decoder, w, protocol.fold_gain)
-    bases = {name: check_bases(name, each, w, lm.decoder.d) for name, each in candidates.items()}
-    given = given or slopes(lm, behavior, res.layers(), templates, cache, progress)
-    spans = writer_spans(lm, w, probe_sets(lm, behavior, protocol), given, norms, progress)
 
-    variants = {"w": w, "w_res": res} | {name: keep(w, each, norms) for name, each in bases.items()}
+
+def carried(ground: Ground, bases: Mapping[str, Bases], n_draws: int, seed: int = 0, drops: bool = True) -> Carried:
+    """The table of `retention` for checked bases. drops: whether drop and full_drop are asked too."""
+    w, norms = ground.w, ground.gains
+    kept = {"w": w, "w_res": ground.res} | {name: keep(w, of, norms) for name, of in bases.items()}
+    moved = ground.on_true(kept, label="keep")
+    more: dict[str, dict[str, Moved]] = {}
+    for what, part in (("drop", drop), ("full_drop", full_drop)) if drops else ():
+        more[what] = ground.passes({name: part(w, of, norms) for name, of in bases.items()}, label=what)
     rows = []
-    for name, variant in tqdm(variants.items(), desc="effects by forward passes", disable=not progress):
-        rows.append({"subspace": name, **_effect(effects(lm, behavior, variant, templates, cache))})
-        rows[-1] |= _linear(spans, bases.get(name)) if name != "w" else {}
-        rows[-1] |= {"slope": _slope(given, bases[name])} if name in bases else {}
+    for name, one in moved.items():
+        row = {"subspace": name, **spread(one.effect, "effect"), "kl": one.mean_kl, "pmass": one.least_pmass}
+        row |= {"contrast": one.contrast, "saturated": one.saturated} | dict(zip(("plus", "minus"), one.ends, strict=True))
+        row |= linear_of(ground.spans, bases.get(name)) if name != "w" else {}
+        row |= {"slope": slope_share(ground.given, bases[name])} if name in bases else {}
+        rows.append(row | {what: float(of[name].effect.mean()) for what, of in more.items() if name in of})
     whole = rows[1]["effect"]
     for row in rows:
         row["retention"] = row["effect"] / whole if whole else float("nan")
+        row["keep_plus_drop"] = (row["effect"] + row.get("drop", float("nan"))) / whole if whole else float("nan")
         row["gap"] = row.get("linear", float("nan")) - row["effect"]
+    linear, excess, drawn = np.array([row["linear"] for row in rows[2:]]), np.zeros((len(bases), 0)), None
     if n_draws and bases:
-        linear = np.array([row["linear"] for row in rows[2:]])
-        for kind in ENERGIES:
-            drawn = draw(spans, list(bases.values()), n_draws, kind, seed, progress)
-            for row, found in zip(rows[2:], against(drawn, linear), strict=True):
-                more = "" if kind == "input" else f"_{kind}"
-                row |= {f"{name}{more}": value for name, value in found.items() if not more or name in SENSITIVITY}
-                row["sure"] = abs(row["gap"]) <= abs(row["excess"])
-    columns = {name: None for name in COLUMNS} | {"sure": None}
-    return pl.DataFrame(
-        [{**columns, **row} for row in rows], schema={n: TYPES.get(n, pl.Float64) for n in columns}
-    ).with_columns(pl.col(pl.Float64).fill_null(float("nan")))
+        drawn, excess = _against_controls(ground, bases, rows[2:], linear, n_draws, seed)
+    table = [{name: row.get(name) for name in COLUMNS} for row in rows]
+    schema = {name: TYPES.get(name, pl.Float64) for name in COLUMNS}
+    found = pl.DataFrame(table, schema=schema).with_columns(pl.col(pl.Float64).fill_null(float("nan")))
+    return Carried(found, tuple(bases), linear, excess, drawn)
 
 
-SENSITIVITY = ("excess", "p", "out_of_reach")
-COLUMNS = (
-    "subspace", "rank", "slope", "effect", "effect_low", "effect_high", "retention", "energy", "energy_frobenius", "linear",
-    "gap", "control", "control_low", "control_high", "excess", "p", "out_of_reach",
-    *(f"{name}_frobenius" for name in SENSITIVITY),
-)  # fmt: skip
-TYPES = {"subspace": pl.String, "sure": pl.Boolean}
+def _against_controls(
+    ground: Ground, bases: Mapping[str, Bases], rows: list[dict], linear: Float[np.ndarray, " C"], n_draws: int, seed: int
+) -> tuple[Drawn, Float[np.ndarray, "C claims"]]:
+    """Fill in what the controls say; the joint draws and the excess on every claim."""
+    of, progress = list(bases.values()), ground.progress
+    drawn = {kind: draw(ground.spans, of, n, kind, seed, progress)
+             for kind, n in zip(ENERGIES, (n_draws, max(n_draws // LESS, min(n_draws, 100))), strict=True)}  # fmt: skip
+    texts = ground.by_text(bases)
+    excess = ground.over_claims(texts.value - texts.control(drawn["input"].share))
+    hit = np.where(np.isnan(drawn["input"].effect), np.inf, drawn["input"].effect)
+    for kind, one in drawn.items():
+        more = "" if kind == "input" else f"_{kind}"
+        for row, found in zip(rows, against(one, linear), strict=True):
+            row |= {f"{name}{more}": value for name, value in found.items() if not more or name in SENSITIVITY}
+    reached = np.isfinite(hit).all(axis=0)
+    p_max = np.where(reached, max_t_p(np.where(reached, linear, np.nan), np.where(reached, hit, np.nan)), np.nan)
+    q = benjamini_hochberg(np.array([row["p"] for row in rows]))
+    for row, by_claim, p, each in zip(rows, excess, p_max, q, strict=True):
+        around = spread(by_claim, "excess") if np.isfinite(row["excess"]) else {}
+        row |= {f"excess_{end}": around.get(f"excess_{end}", float("nan")) for end in ("low", "high")}
+        row |= {"p_max": float(p), "q": float(each), "sure": abs(row["gap"]) <= abs(row["excess"])}
+    return drawn["input"], excess
 
 
 def against(drawn: Drawn, linear: Float[np.ndarray, " C"]) -> list[dict[str, float]]:
@@ -123,19 +174,20 @@ def against(drawn: Drawn, linear: Float[np.ndarray, " C"]) -> list[dict[str, flo
     return found
 
 
-def _effect(by_claim: Float[np.ndarray, " n"]) -> dict[str, float]:
+def spread(by_claim: Float[np.ndarray, " n"], name: str) -> dict[str, float]:
+    """Mean over claims and its 95 % t interval."""
     mean, n = float(by_claim.mean()), len(by_claim)
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(by_claim)) if n > 1 else float("nan")
-    return {"effect": mean, "effect_low": mean - half, "effect_high": mean + half}
+    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
-def _slope(given: Mapping[Place, Tensor], bases: Mapping[int, Tensor]) -> float:
+def slope_share(given: Mapping[Place, Tensor], bases: Mapping[int, Tensor]) -> float:
     """`|P g|^2 / |g|^2` over the writers of the bases' layers."""
     there = [(bases[l].float(), g.float()) for (l, _), g in given.items() if l in bases]
     return sum(float((B.T @ g).square().sum()) for B, g in there) / sum(float(g.square().sum()) for _, g in there)
 
 
-def _linear(spans: Mapping[int, Span], bases: Mapping[int, Tensor] | None) -> dict[str, float]:
+def linear_of(spans: Mapping[int, Span], bases: Mapping[int, Tensor] | None) -> dict[str, float]:
     """First-order effect and captured energy, over all layers; of all of w_res without bases."""
     if bases is None:
         slope = sum(span.slope() for span in spans.values())

@@ -7,7 +7,7 @@ alpha to first order. Only products with w's factors are held. (docs/method.md s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,12 +43,15 @@ CUT = 1e-6  # of the largest singular value: directions below it are not written
 @dataclass(frozen=True)
 class Span:
     """One layer. U: `(d, q)` orthonormal; K: per energy of ENERGIES the `(q, q)` Gram in U, of trace `trace`; R: `(d, q)`, so
-    that `M = U R^T`. float64 on the CPU."""
+    that `M = U R^T`. parts: of each writer w as factors `(d, r)`, `(r, in)`, gain: of the norm on what it writes, folded into
+    the first, where there is one. float64 on the CPU."""
 
     U: Float[Tensor, "d q"]
     K: Mapping[str, Float[Tensor, "q q"]]
     trace: Mapping[str, float]
     R: Float[Tensor, "d q"]
+    parts: Mapping[str, tuple[Float[Tensor, "d r"], Float[Tensor, "r in_"]]] = field(default_factory=dict)
+    gain: Mapping[str, Float[Tensor, " d"]] = field(default_factory=dict)
 
     def energy(self, B: Float[Tensor, "d r"], kind: str = "input") -> float:
         """Share of the layer's energy that `B B^T` captures."""
@@ -88,7 +91,7 @@ def slopes(
             lm,
             examples,
             dict.fromkeys(at, weights),
-            lambda logits, _: _log_ratio(logits, yes, no),
+            lambda logits, _: log_ratio(logits, yes, no),
             "slopes of the log-ratio",
             progress,
         )
@@ -108,7 +111,8 @@ def slopes(
     return kept(path, key, lambda to: save_file({f"{l} {r}": g.contiguous() for (l, r), g in make().items()}, to), read)
 
 
-def _log_ratio(logits: Float[Tensor, "k V"], yes: list[int], no: list[int]) -> Float[Tensor, " k"]:
+def log_ratio(logits: Float[Tensor, "k V"], yes: list[int], no: list[int]) -> Float[Tensor, " k"]:
+    """`log P(yes-words) - log P(no-words)`, nats."""
     logp = logits.float().log_softmax(dim=-1)
     return logp[:, yes].logsumexp(dim=-1) - logp[:, no].logsumexp(dim=-1)
 
@@ -164,7 +168,7 @@ def writer_spans(
     """The spans of w's writers, layer by layer. gains: of the norms on what they write, folded into both sides. ValueError where
     w has no writer, or is 0 at a layer."""
     parts: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
-    w, gains = writers(w), gains or {}
+    w, gains, norms = writers(w), gains or {}, {}
     for l in w.layers():
         for role in ROLES:
             if (name := lm.decoder.param_name(l, role)) in w:
@@ -179,13 +183,19 @@ def writer_spans(
                 if name in gains:
                     D = gains[name].double()[:, None]
                     left, g = D * left, g / D
+                    norms.setdefault(l, {})[role] = gains[name].double()
                 parts.setdefault(l, {})[role] = (left, Vh[some], g)
     read = {(l, role): A for l, each in parts.items() for role, (_, A, _) in each.items()}
     moments = second_moments(lm, sets, read, progress=progress)
-    return {l: _span(l, each, moments) for l, each in parts.items()}
+    return {l: _span(l, each, moments, norms.get(l, {})) for l, each in parts.items()}
 
 
-def _span(l: int, parts: Mapping[str, tuple[Tensor, Tensor, Tensor]], moments: Mapping[Place, Tensor]) -> Span:
+def _span(
+    l: int,
+    parts: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    moments: Mapping[Place, Tensor],
+    norms: Mapping[str, Tensor],
+) -> Span:
     sizes = {role: float(left.norm()) for role, (left, _, _) in parts.items()}
     if not any(sizes.values()):
         raise ValueError(f"layer {l}: w is 0 on what writes to the residual stream; leave the layer out of w")
@@ -200,4 +210,5 @@ def _span(l: int, parts: Mapping[str, tuple[Tensor, Tensor, Tensor]], moments: M
         K["input"] += mine @ moments[l, role] @ mine.T
         K["frobenius"] += mine @ (A @ A.T) @ mine.T
         R += (g @ A.T) @ mine.T
-    return Span(U, K, {kind: float(G.trace()) for kind, G in K.items()}, R)
+    factors = {role: (left, A) for role, (left, A, _) in parts.items()}
+    return Span(U, K, {kind: float(G.trace()) for kind, G in K.items()}, R, factors, norms)

@@ -2,7 +2,7 @@
 
 `w_res` holds the writers (`o_proj`, `down_proj`) of w; with `P = B_l B_l^T` per layer `keep = P w_res`, `drop = (I - P) w_res`,
 `full_drop = w - P w_res`. Where a block norms its output, with gain D, and bases are of what leaves that norm, `keep` is
-`D^-1 P D w_res`.
+`D^-1 P D w_res`. Bases that read are put on the right of what reads the stream (q, k, v, gate, up): `w_read P`.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ws.diff import WeightDiff
 from ws.diff.algebra import WRITERS, project
-from ws.diff.core import Entry, LowRank
+from ws.diff.core import Entry, LowRank, layer_of
 from ws.model.decoder import Decoder
 from ws.subspaces.materials import output_gain
 
+READERS = (".q_proj.weight", ".k_proj.weight", ".v_proj.weight", ".gate_proj.weight", ".up_proj.weight")
 Gains = Mapping[str, Float[Tensor, " d"]]
 Bases = Mapping[int, Float[Tensor, "d r"]]
 
@@ -94,4 +95,53 @@ def check_bases(name: str, bases: Mapping[int, Tensor], w: WeightDiff, d: int) -
                 f"{name} at layer {l}: its columns are not orthonormal; use ws.subspaces.algebra.orthonormalize"
             )
         found[l] = B
+    return found
+
+
+
+
+def readers(w: WeightDiff) -> WeightDiff:
+    """What of w reads the residual stream. ValueError where it has none."""
+    found = w.select(lambda name: name.endswith(READERS))
+    if not len(found):
+        raise ValueError("w changes none of q, k, v, gate, up: nothing of it reads the residual stream; train these")
+    return found
+
+
+def keep_read(w: WeightDiff, bases: Bases, gains: Gains | None = None) -> WeightDiff:
+    """`w_read P`, on what a module is given; with the gain g of the norm before it `w diag(g) P diag(g)^-1`, for bases of
+    what enters that norm. ValueError naming a parameter of a layer without a basis."""
+
+    def change(name: str, entry: Entry) -> Entry:
+        if (B := bases.get(layer_of(name))) is None:
+            raise ValueError(f"{name}: no basis for layer {layer_of(name)}")
+        g = (gains or {}).get(name)
+        right = (entry.A if isinstance(entry, LowRank) else entry).float()
+        B = B.to(right.device, torch.float32)
+        right = (right if g is None else right * g) @ B @ B.T
+        right = right if g is None else right / g
+        return LowRank(entry.B.float(), right) if isinstance(entry, LowRank) else right
+
+    return readers(w).map(change)
+
+
+def drop_read(w: WeightDiff, bases: Bases, gains: Gains | None = None) -> WeightDiff:
+    """`w_read (I - P)`: what `keep_read` leaves."""
+    kept = keep_read(w, bases, gains)
+    return readers(w).map(
+        lambda name, entry: LowRank(entry.B.float(), entry.A.float() - kept.entries[name].A)
+        if isinstance(entry, LowRank)
+        else entry.float() - kept.entries[name]
+    )
+
+
+def input_gains(decoder: Decoder, w: WeightDiff) -> dict[str, Float[Tensor, " d"]]:
+    """Per reader of w, the gain of the norm before it. ValueError for a gain that holds a zero."""
+    found = {}
+    for l in w.layers():
+        for role in ("q", "k", "v", "gate", "up"):
+            if (name := decoder.param_name(l, role)) in w:
+                found[name] = decoder.norm_gain(l, "attn_in" if role in "qkv" else "mlp_in")
+                if not bool((found[name] != 0).all()):
+                    raise ValueError(f"{name}: the norm before it has a gain of 0, `w D P D^-1` is undefined")
     return found
