@@ -29,5 +29,6 @@ def effects_figure(table: pl.DataFrame) -> Figure:
         axes.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), map(plain, names))
         axes.grid(axis="y", c="0.92")
-    figure.axes[1].legend(fontsize=8, title="KL per token")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, title="KL per token", loc="outside lower center", ncols=len(doses))
     return figure
