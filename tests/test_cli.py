@@ -188,7 +188,8 @@ def test_a_batch_that_has_everything_before_it_is_planned(tmp_path, monkeypatch,
         "batch --workers two": "--workers: invalid literal for int() with base 10: 'two'; see ws batch --help",
         "nonsense": "Unrecognized options: nonsense; Available subcommands: nb, batch, ",
         "nb": "a notebook of nbs/, without its suffix. (required); see ws nb --help",
-        "": "Expected one of {nb, batch, results, demo, real, inspect, predict, audit, atlas, report, status, clean}"
+        "": "Expected one of {nb, batch, results, demo, real, inspect, predict, audit, atlas, export, trim, generate, chat,"
+        " report, status, clean}"
         "; see ws --help",
     }.items(),
 )

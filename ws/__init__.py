@@ -24,6 +24,7 @@ EXPORTS = {
     "alpha_sweep": "ws.steer.evaluate",
     "calibrate": "ws.steer.calibrate",
     "audit": "ws.use.audit",
+    "export": "ws.use.export",
     "predict": "ws.gradient.predict",
     "candidate": "ws.subspaces.candidate",
     "candidates": "ws.subspaces.build",

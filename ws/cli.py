@@ -17,7 +17,7 @@ from ws.cache.files import Locked
 from ws.cache.places import typed_in
 from ws.runs import Missing
 from ws.runs.typed import parsed, stem
-from ws.use.commands import atlas, atlases, audit, predict
+from ws.use.commands import COMMANDS, atlases
 
 Pairs = Annotated[tuple[tuple[str, str], ...], arg(aliases=["-p"], metavar="KEY VALUE"), UseAppendAction]
 Files = Annotated[tuple[Path, ...], arg(aliases=["-f"]), UseAppendAction]
@@ -270,9 +270,7 @@ def main(args: list[str] | None = None) -> None:
 
 def answered(args: list[str] | None) -> int:
     """The exit code of a command; what it has to say of an error is printed."""
-    commands = {
-        f.__name__: f for f in (nb, batch, results, demo, real, inspect, predict, audit, atlas, report, status, clean)
-    }
+    commands = {f.__name__: f for f in (nb, batch, results, demo, real, inspect, *COMMANDS, report, status, clean)}
     try:
         code = told(sys.argv[1:] if args is None else args)
         code = parsed(commands, args)() if code is None else code

@@ -27,7 +27,7 @@ from ws.stability.significance import benjamini_hochberg, max_t_p
 from ws.steer.effect import LEVEL
 from ws.subspaces.protocol import Protocol
 
-TIE = 1e-6  # of an effect: controls that differ by rounding reach it
+TIE = 1e-5  # of an effect: controls that differ by rounding reach it
 WHOLE = ("w", "w_res")  # rows that are no candidates
 LESS = 10  # times fewer draws at equal Frobenius energy, which is the sensitivity analysis
 SENSITIVITY = ("excess", "p", "out_of_reach")

@@ -24,6 +24,7 @@ from ws.model.wide import widened
 from ws.steer.weights import check_fits
 
 TOKENS = 4096  # of a pass, stack included
+WORDING, LEAST = 3, 4  # tokens that tell wordings apart; of a beginning that is worth a pass of its own
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
 Read = Callable[[Float[Tensor, "S k V"], list[int]], None]  # of logits after the last token, and which texts they are of
 
@@ -92,10 +93,14 @@ def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str
     """The same of a model as it is, with what is added per parameter to S rows of a stack."""
     ids, mask = encode(lm.tokenizer, list(turns), False, 4096)
     lengths = mask.sum(dim=1).tolist()
-    order, start = sorted(range(len(turns)), key=lengths.__getitem__), 0
+    alike = shared(ids, mask, last_index(mask), 1)
+    wordings = [tuple(row) for row in ids[:, alike : alike + WORDING].tolist()]  # texts of one wording begin alike
+    order, start = sorted(range(len(turns)), key=lambda i: (wordings[i], lengths[i])), 0
     while start < len(order):
-        few = 1
-        while start + few < len(order) and (few + 1) * S * lengths[order[start + few]] <= TOKENS:
+        few, first = 1, wordings[order[start]]
+        for i in order[start + 1 :]:
+            if wordings[i] != first or (few + 1) * S * lengths[i] > TOKENS:
+                break
             few += 1
         places = order[start : start + few]
         width = max(lengths[i] for i in places)
@@ -111,7 +116,7 @@ def _logits(
     """Logits after each text's last token."""
     n, at = len(ids), last_index(mask)
     some, device = unembeds_some(lm.model), next(lm.model.parameters()).device
-    first = shared(ids, mask, at) if some and not reads_each(lm.model, ids.shape[1]) else 0
+    first = shared(ids, mask, at, LEAST) if some and not reads_each(lm.model, ids.shape[1]) else 0
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
     inputs = {name: x.to(device) for name, x in inputs.items()}
     with ExitStack() as stack:

@@ -195,7 +195,15 @@ def _foreign(tensors: dict[str, Tensor], path: Path, form: str) -> WeightDiff:
 
 
 def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) -> Path:
-    """Write `alpha w` as a PEFT LoRA folder: added to the base model it acts as `W + alpha w`.
+    """Write `alpha w` as a PEFT LoRA folder, whole: added to the base model it acts as `W + alpha w`. The base model is the one
+    that the metadata name. Errors as in `write_adapter`."""
+    with atomic_dir(Path(folder)) as temporary:
+        write_adapter(w.scale(alpha), temporary, str(w.meta.get("base_model") or ""))
+    return Path(folder)
+
+
+def write_adapter(w: WeightDiff, folder: Path, base: str, revision: str | None = None) -> None:
+    """Fill a folder with w as a PEFT LoRA of the base model of that name or path, and of no other module.
 
     Scaling is 1 (`lora_alpha = r` for every module). Dense matrices are factored at their numerical rank. Embedding
     weights are stored the way peft wants them, transposed. Raises ValueError naming a parameter that a LoRA cannot
@@ -215,7 +223,7 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
             entry = balanced(U[:, :keep], s[:keep], Vh[:keep])
         ranks[module] = max(entry.rank, 1)
         missing = ranks[module] - entry.rank  # peft knows no rank 0
-        B, A = pad(entry.B.float(), (0, missing)) * alpha, pad(entry.A.float(), (0, 0, 0, missing))
+        B, A = pad(entry.B.float(), (0, missing)), pad(entry.A.float(), (0, 0, 0, missing))
         key = f"base_model.model.{module}.lora"
         if module.split(".")[-1] in ("embed_tokens", "wte"):
             tensors |= {f"{key}_embedding_A": B.T, f"{key}_embedding_B": A.T}
@@ -227,12 +235,10 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
     targets = "|".join(module.replace(".", r"\.") for module in sorted(ranks))
     config = LoraConfig(r=top, lora_alpha=top, rank_pattern=pattern, alpha_pattern={**pattern}, target_modules=targets)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
-    config.base_model_name_or_path = str(w.meta.get("base_model") or "")
-    with atomic_dir(Path(folder)) as temporary:
-        config.save_pretrained(str(temporary))
-        whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(whole, str(Path(temporary) / "adapter_model.safetensors"), metadata={"format": "pt"})
-    return Path(folder)
+    config.base_model_name_or_path, config.revision = base, revision
+    config.save_pretrained(str(folder))
+    whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    save_file(whole, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def describe(w: WeightDiff) -> str:

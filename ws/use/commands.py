@@ -7,6 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ws.cache.places import out_folder, typed_in
+from ws.use.commands_of_w import COMMANDS as OF_W
 
 
 def audit(
@@ -119,3 +120,6 @@ def _check_save(here: Path, save: Path | None) -> None:
     """ValueError for a folder to save in that is a file, before anything is computed."""
     if save and (here / save).is_file():
         raise ValueError(f"{here / save}: is a file; give a folder for the tables")
+
+
+COMMANDS = (predict, audit, atlas, *OF_W)

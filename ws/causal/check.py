@@ -1,0 +1,201 @@
+"""`causal_check`: which part of a weight difference carries the behaviour? One seed, every candidate of its sweep. (docs/method.md 8)"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from ws.causal.cloud import cloud as designed
+from ws.causal.controls import formed
+from ws.causal.found import CausalCheck
+from ws.causal.ground import Ground, prepare
+from ws.causal.others import other_controls, other_layer, rank_table
+from ws.causal.parts import dose_table, read_table, where_table
+from ws.causal.retention import Carried, carried, linear_of
+from ws.causal.variants import Bases, keep
+from ws.data import Behavior, load_behavior
+from ws.diff import WeightDiff, load_diff
+from ws.explanation.result import Explanation
+from ws.model.lm import LM
+from ws.runs.parameters import suggest
+from ws.stability.blind import haar
+from ws.subspaces.protocol import Protocol
+
+SHUFFLES = "grad_null_"  # of these controls the first few stand for all
+FEW = 3
+DOSED = 3  # candidates whose dose is looked at
+SCORES = ("mean_conc_act", "mean_conc_w_combined", "joint_score")  # of the sweep, beside what the candidates carry
+
+
+def causal_check(
+    lm: LM,
+    w: WeightDiff | Path | str,
+    sweep: Explanation | Path | str,
+    behavior: Behavior | Path | str | None = None,
+    *,
+    other: WeightDiff | Path | str | None = None,
+    other_sweep: Explanation | Path | str | None = None,
+    nulls: Sequence[WeightDiff] = (),
+    candidates: Sequence[str] = (),
+    alpha: float = 1.0,
+    ranks: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    draws: int = 10_000,
+    checked: int = 100,
+    drops: int | None = None,
+    cloud: int = 300,
+    boot: int = 2000,
+    templates: int | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    title: str = "",
+    progress: bool = True,
+) -> CausalCheck:
+    """Everything of section 8 that one w can say. sweep: the finished sweep of this w, whose bases are used; other, other_sweep: w of
+    another LoRA seed and its sweep, for the ceilings; nulls: null diffs, for the controls; candidates: names to look at, [] for all;
+    ranks: of the ceilings; draws: energy-matched controls, by first-order effects; checked: how many of these are run forward;
+    drops: drop and full_drop are asked of so many candidates with the largest keep effect, None for all; cloud: blind subspaces of the
+    designed cloud, 0 for none; templates: wordings of the probe, None for all. Effects by forward passes are kept in `cache`, so that a
+    killed check goes on. ValueError for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare`
+    says.
+
+    Example:
+        >>> import ws
+        >>> from ws.causal.check import causal_check
+        >>> lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
+        >>> sweep = ws.explain(lm, w, candidates=["write", "mlp_write"], progress=False)
+        >>> found = causal_check(lm, w, sweep, ranks=[1], draws=10, checked=0, cloud=0, templates=1, progress=False)
+        >>> found.candidates["subspace"].to_list()
+        ['w', 'w_res', 'write', 'mlp_write']
+    """
+    sweep = sweep if isinstance(sweep, Explanation) else Explanation.load(sweep)
+    w, setting = load_diff(w), sweep.setting
+    for what, mine, its in (("model", lm.fingerprint, setting["fingerprint"]), ("w", w.fingerprint, setting["w"])):
+        if mine != its:
+            raise ValueError(f"the sweep is of another {what}; sweep this one first: just nb v7_sweep -p PROTOCOL v7b")
+    behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior or setting["behavior"])
+    if behavior.name != setting["behavior"]:
+        raise ValueError(f"the sweep is of {setting['behavior']}, given is {behavior.name}")
+    protocol = Protocol(**setting["protocol"] | {"sources": tuple(setting["protocol"]["sources"])})
+    about = chosen(sweep, candidates)
+    least = [l for l in w.layers() if l not in sweep.layers]
+    if least:
+        raise ValueError(f"the sweep leaves out layer {least[0]}, which w changes: sweep with LORA_LAYERS empty")
+    templates = templates or len(behavior.templates)
+    ground = prepare(lm, w, behavior, protocol=protocol, alpha=alpha, templates=templates, cache=cache, progress=progress)
+    sides = {side: {c["name"]: ground.checked(c["name"], bases_of(sweep, c["name"])) for c in about if (c["axis_kind"] == "read") == side}
+             for side in (False, True)}  # fmt: skip
+    write = sides[False]
+    found = carried(ground, write, draws, seed, drops is None)
+    forward = run_forward(ground, write, checked, seed)
+    table = with_forward(found, forward, seed).with_columns(other_layer=pl.Series(_in_order(found, other_layer(ground, write)), dtype=pl.Float64))
+    best = table[2:].filter(~pl.col("effect").is_nan()).sort("effect", descending=True)["subspace"].to_list()
+    if drops:
+        some = {n: write[n] for n in best[:drops]}
+        extra = carried(ground, some, 0).table.select("subspace", "drop", "keep_plus_drop", "full_drop")
+        table = table.drop("drop", "keep_plus_drop", "full_drop").join(extra, on="subspace", how="left", maintain_order="left")
+    act = factors_of(sweep, ground.layers)
+    away = None if other_sweep is None else other_sweep if isinstance(other_sweep, Explanation) else Explanation.load(other_sweep)
+    act_other = factors_of(away, ground.layers) if away else {}
+    k = int(setting["k"])
+    clouded = designed(ground, write, act, k, cloud, boot, seed) if cloud and act else None
+    scores = sweep.plain_summary.select("subspace", *(c for c in SCORES if c in sweep.plain_summary.columns))
+    facts = pl.DataFrame([{"subspace": c["name"], "kind": c["kind"], "axis_kind": c["axis_kind"], "family": c["family"], "sees": race(c)} for c in about])
+    table = table.join(facts, on="subspace", how="left", maintain_order="left").join(scores, on="subspace", how="left", maintain_order="left")
+    return CausalCheck(
+        candidates=table,
+        where=where_table(ground),
+        read=read_table(ground, sides[True]),
+        ranks=rank_table(ground, ranks, None if other is None else load_diff(other), act, act_other),
+        dose=dose_table(ground, {n: write[n] for n in best[:DOSED]}, lambda of: keep(ground.w, of, ground.gains)),
+        controls=other_controls(ground, k, nulls, cache, seed),
+        forward=forward,
+        cloud={} if clouded is None else {name: getattr(clouded, name) for name in ("points", "fit", "slopes", "beyond")},
+        setting={
+            "title": title or setting["title"], "model": lm.name, "fingerprint": lm.fingerprint, "w": w.fingerprint,
+            "behavior": behavior.name, "alpha": alpha, "draws": draws, "seed": seed, "templates": templates,
+            "claims": int(found.excess.shape[1]) or len(ground.items.by_claim(np.zeros(len(ground.items.turns)))),
+            "layers": ground.layers, "effects": ground.effects, "boot": boot, "k": k, "protocol": protocol.name,
+            "nulls": len(nulls), "other": other is not None, "chat": lm.chat,
+        },
+        tensors={
+            "excess": torch.tensor(found.excess), "linear": torch.tensor(found.linear),
+            "drawn": torch.tensor(found.drawn.effect if found.drawn else np.zeros((0, len(write)))).float(),
+        },
+        names=tuple(write),
+    )  # fmt: skip
+
+
+def race(c: Mapping) -> str:
+    """What comes nearest to training among what a candidate sees."""
+    from ws.subspaces.candidate import race_of
+
+    return race_of(c["sees"])
+
+
+def chosen(sweep: Explanation, names: Sequence[str]) -> list[dict]:
+    """What is known of the candidates that are looked at: of all without names; no ceilings, and few of the shuffles. ValueError for a
+    name that the sweep lacks, or that is a ceiling."""
+    known = {c["name"]: c for c in sweep.candidates if c["kind"] != "ceiling"}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"CANDIDATES: {name}: no candidate of this sweep{suggest(name, list(known))}")
+    if names:
+        return [known[name] for name in dict.fromkeys(names)]
+    shuffles = [name for name in known if name.startswith(SHUFFLES)]
+    return [c for name, c in known.items() if name not in shuffles[FEW:]]
+
+
+def bases_of(sweep: Explanation, name: str) -> dict[int, Tensor]:
+    """A candidate's bases by layer, as the sweep keeps them."""
+    return {l: sweep.tensors[f"basis/{name}/{l}"] for l in sweep.layers if f"basis/{name}/{l}" in sweep.tensors}
+
+
+def factors_of(sweep: Explanation, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The activation differences of the EVAL probes by layer; {} where one is missing or 0."""
+    found = {l: sweep.tensors.get(f"act_factor/{l}") for l in layers}
+    return {} if any(x is None or not x.numel() or not float(x.norm()) for x in found.values()) else found
+
+
+def run_forward(ground: Ground, bases: Mapping[str, Bases], checked: int, seed: int) -> pl.DataFrame:
+    """Energy-matched controls by forward passes: of (whose energy), linear, effect, nats. Candidates take turns; the rotations are none
+    of the joint draws'. A control whose energy is out of reach is left out."""
+    g, d = torch.Generator().manual_seed(1_000_003 + seed), ground.lm.decoder.d
+    names, made = [n for n, of in bases.items() if sum(B.shape[1] for B in of.values())], {}
+    for i in range(checked if names else 0):
+        name = names[i % len(names)]
+        of = formed(ground.spans, bases[name], haar(d, g, torch.float64))
+        if of is not None:
+            made[f"{name}/{i}"] = of
+    moved = ground.passes({n: keep(ground.w, of, ground.gains) for n, of in made.items()}, label="controls, run forward")
+    rows = [{"of": n.rpartition("/")[0], "linear": linear_of(ground.spans, of)["linear"], "effect": float(moved[n].effect.mean())} for n, of in made.items()]
+    return pl.DataFrame(rows, schema={"of": pl.String, "linear": pl.Float64, "effect": pl.Float64})
+
+
+def with_forward(found: Carried, forward: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The table with excess_forward and p_forward: the effect by forward passes against what its controls' would be, by the straight line
+    that maps first-order effects of the controls that were run to theirs, with the scatter about it. NaN with fewer than 10."""
+    table, unknown = found.table, float("nan")
+    excess, p = [unknown, unknown], [unknown, unknown]
+    some = len(forward) >= 10 and found.drawn is not None
+    if some:
+        x, y = forward["linear"].to_numpy(), forward["effect"].to_numpy()
+        slope, start = np.polyfit(x, y, 1)
+        left = y - start - slope * x
+        noise = np.random.default_rng(seed).choice(left * np.sqrt(len(y) / (len(y) - 2)), len(found.drawn.effect))
+    for c, effect in enumerate(table["effect"].to_list()[2:]):
+        column = found.drawn.effect[:, c] if some else np.zeros(0)
+        had = ~np.isnan(column)
+        if not had.any():
+            excess, p = [*excess, unknown], [*p, 1.0 if some else unknown]
+            continue
+        at = start + slope * column
+        excess.append(float(effect - at[had].mean()))
+        p.append((1 + int((at[had] + noise[had] >= effect).sum()) + int((~had).sum())) / (1 + len(column)))
+    return table.with_columns(excess_forward=pl.Series(excess, dtype=pl.Float64), p_forward=pl.Series(p, dtype=pl.Float64))
+
+
+def _in_order(found: Carried, values: Mapping[str, float]) -> list[float]:
+    return [values.get(name, float("nan")) for name in found.table["subspace"]]

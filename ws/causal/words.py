@@ -1,0 +1,148 @@
+"""What a causal check says in words: every number is taken from its tables. (docs/method.md section 8)"""
+
+import numpy as np
+import polars as pl
+
+from ws.show.tables import code, literal
+
+ALPHA = 0.05
+
+
+def conclusion(found) -> str:
+    """`causal_conclusion.md` of a `CausalCheck`."""
+    s = found.setting
+    sections = {
+        "Where w acts": _where(found),
+        "Who carries more than its energy": _carriers(found),
+        "Are first-order effects to be believed?": _gap(found),
+        "Necessary?": _needed(found),
+        "Controls and ceilings": _controls(found),
+        "Does an overlap score say what matters?": _cloud(found),
+        "Caveats of this run": _caveats(found),
+    }
+    head = f"# Causal check: {literal(s['title'])}\n\nalpha {s['alpha']:g}, {s['claims']} held-out claims, {s['templates']} wordings, layers {', '.join(map(str, s['layers']))}, {s['draws']:,} energy-matched draws."
+    return "\n\n".join([head, *(f"## {title}\n\n" + "\n".join(f"- {x}" for x in lines) for title, lines in sections.items() if lines)]) + "\n"
+
+
+def _around(row: dict, name: str = "effect") -> str:
+    return f"{row[name]:+.2f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
+
+
+def _where(found) -> list[str]:
+    by = {row["part"]: row for row in found.where.iter_rows(named=True)}
+    w = by["w"]
+    lines = [f"w moves the score by {_around(w)} nats between both ends (95 % over claims)."]
+    if "writers" in by:
+        one = by["writers"]
+        lines.append(f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**.")
+    rest = found.setting["effects"].get("w - w_res")
+    if rest is not None:
+        lines.append(f"All else does {rest:+.2f} nats alone; the two add up to {(by['writers']['effect'] + rest) / w['effect'] if w['effect'] else float('nan'):.2f} of w's effect.")
+    roles = sorted((r for n, r in by.items() if n in ("q", "k", "v", "o", "gate", "up", "down")), key=lambda r: -r["effect"])
+    if roles:
+        lines.append("By module, alone: " + ", ".join(f"{r['part']} {r['effect']:+.2f} ({r['share']:.0%} of |w|²)" for r in roles) + ".")
+    alone = sorted((r for n, r in by.items() if n.startswith("layer")), key=lambda r: -r["effect"])
+    if len(alone) > 1:
+        best = alone[0]
+        lines.append(f"Of single layers {best['part'].removeprefix('layer ')} does most, {best['effect']:+.2f} nats; all layers alone sum to {sum(r['effect'] for r in alone):+.2f}.")
+    return lines
+
+
+def _told(found) -> pl.DataFrame:
+    """Rows of candidates that can be judged: A-hypotheses whose energy is within reach."""
+    rows = found.candidates[2:]
+    return rows.filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null() & (pl.col("kind") == "A-hypothesis"))
+
+
+def _carriers(found) -> list[str]:
+    rows = _told(found)
+    if rows.is_empty():
+        return ["Nothing was held against controls (0 draws, or no energy within reach)."]
+    over = rows.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
+    both = over.filter(pl.col("excess_forward").is_nan() | ((pl.col("excess_forward") > 0) & (pl.col("p_forward") < ALPHA)))
+    single = int(((rows["p"] < ALPHA) & (rows["excess"] > 0)).sum())
+    lines = [f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05); {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."]
+    for row in both.head(6).iter_rows(named=True):
+        lines.append(
+            f"{code(row['subspace'])} ({literal(row['sees'])}): keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) on {row['energy']:.1%} of the energy; excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T {row['p_max']:.2g};"
+            f" by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g}); at equal Frobenius energy {row['excess_frobenius']:+.2f}; holds {row['slope']:.0%} of the score's own slope."
+        )
+    if lost := over.filter(~pl.col("subspace").is_in(both["subspace"].implode()))["subspace"].to_list():
+        lines.append(f"Not confirmed by forward passes: {', '.join(map(code, lost))}.")
+    low = rows.filter((pl.col("excess") < 0) & (pl.col("p") > 1 - ALPHA))["subspace"].to_list()
+    if low:
+        lines.append(f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {', '.join(map(code, low[:6]))}{' ...' if len(low) > 6 else ''}.")
+    follows = _spearman(rows["energy"], rows["retention"])
+    lines.append(f"Retention follows captured energy with a rank correlation of {follows:.2f}: a correlation of overlap scores with retention says next to nothing.")
+    return lines
+
+
+def _spearman(a: pl.Series, b: pl.Series) -> float:
+    return float(pl.DataFrame({"a": a, "b": b}).select(pl.corr("a", "b", method="spearman")).item()) if len(a) > 2 else float("nan")
+
+
+def _gap(found) -> list[str]:
+    rows, lines = _told(found), []
+    gaps = rows["gap"].abs()
+    if len(rows):
+        lines.append(f"First-order against forward effect of {len(rows)} candidates: largest gap {gaps.max():.3f} nats, median {gaps.median():.3f}; for {int((~rows['sure']).sum())} of them it is larger than the excess.")
+    if len(found.forward) > 2:
+        x, y = found.forward["linear"].to_numpy(), found.forward["effect"].to_numpy()
+        slope, start = np.polyfit(x, y, 1)
+        lines.append(f"{len(x)} energy-matched controls were run forward: correlation {np.corrcoef(x, y)[0, 1]:.4f}, forward = {start:+.3f} {slope:+.3f} times first-order, scatter {np.std(y - start - slope * x, ddof=2):.3f} nats.")
+    w_res = found.candidates.filter(pl.col("subspace") == "w_res")
+    lines.append(f"All writers: first-order {w_res['linear'][0]:+.2f}, forward {w_res['effect'][0]:+.2f} nats.")
+    return lines
+
+
+def _needed(found) -> list[str]:
+    rows, w = found.candidates[2:].filter(pl.col("full_drop").is_not_nan() & pl.col("full_drop").is_not_null()), found.setting["effects"]["w"]
+    if rows.is_empty() or not w:
+        return []
+    rows = rows.sort("full_drop").head(3)
+    told = [f"{code(r['subspace'])} {r['full_drop']:+.2f} ({r['full_drop'] / w:.0%} of w's {w:+.2f})" for r in rows.iter_rows(named=True)]
+    return [f"w with the candidate taken out of its writers keeps least of its effect without {'; '.join(told)}. What does not write stays in."]
+
+
+def _controls(found) -> list[str]:
+    lines = [f"{literal(r['control'])}: {r['effect']:+.2f} nats ({r['retention']:.0%}), {r['draws']} drawn, {r['low']:+.2f} to {r['high']:+.2f}." for r in found.controls.iter_rows(named=True)]
+    for (of, whose), part in found.ranks.group_by("of", "whose", maintain_order=True):
+        told = ", ".join(f"{r['rank']}: {r['retention']:.2f}" for r in part.iter_rows(named=True))
+        lines.append(f"Ceiling of {of}, {whose}, retention by rank: {told}.")
+    return lines
+
+
+def _cloud(found) -> list[str]:
+    if not found.cloud:
+        return []
+    fit = {r["scores"]: r for r in found.cloud["fit"].iter_rows(named=True)}
+    n = len(found.cloud["points"])
+    told = ", ".join(f"{name} {r['r2_out']:.2f}" for name, r in fit.items())
+    lines = [f"Over {n} blind subspaces, share of the effect's variance that is predicted on held-out folds: {told}."]
+    tells = [f"{r['score']} {r['nats_per_sd']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in found.cloud["slopes"].iter_rows(named=True)]
+    lines.append(f"Nats per standard deviation, the others held: {'; '.join(tells)}.")
+    far = found.cloud["beyond"].sort("residual", descending=True).head(5)
+    if len(far):
+        lines.append("Highest above what the three scores expect: " + ", ".join(f"{code(r['subspace'])} {r['residual']:+.2f} nats (z {r['z']:.1f})" for r in far.iter_rows(named=True)) + ".")
+    return lines
+
+
+def _caveats(found) -> list[str]:
+    s, rows = found.setting, found.candidates[2:]
+    lines = ["One seed: an excess over LoRA seeds, with its interval, stands in the stability report."]
+    if s["claims"] < 48:
+        lines.append(f"{s['claims']} held-out claims: at least 48 are needed for intervals worth printing.")
+    if s["templates"] < 4:
+        lines.append(f"{s['templates']} wordings: the endpoint asks for at least 4.")
+    if flagged := rows.filter(pl.col("saturated"))["subspace"].to_list():
+        lines.append(f"Saturated (beyond 12 nats, or pmass under one half), not to be ranked: {', '.join(map(code, flagged))}.")
+    if lost := rows.filter(pl.col("out_of_reach") > 0).select("subspace", "out_of_reach").rows():
+        lines.append("Energy out of reach of some draws: " + ", ".join(f"{code(n)} {x:.0%}" for n, x in lost) + ".")
+    tied = rows.filter(pl.col("slope") > 0.9)["subspace"].to_list()
+    if tied:
+        lines.append(f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; their retention is near 1 whatever w is.")
+    if not s["other"]:
+        lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")
+    if s["draws"] < 10_000:
+        lines.append(f"{s['draws']:,} draws; a p that stands in a paper takes 10,000.")
+    return lines
