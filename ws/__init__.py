@@ -23,6 +23,7 @@ EXPORTS = {
     "weight_steer": "ws.steer.weights",
     "alpha_sweep": "ws.steer.evaluate",
     "retention": "ws.causal.retention",
+    "calibrate": "ws.steer.calibrate",
     "audit": "ws.use.audit",
     "export": "ws.use.export",
     "predict": "ws.gradient.predict",

@@ -1,0 +1,85 @@
+"""What a benchmark shows, in words that are computed from its tables. (docs/method.md section 8)"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import polars as pl
+
+from ws.show.tables import as_text, literal
+from ws.steer.statements import MIN_PMASS
+from ws.use.surgery import with_ends
+
+COLUMNS = (
+    "method alpha kl said_kl effect effect_low effect_high effect_yes effect_no control surgical wrong_way pmass off_target"
+    " off_bias perplexity facts repeats"
+).split()
+CONTROL, WHOLE = "mag_only", "w"
+SATURATED = 12.0  # nats
+
+
+def conclusion(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame, methods: Mapping, left_out: Mapping) -> str:
+    """Per dose a table and what of it can be said; what the methods are; what was left out."""
+    where = "of fixed texts" if about["along"] == "texts" else "of their own greedy text"
+    rows = table.filter(pl.col("refused") == "")
+    n, controls = int(rows["n"][0]), int(rows["n_control"][0])
+    beside = f" and {controls} that they should leave alone" if controls else ""
+    said = [
+        f"**{literal(about['behavior'])}** on {literal(about['model'])}: methods that have a strength are compared where"
+        f" the {about['q']:.0%} quantile of KL(steered || base) over the tokens {where} meets a target at the end that moves it"
+        f" more. Effects are in nats, between both ends, over {n} held-out items{beside}; intervals are 95 % t intervals over"
+        " items."
+    ]
+    for dose in table["dose"].unique(maintain_order=True):
+        part = table.filter(pl.col("dose") == dose)
+        met = part.filter(pl.col("refused") == "")
+        title = "Without a strength" if np.isnan(part["target"][0]) else f"At {part['target'][0]:.3g} nats"
+        title += " (what the persona prompt moves the model by)" * (dose == "persona")
+        shown = met.select([c for c in COLUMNS if c == "method" or not met[c].is_nan().all()] if len(met) else [])
+        said.append(f"### {title}")
+        said += [as_text(shown.with_columns(pl.col("method").map_elements(literal, pl.String)))] if len(met) else []
+        said += [
+            f"{literal(row['method'])}: {literal(row['refused'])}."
+            for row in part.filter(pl.col("refused") != "").to_dicts()
+        ]
+        if len(met):
+            said.append(_compared(met, by_item.filter(pl.col("dose") == dose)))
+    said.append("\n".join(f"- {literal(name)}: {literal(what)}" for name, what in methods.items()))
+    if left_out:
+        said.append(
+            "Left out: " + "; ".join(f"{literal(name)} ({literal(why)})" for name, why in left_out.items()) + "."
+        )
+    return "\n\n".join(said) + "\n"
+
+
+def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
+    """One dose: who moves the behaviour most and whether that is told apart from the next and from a random direction, and at
+    what cost."""
+    ranked = rows.filter(pl.col("method") != "nothing").sort("effect", descending=True).to_dicts()
+    if not ranked:
+        return "Nothing could be compared."
+    moved = {name: part.sort("item")["moved"].to_numpy() for (name,), part in by_item.group_by("method")}
+    first, best, worst = ranked[0], max(ranked, key=lambda r: r["surgical"]), max(ranked, key=lambda r: r["perplexity"])
+    pairs = [(first["method"], row["method"]) for row in ranked[1:2]]
+    if WHOLE in moved:
+        pairs += [(WHOLE, other) for other in (first["method"], CONTROL) if other in moved and other != WHOLE]
+    said = [
+        f"Most: {literal(first['method'])}, {_ends(first, 'effect')} nats",
+        *(f"{literal(a)} beside {literal(b)}: {_against(moved[a] - moved[b])}" for a, b in dict.fromkeys(pairs)),
+        f"most surgical: {literal(best['method'])}, {_ends(best, 'surgical')} of at most {best['surgical_most']:.2f}",
+        f"perplexity of plain text grows most under {literal(worst['method'])}, {worst['perplexity']:.2f} times",
+    ]
+    if flagged := [literal(r["method"]) for r in ranked if r["pmass"] < MIN_PMASS or abs(r["effect"]) > 2 * SATURATED]:
+        why = "the answer words hold less than half of the probability at an end, or are saturated"
+        said.append(f"effects that say little, as {why}: {', '.join(flagged)}")
+    return "; ".join(said) + "."
+
+
+def _ends(row: Mapping, name: str) -> str:
+    return f"{row[name]:+.2f} ({row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f})"
+
+
+def _against(by_item: np.ndarray) -> str:
+    """A paired difference over items, in words."""
+    found = with_ends("by", by_item)
+    sure = found["by_low"] > 0 or found["by_high"] < 0
+    return f"{_ends(found, 'by')}{'' if sure else ', not told apart'}"
