@@ -35,9 +35,9 @@ def check_job(job: Job, place: Place, own: bool = True) -> None:
             run = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False)
             _ = [run.diffs_of(b) for b in job.values["BEHAVIORS"]] if "BEHAVIORS" in job.values else run.sweeps
         check_inputs(job.notebook, job.values, place.out, own)
-        if own and "SUBSPACES" in job.values:
+        if own and {"SUBSPACES", "SUBSPACE"} & set(job.values):
             run = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False)
-            _ = run.sweep, run.other
+            _ = run.sweep, "OTHER_SEED" in job.values and run.other
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{job.notebook}: {error}") from None
 

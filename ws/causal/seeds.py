@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from jaxtyping import Float
+from torch import Tensor
 
+from ws.causal.check import bases_of, chosen
 from ws.causal.found import RECORD, CausalCheck
+from ws.explanation.result import Explanation
+from ws.explanation.words import leaders
 from ws.show.tables import code
 from ws.stability.intervals import crossed_parts, half_width
 from ws.stability.significance import benjamini_hochberg, max_t_p
@@ -102,6 +106,28 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
 def finished(folders: Mapping[int, Path]) -> dict[int, Path]:
     """Of the seeds' folders those with a finished causal check."""
     return {seed: folder for seed, folder in folders.items() if (folder / RECORD).is_file()}
+
+
+def best_candidate(
+    sweep: Explanation | Path | str, checks: Mapping[int, Path], seed: int, name: str = ""
+) -> tuple[str, dict[int, Tensor], str]:
+    """A candidate's name, its bases in this seed's sweep, and how it was chosen: as named, else by the largest excess in the
+    causal checks of other seeds, in this seed's own without these, and without any by the sweep's joint score. ValueError for
+    a name that the sweep lacks."""
+    sweep = sweep if isinstance(sweep, Explanation) else Explanation.load(sweep)
+    others = {s: folder for s, folder in finished(checks).items() if s != seed} or finished(checks)
+    how = "as asked"
+    if not name and others:
+        hypotheses = {c["name"] for c in sweep.candidates if c["kind"] == "A-hypothesis"}
+        ranked = [n for n in over_seeds(others).table["candidate"] if n in hypotheses]
+        name, how = ranked[0], f"largest excess in the causal checks of seed {', '.join(map(str, others))}"
+    elif not name:
+        name, how = (
+            leaders(sweep.summary, "joint_score", ("write", "mixed"))[0],
+            "best joint score of this sweep; no causal check is there",
+        )
+    chosen(sweep, [name])
+    return name, bases_of(sweep, name), f"candidate {name} ({how})"
 
 
 def _mean(found: Mapping[int, CausalCheck], names: list[str], column: str) -> Float[np.ndarray, " C"]:

@@ -17,7 +17,7 @@ from ws.runs.folders import Params, library_files, null_diffs, run_id, seed_fold
 from ws.runs.identity import record_of
 from ws.runs.notebooks import CAUSAL, Notebook, Place, notebook_of, other_seed
 
-SWEPT = "explanation.json"  # the last file that a sweep writes
+SWEPT, CHECKED = "explanation.json", "causal.json"  # the last file that a sweep, a causal check writes
 
 
 class Refused(ValueError):
@@ -120,6 +120,21 @@ class Here:
                 raise Refused(f"{Path(base) / below}: is not there; RUNS_DIR must hold a sweep of every seed")
             found[seed] = Path(base) / below if base else self.find(f"{below}/{SWEPT}", f"{command}{seed}").parent
         return found
+
+    @property
+    def all_checks(self) -> dict[int, Path]:
+        """Folder of the finished causal check of every seed of this adapter."""
+        home = self.id.adapter_folder(self.outs[0])
+        found = {
+            p.parent.parent.name.removeprefix("seed_"): p.parent for p in home.glob(f"seed_[0-9]*/{CAUSAL}/{CHECKED}")
+        }
+        return {int(seed): folder for seed, folder in sorted(found.items())}
+
+    @property
+    def adapters(self) -> Path | None:
+        """The folder of this seed's two adapters, if it is there."""
+        found = self.finished_home / "adapters"
+        return found if (found / "pos").is_dir() else None
 
     @property
     def checks(self) -> dict[int, Path]:

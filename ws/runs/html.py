@@ -93,7 +93,8 @@ def _with_anchors(body: str) -> tuple[str, str]:
 
 def render(notebook: Path | str, target: Path | str, title: str = "") -> Path:
     """An executed notebook as one HTML file that needs no network. title: whose run it is, shown below the first heading.
-    Raises NotRendered for whatever goes wrong: an unreadable notebook, a package that is missing or does not fit, a full disk."""
+    Raises NotRendered for whatever goes wrong: an unreadable notebook, a package that is missing or does not fit, a full
+    disk."""
     try:
         need("nbconvert", "notebooks")
         return write_text(Path(target), _rendered(Path(notebook), Path(target), title))

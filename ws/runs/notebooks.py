@@ -172,7 +172,8 @@ def _swept_w(params: Params, out: Path) -> list[Path]:
 
 
 def other_seed(params: Params, out: Path) -> int | None:
-    """The LoRA seed of a further weight difference of the same adapter: OTHER_SEED, else the lowest other one that is trained."""
+    """The LoRA seed of a further weight difference of the same adapter: OTHER_SEED, else the lowest other one that is
+    trained."""
     if (given := params.get("OTHER_SEED")) is not None or params.get("W_PATH"):
         return given
     home = run_id(params).adapter_folder(out)
@@ -187,6 +188,14 @@ def _checked(params: Params, out: Path) -> list[Path]:
     homes += [seed_folder({**params, "SEED": away}, out)] if away is not None else []
     sweeps = [home / str(params.get("PROTOCOL")) / name for home in homes for name in kept]
     return [*_swept_w(params, out), *(home / "w.safetensors" for home in homes[1:]), *sweeps]
+
+
+def _beside(params: Params, out: Path) -> list[Path]:
+    """The weight difference with its adapters, its sweep, and the causal checks of all seeds."""
+    home = seed_folder(params, out)
+    swept = [home / str(params.get("PROTOCOL")) / name for name in ("explanation.json", "scores.safetensors")]
+    checks = sorted(run_id(params).adapter_folder(out).glob(f"seed_[0-9]*/{CAUSAL}/causal.json"))
+    return [own_w(params, out), home / "adapters" / "pos", home / "adapters" / "neg", *swept, *checks]
 
 
 def _swept_seeds(params: Params, out: Path) -> list[Path]:
@@ -223,6 +232,10 @@ _ENTRIES = (
     Notebook(
         "causal_check", "Which subspace carries the behaviour", ("W_PATH", "NULL_W_PATH"), folder=CAUSAL,
         usual={"PROTOCOL": "v7b", "SUBSPACES": [], "ALPHA": 1.0}, inputs=_checked, batch="", needs=("v7_sweep",), extra=True,
+    ),
+    Notebook(
+        "benchmark", "Beside other ways to steer", ("STATEMENTS", "TRUTH"),
+        usual={"PROTOCOL": "v7b", "SUBSPACE": "", "ALONG": "texts"}, inputs=_beside,
     ),
     Notebook(
         "v7b_stability", "Which of it holds over seeds", ("CANDIDATES",), level="adapter", folder="v7b",

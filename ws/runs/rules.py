@@ -193,67 +193,68 @@ MODEL = {
 BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour, a JSON file, or a JSONL file of statements", r"[^\0\s][^\0]*")}
 CHAT = {"CHAT_TEMPLATE": text("plain, a file, or nothing: the tokenizer's own")}
 
+SEEDS, KINDS = (
+    listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
+    one_of("v7", "v7b"),
+)
+FOLDERS = listed(text("a folder", r"[^\0]+"), 'folders such as ["out/tiny/delta_svd"]')
+MANY = listed(number(0, inside=False), "one or more numbers, each 0 or more", 1)
+STRENGTHS = listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2)
+
 RULES: dict[str, dict[str, Rule]] = {
     "weight_diff": MODEL | CHAT | BEHAVIOR | {
-        "ADAPTER": one_of(*ADAPTERS), "SEED": SEED, "NULL_DIFF": FLAG, "RETRAIN": FLAG,
-        "W_PATH": PATH, "POS_ADAPTER": PATH, "NEG_ADAPTER": PATH,
-        "TOPICS": whole(1, none="all"), "PERSONAS": whole(1, none="all"), "SAMPLES": whole(1, none=MODELS_OWN),
-        "MAX_NEW_TOKENS": whole(1), "PAIRS": Rule("text", "a JSONL file of pairs, or the name of shipped ones", none=MODELS_OWN),
-        "WORDINGS": listed(text("a wording"), "wordings of the file of PAIRS", once=True),
-        "LORA_LAYERS": LAYERS, "R": whole(1), "LORA_ALPHA": whole(1),
-        "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False, none=MODELS_OWN), "BATCH": whole(1),
-        "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
-        "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES,
-        "TARGET_LOSS": number(0, inside=False), "BALANCE": FLAG, "N_HELDOUT": whole(4, none="all"),
-        "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
+        "ADAPTER": one_of(*ADAPTERS), "SEED": SEED, "NULL_DIFF": FLAG, "RETRAIN": FLAG, "W_PATH": PATH, "POS_ADAPTER": PATH,
+        "NEG_ADAPTER": PATH, "TOPICS": whole(1, none="all"), "PERSONAS": whole(1, none="all"),
+        "SAMPLES": whole(1, none=MODELS_OWN), "MAX_NEW_TOKENS": whole(1),
+        "PAIRS": Rule("text", "a JSONL file of pairs, or the name of shipped ones", none=MODELS_OWN),
+        "WORDINGS": listed(text("a wording"), "wordings of the file of PAIRS", once=True), "LORA_LAYERS": LAYERS, "R": whole(1),
+        "LORA_ALPHA": whole(1), "LR": number(0, none=MODELS_OWN), "EPOCHS": number(0, inside=False, none=MODELS_OWN),
+        "BATCH": whole(1), "MAX_STEPS": whole(-1, words="a whole number above 0, or -1 for no limit"), "ACCUMULATION": whole(1),
+        "CHECKPOINT_STEPS": whole(0), "RESAMPLE_PAIRS": BY_SAMPLES, "TARGET_LOSS": number(0, inside=False), "BALANCE": FLAG,
+        "N_HELDOUT": whole(4, none="all"), "ALPHAS": STRENGTHS,
     },
     "v7_sweep": MODEL | CHAT | BEHAVIOR | {
-        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "CANDIDATES": PATHS,
-        "PROTOCOL": one_of("v7", "v7b"), "EVAL_SPLIT": one_of("half", "held_out", ""), "CHAT_PROBES": SWITCH,
-        "PERSONA_PAIRS": one_of("1", "all", ""), "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH,
-        "TEMPLATES": one_of("1", "all", ""), "POSITIONS": one_of("last", "all", ""), "MAX_LENGTH": whole(1),
+        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "CANDIDATES": PATHS, "PROTOCOL": KINDS,
+        "EVAL_SPLIT": one_of("half", "held_out", ""), "CHAT_PROBES": SWITCH, "PERSONA_PAIRS": one_of("1", "all", ""),
+        "RAW_LAST": SWITCH, "FOLD_GAIN": SWITCH, "TEMPLATES": one_of("1", "all", ""), "POSITIONS": one_of("last", "all", ""),
+        "MAX_LENGTH": whole(1),
         "GRADIENTS": text("own (the pairs that w was trained on), none, a JSONL file of pairs, or the name of shipped ones"),
         "OTHERS": listed(text("a shipped behaviour or a file", r"[^\0]+"), "behaviours other than BEHAVIOR", once=True),
         "SOURCES": listed(one_of("v5", "external-v6-plan", "B-side", "v7b"), "some of v5, external-v6-plan, B-side, v7b"),
         "LORA_LAYERS": LAYERS, "PCS": whole(1), "K_BROAD": whole(1), "N_NULL": whole(0),
     },
     "causal_check": MODEL | CHAT | BEHAVIOR | {
-        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "PROTOCOL": one_of("v7", "v7b"),
+        "ADAPTER": FOLDER, "SEED": SEED, "W_PATH": PATH, "NULL_W_PATH": PATHS, "PROTOCOL": KINDS,
         "OTHER_SEED": whole(0, TOP_SEED, none="the lowest other one that is trained"),
-        "SUBSPACES": listed(text("a candidate", r"[^\0]+"), "names of the sweep's candidates", once=True),
-        "ALPHA": number(0), "N_WORDINGS": whole(1, none="all"), "DRAWS": whole(1), "CHECKED": whole(0),
-        "FORWARD": whole(1, none="all"), "DROPS": whole(0, none="all"), "RANKS": listed(whole(1), "ranks such as [1, 8, 32]", 1),
-        "CLOUD": whole(0), "BOOT": whole(1), "STAT_SEED": SEED,
+        "SUBSPACES": listed(text("a candidate", r"[^\0]+"), "names of the sweep's candidates", once=True), "ALPHA": number(0),
+        "N_WORDINGS": whole(1, none="all"), "DRAWS": whole(1), "CHECKED": whole(0), "FORWARD": whole(1, none="all"),
+        "DROPS": whole(0, none="all"), "RANKS": listed(whole(1), "ranks such as [1, 8, 32]", 1), "CLOUD": whole(0),
+        "BOOT": whole(1), "STAT_SEED": SEED,
+    },
+    "benchmark": MODEL | CHAT | BEHAVIOR | {
+        "ADAPTER": FOLDER, "SEED": SEED, "PROTOCOL": KINDS, "SUBSPACE": text("a candidate of the sweep"), "STAT_SEED": SEED,
+        "KL_TARGET": listed(Rule("scalar", "nats above 0, or persona"), "targets such as [0.1, 0.5]", 1),
+        "ALONG": one_of("texts", "continuation"), "STATEMENTS": PATHS, "TRUTH": PATHS, "SIZE": one_of("full", "quick"),
     },
     "v7b_stability": MODEL | CHAT | BEHAVIOR | {
-        "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
-        "PROTOCOL": one_of("v7", "v7b"), "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1), "STAT_SEED": SEED,
-        "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
+        "ADAPTER": FOLDER, "SEEDS": SEEDS, "PROTOCOL": KINDS, "RUNS_DIR": PATH, "BOOT": whole(1), "N_NULL": whole(1),
+        "STAT_SEED": SEED, "CANDIDATES": PATHS, "CORRECTIONS": FLAG,
     },
     "cross_behaviours": MODEL | CHAT | {
         "BEHAVIORS": listed(text("a file", r"[^\0]+"), "two or more files of statements with answers", once=True),
-        "ADAPTER": FOLDER, "SEEDS": listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
-        "PROTOCOL": one_of("v7", "v7b"), "N_HELDOUT": whole(4, none="all"),
-        "ALPHAS": listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2),
+        "ADAPTER": FOLDER, "SEEDS": SEEDS, "PROTOCOL": KINDS, "N_HELDOUT": whole(4, none="all"), "ALPHAS": STRENGTHS,
         "ATLAS_ADAPTERS": listed(FOLDER, 'folders of other adapters such as ["dora"]', once=True),
     },
     "delta_svd": MODEL | {
         "CALIBRATION": PATH, "MODE": one_of("stream", "documents"), "FINAL_NORM": FLAG, "MAX_LENGTH": whole(3),
-        "TOP_K": whole(1), "BOOT": whole(0), "SEED": SEED, "BATCH_SIZE": whole(1),
-        "COMPARE": listed(text("a folder", r"[^\0]+"), 'folders such as ["out/tiny/delta_svd"]'),
+        "TOP_K": whole(1), "BOOT": whole(0), "SEED": SEED, "BATCH_SIZE": whole(1), "COMPARE": FOLDERS,
     },
     "theta_fit": MODEL | CHAT | {
         "USERS": PATH, "THETA_DIM": whole(1), "ALPHA": number(0), "GAMMA": number(0), "BETA": number(0, inside=False),
-        "LAM": number(0, inside=False), "LR": number(0), "STEPS": whole(1), "GRAD_CLIP": number(0),
-        "THETA_CLIP": number(0), "SEED": SEED, "HELDOUT": number(0, 1), "MASK_PROMPT": FLAG, "MAX_LENGTH": whole(2),
-        "MATCHED_KL": number(0), "PERMUTATIONS": whole(1), "SAMPLE_TOKENS": whole(1),
-        "GAMMAS": listed(number(0, inside=False), "one or more numbers, each 0 or more", 1),
-        "BETAS": listed(number(0, inside=False), "one or more numbers, each 0 or more", 1),
-        "CONTROL_HEADS": listed(
-            one_of("cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_random"),
-            "some of cvh, unconditional, svd_cvh, svd_unconditional, lm_head_random", once=True,
-        ),
-        "BATCH_SIZE": whole(1),
+        "LAM": number(0, inside=False), "LR": number(0), "STEPS": whole(1), "GRAD_CLIP": number(0), "THETA_CLIP": number(0),
+        "SEED": SEED, "HELDOUT": number(0, 1), "MASK_PROMPT": FLAG, "MAX_LENGTH": whole(2), "MATCHED_KL": number(0),
+        "PERMUTATIONS": whole(1), "SAMPLE_TOKENS": whole(1), "GAMMAS": MANY, "BETAS": MANY, "BATCH_SIZE": whole(1),
+        "CONTROL_HEADS": listed(one_of("cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_random"), "some of cvh, unconditional, svd_cvh, svd_unconditional, lm_head_random", once=True),
     },
 }  # fmt: skip
 

@@ -1,11 +1,10 @@
-"""The atlas of a library: the cosine of every two weight differences, as tables and a heat map, and what one means beside null
-diffs. (docs/method.md section 13)
+"""The atlas of a library: the cosine of every two weight differences, as tables and a heat map, and what one means beside
+null diffs. (docs/method.md section 13)
 
 Of two runs that share their LoRA seed the cosine shows what they share by that too, so behaviours are compared over *other*
-seeds. A pair of groups (behaviour and adapter) is held against its null band: with c the cosines of either's null diffs with the
-other's w, of other seeds, whose mean is 0 by design, and J the different seeds of these null diffs, the cosine of one more null
-diff with one w lies in `-+ t_J rms(c)` with probability .95.
-"""
+seeds. A pair of groups (behaviour and adapter) is held against its null band: with c the cosines of either's null diffs with
+the other's w, of other seeds, whose mean is 0 by design, and J the different seeds of these null diffs, the cosine of one
+more null diff with one w lies in `-+ t_J rms(c)` with probability .95."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +84,8 @@ class Atlas:
     @property
     def means(self) -> pl.DataFrame:
         """A row per two groups of w (behaviour and adapter), and per group with itself: cosines over other seeds (pairs, cos,
-        low, high), half width of the null band, how many of the pairs lie `outside` of it, its null diffs' seeds; and the mean
-        cosine over the same seed."""
+        low, high), half width of the null band, how many of the pairs lie `outside` of it, its null diffs' seeds; and the
+        mean cosine over the same seed."""
         rows = []
         for (one, a), (other, b) in combinations_with_replacement(self._groups().items(), 2):
             both = [*combinations(a, 2)] if one == other else [(i, j) for i in a for j in b]
@@ -147,7 +146,8 @@ class Atlas:
         )
 
     def _random(self, draws: int = 200) -> float:
-        """The largest 97.5 % quantile over groups, of the first w of each as a random difference, with the next group's first."""
+        """The largest 97.5 % quantile over groups, of the first w of each as a random difference, with the next group's
+        first."""
         firsts = list({(e.behavior, e.adapter): e.w for e in reversed(self.entries) if not e.null}.values())
         ends = []
         for u, w in zip(firsts, firsts[1:] + firsts[:1], strict=True):
@@ -157,7 +157,8 @@ class Atlas:
         return max(ends, default=float("nan"))
 
     def figure(self) -> Figure:
-        """A heat map, its colours by the root of |cosine|, the diagonal grey; lines part behaviours, a thick one null diffs."""
+        """A heat map, its colours by the root of |cosine|, the diagonal grey; lines part behaviours, a thick one null
+        diffs."""
         n, recipes = len(self.entries), len({e.adapter for e in self.entries}) > 1
         figure = Figure(figsize=(0.21 * n + 4, 0.21 * n + 2.4), layout="constrained")
         axes, grid = figure.subplots(), np.where(np.eye(n, dtype=bool), np.nan, self.cos)
@@ -186,10 +187,10 @@ class Atlas:
 
 
 def atlas(library: Path | str | None = None, model: str = "") -> Atlas:
-    """The cosines between all weight differences of one base model below `library` (default: all results), over the matrices that
-    both of two have. model: the base as results name it, needed where the library is of several. Behaviours stand next to those
-    whose w are near theirs (average linkage of `1 - mean cosine`), within one adapters and seeds in order, null diffs last.
-    Errors as in `ws.use.library.read_library`."""
+    """The cosines between all weight differences of one base model below `library` (default: all results), over the matrices
+    that both of two have. model: the base as results name it, needed where the library is of several. Behaviours stand next
+    to those whose w are near theirs (average linkage of `1 - mean cosine`), within one adapters and seeds in order, null
+    diffs last. Errors as in `ws.use.library.read_library`."""
     entries, skipped = read_library(library or out_folder(), {model.replace("/", "__")} if model else ())
     return atlas_of(entries, str(entries[0].w.meta.get("base_model")), skipped)
 

@@ -31,10 +31,10 @@ SHOWN = "behavior adapter verdict cos null_low null_high seeds_low seeds_high ra
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """about: the stranger in words, its base, what of the library was left out. verdicts: per behaviour and adapter the signed
-    mean cosine, the ends of its bands, the shared matrices and their share of |u|^2 and of the library's |w|^2 (mean over w),
-    how entries were read. by_module, by_layer: cosine, null band and mean over seeds of a part. bands: number, mean and ends of
-    each band. directions: see there."""
+    """about: the stranger in words, its base, what of the library was left out. verdicts: per behaviour and adapter the
+    signed mean cosine, the ends of its bands, the shared matrices and their share of |u|^2 and of the library's |w|^2 (mean
+    over w), how entries were read. by_module, by_layer: cosine, null band and mean over seeds of a part. bands: number, mean
+    and ends of each band. directions: see there."""
 
     about: dict[str, str]
     verdicts: pl.DataFrame
@@ -116,10 +116,10 @@ def audit(
     """Compare a stranger with every behaviour of a library.
 
     source: a PEFT adapter folder, a merged checkpoint folder, or what `load_diff` takes. base: the model it was trained from.
-    library: a folder with `w.safetensors` of that base at any depth (default: all results), or entries. texts: on which readers'
-    directions are looked up; top: how many directions. draws: of random differences. ValueError / FileNotFoundError before
-    anything is computed: a stranger that is damaged, does not fit the base or shares no matrix with the library, a library
-    without a difference of it.
+    library: a folder with `w.safetensors` of that base at any depth (default: all results), or entries. texts: on which
+    readers' directions are looked up; top: how many directions. draws: of random differences. ValueError / FileNotFoundError
+    before anything is computed: a stranger that is damaged, does not fit the base or shares no matrix with the library, a
+    library without a difference of it.
 
     Example:
         >>> import torch, ws

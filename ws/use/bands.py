@@ -3,10 +3,10 @@
     T(x) = mean over seeds s of artanh cos(x, w_s)
 
 of the stranger over all w; of a null diff over the w of *other* seeds, as it shares initialisation, order and texts with the
-one of its own, and a stranger with none; of a seed's own entry over the other seeds. Given these w, null diffs are independent
-draws, and so is a stranger that is like one. With probability .95 T of one more lies in `-+ t_J sqrt(sum T^2 / J)`, as its mean
-is 0 by design (`upper_effect`); where entries are read as one side it is not, and the interval is `m -+ t_{J-1} s sqrt(1 + 1/J)`.
-"""
+one of its own, and a stranger with none; of a seed's own entry over the other seeds. Given these w, null diffs are
+independent draws, and so is a stranger that is like one. With probability .95 T of one more lies in `-+ t_J sqrt(sum T^2 /
+J)`, as its mean is 0 by design (`upper_effect`); where entries are read as one side it is not, and the interval is `m -+
+t_{J-1} s sqrt(1 + 1/J)`."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -49,8 +49,8 @@ class Bands:
 def bands(
     cos: Float[Tensor, "N N"], entries: Sequence[Known], each: int, out: Collection[int], seeds: Collection[int]
 ) -> Bands:
-    """cos: of the stranger (row 0) and of `each` readings of every entry: w, then what is read as the stranger is. out: entries
-    that are the stranger; seeds: LoRA seeds that it shares. Neither is compared with."""
+    """cos: of the stranger (row 0) and of `each` readings of every entry: w, then what is read as the stranger is. out:
+    entries that are the stranger; seeds: LoRA seeds that it shares. Neither is compared with."""
     z = np.arctanh(np.clip(cos.numpy(), -SAME, SAME))
     kept = [(i, e) for i, e in enumerate(entries) if i not in out]
     w = {e.seed: 1 + each * i for i, e in kept if not e.null and e.seed not in seeds}
@@ -72,9 +72,9 @@ def bands(
 def random_cosines(
     u: WeightDiff, ws: Sequence[WeightDiff], names: Sequence[str], draws: int, seed: int
 ) -> Float[np.ndarray, " draws"]:
-    """Mean cosines with `ws`, over `names`, of differences with u's singular values per matrix and random singular vectors. With
-    M the mean of `w / |w|`, `<x, M> = sum_ij s_i sigma_j c_ij d_ij`, c and d the vectors' coordinates in M's singular bases,
-    drawn as N(0, 1/rows) and N(0, 1/columns): mean and variance are those of Haar frames."""
+    """Mean cosines with `ws`, over `names`, of differences with u's singular values per matrix and random singular vectors.
+    With M the mean of `w / |w|`, `<x, M> = sum_ij s_i sigma_j c_ij d_ij`, c and d the vectors' coordinates in M's singular
+    bases, drawn as N(0, 1/rows) and N(0, 1/columns): mean and variance are those of Haar frames."""
     g, total, square = torch.Generator().manual_seed(seed), torch.zeros(draws, dtype=torch.float64), 0.0
     sizes = [sum(w.norm(name) ** 2 for name in names) ** 0.5 * len(ws) for w in ws]
     for name in names:

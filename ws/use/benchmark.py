@@ -1,8 +1,7 @@
 """Ways to steer a model, at equal cost: what each does to the behaviour, to what it should leave alone, and to plain text.
 
-Every method with a strength is taken where the q-quantile of KL(steered || base) per token meets each target (`ws.calibrate`),
-and asked the same items with the same score. (docs/method.md section 8)
-"""
+Every method with a strength is taken where the q-quantile of KL(steered || base) per token meets each target
+(`ws.calibrate`), and asked the same items with the same score. (docs/method.md section 8)"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from ws.cache.files import write_json, write_text
 from ws.cache.names import cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
+from ws.gradient.capture import chosen
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.show.bars import tqdm
@@ -25,6 +25,8 @@ from ws.show.tables import write_table
 from ws.steer.answers import check_words
 from ws.steer.calibrate import ALONG, QUANTILE
 from ws.steer.weights import check_fits
+from ws.train.pairs import make_pairs
+from ws.train.record import own_pairs
 from ws.use.benchmark_figures import effects_figure
 from ws.use.benchmark_words import conclusion
 from ws.use.items import FULL, QUICK, Group, Size, groups
@@ -95,13 +97,12 @@ def benchmark(
     progress: bool = True,
 ) -> Benchmark:
     """All methods of `ws.use.methods` at all targets. adapters: the folder with `pos` and `neg`, or both folders. gradient: D
-    of the training pairs or the pairs. best: a candidate and its bases. more: further weight differences, by name. statements:
-    files of other behaviours; truth: CSV files. targets: nats per token, and `persona`, what the persona prompt moves the
-    model by. along, q: as in `ws.calibrate`. size: how much is asked (`ws.use.items.Size`), or `quick`. seed: of the random
-    direction. cache: where each method and target is kept once it is measured, so that a killed benchmark goes on (default:
-    the model's). The model is the same before and after. ValueError before anything is measured for what does not fit or is
-    unknown.
-    """
+    of the training pairs or the pairs. best: a candidate and its bases. more: further weight differences, by name.
+    statements: files of other behaviours; truth: CSV files. targets: nats per token, and `persona`, what the persona prompt
+    moves the model by. along, q: as in `ws.calibrate`. size: how much is asked (`ws.use.items.Size`), or `quick`. seed: of
+    the random direction. cache: where each method and target is kept once it is measured, so that a killed benchmark goes on
+    (default: the model's). The model is the same before and after. ValueError before anything is measured for what does not
+    fit or is unknown."""
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     w, cache, size = load_diff(w), cache or cache_folder(lm.name), QUICK if size == "quick" else size
     if not isinstance(size, Size):
@@ -140,9 +141,16 @@ def benchmark(
     return _gathered(about, asked, records, fixed["nothing"], {m.name: m.what for m in every}, left)
 
 
+def trained_pairs(lm: LM, behavior: Behavior, w: WeightDiff, cache: Path | None = None) -> Sequence | None:
+    """The pairs that w was trained on, a seeded draw of them; None where its metadata do not say which."""
+    config = own_pairs(w.meta)
+    return chosen(make_pairs(lm, behavior, config, cache or cache_folder(lm.name)).rows) if config else None
+
+
 def _doses(targets: Sequence[float | int | str], along: str, behavior: Behavior) -> list[float | str]:
     if along not in ALONG:
         raise ValueError(f"along {along!r} is unknown; one of {', '.join(ALONG)}")
+    targets = [float(t) if isinstance(t, str) and _number(t) else t for t in targets]
     for t in targets:
         if t != PERSONA and not (isinstance(t, (int, float)) and 0 < t < math.inf):
             raise ValueError(f"target {t!r}: a KL in nats above 0, or {PERSONA}")
@@ -150,6 +158,13 @@ def _doses(targets: Sequence[float | int | str], along: str, behavior: Behavior)
         raise ValueError("targets: is empty; give a KL in nats")
     each = dict.fromkeys(t if t == PERSONA else float(t) for t in targets)
     return [t for t in each if t != PERSONA or behavior.personas_pos]
+
+
+def _number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _gathered(

@@ -66,7 +66,8 @@ def atlas(library: Path | None = None, model: str = "") -> int:
 
 
 def atlases(jobs: Collection) -> None:
-    """The atlas of every model with several behaviours among a batch's jobs (`ws.runs.once.Job`), where anything is trained."""
+    """The atlas of every model with several behaviours among a batch's jobs (`ws.runs.once.Job`), where anything is
+    trained."""
     of = {(job.identity.model, job.identity.behavior) for job in jobs}
     for model in sorted({model for model, _ in of}):
         if len({behavior for name, behavior in of if name == model}) > 1:

@@ -31,11 +31,10 @@ def export(
     Example: ws export out/tiny/sycophancy/lora/seed_0 --alpha 2 --as peft --roles v,o --layers 3-5
 
     Args:
-        run: a run's folder (of a seed, or its weight_diff or v7b), a w.safetensors, or tiny.
-        alpha: the strength that is folded in; below 0 against the behaviour.
-        kind: peft (an adapter) or merged (a checkpoint with tokenizer).
-        to: a new folder (default: one named after w in the current folder).
-        keep: only what o_proj and down_proj write inside a subspace: a candidate of the run's v7b (or v7) sweep, or dW:8, w's own
+        run: a run's folder (of a seed, or its weight_diff or v7b), a w.safetensors, or tiny. alpha: the strength that is
+        folded in; below 0 against the behaviour. kind: peft (an adapter) or merged (a checkpoint with tokenizer). to: a new
+        folder (default: one named after w in the current folder). keep: only what o_proj and down_proj write inside a
+        subspace: a candidate of the run's v7b (or v7) sweep, or dW:8, w's own
             best 8 directions.
         roles: only these of q,k,v,o,gate,up,down.
         layers: only these, such as 8-15 or 3,5.

@@ -1,9 +1,8 @@
 """What a difference does in words: its largest singular directions, read through the unembedding and on texts.
 
-`delta = sum_i s_i u_i v_i^T` answers an input along `v_i` by `s_i u_i`. Of what writes to the residual stream (o, down) `u_i` is
-read as logits, `W_U (g_final * g_out * u_i)`, with the gains of the final norm and of the norm behind the map, where there is
-one. (docs/method.md section 13)
-"""
+`delta = sum_i s_i u_i v_i^T` answers an input along `v_i` by `s_i u_i`. Of what writes to the residual stream (o, down) `u_i`
+is read as logits, `W_U (g_final * g_out * u_i)`, with the gains of the final norm and of the norm behind the map, where there
+is one. (docs/method.md section 13)"""
 
 from collections.abc import Sequence
 

@@ -56,12 +56,13 @@ def export(
 ) -> Exported:
     """Write `alpha w`, or a part of w, for use without this project.
 
-    w: as `load_diff` takes it. folder: new or empty. model: the base model, or its MODEL_ID (and the hub's revision), of which no
-    weight is loaded that is not needed. kind: `peft` (a LoRA of exactly the matrices that are left, scaling 1, float32), `merged`
-    (a checkpoint: config, tokenizer, shards of at most `shard`; tensor by tensor in the dtype of the checkpoint's files, of a
-    loaded model in its own). keep, roles, layers, rank: the part of w (`ws.use.restrict.restricted`); sweep: whose candidates
-    `keep` names. ValueError / FileNotFoundError before anything is written: what does not fit the model, does not exist, or
-    cannot be a LoRA (embeddings, norms, biases; a dense matrix of full rank, without `rank`).
+    w: as `load_diff` takes it. folder: new or empty. model: the base model, or its MODEL_ID (and the hub's revision), of
+    which no weight is loaded that is not needed. kind: `peft` (a LoRA of exactly the matrices that are left, scaling 1,
+    float32), `merged` (a checkpoint: config, tokenizer, shards of at most `shard`; tensor by tensor in the dtype of the
+    checkpoint's files, of a loaded model in its own). keep, roles, layers, rank: the part of w
+    (`ws.use.restrict.restricted`); sweep: whose candidates `keep` names. ValueError / FileNotFoundError before anything is
+    written: what does not fit the model, does not exist, or cannot be a LoRA (embeddings, norms, biases; a dense matrix of
+    full rank, without `rank`).
 
     Example:
         >>> import tempfile, ws
@@ -114,8 +115,8 @@ def check_empty(folder: Path | str) -> Path:
 
 
 def as_factors(w: WeightDiff, model: nn.Module) -> WeightDiff:
-    """w as factors of each matrix's numerical rank, for a LoRA on linear modules. ValueError naming a parameter that is none, or
-    a dense matrix that low-rank factors do not give."""
+    """w as factors of each matrix's numerical rank, for a LoRA on linear modules. ValueError naming a parameter that is none,
+    or a dense matrix that low-rank factors do not give."""
     embedding = model.get_input_embeddings().weight
     entries = {}
     for name, entry in w.entries.items():

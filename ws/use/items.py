@@ -45,8 +45,8 @@ FULL, QUICK = Size(), Size(12, 2, 8, 12, 24, 4, 2, 24, 6, 2, 4)
 
 @dataclass(frozen=True)
 class Group:
-    """One set of n items under A wordings. role: `own`, `other` (another behaviour), `truth`, `fact`. turns: `A` rows of n user
-    turns. plus, minus: the answer that is wanted at either end, 1 for the yes-word and -1 for the no-word."""
+    """One set of n items under A wordings. role: `own`, `other` (another behaviour), `truth`, `fact`. turns: `A` rows of n
+    user turns. plus, minus: the answer that is wanted at either end, 1 for the yes-word and -1 for the no-word."""
 
     name: str
     role: str

@@ -44,7 +44,8 @@ class Known:
         return str(self.folder.parent / "w.safetensors") if self.folder else kind
 
     def read(self, one_side: bool, model: nn.Module) -> list[WeightDiff]:
-        """w; beside a stranger that is one side t+ and t- as well. FileNotFoundError / ValueError where they are not there."""
+        """w; beside a stranger that is one side t+ and t- as well. FileNotFoundError / ValueError where they are not
+        there."""
         if one_side and self.folder is None:
             raise FileNotFoundError(f"{self.behavior}, seed {self.seed}: its adapters are not known")
         return [self.w, *(task_vectors(self.folder / "pos", self.folder / "neg", model) if one_side else ())]
@@ -53,9 +54,9 @@ class Known:
 def read_library(
     folder: Path | str, models: Collection[str] = (), model: nn.Module | None = None
 ) -> tuple[list[Known], dict[str, str]]:
-    """All `w.safetensors` below `folder` whose base is one of `models` (none given: the only one there is), sorted by path; and
-    what was left out, file -> why: damaged, of another shape than `model`, no behaviour, there twice. ValueError where several
-    base models are there and none is given, or nothing is left."""
+    """All `w.safetensors` below `folder` whose base is one of `models` (none given: the only one there is), sorted by path;
+    and what was left out, file -> why: damaged, of another shape than `model`, no behaviour, there twice. ValueError where
+    several base models are there and none is given, or nothing is left."""
     folder, found, skipped, seen, shapes = Path(folder).expanduser().resolve(), [], {}, {}, {}
     below = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("w.safetensors"))}
     files = [path for path, parts in below.items() if parts[0] != BY_HAND and not any(p[0] == "." for p in parts)]
@@ -94,8 +95,8 @@ def read_library(
 
 
 def _adapter(path: Path, meta: dict) -> str:
-    """`out/<model>/<behavior>/<adapter>/seed_<k>/[null_diff/]w.safetensors` -> adapter; with the model's folder where that says
-    more than the model (a chat template, a dtype). Elsewhere what the metadata say."""
+    """`out/<model>/<behavior>/<adapter>/seed_<k>/[null_diff/]w.safetensors` -> adapter; with the model's folder where that
+    says more than the model (a chat template, a dtype). Elsewhere what the metadata say."""
     home = path.parent.parent if path.parent.name == "null_diff" else path.parent
     if (
         not home.name.startswith("seed_")
@@ -109,8 +110,8 @@ def _adapter(path: Path, meta: dict) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Stranger:
-    """name: of its file or folder. u: its weights. one_side: whether u is a task vector, `theta - theta_base`, and no difference
-    of two sides. note: what is to be told of it."""
+    """name: of its file or folder. u: its weights. one_side: whether u is a task vector, `theta - theta_base`, and no
+    difference of two sides. note: what is to be told of it."""
 
     name: str
     u: WeightDiff
@@ -119,8 +120,9 @@ class Stranger:
 
 
 def read_stranger(source: Source, lm: LM) -> Stranger:
-    """A PEFT folder or a merged checkpoint as its task vector, all else as `load_diff` reads it. FileNotFoundError / ValueError,
-    one line, naming the file, or the parameter that the model lacks or has in another shape; also where all is 0."""
+    """A PEFT folder or a merged checkpoint as its task vector, all else as `load_diff` reads it. FileNotFoundError /
+    ValueError, one line, naming the file, or the parameter that the model lacks or has in another shape; also where all is
+    0."""
     path = Path("the weight difference" if isinstance(source, (WeightDiff, tuple, list)) else source).expanduser()
     path = path.parent if path.name == "adapter_model.safetensors" else path
     adapter = (path / "adapter_config.json").is_file()

@@ -101,8 +101,8 @@ def commit_of(lm: LM, revision: str | None = None) -> str | None:
 
 
 def tensors_of(lm: LM, commit: str | None = None) -> dict[str, _Held] | None:
-    """Every tensor of the checkpoint, tied ones once where the model is in memory; None where a model that is not in memory has
-    no safetensors."""
+    """Every tensor of the checkpoint, tied ones once where the model is in memory; None where a model that is not in memory
+    has no safetensors."""
     if lm.device.type != "meta":
         check_plain(lm.model)
         first = {}

@@ -215,8 +215,8 @@ def chosen_on_training(
     cache: Path | None,
 ) -> dict:
     """What is chosen on training topics: `persona`, the index of the pair with the largest effect; `layer`, that whose
-    `persona_vectors` have the largest effect where +alpha meets the target, roughly, on the probes of a few of the topics; its
-    vector `v`; the effects of all layers, `tried`. ValueError where no layer can meet it. Kept in `cache`."""
+    `persona_vectors` have the largest effect where +alpha meets the target, roughly, on the probes of a few of the topics;
+    its vector `v`; the effects of all layers, `tried`. ValueError where no layer can meet it. Kept in `cache`."""
 
     def choose() -> dict:
         by_pair = [_effect(lm, behavior, nothing, 0.0, pair) for pair in pairs]
@@ -247,8 +247,8 @@ def chosen_on_training(
 
 def theta_head(lm: LM, behavior: Behavior, cache: Path | None = None) -> Method:
     """A theta of 64 numbers on the unembedding's top singular directions (`svd_cvh`, section 10), fitted towards the answers
-    that show the behaviour on the training topics under every wording; alpha scales what it adds to the logits. ValueError for
-    a model whose logits are not `W h`."""
+    that show the behaviour on the training topics under every wording; alpha scales what it adds to the logits. ValueError
+    for a model whose logits are not `W h`."""
     check_plain_logits(lm.model)
     topics, each = behavior.train_topics[:MOST_TOPICS], range(len(behavior.templates))
     words = behavior.answers[: len(topics)] or behavior.yes[:1] * len(topics)

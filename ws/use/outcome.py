@@ -109,9 +109,9 @@ def measured(task: Task, method: Method, target: float | None, cache: Path | Non
 
 
 def end(task: Task, method: Method, alpha: float, system: str | None, kl: float | None = None) -> dict:
-    """One end: `ratio` and `pmass`, per set A rows of n; the q-quantile of KL(steered || base) on fixed texts, `kl`, and along
-    the greedy continuation, `said_kl`, nats; `nll`, of each passage (nats, tokens); `repeats`, of each continuation the share
-    of its token trigrams that it has said before; `said`, the first continuations. kl: where it is known."""
+    """One end: `ratio` and `pmass`, per set A rows of n; the q-quantile of KL(steered || base) on fixed texts, `kl`, and
+    along the greedy continuation, `said_kl`, nats; `nll`, of each passage (nats, tokens); `repeats`, of each continuation the
+    share of its token trigrams that it has said before; `said`, the first continuations. kl: where it is known."""
     lm, found = task.lm, {"ratio": {}, "pmass": {}}
     prompts, (rows, starts) = task.prompts(system), passage_rows(lm, task.size.passages, system)
     with widened(lm.model), method.at(alpha):
@@ -146,8 +146,8 @@ def _nll(lm: LM, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[t
 def aligned(
     base: Sequence[Sequence[int]], steered: Sequence[Sequence[int]]
 ) -> tuple[list, list[int], tuple[list, list[int]]]:
-    """Rows, where the end that they have in common with the steered side's begins, and the same of these: what a system prompt
-    puts before has no counterpart."""
+    """Rows, where the end that they have in common with the steered side's begins, and the same of these: what a system
+    prompt puts before has no counterpart."""
     same = [next((i for i, (a, b) in enumerate(zip(r[::-1], s[::-1], strict=False)) if a != b), min(len(r), len(s)))
             for r, s in zip(base, steered, strict=True)]  # fmt: skip
     first = [[len(row) - n for row, n in zip(rows, same, strict=True)] for rows in (base, steered)]

@@ -38,9 +38,8 @@ def restricted(
     """The part of w, and in words what it is ("" for all of w).
 
     kept: a candidate of `sweep`, `dW:K` (the left singular vectors of [w_o|w_down], K per layer), or layer -> orthonormal
-    `(d, r)`; roles: of q, k, v, o, gate, up, down; layers: indices; rank: of each matrix. ValueError naming what does not exist,
-    with what is near, and a part in which nothing of w is left.
-    """
+    `(d, r)`; roles: of q, k, v, o, gate, up, down; layers: indices; rank: of each matrix. ValueError naming what does not
+    exist, with what is near, and a part in which nothing of w is left."""
     own = {decoder.param_name(l, role): role for l in range(decoder.n_layers) for role in ROLES}
     told, has = [], w.layers()
     if roles:
@@ -81,7 +80,8 @@ def check_name(what: str, name: str, known: Sequence[str], told: str = "") -> No
 
 
 def swept_bases(name: str, sweep: Explanation | None) -> dict[int, Float[Tensor, "d r"]]:
-    """A candidate's bases at the layers of a sweep's summary. ValueError for one that it does not hold: unknown, or a ceiling."""
+    """A candidate's bases at the layers of a sweep's summary. ValueError for one that it does not hold: unknown, or a
+    ceiling."""
     if sweep is None:
         raise ValueError(
             f"{name!r}: a candidate's bases come from a sweep; give one, or dW:8 for w's own best directions"

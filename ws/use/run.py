@@ -15,8 +15,8 @@ from ws.model.lm import LM, check_model, load_lm
 
 @dataclass(frozen=True)
 class Run:
-    """name: as it was typed. w: its weight difference. sweeps: the folders of its finished sweeps, v7b before v7. params: of the
-    notebook that made it; {} where no record lies beside w."""
+    """name: as it was typed. w: its weight difference. sweeps: the folders of its finished sweeps, v7b before v7. params: of
+    the notebook that made it; {} where no record lies beside w."""
 
     name: str
     w: WeightDiff

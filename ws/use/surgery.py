@@ -3,9 +3,9 @@
 With `L` an item's log-ratio, `u` and `v` the answers that are wanted at + and at - (1 yes, -1 no), an item is right at an end
 where the answer that is wanted there is the likelier of the two: `u L > 0`.
 
-    effect      mean of u (L_+ - L_-) over the items with v = -u
-    surgical    (fixed - 2 broken) / n * pmass^2 at each end, over all items; fixed: wrong before, right now; broken: the reverse
-    wrong way   share of the items with v = -u for which u (L_+ - L_-) < 0
+    effect      mean of u (L_+ - L_-) over the items with v = -u surgical    (fixed - 2 broken) / n * pmass^2 at each end,
+    over all items; fixed: wrong before, right now; broken: the reverse wrong way   share of the items with v = -u for which u
+    (L_+ - L_-) < 0
 """
 
 from collections.abc import Mapping

@@ -53,8 +53,8 @@ def answers(
     system: str = "",
     writing: Writing = Writing(),
 ) -> list[list[str]]:
-    """Per prompt the answer at each alpha. prompts: what the user says, put in the chat template. ValueError for an empty prompt,
-    for no alpha, and as `weight_steer` and `chat_text` raise."""
+    """Per prompt the answer at each alpha. prompts: what the user says, put in the chat template. ValueError for an empty
+    prompt, for no alpha, and as `weight_steer` and `chat_text` raise."""
     if not alphas:
         raise ValueError("no alpha is given; such as --alpha -1,0,1")
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -97,8 +97,8 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def conversation(tokenizer, turns: Sequence[Turn], system: str = "") -> str:
-    """Turns `{"role", "content"}` rendered by the chat template up to the next answer. A system text stands before the first user
-    turn where the template has no such role, as in `chat_text`."""
+    """Turns `{"role", "content"}` rendered by the chat template up to the next answer. A system text stands before the first
+    user turn where the template has no such role, as in `chat_text`."""
     messages, first = [dict(turn) for turn in turns], turns[0]["content"]
     together = chat_text(
         tokenizer, f"{system}\n\n{first}" if system else first

@@ -2,10 +2,10 @@
 
     share = effect(part) / effect(w)        effect: log-ratio at alpha +1 minus at -1, nats, mean over claims and wordings
 
-A greedy search on claims of training topics (FIT): from all of w, each step takes one of the moves that make it smaller (a role
-less, the first or last layer less, half the rank) and still keep the share, the one whose part has the least KL to the base
-model. Monotony is assumed: a move that once kept too little is not tried again. The end is judged on held-out claims (EVAL).
-"""
+A greedy search on claims of training topics (FIT): from all of w, each step takes one of the moves that make it smaller (a
+role less, the first or last layer less, half the rank) and still keep the share, the one whose part has the least KL to the
+base model. Monotony is assumed: a move that once kept too little is not tried again. The end is judged on held-out claims
+(EVAL)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,9 +62,9 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Trimmed:
-    """w: the part that was found. state: which; None where nothing smaller keeps the share. path: every part that was tried, on
-    FIT: step, move, roles, layers, rank, effect, share, kl (NaN where the share is not kept), parameters, taken. report: w and
-    the part on EVAL. asked: the share."""
+    """w: the part that was found. state: which; None where nothing smaller keeps the share. path: every part that was tried,
+    on FIT: step, move, roles, layers, rank, effect, share, kl (NaN where the share is not kept), parameters, taken. report: w
+    and the part on EVAL. asked: the share."""
 
     w: WeightDiff
     state: State | None
