@@ -30,7 +30,7 @@ STEPS = 100  # of the search for k; a dozen suffice
 MOST = 1 << 20  # numbers held at once in the search
 CLOSE = 1e-7  # of the layer's energy
 QUICK = 6  # Newton steps from where other draws of the candidate ended
-FEW = 10  # one chunk of draws in so many says where controls lie
+FEW, ENOUGH = 10, 1000  # one chunk of draws in so many says where controls lie, of so many draws at least
 LOG_K = (-30.0, 45.0)  # of k in units of 1 / the largest eigenvalue
 Energy = Callable[[Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor, " n"]]]  # and its derivative
 
@@ -96,7 +96,7 @@ def draw(
     turns = [haar(d, generator, torch.float64).float() for _ in range(2 * I)]
     effect, off = torch.zeros(n_draws, len(bases), dtype=torch.float64), torch.zeros(n_draws, len(bases))
     lies: dict[int, np.ndarray] = {}
-    starts = range(0, n_draws, I)
+    starts, step = range(0, n_draws, I), max(1, min(FEW, n_draws // ENOUGH))
     with tqdm(total=len(spans) * len(starts), desc=f"controls of equal {kind} energy", disable=not progress) as bar:
         for l, span in spans.items():
             layer = Layer.of(span, kind)
@@ -114,7 +114,7 @@ def draw(
                         B = torch.cat([bases[c][l].float() for c in those], dim=1)
                         Y = (targets[:size] @ (V @ B)).double().unflatten(2, (len(those), rank)).transpose(1, 2)
                         few = max(1, MOST // (len(layer.v) * rank**2))
-                        near, look = guess[those].repeat(size, 1), i % FEW == 0
+                        near, look = guess[those].repeat(size, 1), i % step == 0
                         parts = zip(
                             *(x.split(few) for x in (Y.flatten(0, 1), share[those].repeat(size), near)), strict=True
                         )
@@ -129,7 +129,7 @@ def draw(
                             guess[those] = ends.nanmedian(dim=0).values.where(guess[those].isnan(), guess[those])
                             overlap[those] += over.nansum(dim=0)
                             matched[those] += (~slope.isnan()).sum(dim=0)[:, None]
-                    elif i % FEW == 0:
+                    elif i % step == 0:
                         matched[those] += size
                 bar.update()
             lies[l] = (overlap / matched).numpy()

@@ -173,8 +173,12 @@ def _against_controls(
     p_max = np.where(reached, max_t_p(np.where(reached, linear, np.nan), np.where(reached, hit, np.nan)), np.nan)
     q = benjamini_hochberg(np.array([row["p"] for row in rows]))
     for row, by_claim, p, each in zip(rows, excess, p_max, q, strict=True):
-        around = spread(by_claim, "excess") if np.isfinite(row["excess"]) else {}
-        row |= {f"excess_{end}": around.get(f"excess_{end}", float("nan")) for end in ("low", "high")}
+        row |= {"excess_low": float("nan"), "excess_high": float("nan")}
+        if (
+            np.isfinite(row["excess"]) and np.isfinite(by_claim).all()
+        ):  # the mean over mirrored controls, which scatters less
+            row |= spread(by_claim, "excess")
+            row["control"] = row["linear"] - row["excess"]
         row |= {"p_max": float(p), "q": float(each)}
         row["sure"] = None if np.isnan(row["gap"]) else abs(row["gap"]) <= abs(row["excess"])
     return drawn["input"], excess

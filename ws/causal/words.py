@@ -108,7 +108,7 @@ def _carriers(found) -> list[str]:
     if low:
         some = ", ".join(map(code, low[:6])) + (" ..." if len(low) > 6 else "")
         lines.append(f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {some}.")
-    follows = _spearman(rows["energy"], rows["retention"])
+    follows = _spearman(rows["energy"], rows["linear"])
     lines.append(
         f"Retention follows captured energy with a rank correlation of {follows:.2f}: a correlation "
         "of overlap scores with retention says next to nothing."
@@ -126,6 +126,7 @@ def _spearman(a: pl.Series, b: pl.Series) -> float:
 
 def _gap(found) -> list[str]:
     rows, lines = _told(found), []
+    rows = rows.filter(pl.col("gap").is_not_nan())
     gaps = rows["gap"].abs()
     if len(rows):
         lines.append(

@@ -192,11 +192,9 @@ MODEL = {
 }
 BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour, a JSON file, or a JSONL file of statements", r"[^\0\s][^\0]*")}
 CHAT = {"CHAT_TEMPLATE": text("plain, a file, or nothing: the tokenizer's own")}
-
-SEEDS, KINDS = (
-    listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True),
-    one_of("v7", "v7b"),
-)
+SEEDS = listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True)
+KINDS = one_of("v7", "v7b")
+HEADS = ("cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_random")
 FOLDERS = listed(text("a folder", r"[^\0]+"), 'folders such as ["out/tiny/delta_svd"]')
 MANY = listed(number(0, inside=False), "one or more numbers, each 0 or more", 1)
 STRENGTHS = listed(number(), "two or more different numbers such as [-1.0, 0.0, 1.0]", 2)
@@ -254,7 +252,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "LAM": number(0, inside=False), "LR": number(0), "STEPS": whole(1), "GRAD_CLIP": number(0), "THETA_CLIP": number(0),
         "SEED": SEED, "HELDOUT": number(0, 1), "MASK_PROMPT": FLAG, "MAX_LENGTH": whole(2), "MATCHED_KL": number(0),
         "PERMUTATIONS": whole(1), "SAMPLE_TOKENS": whole(1), "GAMMAS": MANY, "BETAS": MANY, "BATCH_SIZE": whole(1),
-        "CONTROL_HEADS": listed(one_of("cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_random"), "some of cvh, unconditional, svd_cvh, svd_unconditional, lm_head_random", once=True),
+        "CONTROL_HEADS": listed(one_of(*HEADS), f"some of {', '.join(HEADS)}", once=True),
     },
 }  # fmt: skip
 
