@@ -19,7 +19,7 @@ from ws.diff.core import LowRank, layer_of
 from ws.model.decoder import unembeds_some
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.prefix import reads_each, shared
+from ws.model.prefix import reads_each
 from ws.model.text import encode, last_index, position_ids
 from ws.model.wide import widened
 from ws.steer.weights import check_fits
@@ -96,7 +96,7 @@ def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str
     """The same of a model as it is, with what is added per parameter to S rows of a stack."""
     ids, mask = encode(lm.tokenizer, list(turns), False, 4096)
     lengths = mask.sum(dim=1).tolist()
-    alike = shared(ids, mask, last_index(mask), 1)
+    alike = _alike(ids, mask)
     wordings = [tuple(row) for row in ids[:, alike : alike + WORDING].tolist()]  # texts of one wording begin alike
     order, start = sorted(range(len(turns)), key=lambda i: (wordings[i], lengths[i])), 0
     while start < len(order):
@@ -119,7 +119,8 @@ def _logits(
     """Logits after each text's last token."""
     n, at = len(ids), last_index(mask)
     some, device = unembeds_some(lm.model), next(lm.model.parameters()).device
-    first = shared(ids, mask, at, LEAST) if some and not reads_each(lm.model, ids.shape[1]) else 0
+    first = _alike(ids, mask) if some and n > 1 and not reads_each(lm.model, ids.shape[1]) else 0
+    first = first if first >= LEAST else 0
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
     inputs = {name: x.to(device) for name, x in inputs.items()}
     with ExitStack() as stack:
@@ -143,6 +144,12 @@ def _logits(
         logits = lm.model(**inputs, use_cache=bool(first), **keep).logits
     logits = (logits if some else logits[:, wanted.to(device)]).unflatten(0, (S, n))
     return logits[:, torch.arange(n, device=device), place.to(device)].float()
+
+
+def _alike(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> int:
+    """How many tokens all texts begin with, before the last of any."""
+    same = ((ids == ids[:1]) & (mask != 0)).all(dim=0)
+    return min(int(last_index(mask).min()), int(same.int().cumprod(dim=0).sum()))
 
 
 def _spread(S: int, n: list[int]) -> Callable:

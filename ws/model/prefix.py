@@ -15,14 +15,14 @@ from ws.model.text import position_ids
 LEAST = 16  # tokens; what is saved by fewer is not worth a second pass
 
 
-def shared(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"], least: int = LEAST) -> int:
-    """How many tokens all texts begin with, before the first position of which logits are wanted; 0 for fewer than `least`, for
+def shared(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"]) -> int:
+    """How many tokens all texts begin with, before the first position of which logits are wanted; 0 for fewer than LEAST, for
     one text, and with padding on the left."""
     if len(ids) < 2 or not len(at):
         return 0
     alike = ((ids == ids[:1]) & (mask != 0)).all(dim=0)
     most = min(int(at.min()), int(alike.int().cumprod(dim=0).sum()))
-    return most if most >= least else 0
+    return most if most >= LEAST else 0
 
 
 def reads_each(model: nn.Module, tokens: int) -> bool:
