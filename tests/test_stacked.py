@@ -96,7 +96,7 @@ def test_answers_are_those_of_the_effect_and_are_kept(tmp_path, monkeypatch):
             steered = lm.model(input_ids=ids).logits[0, -1].log_softmax(-1)
     at = items.turns.index(turn)
     assert found["w"].kl[1, at] == pytest.approx(float((steered.exp() * (steered - base)).sum()), rel=1e-4)
-    monkeypatch.setattr(passes_module, "stacked", None)  # nothing may be computed again
+    monkeypatch.setattr(Passes, "_stack", None)  # nothing may be computed again
     again = Passes(lm, b, items, tmp_path, progress=False)
     again.__dict__["base"] = {"logratio": np.zeros((1, len(items.turns)))}
     kept = again(variants)
@@ -117,21 +117,17 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path, monkeypatch):
     lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
     monkeypatch.setattr(passes_module, "TOGETHER", 2)
     variants = {str(i): diff_of(lm, [3], ("o",), seed=i) for i in range(5)}
-    items, seen, real = Items.of(lm, b, 1, false_only(b)), [], passes_module.stacked
+    items, seen, real = Items.of(lm, b, 1, false_only(b)), [], Passes._stack
 
-    def dies(lm, rows, turns, read):
-        seen.append(len(rows))
-        if len(seen) == 4:  # the base model, two stacks, then
+    def dies(self, some, alpha):
+        seen.append(len(some))
+        if len(seen) == 3:
             raise KeyboardInterrupt
-        real(lm, rows, turns, read)
+        return real(self, some, alpha)
 
-    monkeypatch.setattr(passes_module, "stacked", dies)
+    monkeypatch.setattr(Passes, "_stack", dies)
     with pytest.raises(KeyboardInterrupt):
         Passes(lm, b, items, tmp_path, progress=False)(variants)
-    assert seen == [1, 4, 4, 2]
-    seen.clear()
-    monkeypatch.setattr(
-        passes_module, "stacked", lambda lm, rows, turns, read: (seen.append(len(rows)), real(lm, rows, turns, read))
-    )
+    assert seen == [2, 2, 1]
     found = Passes(lm, b, items, tmp_path, progress=False)(variants)
-    assert seen == [1, 2] and list(found) == list(variants)
+    assert seen == [2, 2, 1, 1] and list(found) == list(variants)
