@@ -15,6 +15,7 @@ from ws.causal.found import CausalCheck
 from ws.causal.ground import prepare
 from ws.causal.others import act_bases, rank_table, weight_bases, yes_no
 from ws.causal.parts import read_table, where_parts, where_table
+from ws.causal.passes import Passes
 from ws.causal.retention import carried
 from ws.causal.seeds import best_candidate, finished, over_seeds
 from ws.causal.variants import READERS, drop_read, full_drop, keep, keep_read, readers, writers
