@@ -43,7 +43,7 @@ def forest(table: pl.DataFrame) -> Figure:
 
 def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> Figure:
     """Retention against captured input-weighted energy; the line from each point ends at the mean of its controls."""
-    rows = table[2:].filter(pl.col("energy").is_not_nan())
+    rows = table[2:].filter(pl.col("energy").is_not_nan() & pl.col("retention").is_not_nan())
     figure = Figure(figsize=(9, 6), layout="constrained")
     axis = figure.subplots()
     styles = family_styles(sorted(set(rows["family"].drop_nulls())))
@@ -55,7 +55,6 @@ def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> 
         if row["control"] is not None and np.isfinite(row["control"]) and whole:
             axis.plot([row["energy"]] * 2, [row["retention"], row["control"] / whole], color="0.8", lw=0.8, zorder=1)
             axis.plot(row["energy"], row["control"] / whole, "_", color="0.4", ms=9, zorder=2)
-    rows = rows.filter(pl.col("retention").is_not_nan())
     _named(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"))
     axis.set(
         xlabel="captured share of the writers' input-weighted energy",
@@ -143,7 +142,7 @@ def _named(axis: Axes, points: pl.DataFrame) -> None:
     if points.is_empty():
         return
     low, high = axis.get_ylim()
-    right = axis.get_xlim()[0] + 1.28 * (axis.get_xlim()[1] - axis.get_xlim()[0])
+    right = axis.get_xlim()[0] + 1.36 * (axis.get_xlim()[1] - axis.get_xlim()[0])
     column = axis.get_xlim()[1]
     axis.set_xlim(axis.get_xlim()[0], right)
     gap = (high - low) / 24
