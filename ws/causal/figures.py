@@ -41,7 +41,7 @@ def forest(table: pl.DataFrame) -> Figure:
     return figure
 
 
-def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> Figure:
+def energy_scatter(table: pl.DataFrame, whole: float) -> Figure:
     """Retention against captured input-weighted energy; the line from each point ends at the mean of its controls."""
     rows = table[2:].filter(pl.col("energy").is_not_nan() & pl.col("retention").is_not_nan())
     figure = Figure(figsize=(9, 6), layout="constrained")
