@@ -31,7 +31,8 @@ SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layer
 class OverSeeds:
     """table: candidate, excess (nats, mean over seeds) with its crossed 95 % interval excess_low, excess_high, excess_p,
     excess_p_max, excess_q, excess_forward (mean), excess_min (of the seeds), retention, kept (effect of keep, nats), energy,
-    slope (share of the score's own slope), out_of_reach (of any seed's draw), best first. effects: by seed, of w, of its writers and of all else."""
+    slope (share of the score's own slope), out_of_reach (of any seed's draw), best first. effects: by seed, of w, of its
+    writers and of all else."""
 
     table: pl.DataFrame
     effects: pl.DataFrame
@@ -96,7 +97,8 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
         "candidate": names, "excess": values.mean(axis=0), "excess_low": values.mean(axis=0) - half,
         "excess_high": values.mean(axis=0) + half, "excess_p": p, "excess_p_max": p_max, "excess_q": benjamini_hochberg(p),
         "excess_forward": mean["excess_forward"], "excess_min": values.min(axis=0), "retention": mean["retention"],
-        "kept": mean["effect"], "energy": mean["energy"], "slope": mean["slope"], "out_of_reach": lost.mean(axis=0) if len(draws) else np.nan,
+        "kept": mean["effect"], "energy": mean["energy"], "slope": mean["slope"],
+        "out_of_reach": lost.mean(axis=0) if len(draws) else np.nan,
     })  # fmt: skip
     effects = pl.DataFrame([{"seed": s, **one.setting["effects"]} for s, one in found.items()])
     key = pl.col("excess").fill_nan(None)
