@@ -29,7 +29,7 @@ def behavior():
     from dataclasses import replace
 
     whole = ws.load_behavior("sycophancy")
-    return replace(whole, claims=(), negations=(), topics=whole.topics[:20], n_train_topics=20 - CLAIMS)
+    return replace(whole, claims=(), negations=(), true_claims=(), topics=whole.topics[:20], n_train_topics=20 - CLAIMS)
 
 
 @pytest.fixture(scope="module")
