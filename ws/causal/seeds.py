@@ -55,11 +55,16 @@ class OverSeeds:
         ]
         for r in known.head(SHOWN).iter_rows(named=True):
             around = f"{r['excess']:+.2f} [{r['excess_low']:+.2f}, {r['excess_high']:+.2f}] nats"
-            lines.append(
-                f"{code(r['candidate'])}: excess {around}, at least {r['excess_min']:+.2f} on each seed, by forward passes"
-                f" {r['excess_forward']:+.2f}; keeps {r['retention']:.0%} of the writers' effect on {r['energy']:.1%} "
-                "of their energy."
+            ran = not np.isnan(r["retention"])
+            kept = (
+                f"; keeps {r['retention']:.0%} of the writers' effect on {r['energy']:.1%} of their energy"
+                if ran
+                else ""
             )
+            forward = f", by forward passes {r['excess_forward']:+.2f}" if not np.isnan(r["excess_forward"]) else ""
+            least = f"at least {r['excess_min']:+.2f} on each seed"
+            tied = f" (it holds {r['slope']:.0%} of the score's own slope)" if r["slope"] > TIED else ""
+            lines.append(f"{code(r['candidate'])}: excess {around}, {least}{forward}{kept}{tied}.")
         return "\n".join(f"- {line}" for line in lines)
 
 
