@@ -44,6 +44,7 @@ CHECKED = 100  # of these controls so many are run forward
 FORWARD = None  # so many candidates of the largest first-order effects are run forward; None: all
 DROPS = None  # for so many w without them is run, too; None: all
 RANKS = [1, 2, 4, 8, 16, 32]  # of the ceilings
+SECTIONS = []  # what is asked beside the candidates, of where, read, ranks, dose, controls; empty: all
 CLOUD = 300  # blind subspaces that tell whether an overlap score is worth looking at; 0: none
 BOOT = 2000  # bootstrap draws of the cloud's slopes
 STAT_SEED = 0  # of all that is drawn
@@ -56,7 +57,7 @@ import polars as pl
 from IPython.display import Markdown, display
 
 import ws
-from ws.causal.check import causal_check
+from ws.causal import check
 from ws.lab import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import literal
@@ -66,7 +67,7 @@ behavior = ws.load_behavior(BEHAVIOR)
 lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None, CHAT_TEMPLATE)
 log = start_log("causal_check", run.folder)
 other, other_sweep = run.other
-found = causal_check(
+found = check.causal_check(
     lm,
     run.w,
     run.sweep,
@@ -84,6 +85,7 @@ found = causal_check(
     cloud=CLOUD,
     boot=BOOT,
     templates=N_WORDINGS,
+    sections=SECTIONS or list(check.SECTIONS),
     seed=STAT_SEED,
     title=run.title,
 )
@@ -147,7 +149,8 @@ display(show_table(found.where, rows=12))
 # The same from the right, `w P` on q, k, v, gate and up; without energy-matched controls.
 
 # %%
-display(show_table(found.read.sort("effect", descending=True), rows=10))
+if len(found.read):
+    display(show_table(found.read.sort("effect", descending=True), rows=10))
 
 # %% [markdown]
 # ## Ceilings by rank, and further controls
@@ -155,14 +158,17 @@ display(show_table(found.read.sort("effect", descending=True), rows=10))
 # A ceiling of `w`'s own directions keeps what it is cut from; that of another LoRA seed has to find the same place again.
 
 # %%
-display(show(found.rank_figure(), run.folder / "causal_ranks"))
-display(show_table(found.controls))
+if len(found.ranks):
+    display(show(found.rank_figure(), run.folder / "causal_ranks"))
+if len(found.controls):
+    display(show_table(found.controls))
 
 # %% [markdown]
 # ## Dose
 
 # %%
-display(show_table(found.dose.sort("subspace", "dose"), rows=15))
+if len(found.dose):
+    display(show_table(found.dose.sort("subspace", "dose"), rows=15))
 
 # %% [markdown]
 # ## Is any overlap score worth looking at?

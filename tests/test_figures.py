@@ -38,7 +38,7 @@ def test_scatter_puts_every_candidate_in_its_panel():
 
 
 def test_labels_keep_their_distance():
-    placed = sweep._spread_labels([1.0, 1.01, 1.02, 5.0], 0.0, 6.0, 0.5)
+    placed = sweep.spread_labels([1.0, 1.01, 1.02, 5.0], 0.0, 6.0, 0.5)
     assert np.diff(sorted(placed)).min() > 0.49 and abs(placed[3] - 5) < 1e-6
 
 

@@ -1,7 +1,7 @@
 """`causal_check`: which part of a weight difference carries the behaviour? One seed, every candidate of its sweep.
 (docs/method.md 8)"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ws.causal.controls import formed
 from ws.causal.found import CausalCheck
 from ws.causal.ground import Ground, prepare
 from ws.causal.others import other_controls, other_layer, rank_table
-from ws.causal.parts import dose_table, read_table, where_table
+from ws.causal.parts import READ, dose_table, read_table, where_table
 from ws.causal.retention import Carried, carried, linear_of
 from ws.causal.variants import Bases, keep
 from ws.data import Behavior, load_behavior
@@ -27,6 +27,14 @@ from ws.subspaces.protocol import Protocol
 
 SHUFFLES = "grad_null_"  # of these controls the first few stand for all
 FEW = 3
+SECTIONS = ("where", "read", "ranks", "dose", "controls")
+EFFECTS = dict.fromkeys(("effect", "retention", "energy"), pl.Float64)
+EMPTY = {  # of a section that is left out
+    "read": dict.fromkeys(READ, pl.Float64) | {"subspace": pl.String},
+    "ranks": {"of": pl.String, "whose": pl.String, "rank": pl.Int64, "linear": pl.Float64} | EFFECTS,
+    "dose": {"subspace": pl.String, "saturated": pl.Boolean} | dict.fromkeys(("dose", "effect", "plus", "minus"), pl.Float64),
+    "controls": {"control": pl.String, "draws": pl.Int64} | EFFECTS | dict.fromkeys(("rank", "low", "high"), pl.Float64),
+}  # fmt: skip
 DOSED = 3  # candidates whose dose is looked at
 SCORES = ("mean_conc_act", "mean_conc_w_combined", "joint_score")  # of the sweep, beside what the candidates carry
 
@@ -50,6 +58,7 @@ def causal_check(
     cloud: int = 300,
     boot: int = 2000,
     templates: int | None = None,
+    sections: Sequence[str] = SECTIONS,
     seed: int = 0,
     cache: Path | None = None,
     title: str = "",
@@ -60,8 +69,9 @@ def causal_check(
     names to look at, [] for all; ranks: of the ceilings; draws: energy-matched controls, by first-order effects; checked: how
     many of these are run forward; forward, drops: keep, and drop with full_drop, are run forward for so many candidates of
     the largest first-order effects, None for all; cloud: blind subspaces of the designed cloud, 0 for none; templates:
-    wordings of the probe, None for all. Effects by forward passes are kept in `cache`, so that a killed check goes on.
-    ValueError for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare` says.
+    wordings of the probe, None for all; sections: what is asked beside the candidates, some of SECTIONS. Effects by forward
+    passes are kept in `cache`, so that a killed check goes on. ValueError for a sweep of another w or model, an unknown
+    candidate, and what `ws.causal.ground.prepare` says.
 
     Example:
         >>> import ws
@@ -72,6 +82,12 @@ def causal_check(
         >>> found.candidates["subspace"].to_list()
         ['w', 'w_res', 'write', 'mlp_write']
     """
+    if unknown := [one for one in sections if one not in SECTIONS]:
+        raise ValueError(f"SECTIONS: {unknown[0]}: one of {', '.join(SECTIONS)}{suggest(unknown[0], list(SECTIONS))}")
+
+    def made(name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        return make() if name in sections else pl.DataFrame(schema=EMPTY[name])
+
     sweep = sweep if isinstance(sweep, Explanation) else Explanation.load(sweep)
     w, setting = load_diff(w), sweep.setting
     for what, mine, its in (("model", lm.fingerprint, setting["fingerprint"]), ("w", w.fingerprint, setting["w"])):
@@ -123,11 +139,11 @@ def causal_check(
     )
     return CausalCheck(
         candidates=table,
-        where=where_table(ground),
-        read=read_table(ground, sides[True], drops),
-        ranks=rank_table(ground, ranks, None if other is None else load_diff(other), act, act_other),
-        dose=dose_table(ground, {n: write[n] for n in led[:DOSED]}, lambda of: keep(ground.w, of, ground.gains)),
-        controls=other_controls(ground, k, nulls, cache, seed),
+        where=where_table(ground, "where" in sections),
+        read=made("read", lambda: read_table(ground, sides[True], drops)),
+        ranks=made("ranks", lambda: rank_table(ground, ranks, other if other is None else load_diff(other), act, act_other)),
+        dose=made("dose", lambda: dose_table(ground, {n: keep(ground.w, write[n], ground.gains) for n in led[:DOSED]})),
+        controls=made("controls", lambda: other_controls(ground, k, nulls, cache, seed)),
         forward=ran,
         cloud={} if clouded is None else {name: getattr(clouded, name) for name in ("points", "fit", "slopes", "beyond")},
         setting={
@@ -136,6 +152,7 @@ def causal_check(
             "claims": int(found.excess.shape[1]) or len(ground.items.by_claim(np.zeros(len(ground.items.turns)))),
             "layers": ground.layers, "effects": ground.effects, "boot": boot, "k": k, "protocol": protocol.name,
             "nulls": len(nulls), "other": other is not None, "chat": lm.chat,
+            "sections": list(sections),
         },
         tensors={
             "excess": torch.tensor(found.excess), "linear": torch.tensor(found.linear),

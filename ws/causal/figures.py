@@ -3,9 +3,10 @@
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws.explanation.figures import CHANCE, family_styles
+from ws.explanation.figures import CHANCE, family_styles, spread_labels
 from ws.show.figures import PALETTE, plain
 
 MOST = 40  # candidates that a forest shows
@@ -40,9 +41,9 @@ def forest(table: pl.DataFrame) -> Figure:
     return figure
 
 
-def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> Figure:
+def energy_scatter(table: pl.DataFrame, whole: float) -> Figure:
     """Retention against captured input-weighted energy; the line from each point ends at the mean of its controls."""
-    rows = table[2:].filter(pl.col("energy").is_not_nan())
+    rows = table[2:].filter(pl.col("energy").is_not_nan() & pl.col("retention").is_not_nan())
     figure = Figure(figsize=(9, 6), layout="constrained")
     axis = figure.subplots()
     styles = family_styles(sorted(set(rows["family"].drop_nulls())))
@@ -54,15 +55,13 @@ def energy_scatter(table: pl.DataFrame, forward: pl.DataFrame, whole: float) -> 
         if row["control"] is not None and np.isfinite(row["control"]) and whole:
             axis.plot([row["energy"]] * 2, [row["retention"], row["control"] / whole], color="0.8", lw=0.8, zorder=1)
             axis.plot(row["energy"], row["control"] / whole, "_", color="0.4", ms=9, zorder=2)
-    best = rows.sort("retention", descending=True).head(NAMED)
-    for name, x, y in best.select("subspace", "energy", "retention").rows():
-        axis.annotate(plain(name), (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    _named(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"))
     axis.set(
         xlabel="captured share of the writers' input-weighted energy",
         ylabel="retention: effect of P w over that of w's writers",
     )
     axis.set_title("Effect kept against energy kept (bar: controls of equal energy)")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left")
     axis.grid(True, alpha=0.2)
     return figure
 
@@ -130,10 +129,24 @@ def cloud_scatter(points: pl.DataFrame, beyond: pl.DataFrame) -> Figure:
     ends = [min(fitted.min(), beyond["expected"].min() or 0), max(fitted.max(), beyond["expected"].max() or 0)]
     axis.plot(ends, ends, zorder=1, **CHANCE)
     far = beyond.sort(pl.col("residual").abs(), descending=True).head(NAMED)
-    for name, x, y in far.select("subspace", "expected", "linear").rows():
-        axis.annotate(plain(name), (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    _named(axis, far.select("subspace", "expected", "linear"))
     axis.set(xlabel="expected of energy, input-weighted energy and R_act (nats)", ylabel="first-order effect (nats)")
     axis.set_title("Do overlap scores say what a subspace does?")
     axis.legend(fontsize=8)
     axis.grid(True, alpha=0.2)
     return figure
+
+
+def _named(axis: Axes, points: pl.DataFrame) -> None:
+    """Names (first column) beside points (x, y), pushed apart, with a thin line to each."""
+    if points.is_empty():
+        return
+    low, high = axis.get_ylim()
+    right = axis.get_xlim()[0] + 1.36 * (axis.get_xlim()[1] - axis.get_xlim()[0])
+    column = axis.get_xlim()[1]
+    axis.set_xlim(axis.get_xlim()[0], right)
+    gap = (high - low) / 24
+    placed = spread_labels(points.to_series(2).to_list(), low + gap, high - gap, gap)
+    line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+    for (name, x, y), at in zip(points.rows(), placed, strict=True):
+        axis.annotate(plain(name), (x, y), (column, at), fontsize=9, va="center", zorder=2, arrowprops=line)

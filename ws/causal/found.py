@@ -56,7 +56,7 @@ class CausalCheck:
 
     def energy_figure(self) -> Figure:
         """Retention against captured energy, candidates and controls."""
-        return figures.energy_scatter(self.candidates, self.forward, self.setting["effects"]["w_res"])
+        return figures.energy_scatter(self.candidates, self.setting["effects"]["w_res"])
 
     def rank_figure(self) -> Figure:
         """Retention of the ceilings by rank."""

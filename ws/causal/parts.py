@@ -38,15 +38,16 @@ def where_parts(w: WeightDiff) -> dict[str, WeightDiff]:
     return {name: part for name, part in found.items() if len(part)}
 
 
-def where_table(ground: Ground) -> pl.DataFrame:
+def where_table(ground: Ground, whole: bool = True) -> pl.DataFrame:
     """One row per part of w: part, share of `|w|^2`, effect with its 95 % t interval over claims, retention (of w's effect),
-    kl, pmass, saturated."""
+    kl, pmass, saturated. whole: False for w, what writes and what reads alone."""
     parts = where_parts(ground.w)
+    parts = parts if whole else {name: of for name, of in parts.items() if name in ("w", "writers", "readers")}
     moved = ground.passes(parts, label="where w acts")
-    rows, whole = [], float(moved["w"].effect.mean())
+    rows, most = [], float(moved["w"].effect.mean())
     for name, one in moved.items():
         row = {"part": name, "share": share(parts[name], ground.w), **spread(one.effect, "effect")}
-        row["retention"] = row["effect"] / whole if whole else float("nan")
+        row["retention"] = row["effect"] / most if most else float("nan")
         rows.append(row | {"kl": one.mean_kl, "pmass": one.least_pmass, "saturated": one.saturated})
     return pl.DataFrame(rows)
 
@@ -83,11 +84,11 @@ def read_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], drops:
     return pl.DataFrame(rows, schema=schema).with_columns(pl.col(pl.Float64).fill_null(float("nan")))
 
 
-def dose_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], keep_of) -> pl.DataFrame:
+def dose_table(ground: Ground, kept: Mapping[str, WeightDiff]) -> pl.DataFrame:
     """Effect of w, w_res and some candidates at a quarter, a half and all of alpha: subspace, dose, effect with its interval,
-    plus and minus (what either end moves the score by), kl, saturated. An effect that adds up grows with the dose. keep_of:
-    what makes a variant of bases."""
-    variants, rows = {"w": ground.w, "w_res": ground.res} | {n: keep_of(of) for n, of in bases.items()}, []
+    plus and minus (what either end moves the score by), kl, saturated. An effect that adds up grows with the dose. kept:
+    their variants."""
+    variants, rows = {"w": ground.w, "w_res": ground.res, **kept}, []
     for dose in DOSES:
         for name, one in ground.passes(variants, dose, f"dose {dose:g}").items():
             plus, minus = one.ends

@@ -22,7 +22,7 @@ from ws.show.tables import code
 from ws.stability.intervals import crossed_parts, half_width
 from ws.stability.significance import benjamini_hochberg, max_t_p
 
-LEVEL = 0.05
+LEVEL, TIED = 0.05, 0.9
 SHOWN = 6
 SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layers", "protocol")
 
@@ -31,7 +31,8 @@ SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layer
 class OverSeeds:
     """table: candidate, excess (nats, mean over seeds) with its crossed 95 % interval excess_low, excess_high, excess_p,
     excess_p_max, excess_q, excess_forward (mean), excess_min (of the seeds), retention, kept (effect of keep, nats), energy,
-    out_of_reach (of any seed's draw), best first. effects: by seed, of w, of its writers and of all else."""
+    slope (share of the score's own slope), out_of_reach (of any seed's draw), best first. effects: by seed, of w, of its
+    writers and of all else."""
 
     table: pl.DataFrame
     effects: pl.DataFrame
@@ -91,12 +92,13 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
     whole = ~lost.any(axis=0) & np.isfinite(T)
     p_max = max_t_p(np.where(whole, T, np.nan), np.where(whole, draws, np.nan))
     half = half_width(crossed_parts(values, by_claim.mean(axis=0)))
-    mean = {c: _mean(found, names, c) for c in ("retention", "effect", "energy", "excess_forward")}
+    mean = {c: _mean(found, names, c) for c in ("retention", "effect", "energy", "excess_forward", "slope")}
     table = pl.DataFrame({
         "candidate": names, "excess": values.mean(axis=0), "excess_low": values.mean(axis=0) - half,
         "excess_high": values.mean(axis=0) + half, "excess_p": p, "excess_p_max": p_max, "excess_q": benjamini_hochberg(p),
         "excess_forward": mean["excess_forward"], "excess_min": values.min(axis=0), "retention": mean["retention"],
-        "kept": mean["effect"], "energy": mean["energy"], "out_of_reach": lost.mean(axis=0) if len(draws) else np.nan,
+        "kept": mean["effect"], "energy": mean["energy"], "slope": mean["slope"],
+        "out_of_reach": lost.mean(axis=0) if len(draws) else np.nan,
     })  # fmt: skip
     effects = pl.DataFrame([{"seed": s, **one.setting["effects"]} for s, one in found.items()])
     key = pl.col("excess").fill_nan(None)
@@ -119,7 +121,8 @@ def best_candidate(
     how = "as asked"
     if not name and others:
         hypotheses = {c["name"] for c in sweep.candidates if c["kind"] == "A-hypothesis"}
-        ranked = [n for n in over_seeds(others).table["candidate"] if n in hypotheses]
+        table = over_seeds(others).table.filter(pl.col("slope") <= TIED)  # beyond that retention says nothing of w
+        ranked = [n for n in table["candidate"] if n in hypotheses]
         name, how = ranked[0], f"largest excess in the causal checks of seed {', '.join(map(str, others))}"
     elif not name:
         name, how = (

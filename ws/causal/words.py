@@ -220,7 +220,9 @@ def _caveats(found) -> list[str]:
             f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; "
             "their retention is near 1 whatever w is."
         )
-    if not s["other"]:
+    if left := [one for one in ("where", "read", "ranks", "dose", "controls") if one not in s["sections"]]:
+        lines.append(f"Left out of this run: {', '.join(left)} (SECTIONS).")
+    if not s["other"] and "ranks" in s["sections"]:
         lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")
     if s["draws"] < 10_000:
         lines.append(f"{s['draws']:,} draws; a p that stands in a paper takes 10,000.")

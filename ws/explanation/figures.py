@@ -19,7 +19,7 @@ def family_styles(families: list[str]) -> dict[str, dict[str, str]]:
     return {f: {"c": PALETTE[i % n], "marker": MARKERS[(i // n + i) % m], "label": plain(f)} for i, f in unique}
 
 
-def _spread_labels(ys: list[float], low: float, high: float, gap: float) -> list[float]:
+def spread_labels(ys: list[float], low: float, high: float, gap: float) -> list[float]:
     """Positions near `ys` (any order) that keep `gap` between neighbours and stay within low..high."""
     order = np.argsort(ys)
     placed = np.array(ys, dtype=float)[order]
@@ -78,7 +78,7 @@ def _name_points(axis: Axes, points: pl.DataFrame) -> None:
         return
     low, high = np.log(axis.get_ylim())
     gap = (high - low) / 30
-    placed = _spread_labels(np.log(points[W].to_numpy()).tolist(), low + gap, high - gap, gap)
+    placed = spread_labels(np.log(points[W].to_numpy()).tolist(), low + gap, high - gap, gap)
     left, right = np.log(axis.get_xlim())
     column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
     line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}

@@ -15,6 +15,7 @@ COLUMNS = (
 ).split()
 CONTROL, WHOLE = "mag_only", "w"
 SATURATED = 12.0  # nats
+TIED = 0.005  # of surgical informedness
 
 
 def conclusion(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame, methods: Mapping, left_out: Mapping) -> str:
@@ -58,20 +59,30 @@ def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
     if not ranked:
         return "Nothing could be compared."
     moved = {name: part.sort("item")["moved"].to_numpy() for (name,), part in by_item.group_by("method")}
-    first, best, worst = ranked[0], max(ranked, key=lambda r: r["surgical"]), max(ranked, key=lambda r: r["perplexity"])
+    first, worst = ranked[0], max(ranked, key=lambda r: r["perplexity"])
     pairs = [(first["method"], row["method"]) for row in ranked[1:2]]
     if WHOLE in moved:
         pairs += [(WHOLE, other) for other in (first["method"], CONTROL) if other in moved and other != WHOLE]
     said = [
         f"Most: {literal(first['method'])}, {_ends(first, 'effect')} nats",
         *(f"{literal(a)} beside {literal(b)}: {_against(moved[a] - moved[b])}" for a, b in dict.fromkeys(pairs)),
-        f"most surgical: {literal(best['method'])}, {_ends(best, 'surgical')} of at most {best['surgical_most']:.2f}",
+        _surgical(ranked),
         f"perplexity of plain text grows most under {literal(worst['method'])}, {worst['perplexity']:.2f} times",
     ]
     if flagged := [literal(r["method"]) for r in ranked if r["pmass"] < MIN_PMASS or abs(r["effect"]) > 2 * SATURATED]:
         why = "the answer words hold less than half of the probability at an end, or are saturated"
         said.append(f"effects that say little, as {why}: {', '.join(flagged)}")
     return "; ".join(said) + "."
+
+
+def _surgical(ranked: list[dict]) -> str:
+    """The most surgical method, or how many are as surgical as it."""
+    best = max(ranked, key=lambda r: r["surgical"])
+    tied = [r for r in ranked if r["surgical"] > best["surgical"] - TIED]
+    most = f"of at most {best['surgical_most']:.2f}"
+    if len(tied) > 1:
+        return f"surgical informedness is the same, {best['surgical']:+.2f} {most}, for {len(tied)} of {len(ranked)} methods"
+    return f"most surgical: {literal(best['method'])}, {_ends(best, 'surgical')} {most}"
 
 
 def _ends(row: Mapping, name: str) -> str:
