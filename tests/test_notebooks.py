@@ -192,6 +192,7 @@ def test_v7b_over_two_seeds(trained, tmp_path):
     assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
 
 
+@pytest.mark.timeout(900)
 def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path, monkeypatch):
     """Out of one sweep of the trained difference, in the folders in which each looks for the others."""
     kept, out = out_folder() / "tiny" / "cache", tmp_path / "out"
