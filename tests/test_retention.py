@@ -29,7 +29,7 @@ def behavior():
     from dataclasses import replace
 
     whole = ws.load_behavior("sycophancy")
-    return replace(whole, claims=(), negations=(), topics=whole.topics[:20], n_train_topics=20 - CLAIMS)
+    return replace(whole, claims=(), negations=(), true_claims=(), topics=whole.topics[:20], n_train_topics=20 - CLAIMS)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,9 @@ def test_a_planted_carrier_is_found_and_a_bystander_is_not(lm, behavior, given, 
     assert rows["carrier"]["retention"] > 0.7 and rows["carrier"]["excess"] > 0 and rows["carrier"]["p"] < 0.05
     assert rows["carrier"]["excess_frobenius"] > 0 and rows["carrier"]["p_frobenius"] < 0.05
     assert rows["idle"]["energy_frobenius"] > 0.1 and rows["idle"]["p"] > 0.2 and abs(rows["idle"]["retention"]) < 0.2
+    whole = rows["w_res"]["effect"]
+    assert abs(rows["carrier"]["drop"]) <= 0.1 * whole and rows["idle"]["drop"] > 0.8 * whole
+    assert rows["idle"]["excess"] <= 0
     assert rows["carrier"]["sure"] and rows["carrier"]["gap"] == pytest.approx(
         rows["carrier"]["linear"] - rows["carrier"]["effect"]
     )

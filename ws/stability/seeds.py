@@ -107,14 +107,9 @@ def check_seeds(found: Mapping[int, Explanation]) -> None:
         if mine != names:
             apart = sorted({*mine} ^ {*names})
             said = f", as {', '.join(apart[:3])}" if apart else " in another order"
-            why = next(
-                (
-                    s
-                    for s in (run.setting.get("gradients", ""), some.setting.get("gradients", ""))
-                    if s.startswith("no ")
-                ),
-                "",
-            )
+            both = run.setting, some.setting
+            told = (of.get("gradients", "") for of in both if not of.get("gradient_pairs"))  # why there are none
+            why = next(filter(None, told), "")
             raise ValueError(
                 f"seeds {first} and {seed} were swept with other candidates{said}{f' ({why})' if why else ''}; sweep both alike"
             )
