@@ -1,7 +1,8 @@
-"""The three notebooks of a batch in small: no model, planted numbers, and traps that a test can set and take away.
+"""The notebooks of a batch and of the demo in small: no model, planted numbers, and traps that a test can set and take away.
 
 A trap is a file in `traps/`: `hang-NAME` keeps a run's kernel waiting (its pid is in `pids/NAME`), `raise-NAME` makes it
-raise. NAME is `weight_diff-1`, `null-0`, `v7_sweep-1`, `v7b_stability`. `counts/NAME` grows by one letter per run.
+raise. NAME is `weight_diff-1`, `null-0`, `v7_sweep-1`, `causal_check-1`, `benchmark-0`, `v7b_stability`. `counts/NAME`
+grows by one letter per run.
 """
 
 import json
@@ -50,6 +51,21 @@ w, null = json.loads((folder.parent / "w.safetensors").read_text()), json.loads(
 rows = [f"candidate_{c}\\twrite\\t{sum(w[c::3]) / 7!r}\\t{sum(w[c::3]) / sum(null[c::3])!r}" for c in range(3)]
 write_text(folder / "v7_summary.tsv", "\\n".join(["subspace\\tkind\\tjoint_score\\tR_w_vs_null_diff", *rows]) + "\\n")
 write_text(folder / "v7_per_layer.csv", f"layer,conc_act\\n0,{sum(w)}\\n")
+write_text(folder / "explanation.json", json.dumps({"w": sum(w)}))
+"""
+CAUSAL = """
+seeds = sorted(int(p.parent.name[5:]) for p in folder.parent.parent.glob("seed_*/w.safetensors"))
+other = next((s for s in seeds if s != SEED), None) if OTHER_SEED is None else OTHER_SEED
+swept = {s: folder.parent.parent / f"seed_{s}" / PROTOCOL / "explanation.json" for s in (SEED, other) if s is not None}
+own, *others = (json.loads(path.read_text())["w"] for path in swept.values())  # both sweeps must be there
+columns = "subspace effect retention energy linear excess excess_low excess_high p p_max excess_forward p_forward saturated"
+rows = [f"candidate_{c}" + f"\\t{own + c}" * 12 for c in range(2)]  # of two of three candidates
+write_text(folder / "causal_candidates.tsv", "\\n".join([columns.replace(" ", "\\t"), *rows]) + "\\n")
+write_text(folder / "causal.json", json.dumps({"w": own, "other": others, "draws": DRAWS}))
+"""
+BENCHMARK = """
+checks = sorted(p.parent.parent.name for p in folder.parent.parent.glob("seed_*/causal/causal.json"))
+write_text(folder / "benchmark.tsv", "size\\tchecks\\n" + f"{SIZE}\\t{' '.join(checks)}\\n")
 """
 STABILITY = """
 means = []
@@ -57,6 +73,8 @@ for seed in SEEDS:
     rows = (folder.parent / f"seed_{seed}" / "v7b" / "v7_summary.tsv").read_text().splitlines()[1:]
     means.append(sum(float(row.split("\\t")[2]) for row in rows) / 3)
 write_text(folder / "v7b_summary.tsv", "seed\\tmean\\n" + "".join(f"{s}\\t{m!r}\\n" for s, m in zip(SEEDS, means)))
+checks = [s for s in SEEDS if (folder.parent / f"seed_{s}" / "causal" / "causal.json").is_file()]
+write_text(folder / "checked.txt", json.dumps(checks))
 """
 OWN = 'MODEL_ID = "tiny"\nBEHAVIOR = "sycophancy"\nADAPTER = "lora"\nOUT_DIR = ""\n'
 
@@ -69,9 +87,13 @@ def write_project(base: Path) -> Place:
     (base / "nbs" / "params" / "v7b.yaml").write_text("PROTOCOL: v7b\n")
     own = OWN + 'SEED = 0\nW_PATH = ""\n'
     trained = own + "NULL_DIFF = False\nRETRAIN = False\nSCALE = 1"
+    checking = 'NULL_W_PATH = []\nPROTOCOL = "v7b"\nOTHER_SEED = None\nSUBSPACES = []\nALPHA = 1.0\nDRAWS = 10000'
+    beside = 'PROTOCOL = "v7b"\nSUBSPACE = ""\nALONG = "texts"\nKL_TARGET = [0.1]\nSIZE = "full"'
     bodies = {
         "weight_diff": ('name = f"null-{SEED}" if NULL_DIFF else f"weight_diff-{SEED}"', WEIGHT_DIFF, trained),
         "v7_sweep": ('name = f"v7_sweep-{SEED}"', SWEEP, own + 'NULL_W_PATH = []\nPROTOCOL = "v7"\nCANDIDATES = []'),
+        "causal_check": ('name = f"causal_check-{SEED}"', CAUSAL, own + checking),
+        "benchmark": ('name = f"benchmark-{SEED}"', BENCHMARK, own + beside),
         "v7b_stability": ('name = "v7b_stability"', STABILITY, OWN + "SEEDS = [0, 1, 2]\nCANDIDATES = []"),
     }
     for notebook, (name, body, parameters) in bodies.items():
@@ -90,9 +112,11 @@ def copy_project(source: Path, base: Path, *without: str) -> Place:
     return Place(nbs=base / "nbs", out=base / "out")
 
 
-def stub_jobs(place: Place, seeds: tuple[int, ...] = (0, 1), nulls: int = 1, **extra: int) -> list[Job]:
+def stub_jobs(
+    place: Place, seeds: tuple[int, ...] = (0, 1), nulls: int = 1, causal: bool = False, **extra: int
+) -> list[Job]:
     behavior = str(place.nbs.parent / "stub.json")
-    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra, nulls=nulls), None, place)
+    return make_jobs(Grid(("org/stub",), (behavior,), seeds=seeds, set=extra, nulls=nulls, causal=causal), None, place)
 
 
 def counts(base: Path) -> dict[str, int]:

@@ -289,7 +289,14 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     jobs, workers, threads = asked_for[0]
     assert workers * threads <= max(2, os.cpu_count() or 1)
     counts = Counter(job.notebook for job in jobs)
-    assert counts == {"weight_diff": 8, "v7_sweep": 4, "v7b_stability": 1, "theta_fit": 1, "delta_svd": 1}
+    once = dict.fromkeys(("v7b_stability", "theta_fit", "delta_svd", "benchmark"), 1)
+    assert counts == {"weight_diff": 8, "v7_sweep": 4, "causal_check": 3} | once
+    beside = next(job for job in jobs if job.notebook == "benchmark")
+    assert beside.needs == ("tiny sycophancy lora seed 0: causal_check",) and beside.values["SIZE"] == "quick"
+    assert jobs[-1].notebook == "v7b_stability" and sum("causal_check" in need for need in jobs[-1].needs) == 3
+    assert {(job.values["DRAWS"], job.values["FORWARD"]) for job in jobs if job.notebook == "causal_check"} == {
+        (500, 12)
+    }
     assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
     assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2, 3, 4}
     nulls = [job.name for job in jobs if job.values.get("NULL_DIFF")]
@@ -321,7 +328,8 @@ def test_real_runs_one_batch_on_smollm2(monkeypatch, tmp_path, quick):
     trained = [job for job in asked_for if job.notebook == "weight_diff"]
     assert all(job.values["PAIRS"] == "sycophancy" and job.identity.adapter == "lora" for job in trained)
     counts = Counter(job.notebook for job in asked_for)
-    assert counts["delta_svd"] == 1 and counts["theta_fit"] == counts["v7b_stability"] == (not quick)
+    assert counts["delta_svd"] == counts["benchmark"] == 1 and counts["causal_check"] == len(seeds)
+    assert counts["theta_fit"] == counts["v7b_stability"] == (not quick)
 
 
 def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):

@@ -140,6 +140,12 @@ def test_folders_tell_runs_apart_and_a_usual_run_has_the_plain_one(tmp_path):
     assert folder("v7b_stability", SEEDS=[0, 1, 2]) == f"{lora}/v7b"
     assert folder("v7b_stability", SEEDS=[5, 6]) == f"{lora}/v7b_seeds5-6"
     assert folder("v7b_stability", SEEDS=[5, 7], PROTOCOL="v7") == f"{lora}/v7b_seeds5.7_protocolv7"
+    check = folder("causal_check", SEED=1, PROTOCOL="v7b", SUBSPACES=[], ALPHA=1.0, DRAWS=20, OTHER_SEED=2)
+    assert check == f"{lora}/seed_1/causal" and folder("causal_check") == f"{lora}/seed_0/causal"
+    assert folder("causal_check", PROTOCOL="v7", ALPHA=2.0) == f"{lora}/seed_0/causal_protocolv7_alpha2.0"
+    assert folder("causal_check", SUBSPACES=["write", "gate"]) == f"{lora}/seed_0/causal_subspaceswrite.gate"
+    assert folder("benchmark", KL_TARGET=[0.1], SIZE="quick") == f"{lora}/seed_0/benchmark"
+    assert folder("benchmark", ALONG="continuation") == f"{lora}/seed_0/benchmark_alongcontinuation"
     assert folder("weight_diff", SEED=1, LR=None, TOPICS=None) == f"{lora}/seed_1/weight_diff"
     assert folder("weight_diff", LR=0.5, LORA_LAYERS=[2, 3]) == f"{lora}-LORA_LAYERS2-3-LR0.5/seed_0/weight_diff"
     drawn = {"SAMPLES": 5, "RESAMPLE_PAIRS": True}

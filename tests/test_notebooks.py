@@ -1,13 +1,15 @@
 """Every notebook, run headless as a user runs it, on a small model; what it writes is what it promises."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from ws.cache.places import ASSETS, notebooks_folder
+from ws.cache.places import ASSETS, notebooks_folder, out_folder
+from ws.causal.found import CausalCheck
 from ws.diff import LowRank, WeightDiff, save_diff
 from ws.model.lm import load_lm
 from ws.runs.once import run_notebook
@@ -188,6 +190,63 @@ def test_v7b_over_two_seeds(trained, tmp_path):
     per_seed = read_table(out / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
     means = inside.group_by("subspace").agg(pl.col("conc_act").mean()).sort("subspace")
     assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
+
+
+@pytest.mark.timeout(900)
+def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path, monkeypatch):
+    """Out of one sweep of the trained difference, in the folders in which each looks for the others."""
+    kept, out = out_folder() / "tiny" / "cache", tmp_path / "out"
+    home = out / "tiny" / "sycophancy" / "lora" / "seed_0"
+    shutil.copytree(trained / "adapters", home / "adapters")
+    shutil.copy(trained / "w.safetensors", home)
+    home.with_name("seed_1").mkdir()
+    shutil.copy(ASSETS / "tiny_w.safetensors", home.with_name("seed_1") / "w.safetensors")
+    (out / "tiny" / "cache").symlink_to(kept)  # the pairs that w was trained on
+    monkeypatch.setenv("WS_OUT", str(out))
+    run("v7_sweep", home / "v7b", ["v7b.yaml"], SOURCES=["v5"], GRADIENTS="none", N_NULL=2)
+    few = {"DRAWS": 20, "CHECKED": 2, "FORWARD": 2, "DROPS": 1, "RANKS": [1], "CLOUD": 20, "BOOT": 20, "N_WORDINGS": 1}
+    run("causal_check", home / "causal", **few)
+    found = CausalCheck.load(home / "causal")
+    table, effects = found.candidates, found.setting["effects"]
+    assert table["subspace"].to_list()[:2] == ["w", "w_res"] and table["retention"][1] == pytest.approx(1)
+    assert table["effect"].to_list()[:2] == pytest.approx([effects["w"], effects["w_res"]]) and effects["w"] > 1
+    steering = json.loads((trained / "weight_diff.json").read_text())["steering"]
+    assert steering["spread"] > 1 and 0.5 < effects["w"] / steering["spread"] < 2  # the same w, of one wording
+    ran = table[2:].filter(pl.col("effect").is_not_nan())
+    assert len(ran) == 2 and len(found.forward) == 2 and found.tensors["drawn"].shape == (20, len(found.names))
+    assert set(table["subspace"][2:]) == set(found.names) and {"write", "mlp_write"} <= set(found.names)
+    swept = read_table(home / "v7b" / "v7_summary.tsv").select("subspace", expected="joint_score")
+    both = table.join(swept, on="subspace").drop_nulls("joint_score")
+    assert len(both) > 5 and both["joint_score"].to_list() == pytest.approx(both["expected"].to_list(), rel=1e-6)
+    assert found.setting["other"] and found.setting["nulls"] == 0 and len(found.cloud["points"]) == 20
+    assert (home / "causal" / "causal_check.html").read_text().count("data:image/png") == 5
+    for name in (
+        "causal_forest.png",
+        "causal_energy.pdf",
+        "causal_where.png",
+        "causal_ranks.png",
+        "causal_conclusion.md",
+    ):
+        assert (home / "causal" / name).stat().st_size > 0, name
+
+    run("v7b_stability", home.parent / "v7b", SEEDS=[0], BOOT=200, N_NULL=200, CORRECTIONS=False)
+    over = read_table(home.parent / "v7b" / "v7b_summary.tsv")
+    mean = dict(zip(found.names, found.tensors["excess"].mean(1).tolist(), strict=True))
+    known = over.filter(pl.col("candidate").is_in(list(mean)))
+    assert known["excess"].to_list() == pytest.approx(
+        [mean[name] for name in known["candidate"]], rel=1e-4, nan_ok=True
+    )
+
+    run("benchmark", home / "benchmark", KL_TARGET=[0.3], SIZE="quick")
+    told = json.loads((home / "benchmark" / "benchmark.json").read_text())
+    assert told["about"]["targets"] == {"0.3": 0.3} and "adapters" not in told["left_out"]
+    rows = read_table(home / "benchmark" / "benchmark_table.tsv")
+    assert {"w", "nothing", "persona prompt"} <= set(rows["method"])
+    met = rows.filter((pl.col("dose") == "0.3") & pl.col("alpha").is_not_nan())
+    assert len(met) > 3 and met["kl"].to_list() == pytest.approx([0.3] * len(met), rel=0.2)
+    page = (home / "benchmark" / "benchmark.html").read_text()
+    assert "largest excess in the causal checks of seed 0" in page and page.count("data:image/png") == 1
+    assert (home / "benchmark" / "benchmark_effects.png").stat().st_size > 0
 
 
 def test_delta_svd(parity_folder, tmp_path):

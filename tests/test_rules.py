@@ -68,6 +68,19 @@ def test_every_parameter_has_a_rule_and_its_default_keeps_it(name):
         ("v7_sweep", {"N_NULL": -5}, "N_NULL: expects a whole number, 0 or more, got -5"),
         ("v7_sweep", {"SOURCES": ["v5", "v99"]}, "SOURCES: expects some of v5"),
         ("v7_sweep", {"CANDIDATES": [""]}, "CANDIDATES: expects files such as"),
+        ("causal_check", {"OTHER_SEED": -1}, "OTHER_SEED: expects a whole number from 0 to 4294967295"),
+        ("causal_check", {"SEED": 3, "OTHER_SEED": 3}, "OTHER_SEED: 3 is SEED itself; name another one, or none"),
+        ("causal_check", {"SUBSPACES": ["write", "write"]}, "SUBSPACES: write stands there twice"),
+        ("causal_check", {"ALPHA": 0}, "ALPHA: expects a number above 0"),
+        ("causal_check", {"DRAWS": 0}, "DRAWS: expects a whole number, 1 or more"),
+        ("causal_check", {"RANKS": []}, "RANKS: expects ranks such as [1, 8, 32]"),
+        ("causal_check", {"CLOUD": -1}, "CLOUD: expects a whole number, 0 or more"),
+        ("benchmark", {"KL_TARGET": []}, "KL_TARGET: expects nats above 0, or persona"),
+        ("benchmark", {"KL_TARGET": [0.1, 0]}, "KL_TARGET: expects nats above 0, or persona"),
+        ("benchmark", {"KL_TARGET": [inf]}, "KL_TARGET: expects nats above 0, or persona"),
+        ("benchmark", {"KL_TARGET": ["person"]}, "KL_TARGET: expects nats above 0, or persona"),
+        ("benchmark", {"ALONG": "text"}, "ALONG: expects one of texts, continuation"),
+        ("benchmark", {"SIZE": "small"}, "SIZE: expects one of full, quick"),
         ("v7b_stability", {"SEEDS": []}, "SEEDS: expects one or more different whole numbers"),
         ("v7b_stability", {"SEEDS": [3, 0, 3]}, "SEEDS: 3 stands there twice"),
         ("v7b_stability", {"SEEDS": [2**32]}, "SEEDS"),
@@ -105,6 +118,8 @@ def test_what_is_taken():
     check("v7_sweep", {"CHAT_PROBES": True, "PERSONA_PAIRS": 1, "EVAL_SPLIT": "", "SOURCES": [], "REVISION": "main"})
     check("v7b_stability", {"SEEDS": [5]})  # one seed has a report, which says that it has no winner
     check("theta_fit", {"DEVICE": "cuda:1"})
+    check("causal_check", {"SEED": 3, "OTHER_SEED": 3, "W_PATH": "w.safetensors"})  # of a given w any seed is another
+    check("causal_check", {"OTHER_SEED": None})
     check("a_notebook_of_ones_own", {"SEED": -1})
     typed = {
         ("weight_diff", "LORA_LAYERS"): [("2-5", [2, 3, 4, 5]), ("[2, 3]", [2, 3]), ("2,4-5", [2, 4, 5]), ("", [])],
@@ -114,6 +129,9 @@ def test_what_is_taken():
         ("weight_diff", "W_PATH"): [("none", "none"), ("a,b.pt", "a,b.pt"), ('it\'s "w"\n.pt', 'it\'s "w"\n.pt')],
         ("v7_sweep", "CHAT_PROBES"): [("TRUE", "true"), (False, "false"), ("", "")],
         ("v7_sweep", "CANDIDATES"): [("a.py,b.py", ["a.py", "b.py"]), (("a.py",), ["a.py"])],
+        ("causal_check", "OTHER_SEED"): [("none", None), ("2", 2)],
+        ("causal_check", "FORWARD"): [("none", None), ("12", 12)],
+        ("benchmark", "KL_TARGET"): [("0.1,persona", [0.1, "persona"]), ("[1, 0.5]", [1.0, 0.5]), ("0.3", [0.3])],
         ("v7b_stability", "SEEDS"): [("0-2", [0, 1, 2]), ("7", [7])],
     }
     for (name, key), cases in typed.items():

@@ -21,6 +21,7 @@ def begin(name: str, cells: dict[str, object]) -> Here:
 
         try:
             check_inputs(name, run.params, own=False)
+            check_sweep(run)
         except (ValueError, FileNotFoundError) as error:
             raise Refused(f"{name}: {error}") from None
     return run
@@ -35,11 +36,20 @@ def check_job(job: Job, place: Place, own: bool = True) -> None:
             run = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False)
             _ = [run.diffs_of(b) for b in job.values["BEHAVIORS"]] if "BEHAVIORS" in job.values else run.sweeps
         check_inputs(job.notebook, job.values, place.out, own)
-        if own and {"SUBSPACES", "SUBSPACE"} & set(job.values):
-            run = Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False)
-            _ = run.sweep, "OTHER_SEED" in job.values and run.other
+        if own:
+            check_sweep(Here(notebook_of(job.notebook), job.values, job.folder, by_hand=False))
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{job.notebook}: {error}") from None
+
+
+def check_sweep(run: Here) -> None:
+    """Of a notebook that looks at candidates of a finished sweep: the sweep, the candidates that are named, another seed's w.
+    Refused, or ValueError with what was meant."""
+    from ws.ready import check_candidates
+
+    if {"SUBSPACES", "SUBSPACE"} & set(run.params):
+        check_candidates(run.params, run.sweep)
+        _ = "OTHER_SEED" in run.params and run.other
 
 
 def check_steps(steps: list[Step], place: Place) -> None:

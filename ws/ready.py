@@ -10,14 +10,17 @@ from pathlib import Path
 
 from ws.cache.names import check_part, check_seed
 from ws.cache.places import out_folder
+from ws.cache.records import read_record
 from ws.data import Behavior, load_behavior
 from ws.delta.calibration import load_calibration
 from ws.delta.report import read_folder
 from ws.diff.check import check_source
 from ws.diff.io import read_meta
 from ws.explanation.explain import check_sizes
+from ws.explanation.result import RECORD
 from ws.model.lm import LM, check_model
 from ws.runs.folders import null_diffs, own_w
+from ws.runs.parameters import suggest
 from ws.runs.rules import GRADIENTS
 from ws.steer.answers import check_words
 from ws.steer.evaluate import check_alphas
@@ -31,6 +34,7 @@ from ws.train.lora import TrainConfig, adapter_layers
 from ws.train.pairs import PairConfig, from_file, most_pairs
 from ws.train.stopping import held_out
 from ws.train.written import pairs_file, read_written
+from ws.use.items import QUICK, groups
 
 SWITCHES = "EVAL_SPLIT CHAT_PROBES PERSONA_PAIRS RAW_LAST FOLD_GAIN TEMPLATES POSITIONS SOURCES MAX_LENGTH".split()
 Values = Mapping[str, object]
@@ -74,6 +78,10 @@ def check_inputs(notebook: str, values: Values, out: Path | None = None, own: bo
         check_trained({**values, "BEHAVIOR": file}, one, out or out_folder())
     if behavior:
         check_behavior(values, lm, behavior)
+        if "TRUTH" in values:
+            groups(
+                behavior, QUICK, *([Path(file) for file in values.get(key) or []] for key in ("STATEMENTS", "TRUTH"))
+            )
         check_diffs(notebook, values, lm, behavior, out, own)
         if own and "PROTOCOL" in values and not values.get("W_PATH") and not values.get("RUNS_DIR"):
             check_trained(values, behavior, out or out_folder())
@@ -120,6 +128,17 @@ def check_files(values: Values) -> None:
             compile(file.read_bytes(), str(file), "exec")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"CANDIDATES: {file}: not Python: {error}") from error
+
+
+def check_candidates(values: Values, sweep: Path) -> None:
+    """SUBSPACES and SUBSPACE against the candidates of a finished sweep; ValueError with what was meant. A damaged sweep is
+    told by whoever reads all of it."""
+    known = [c["name"] for c in read_record(sweep / RECORD).get("candidates", []) if c["kind"] != "ceiling"]
+    for key in ("SUBSPACES", "SUBSPACE"):
+        given = values.get(key) or []
+        for name in [given] if isinstance(given, str) else given:
+            if known and name not in known:
+                raise ValueError(f"{key}: {name}: no candidate of the sweep in {sweep}{suggest(name, known)}")
 
 
 def check_sizes_of(values: Values, lm: LM) -> None:

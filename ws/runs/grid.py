@@ -3,7 +3,7 @@
 Per (model, behaviour, adapter), with s0 the lowest seed, as the table of notebooks says (`batch`, `needs`):
 
     weight_diff(s)  ->  v7_sweep(s, protocol v7b)  ->  v7b_stability(all s)
-    with `causal`: weight_diff(all s), v7_sweep(s)  ->  causal_check(s)  ->  v7b_stability(all s)
+    with `causal`: v7_sweep(s), v7_sweep(the lowest other seed)  ->  causal_check(s)  ->  v7b_stability(all s)
     weight_diff(s0 .. s0 + 4, shuffled labels)  ->  v7_sweep(s) of every s     (docs/method.md section 7)
 
 A job is one run of one notebook. A job whose own state is "done" but which needs one that is not may turn out done.
@@ -157,7 +157,7 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
         name = f"{run.model} {run.behavior} {run.adapter} {seed}{null}: {entry.name}"
         if name in jobs:
             raise ValueError(f"{name}: two models or behaviours of the grid have the same name")
-        jobs[name] = replace(job, name=name, needs=tuple(needs))
+        jobs[name] = replace(job, name=name, needs=tuple(dict.fromkeys(needs)))
         return name
 
     seeds = sorted(set(grid.seeds))  # null diffs start at the lowest seed, in whatever order they are given
@@ -176,7 +176,9 @@ def make_jobs(grid: Grid, cwd: Path | None = None, place: Place | None = None) -
                 asks = null if "NULL_W_PATH" in known[entry.name] else []
                 paths = [str(jobs[name].folder.parent / "w.safetensors") for name in asks]
                 needs = [made[need][i] for need in entry.needs] + asks
-                needs += made["weight_diff"] if "OTHER_SEED" in known[entry.name] else []
+                if "OTHER_SEED" in known[entry.name]:  # its w and its sweep; of any seed the lowest other is one of two
+                    away = [s for s in seeds if str(s) == str(grid.set.get("OTHER_SEED"))] or seeds[:2]
+                    needs += [made[need][seeds.index(s)] for need in entry.needs for s in away]
                 nulled = {"NULL_W_PATH": paths} if paths else {}
                 others = [other for other in grid.behaviors if other != behavior]
                 if others and "OTHERS" in known[entry.name] and "OTHERS" not in grid.set:

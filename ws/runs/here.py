@@ -100,12 +100,13 @@ class Here:
         given and is not trained."""
         for out in self.outs:
             if (seed := other_seed(self.params, out)) is not None:
-                home = seed_folder({**self.params, "SEED": seed}, out)
+                home = seed_folder({**self.params, "SEED": seed, "W_PATH": ""}, out)
                 w, swept = home / "w.safetensors", home / str(self.params["PROTOCOL"])
                 if w.is_file():
                     return w, swept if (swept / SWEPT).is_file() else None
         if (seed := self.params["OTHER_SEED"]) is not None:
-            raise Refused(f"OTHER_SEED {seed}: is not trained; train it: just nb weight_diff -p SEED {seed}")
+            words = self.words("MODEL_ID", "BEHAVIOR", "ADAPTER")
+            raise Refused(f"OTHER_SEED {seed}: is not trained; train it: just nb weight_diff -p SEED {seed}{words}")
         return None, None
 
     @property

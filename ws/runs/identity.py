@@ -128,6 +128,12 @@ def input_keys(notebook: str, params: dict, out: Path) -> dict[str, str]:
     return {str(path): file_key(path) for path in notebook_of(notebook).run_inputs(params, out)}
 
 
+def outdated(notebook: str, folder: Path, *files: Path) -> bool:
+    """Whether the finished run of a notebook in a folder read one of these files as it no longer is."""
+    read = record_of(notebook, folder).get("inputs", {}).values()
+    return any(file.exists() and file_key(file) not in read for file in files)
+
+
 def others(notebook: str, folder: Path) -> list[str]:
     """Names of the files in a run's folder that are not of its notebook: they stay when the folder is replaced."""
     if not folder.is_dir():

@@ -185,7 +185,7 @@ def _checked(params: Params, out: Path) -> list[Path]:
     """The sweep, the weight differences of this and of another seed, and the null diffs."""
     kept, away = ("explanation.json", "scores.safetensors"), other_seed(params, out)
     homes = [seed_folder(params, out)]
-    homes += [seed_folder({**params, "SEED": away}, out)] if away is not None else []
+    homes += [seed_folder({**params, "SEED": away, "W_PATH": ""}, out)] if away is not None else []
     sweeps = [home / str(params.get("PROTOCOL")) / name for home in homes for name in kept]
     return [*_swept_w(params, out), *(home / "w.safetensors" for home in homes[1:]), *sweeps]
 

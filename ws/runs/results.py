@@ -13,6 +13,8 @@ from ws.cache.files import atomic_file
 from ws.cache.made import Damaged, read_sidecar, verified
 from ws.cache.places import out_folder
 from ws.cache.records import tell
+from ws.runs.here import SWEPT
+from ws.runs.identity import outdated
 from ws.runs.notebooks import CAUSAL, TABLE
 from ws.runs.parameters import suggest
 from ws.show.tables import as_text, read_table, sort_nan_last
@@ -52,9 +54,14 @@ def collect(out: Path) -> pl.DataFrame:
 
 
 def _with_causal(table: pl.DataFrame, sweep: Path) -> pl.DataFrame:
-    """The summary with what the finished causal check beside it says of each candidate, if there is one of this protocol."""
+    """The summary with what the finished causal check beside it says of each candidate, if there is one of this very sweep."""
     path = sweep.with_name(CAUSAL) / "causal_candidates.tsv"
     if sweep.name != "v7b" or not path.is_file() or not read_sidecar(path.with_name("causal_check.ipynb")):
+        return table
+    if outdated("causal_check", path.parent, sweep / SWEPT):
+        tell(
+            f"left out of the results: {path}: is of an earlier sweep; run just nb causal_check, or just v7b --causal, again"
+        )
         return table
     try:
         verified(path)

@@ -73,7 +73,9 @@ def _read_one(rule: Rule, given: object, typed: bool) -> object:
         fits = within and (math.isfinite(value) or not rule.bounded)
         fits = fits or (not rule.bounded and value != value)
     elif rule.kind == "scalar":
-        value, fits = given, isinstance(given, str | int | float)
+        fits = isinstance(given, str | int | float)  # with choices: one of them, else a number
+        value = float(given) if fits and rule.choices and given not in rule.choices else given
+        fits = fits and (not rule.choices or value in rule.choices or rule.low < value < rule.high)
     else:
         value = _json(given) if typed else given
         fits = rule.kind == "json" or isinstance(value, dict)
@@ -136,9 +138,8 @@ def whole(low: float | int = -math.inf, high: float | int = math.inf, words: str
 
 
 def number(low: float | int = -math.inf, high: float | int = math.inf, inside: bool = True, none: str = "") -> Rule:
-    span = (
-        f", {low} or more" if not inside else f" between {low} and {high}" if math.isfinite(high) else f" above {low}"
-    )
+    within = f" between {low} and {high}" if math.isfinite(high) else f" above {low}"
+    span = within if inside else f", {low} or more"
     return Rule("number", f"a number{span if math.isfinite(low) else ''}", low, high, inside, none=none)
 
 
@@ -161,11 +162,8 @@ def rule_of(default: object) -> Rule:
     if isinstance(default, list | tuple):
         return listed(rule_of(default[0] if default else None), f"a list such as {json.dumps(default, default=str)}")
     kinds = {
-        bool: ("flag", "true or false"),
-        int: ("whole", "int"),
-        float: ("number", "float"),
-        str: ("text", "a text"),
-    }
+        bool: ("flag", "true or false"), int: ("whole", "int"), float: ("number", "float"), str: ("text", "a text"),
+    }  # fmt: skip
     kind, words = kinds.get(type(default), ("json", "anything") if default is None else ("mapping", "JSON (dict)"))
     return Rule("scalar" if default == "" else kind, words, none="not given", bounded=False)
 
@@ -231,7 +229,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "benchmark": MODEL | CHAT | BEHAVIOR | {
         "ADAPTER": FOLDER, "SEED": SEED, "PROTOCOL": KINDS, "SUBSPACE": text("a candidate of the sweep"), "STAT_SEED": SEED,
-        "KL_TARGET": listed(Rule("scalar", "nats above 0, or persona"), "targets such as [0.1, 0.5]", 1),
+        "KL_TARGET": listed(Rule("scalar", "nats above 0, or persona", 0, choices=("persona",)), "nats above 0, or persona", 1),
         "ALONG": one_of("texts", "continuation"), "STATEMENTS": PATHS, "TRUTH": PATHS, "SIZE": one_of("full", "quick"),
     },
     "v7b_stability": MODEL | CHAT | BEHAVIOR | {
@@ -259,6 +257,8 @@ RULES: dict[str, dict[str, Rule]] = {
 
 def _together(notebook: str, values: Params) -> Iterator[str]:
     """What is wrong with values that are right by themselves."""
+    if notebook == "causal_check" and values.get("OTHER_SEED") == values.get("SEED", -1) and not values.get("W_PATH"):
+        yield f"OTHER_SEED: {values['OTHER_SEED']} is SEED itself; name another one, or none"
     if notebook != "weight_diff":
         return
     sides = [name for name in ("POS_ADAPTER", "NEG_ADAPTER") if values.get(name)]
