@@ -175,7 +175,7 @@ def chosen(sweep: Explanation, names: Sequence[str]) -> list[dict]:
     known = {c["name"]: c for c in sweep.candidates if c["kind"] != "ceiling"}
     for name in names:
         if name not in known:
-            raise ValueError(f"CANDIDATES: {name}: no candidate of this sweep{suggest(name, list(known))}")
+            raise ValueError(f"candidates: {name}: no candidate of this sweep{suggest(name, list(known))}")
     if names:
         return [known[name] for name in dict.fromkeys(names)]
     shuffles = [name for name in known if name.startswith(SHUFFLES)]

@@ -14,8 +14,10 @@ import polars as pl
 from jaxtyping import Float
 from torch import Tensor
 
+from ws.cache.records import read_record, tell
 from ws.causal.check import bases_of, chosen
 from ws.causal.found import RECORD, CausalCheck
+from ws.explanation.result import RECORD as SWEEP
 from ws.explanation.result import Explanation
 from ws.explanation.words import leaders
 from ws.show.tables import code
@@ -111,8 +113,18 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
 
 
 def finished(folders: Mapping[int, Path]) -> dict[int, Path]:
-    """Of the seeds' folders those with a finished causal check."""
-    return {seed: folder for seed, folder in folders.items() if (folder / RECORD).is_file()}
+    """Of the seeds' folders those with a finished causal check of the weight difference that the sweep beside it is of; the
+    others are told."""
+    found = {}
+    for seed, folder in folders.items():
+        if (folder / RECORD).is_file():
+            known = read_record(folder / RECORD).get("setting", {})
+            sweep = folder.with_name(str(known.get("protocol"))) / SWEEP
+            if sweep.is_file() and read_record(sweep).get("setting", {}).get("w") != known.get("w"):
+                tell(f"left out: {folder}: a causal check of an earlier weight difference; run causal_check again")
+                continue
+            found[seed] = folder
+    return found
 
 
 def best_candidate(
@@ -128,8 +140,8 @@ def best_candidate(
         hypotheses = {c["name"] for c in sweep.candidates if c["kind"] == "A-hypothesis"}
         table = over_seeds(others).table.filter(pl.col("slope") <= TIED)  # beyond that retention says nothing of w
         ranked = [n for n in table["candidate"] if n in hypotheses]
-        name, how = ranked[0], f"largest excess in the causal checks of seed {', '.join(map(str, others))}"
-    elif not name:
+        name, how = next(iter(ranked), ""), f"largest excess in the causal checks of seed {', '.join(map(str, others))}"
+    if not name:
         name, how = (
             leaders(sweep.summary, "joint_score", ("write", "mixed"))[0],
             "best joint score of this sweep; no causal check is there",
