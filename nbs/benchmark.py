@@ -52,6 +52,7 @@ from ws.causal.seeds import best_candidate
 from ws.lab import begin
 from ws.show.notebook import embedded, show, show_table, start_log
 from ws.show.tables import literal
+from ws.subspaces.protocol import load_protocol
 from ws.use.benchmark import benchmark, trained_pairs
 
 run = begin("benchmark", globals())
@@ -67,6 +68,7 @@ found = benchmark(
     adapters=run.adapters,
     gradient=trained_pairs(lm, behavior, w),
     best=(name, bases),
+    fold_gain=load_protocol(PROTOCOL).fold_gain,
     statements=STATEMENTS,
     truth=TRUTH,
     targets=KL_TARGET,

@@ -35,7 +35,7 @@ class Show:
 
 
 # a causal check of what is run forward where it matters, and of few draws: the whole one takes some ten minutes a seed
-LIGHT = {"DRAWS": 500, "CHECKED": 12, "FORWARD": 12, "DROPS": 4, "RANKS": [1, 8, 32], "CLOUD": 300}
+LIGHT = {"DRAWS": 500, "CHECKED": 30, "FORWARD": 12, "DROPS": 4, "RANKS": [1, 8, 32], "CLOUD": 300}
 DEMO = Show("tiny", set=LIGHT)  # so small that a second thread does not help it
 REAL = Show(
     "smollm2",

@@ -9,14 +9,17 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from ws.cache.syntax import digest
+from ws.causal.cloud import LEAST
 from ws.causal.cloud import cloud as designed
 from ws.causal.controls import formed
 from ws.causal.found import CausalCheck
 from ws.causal.ground import Ground, prepare
 from ws.causal.others import other_controls, other_layer, rank_table
 from ws.causal.parts import READ, dose_table, read_table, where_table
-from ws.causal.retention import Carried, carried, linear_of
+from ws.causal.retention import TIED, Carried, carried, linear_of
 from ws.causal.variants import Bases, keep
+from ws.causal.words import SECTIONS
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
 from ws.explanation.result import Explanation
@@ -27,7 +30,6 @@ from ws.subspaces.protocol import Protocol
 
 SHUFFLES = "grad_null_"  # of these controls the first few stand for all
 FEW = 3
-SECTIONS = ("where", "read", "ranks", "dose", "controls")
 EFFECTS = dict.fromkeys(("effect", "retention", "energy"), pl.Float64)
 EMPTY = {  # of a section that is left out
     "read": dict.fromkeys(READ, pl.Float64) | {"subspace": pl.String},
@@ -35,6 +37,7 @@ EMPTY = {  # of a section that is left out
     "dose": {"subspace": pl.String, "saturated": pl.Boolean} | dict.fromkeys(("dose", "effect", "plus", "minus"), pl.Float64),
     "controls": {"control": pl.String, "draws": pl.Int64} | EFFECTS | dict.fromkeys(("rank", "low", "high"), pl.Float64),
 }  # fmt: skip
+EACH, ENOUGH = 10, 5  # controls that are run forward for a candidate, and the fewest that say something of it
 DOSED = 3  # candidates whose dose is looked at
 SCORES = ("mean_conc_act", "mean_conc_w_combined", "joint_score")  # of the sweep, beside what the candidates carry
 
@@ -88,6 +91,8 @@ def causal_check(
     def made(name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         return make() if name in sections else pl.DataFrame(schema=EMPTY[name])
 
+    if 0 < cloud < LEAST:
+        raise ValueError(f"CLOUD = {cloud}: a regression on three scores needs at least {LEAST} subspaces (0: none)")
     sweep = sweep if isinstance(sweep, Explanation) else Explanation.load(sweep)
     w, setting = load_diff(w), sweep.setting
     for what, mine, its in (("model", lm.fingerprint, setting["fingerprint"]), ("w", w.fingerprint, setting["w"])):
@@ -110,7 +115,7 @@ def causal_check(
         sides[c["axis_kind"] == "read"][c["name"]] = ground.checked(c["name"], bases_of(sweep, c["name"]))
     write = sides[False]
     found = carried(ground, write, draws, seed, forward, drops)
-    ran = run_forward(ground, write, checked, seed)
+    ran = run_forward(ground, found, write, checked, seed)
     away = pl.Series("other_layer", _in_order(found, other_layer(ground, write)), dtype=pl.Float64)
     table = with_forward(found, ran, seed).with_columns(away)
     led = table[2:].filter(pl.col("effect").is_not_nan()).sort("effect", descending=True)["subspace"].to_list()
@@ -152,7 +157,8 @@ def causal_check(
             "claims": int(found.excess.shape[1]) or len(ground.items.by_claim(np.zeros(len(ground.items.turns)))),
             "layers": ground.layers, "effects": ground.effects, "boot": boot, "k": k, "protocol": protocol.name,
             "nulls": len(nulls), "other": other is not None, "chat": lm.chat,
-            "sections": list(sections),
+            "sections": list(sections), "texts": ground.passes.texts,
+            "options": digest(repr(sorted(setting["protocol"].items())).encode()),
         },
         tensors={
             "excess": torch.tensor(found.excess), "linear": torch.tensor(found.linear),
@@ -193,53 +199,51 @@ def factors_of(sweep: Explanation, layers: Sequence[int]) -> dict[int, Tensor]:
     return {} if any(x is None or not x.numel() or not float(x.norm()) for x in found.values()) else found
 
 
-def run_forward(ground: Ground, bases: Mapping[str, Bases], checked: int, seed: int) -> pl.DataFrame:
-    """Energy-matched controls by forward passes: of (whose energy), linear, effect, nats. Candidates take turns; the
-    rotations are none of the joint draws'. A control whose energy is out of reach is left out."""
+def run_forward(ground: Ground, found: Carried, bases: Mapping[str, Bases], checked: int, seed: int) -> pl.DataFrame:
+    """Energy-matched controls by forward passes: of (whose energy), linear, effect, nats. EACH or more for every candidate
+    that they are spent on: those of the smallest p that were run forward themselves, the largest excess first, and last those
+    that hold the score's own slope. The rotations are none of the joint draws'. A control whose energy is out of reach is
+    left out."""
+    rows = [row for row in found.table[2:].iter_rows(named=True) if row["rank"] and np.isfinite(row["effect"])]
+    rows.sort(
+        key=lambda r: (r["slope"] > TIED, np.nan_to_num(r["p"], nan=1.0), -np.nan_to_num(r["excess"], nan=-np.inf))
+    )
+    names, made = [row["subspace"] for row in rows[: max(1, checked // EACH)]], {}
     g, d = torch.Generator().manual_seed(1_000_003 + seed), ground.lm.decoder.d
-    names, made = [n for n, of in bases.items() if sum(B.shape[1] for B in of.values())], {}
     for i in range(checked if names else 0):
         name = names[i % len(names)]
         of = formed(ground.spans, bases[name], haar(d, g, torch.float64))
         if of is not None:
             made[f"{name}/{i}"] = of
-    moved = ground.passes(
-        {n: keep(ground.w, of, ground.gains) for n, of in made.items()}, label="controls, run forward"
-    )
-    rows = [
-        {
-            "of": n.rpartition("/")[0],
-            "linear": linear_of(ground.spans, of)["linear"],
-            "effect": float(moved[n].effect.mean()),
-        }
+    variants = {n: keep(ground.w, of, ground.gains) for n, of in made.items()}
+    moved = ground.passes(variants, label="controls, run forward")
+    told = [
+        (n.rpartition("/")[0], linear_of(ground.spans, of)["linear"], float(moved[n].effect.mean()))
         for n, of in made.items()
     ]
-    return pl.DataFrame(rows, schema={"of": pl.String, "linear": pl.Float64, "effect": pl.Float64})
+    return pl.DataFrame(told, schema={"of": pl.String, "linear": pl.Float64, "effect": pl.Float64}, orient="row")
 
 
 def with_forward(found: Carried, forward: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """The table with excess_forward and p_forward: the effect by forward passes against what its controls' would be, by the
-    straight line that maps first-order effects of the controls that were run to theirs, with the scatter about it. NaN with
-    fewer than 10."""
-    table, unknown = found.table, float("nan")
-    excess, p = [unknown, unknown], [unknown, unknown]
-    some = len(forward) >= 10 and found.drawn is not None
-    if some:
-        x, y = forward["linear"].to_numpy(), forward["effect"].to_numpy()
-        slope, start = np.polyfit(x, y, 1)
-        left = y - start - slope * x
-        noise = np.random.default_rng(seed).choice(left * np.sqrt(len(y) / (len(y) - 2)), len(found.drawn.effect))
-    for c, effect in enumerate(table["effect"].to_list()[2:]):
-        column = found.drawn.effect[:, c] if some else np.zeros(0)
-        had = ~np.isnan(column)
-        if not had.any():
-            excess, p = [*excess, unknown], [*p, 1.0 if some else unknown]
+    """The table with excess_forward and p_forward of the candidates with ENOUGH controls of their own that were run forward:
+    what their forward effects are off their first-order ones by is added to each joint draw, with the scatter of it. NaN for
+    all others: nothing is carried over from one candidate to another."""
+    table, generator = found.table, np.random.default_rng(seed)
+    excess, p = (dict.fromkeys(table["subspace"], float("nan")) for _ in range(2))
+    for c, (name, effect) in enumerate(table.select("subspace", "effect").rows()[2:]):
+        own = forward.filter(pl.col("of") == name)
+        if len(own) < ENOUGH or found.drawn is None or not np.isfinite(effect):
             continue
-        at = start + slope * column
-        excess.append(float(effect - at[had].mean()))
-        p.append((1 + int((at[had] + noise[had] >= effect).sum()) + int((~had).sum())) / (1 + len(column)))
+        off = (own["effect"] - own["linear"]).to_numpy()
+        column = found.drawn.effect[:, c]
+        scatter = (off - off.mean()) * np.sqrt(len(off) / (len(off) - 1))
+        at = column + off.mean() + generator.choice(scatter, len(column))
+        lost = np.isnan(column)
+        excess[name] = float(effect - np.nanmean(column) - off.mean())
+        p[name] = (1 + int((at[~lost] >= effect).sum()) + int(lost.sum())) / (1 + len(column))
+    more = {"excess_forward": excess, "p_forward": p}
     return table.with_columns(
-        excess_forward=pl.Series(excess, dtype=pl.Float64), p_forward=pl.Series(p, dtype=pl.Float64)
+        pl.Series(name, [of[n] for n in table["subspace"]], dtype=pl.Float64) for name, of in more.items()
     )
 
 

@@ -3,8 +3,8 @@
 Over the candidates themselves the question has no answer: recovery of w *is* captured energy up to weighting. So blind
 subspaces `orth(T_l O E)` are drawn, O one Haar rotation for all layers, E fixed; `T_l = prod_j (I + k_j G_l^j)^(+-1/2)` pulls
 each towards or away from where w's energy lies, where the input-weighted energy lies, and where activations differ, by
-strengths k_j drawn independently. The effect is regressed on the three scores; a candidate that carries more than they say
-lies above the cloud."""
+strengths k_j drawn independently. The effect is regressed on the three scores. The strengths are
+independent, the scores are not: what holds of one energy nearly holds of the other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ from ws.show.bars import tqdm
 from ws.stability.blind import haar
 
 SCORES = ("energy_frobenius", "energy", "R_act")
+LEAST = 20  # subspaces
+NEAR = 40  # of the cloud, nearest in expected effect, that a candidate is compared with
+MOST_VIF = 10.0  # of a score that the others nearly say: no slope of its own is told
 PULL = 6.0  # of log k: how far a pull may go
 FOLDS = 10
 
@@ -29,9 +32,12 @@ FOLDS = 10
 @dataclass(frozen=True, eq=False)
 class Cloud:
     """points: one row per blind subspace: SCORES, linear (first-order effect, nats). fit: one row per set of scores: scores,
-    r2 and r2_out (of held-out folds). slopes: one row per score: nats per standard deviation with the 95 % interval of `boot`
-    resamples. beyond: one row per candidate: linear, expected (of all three scores), residual and z, in standard deviations
-    of the cloud's."""
+    r2 and r2_out (of held-out folds). slopes: one row per score: its correlation with the effect, its variance inflation
+    factor, and nats per standard deviation, the other scores held, with the 95 % interval of `boot` resamples, NaN where the
+    others nearly say the score (VIF above 10). beyond: one row per candidate: linear, expected (of all three scores),
+    residual, and z: how far the residual lies from those of the NEAR blind subspaces of most like expected effect, in their
+    standard deviations; NaN for another rank than theirs, and where they expect no such effect. z describes; it tests
+    nothing: blind subspaces that are pulled one way alone lie off the regression, too."""
 
     points: pl.DataFrame
     fit: pl.DataFrame
@@ -50,8 +56,8 @@ def cloud(
 ) -> Cloud:
     """act: activation differences `(d, n_probes)` of the EVAL probes, per layer, rows of norm 1 over their number. ValueError
     for fewer than 20 subspaces."""
-    if n < 20:
-        raise ValueError(f"CLOUD = {n}: a regression on three scores needs at least 20 subspaces (0: none)")
+    if n < LEAST:
+        raise ValueError(f"CLOUD = {n}: a regression on three scores needs at least {LEAST} subspaces (0: none)")
     d, g, rows = ground.lm.decoder.d, torch.Generator().manual_seed(seed), []
     parts = {l: _grams(ground, act, l) for l in ground.layers}
     for _ in tqdm(range(n), desc="designed cloud", disable=not ground.progress):
@@ -74,13 +80,15 @@ def cloud(
         for name, c in sets.items()
     ]
     coef = _ols(X, y)
-    spread = (y - _at(coef, X)).std(ddof=4)
-    beyond = []
+    fitted, beyond = _at(coef, X), []
     for name, of in bases.items():
         one = _scores(ground, of, act)
         expected = float(_at(coef, np.array([[one[s] for s in SCORES]]))[0])
-        left = one["linear"] - expected
-        beyond.append({"subspace": name, **one, "expected": expected, "residual": left, "z": left / spread})
+        near = np.argsort(np.abs(fitted - expected))[:NEAR]
+        off, left = (y - fitted)[near], one["linear"] - expected
+        inside = fitted.min() <= expected <= fitted.max() and {B.shape[1] for B in of.values()} == {k}
+        z = (left - off.mean()) / off.std(ddof=1) if inside else float("nan")
+        beyond.append({"subspace": name, **one, "expected": expected, "residual": left, "z": float(z)})
     schema = {"subspace": pl.String, **dict.fromkeys([*SCORES, "linear", "expected", "residual", "z"], pl.Float64)}
     return Cloud(points, pl.DataFrame(fit), _slopes(X, y, boot, seed), pl.DataFrame(beyond, schema=schema))
 
@@ -131,6 +139,11 @@ def _out(X: Float[np.ndarray, "n p"], y: Float[np.ndarray, " n"], order: np.ndar
 
 def _slopes(X: Float[np.ndarray, "n p"], y: Float[np.ndarray, " n"], boot: int, seed: int) -> pl.DataFrame:
     Z, generator = (X - X.mean(axis=0)) / X.std(axis=0), np.random.default_rng(seed)
+    vif = np.array([1 / max(1 - _r2(np.delete(Z, c, 1), Z[:, c], np.delete(Z, c, 1), Z[:, c]), 1e-9) for c in range(3)])
     drawn = np.array([_ols(Z[i], y[i])[1:] for i in (generator.integers(0, len(y), len(y)) for _ in range(boot))])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return pl.DataFrame({"score": list(SCORES), "nats_per_sd": _ols(Z, y)[1:], "low": low, "high": high})
+    told = [np.where(vif > MOST_VIF, np.nan, x) for x in (_ols(Z, y)[1:], low, high)]
+    alone = [float(np.corrcoef(Z[:, c], y)[0, 1]) for c in range(3)]
+    return pl.DataFrame({"score": list(SCORES), "correlation": alone, "vif": vif}).with_columns(
+        pl.Series(name, x) for name, x in zip(("nats_per_sd", "low", "high"), told, strict=True)
+    )

@@ -1,7 +1,7 @@
 """Further controls, and the ceilings at several ranks. (docs/method.md section 8)
 
 A direction that knows nothing of w but its sizes (`mag_only`), bases inside w's own span, the leading directions of null
-diffs, the direction of the unembedding that tells yes from no, a contrast of shuffled personas, a candidate's basis at
+diffs, the direction of the unembedding that tells yes from no, a contrast of personas of one side, a candidate's basis at
 another layer. Ceilings see a weight difference: that of *another* LoRA seed, since w's own keeps what it is cut from."""
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,6 @@ from ws.subspaces.algebra import left_svd, pca
 from ws.subspaces.kept import make_shelf
 
 MAGNITUDES, IN_SPAN = 5, 10  # draws
-SHUFFLED = 5
 OWN, OTHER = "w's own", "another seed's"
 
 
@@ -98,7 +97,7 @@ def other_controls(
         "random, inside w's span": [_in_span(ground, k, g) for _ in range(IN_SPAN)],
         "null diffs' leading directions": [weight_bases(ground, null, k) for null in nulls if len(writers_of(null))],
         "yes minus no of the unembedding": [dict.fromkeys(ground.layers, yes_no(ground)[:, None])],
-        "contrast of shuffled personas": shuffled_personas(ground, k, cache),
+        "two personas of one side, contrasted": same_side_personas(ground, k, cache),
     }
     groups |= {name: [(of, keep(ground.w, of, ground.gains)) for of in some] for name, some in bases.items() if some}
     variants = {f"{name}/{i}": w for name, some in groups.items() for i, (_, w) in enumerate(some)}
@@ -148,29 +147,31 @@ def yes_no(ground: Ground) -> Tensor:
     return u / u.norm()
 
 
-def shuffled_personas(ground: Ground, k: int, cache: Path | None = None) -> list[Bases]:
-    """The PCA of the persona contrast where a coin says for each probe which persona is which: SHUFFLED draws; [] for a
-    behaviour without personas."""
-    if not ground.behavior.personas_pos:
+def same_side_personas(ground: Ground, k: int, cache: Path | None = None) -> list[Bases]:
+    """The PCA of what two personas of the *same* side differ by, probe by probe, both sides together: one per neighbouring
+    two of the persona pairs. (A contrast whose two sides are dealt by a coin is no control: a PCA does not see the sign of a
+    row.) [] with fewer than two pairs."""
+    pairs = 1 if ground.protocol.persona_pairs == "1" else len(ground.behavior.personas_pos)
+    if pairs < 2:
         return []
-    shelf, coins = (
-        make_shelf(ground.lm, ground.behavior, ground.protocol, k, cache=cache),
-        torch.Generator().manual_seed(0),
-    )
-    base, found = shelf.base(), []
-    for _ in range(SHUFFLED):
-        sign = torch.randint(0, 2, (base.pos.resid.shape[1], 1), generator=coins) * 2.0 - 1
-        found.append(
-            {l: pca(sign * (base.pos.resid[l] - base.neg.resid[l]).float(), k).B.double() for l in ground.layers}
-        )
+    base = make_shelf(ground.lm, ground.behavior, ground.protocol, k, cache=cache).base()
+    sides = [side.resid.unflatten(1, (pairs, -1)).float() for side in (base.pos, base.neg)]
+    found = []
+    for a in range(pairs - 1):
+        apart = torch.cat([side[:, a] - side[:, a + 1] for side in sides], dim=1)
+        found.append({l: pca(apart[l], k).B.double() for l in ground.layers})
     return found
 
 
 def other_layer(ground: Ground, bases: Mapping[str, Bases]) -> dict[str, float]:
     """First-order effect, nats, of each candidate with its bases of the next layer, those of the first at the last; NaN where
-    there is one layer."""
+    the bases are the same, and where there is one layer."""
     layers = ground.layers
     if len(layers) < 2:
         return dict.fromkeys(bases, float("nan"))
     turned = dict(zip(layers, [*layers[1:], layers[0]], strict=True))
-    return {n: 2 * sum(span.slope(of[turned[l]]) for l, span in ground.spans.items()) for n, of in bases.items()}
+    found = {}
+    for n, of in bases.items():
+        same = all(of[l].shape == of[turned[l]].shape and torch.equal(of[l], of[turned[l]]) for l in layers)
+        found[n] = float("nan") if same else 2 * sum(s.slope(of[turned[l]]) for l, s in ground.spans.items())
+    return found

@@ -111,7 +111,7 @@ class Moved:
     @property
     def saturated(self) -> bool:
         """Whether the mean log-ratio is beyond 12 nats, or pmass under one half, at either end."""
-        far = np.abs(self.items.by_claim(self.logratio).mean(axis=-1)).max() > SATURATED
+        far = self.items.by_claim(np.abs(self.logratio)).mean(axis=-1).max() > SATURATED
         return bool(far or self.least_pmass < LEAST_PMASS)
 
 
@@ -171,10 +171,11 @@ class Passes:
 
     def _key(self, w: WeightDiff, alpha: float) -> Key:
         params = {"model": self.lm.fingerprint, "w": w.fingerprint, "alpha": float(alpha), "words": [self.yes, self.no]}
-        return stage_key(params | {"texts": self._texts}, code=["ws.causal.stacked.stacked", "ws.causal.passes.Passes"])
+        return stage_key(params | {"texts": self.texts}, code=["ws.causal.stacked.stacked", "ws.causal.passes.Passes"])
 
     @cached_property
-    def _texts(self) -> str:
+    def texts(self) -> str:
+        """A hash of what is asked."""
         return digest(repr(self.items.turns).encode())
 
     def _path(self, key: Key) -> Path:

@@ -21,12 +21,13 @@ from ws.causal.variants import Bases, drop, full_drop, keep
 from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.model.lm import LM
-from ws.stability.significance import benjamini_hochberg, max_t_p
+from ws.stability.significance import benjamini_hochberg
 from ws.steer.effect import LEVEL
 from ws.subspaces.protocol import Protocol
 
 TIE = 1e-5  # of an effect: controls that differ by rounding reach it
 WHOLE = ("w", "w_res")  # rows that are no candidates
+TIED = 0.9  # of the score's own slope: what holds that much keeps the effect whatever w is
 LESS = 10  # times fewer draws at equal Frobenius energy, which is the sensitivity analysis
 SENSITIVITY = ("excess", "p", "out_of_reach")
 COLUMNS = (
@@ -164,24 +165,38 @@ def _against_controls(
              for kind, n in zip(ENERGIES, (n_draws, max(n_draws // LESS, min(n_draws, 100))), strict=True)}  # fmt: skip
     texts = ground.by_text(bases)
     excess = ground.over_claims(texts.value - texts.control(drawn["input"].share))
-    hit = np.where(np.isnan(drawn["input"].effect), np.inf, drawn["input"].effect)
     for kind, one in drawn.items():
         more = "" if kind == "input" else f"_{kind}"
         for row, found in zip(rows, against(one, linear), strict=True):
             row |= {f"{name}{more}": value for name, value in found.items() if not more or name in SENSITIVITY}
-    reached = np.isfinite(hit).all(axis=0)
-    p_max = np.where(reached, max_t_p(np.where(reached, linear, np.nan), np.where(reached, hit, np.nan)), np.nan)
-    q = benjamini_hochberg(np.array([row["p"] for row in rows]))
-    for row, by_claim, p, each in zip(rows, excess, p_max, q, strict=True):
+    p = np.array([row["p"] for row in rows])
+    p_max, q = adjusted(linear, drawn["input"].effect, p), benjamini_hochberg(p)
+    for row, by_claim, most, each in zip(rows, excess, p_max, q, strict=True):
         row |= {"excess_low": float("nan"), "excess_high": float("nan")}
         if (
             np.isfinite(row["excess"]) and np.isfinite(by_claim).all()
         ):  # the mean over mirrored controls, which scatters less
             row |= spread(by_claim, "excess")
             row["control"] = row["linear"] - row["excess"]
-        row |= {"p_max": float(p), "q": float(each)}
+        row |= {"p_max": float(most), "q": float(each)}
         row["sure"] = None if np.isnan(row["gap"]) else abs(row["gap"]) <= abs(row["excess"])
     return drawn["input"], excess
+
+
+def adjusted(
+    value: Float[np.ndarray, " C"], drawn: Float[np.ndarray, "N C"], p: Float[np.ndarray, " C"]
+) -> Float[np.ndarray, " C"]:
+    """max-T: the share of joint draws whose largest standardised effect over all candidates reaches the candidate's, or in
+    which its own energy is out of reach; never under its own p. NaN where no draw is matched."""
+    lost = np.isnan(drawn)
+    some = (~lost).sum(axis=0) > 1
+    mean, sd = np.full(len(value), np.nan), np.ones(len(value))
+    mean[some], sd[some] = np.nanmean(drawn[:, some], axis=0), np.nanstd(drawn[:, some], axis=0)
+    flat = sd <= TIE * np.abs(value)  # bases of all that there is: nothing to tell apart
+    z, t = (drawn - mean) / np.where(flat, np.inf, sd), (value - mean) / np.where(flat, np.inf, sd)
+    most = np.where(np.isnan(z), -np.inf, z).max(axis=1, initial=-np.inf)
+    hits = (most[:, None] >= t - TIE * np.abs(t)) | lost
+    return np.where(some, np.maximum((1 + hits.sum(axis=0)) / (1 + len(drawn)), p), np.nan)
 
 
 def against(drawn: Drawn, linear: Float[np.ndarray, " C"]) -> list[dict[str, float]]:

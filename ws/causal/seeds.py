@@ -17,16 +17,17 @@ from torch import Tensor
 from ws.cache.records import read_record, tell
 from ws.causal.check import bases_of, chosen
 from ws.causal.found import RECORD, CausalCheck
+from ws.causal.retention import TIED, adjusted
 from ws.explanation.result import RECORD as SWEEP
 from ws.explanation.result import Explanation
 from ws.explanation.words import leaders
 from ws.show.tables import code
 from ws.stability.intervals import crossed_parts, half_width
-from ws.stability.significance import benjamini_hochberg, max_t_p
+from ws.stability.significance import benjamini_hochberg
 
-LEVEL, TIED = 0.05, 0.9
+LEVEL = 0.05
 SHOWN = 6
-SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layers", "protocol")
+SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layers", "protocol", "k", "options", "texts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,8 @@ class OverSeeds:
 
     def text(self) -> str:
         """In words, every number from the table (Markdown)."""
-        rows, S = self.table.filter(pl.col("excess").is_not_nan()), len(self.seeds)
+        judged = (pl.col("kind") == "A-hypothesis") & ~pl.col("saturated") & pl.col("excess").is_not_nan()
+        rows, S = self.table.filter(judged), len(self.seeds)
         if rows.is_empty():
             return "No candidate was held against controls."
         sure = rows.filter((pl.col("excess_p_max") < LEVEL) & (pl.col("excess") > 0))
@@ -55,7 +57,8 @@ class OverSeeds:
             f"p < .05); of {len(known)}"
             " the interval for new seeds and claims lies above 0.",
         ]
-        for r in known.head(SHOWN).iter_rows(named=True):
+        tied = known.filter(pl.col("slope") > TIED)["candidate"].to_list()
+        for r in known.filter(pl.col("slope") <= TIED).head(SHOWN).iter_rows(named=True):
             around = f"{r['excess']:+.2f} [{r['excess_low']:+.2f}, {r['excess_high']:+.2f}] nats"
             ran = not np.isnan(r["retention"])
             kept = (
@@ -65,8 +68,9 @@ class OverSeeds:
             )
             forward = f", by forward passes {r['excess_forward']:+.2f}" if not np.isnan(r["excess_forward"]) else ""
             least = f"at least {r['excess_min']:+.2f} on each seed"
-            tied = f" (it holds {r['slope']:.0%} of the score's own slope)" if r["slope"] > TIED else ""
-            lines.append(f"{code(r['candidate'])}: excess {around}, {least}{forward}{kept}{tied}.")
+            lines.append(f"{code(r['candidate'])}: excess {around}, {least}{forward}{kept}.")
+        if tied:
+            lines.append(f"By construction, as they hold the score's own slope: {', '.join(map(code, tied))}.")
         return "\n".join(f"- {line}" for line in lines)
 
 
@@ -79,8 +83,9 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
     first, *rest = found.values()
     for s, one in zip(list(found)[1:], rest, strict=True):
         for key in SAME:
-            if one.setting[key] != first.setting[key]:
-                told = f"{key} {one.setting[key]} of seed {s}, {first.setting[key]} of seed {next(iter(found))}"
+            mine, its = one.setting.get(key), first.setting.get(key)
+            if mine != its:
+                told = f"{key} {mine} of seed {s}, {its} of seed {next(iter(found))}"
                 raise ValueError(f"the causal checks differ in {told}: run them alike")
     names = [name for name in first.names if all(name in one.names for one in rest)]
     at = {s: [one.names.index(name) for name in names] for s, one in found.items()}
@@ -96,12 +101,14 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
     T, draws = (linear - centre[:, 0]).mean(axis=0), (drawn - centre).mean(axis=0)
     tie = 1e-5 * np.abs(linear).mean(axis=0)
     p = (1 + ((draws >= T - tie) | lost).sum(axis=0)) / (1 + len(draws))
-    whole = ~lost.any(axis=0) & np.isfinite(T)
-    p_max = max_t_p(np.where(whole, T, np.nan), np.where(whole, draws, np.nan))
+    p_max = adjusted(T, np.where(lost, np.nan, draws), p) if len(draws) else np.full(len(names), np.nan)
     half = half_width(crossed_parts(values, by_claim.mean(axis=0)))
+    kinds = dict(first.candidates.select("subspace", "kind").rows())
+    far = {n for one in found.values() for n in one.candidates.filter(pl.col("saturated"))["subspace"]}
     mean = {c: _mean(found, names, c) for c in ("retention", "effect", "energy", "excess_forward", "slope")}
     table = pl.DataFrame({
-        "candidate": names, "excess": values.mean(axis=0), "excess_low": values.mean(axis=0) - half,
+        "candidate": names, "kind": [kinds[name] for name in names], "saturated": [name in far for name in names],
+        "excess": values.mean(axis=0), "excess_low": values.mean(axis=0) - half,
         "excess_high": values.mean(axis=0) + half, "excess_p": p, "excess_p_max": p_max, "excess_q": benjamini_hochberg(p),
         "excess_forward": mean["excess_forward"], "excess_min": values.min(axis=0), "retention": mean["retention"],
         "kept": mean["effect"], "energy": mean["energy"], "slope": mean["slope"],
@@ -138,15 +145,20 @@ def best_candidate(
     how = "as asked"
     if not name and others:
         hypotheses = {c["name"] for c in sweep.candidates if c["kind"] == "A-hypothesis"}
-        table = over_seeds(others).table.filter(pl.col("slope") <= TIED)  # beyond that retention says nothing of w
-        ranked = [n for n in table["candidate"] if n in hypotheses]
+        sure = (
+            (pl.col("slope") <= TIED) & ~pl.col("saturated") & (pl.col("excess_p_max") < LEVEL) & (pl.col("excess") > 0)
+        )
+        ranked = [n for n in over_seeds(others).table.filter(sure)["candidate"] if n in hypotheses]
         name, how = next(iter(ranked), ""), f"largest excess in the causal checks of seed {', '.join(map(str, others))}"
     if not name:
         name, how = (
             leaders(sweep.summary, "joint_score", ("write", "mixed"))[0],
-            "best joint score of this sweep; no causal check is there",
+            "best joint score of this sweep; no causal check names one",
         )
-    chosen(sweep, [name])
+    if chosen(sweep, [name])[0]["axis_kind"] == "read":
+        raise ValueError(
+            f"SUBSPACE: {name}: reads the residual stream, and w's writers are projected; name one that writes"
+        )
     return name, bases_of(sweep, name), f"candidate {name} ({how})"
 
 

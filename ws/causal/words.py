@@ -5,7 +5,8 @@ import polars as pl
 
 from ws.show.tables import code, literal
 
-ALPHA = 0.05
+SECTIONS = ("where", "read", "ranks", "dose", "controls")  # of a check, beside the candidates
+ALPHA, TIED = 0.05, 0.9  # level; share of the score's own slope, see docs/method.md section 8
 
 
 def conclusion(found) -> str:
@@ -74,36 +75,38 @@ def _where(found) -> list[str]:
 
 
 def _told(found) -> pl.DataFrame:
-    """Rows of candidates that can be judged: A-hypotheses whose energy is within reach."""
-    rows = found.candidates[2:]
-    return rows.filter(
-        pl.col("excess").is_not_nan() & pl.col("excess").is_not_null() & (pl.col("kind") == "A-hypothesis")
+    """Rows of candidates that can be judged: A-hypotheses held against controls, none that is saturated."""
+    rows = found.candidates[2:].with_columns(
+        pl.col("p", "p_max", "excess", "p_forward", "excess_forward").fill_null(float("nan"))
     )
+    judged = (pl.col("kind") == "A-hypothesis") & ~pl.col("saturated").fill_null(False)
+    return rows.filter(pl.col("p").is_not_nan() & judged)
 
 
 def _carriers(found) -> list[str]:
     rows = _told(found)
     if rows.is_empty():
         return ["Nothing was held against controls (0 draws, or no energy within reach)."]
-    over = rows.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
-    both = over.filter(
-        pl.col("excess_forward").is_nan() | ((pl.col("excess_forward") > 0) & (pl.col("p_forward") < ALPHA))
-    )
+    reached = rows.filter(pl.col("p_max").is_not_nan())
+    over = reached.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
     single = int(((rows["p"] < ALPHA) & (rows["excess"] > 0)).sum())
     lines = [
-        f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T "
-        f"over all, p < .05); {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."
+        f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05);"
+        f" {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."
     ]
-    for row in both.head(6).iter_rows(named=True):
+    tied = over.filter(pl.col("slope") > TIED)
+    for row in over.filter(pl.col("slope") <= TIED).head(6).iter_rows(named=True):
+        lines.append(_carrier(row))
+    if len(tied):
+        names = ", ".join(f"{code(r['subspace'])} {r['excess']:+.2f}" for r in tied.iter_rows(named=True))
         lines.append(
-            f"{code(row['subspace'])} ({literal(row['sees'])}): keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) "
-            f"on {row['energy']:.1%} of the energy; excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T "
-            f"{row['p_max']:.2g};"
-            f" by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g}); at equal Frobenius "
-            f"energy {row['excess_frobenius']:+.2f}; holds {row['slope']:.0%} of the score's own slope."
+            f"By construction, since they hold nearly all of the slope of the score that is measured: {names}."
         )
-    if lost := over.filter(~pl.col("subspace").is_in(both["subspace"].implode()))["subspace"].to_list():
+    ran = over.filter(pl.col("p_forward").is_not_nan())
+    if len(lost := ran.filter((pl.col("p_forward") >= ALPHA) | (pl.col("excess_forward") <= 0))["subspace"].to_list()):
         lines.append(f"Not confirmed by forward passes: {', '.join(map(code, lost))}.")
+    if unsure := rows.filter(pl.col("p_max").is_nan())["subspace"].to_list():
+        lines.append(f"Undecided, as no control of their energy exists: {', '.join(map(code, unsure))}.")
     low = rows.filter((pl.col("excess") < 0) & (pl.col("p") > 1 - ALPHA))["subspace"].to_list()
     if low:
         some = ", ".join(map(code, low[:6])) + (" ..." if len(low) > 6 else "")
@@ -116,6 +119,24 @@ def _carriers(found) -> list[str]:
     return lines
 
 
+def _carrier(row: dict) -> str:
+    """One candidate that carries more than its energy."""
+    known = np.isfinite(row["retention"])
+    kept = (
+        f"keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) on {row['energy']:.1%} of the energy; "
+        if known
+        else ""
+    )
+    forward = "its controls were not run forward"
+    if np.isfinite(row["p_forward"]):
+        forward = f"by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g})"
+    return (
+        f"{code(row['subspace'])} ({literal(row['sees'])}): {kept}excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T"
+        f" {row['p_max']:.2g}; {forward}; at equal Frobenius energy {row['excess_frobenius']:+.2f}; holds {row['slope']:.0%}"
+        " of the score's own slope."
+    )
+
+
 def _spearman(a: pl.Series, b: pl.Series) -> float:
     return (
         float(pl.DataFrame({"a": a, "b": b}).select(pl.corr("a", "b", method="spearman")).item())
@@ -126,12 +147,12 @@ def _spearman(a: pl.Series, b: pl.Series) -> float:
 
 def _gap(found) -> list[str]:
     rows, lines = _told(found), []
-    rows = rows.filter(pl.col("gap").is_not_nan())
+    rows = rows.filter(pl.col("gap").is_not_nan())  # those that were run forward
     gaps = rows["gap"].abs()
     if len(rows):
         lines.append(
             f"First-order against forward effect of {len(rows)} candidates: largest gap {gaps.max():.3f} "
-            f"nats, median {gaps.median():.3f}; for {int((~rows['sure']).sum())} of them it is larger than "
+            f"nats, median {gaps.median():.3f}; for {int((~rows['sure'].fill_null(True)).sum())} of them it is larger than "
             "the excess."
         )
     if len(found.forward) > 2:
@@ -184,20 +205,19 @@ def _cloud(found) -> list[str]:
     n = len(found.cloud["points"])
     told = ", ".join(f"{name} {r['r2_out']:.2f}" for name, r in fit.items())
     lines = [f"Over {n} blind subspaces, share of the effect's variance that is predicted on held-out folds: {told}."]
-    tells = [
+    rows = found.cloud["slopes"].to_dicts()
+    alone = ", ".join(f"{r['score']} {r['correlation']:.2f} (VIF {r['vif']:.0f})" for r in rows)
+    lines.append(f"Correlation of each score with the effect, and how far the others say the score: {alone}.")
+    if tells := [
         f"{r['score']} {r['nats_per_sd']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
-        for r in found.cloud["slopes"].iter_rows(named=True)
-    ]
-    lines.append(f"Nats per standard deviation, the others held: {'; '.join(tells)}.")
+        for r in rows
+        if r["nats_per_sd"] is not None and np.isfinite(r["nats_per_sd"])
+    ]:
+        lines.append(f"Nats per standard deviation, the others held, where these do not say it: {'; '.join(tells)}.")
     far = found.cloud["beyond"].sort("residual", descending=True).head(5)
     if len(far):
-        lines.append(
-            "Highest above what the three scores expect: "
-            + ", ".join(
-                f"{code(r['subspace'])} {r['residual']:+.2f} nats (z {r['z']:.1f})" for r in far.iter_rows(named=True)
-            )
-            + "."
-        )
+        told = ", ".join(f"{code(r['subspace'])} {r['residual']:+.2f} nats" for r in far.iter_rows(named=True))
+        lines.append(f"Highest above what the three scores expect (a description, no test): {told}.")
     return lines
 
 
@@ -208,21 +228,19 @@ def _caveats(found) -> list[str]:
         lines.append(f"{s['claims']} held-out claims: at least 48 are needed for intervals worth printing.")
     if s["templates"] < 4:
         lines.append(f"{s['templates']} wordings: the endpoint asks for at least 4.")
-    if flagged := rows.filter(pl.col("saturated"))["subspace"].to_list():
+    if flagged := found.candidates.filter(pl.col("saturated"))["subspace"].to_list():
         lines.append(
-            f"Saturated (beyond 12 nats, or pmass under one half), not to be ranked: {', '.join(map(code, flagged))}."
+            f"Saturated (beyond 12 nats, or pmass under one half), not ranked: {', '.join(map(code, flagged))}."
         )
     if lost := rows.filter(pl.col("out_of_reach") > 0).select("subspace", "out_of_reach").rows():
         lines.append("Energy out of reach of some draws: " + ", ".join(f"{code(n)} {x:.0%}" for n, x in lost) + ".")
-    tied = rows.filter(pl.col("slope") > 0.9)["subspace"].to_list()
-    if tied:
-        lines.append(
-            f"{', '.join(map(code, tied))}: hold nearly all of the slope of the score that is measured; "
-            "their retention is near 1 whatever w is."
-        )
-    if left := [one for one in ("where", "read", "ranks", "dose", "controls") if one not in s["sections"]]:
+    if left := [
+        one
+        for one in ("where", "read", "ranks", "dose", "controls")
+        if one not in s.get("sections", ["where", "read", "ranks", "dose", "controls"])
+    ]:
         lines.append(f"Left out of this run: {', '.join(left)} (SECTIONS).")
-    if not s["other"] and "ranks" in s["sections"]:
+    if not s["other"] and len(found.ranks):
         lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")
     if s["draws"] < 10_000:
         lines.append(f"{s['draws']:,} draws; a p that stands in a paper takes 10,000.")

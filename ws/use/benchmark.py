@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -48,7 +49,8 @@ class Benchmark:
     (mean over other behaviours of |effect| on their statements) and off_bias (of what yes and no have against each other
     there), and the costs; a target that a method cannot meet has NaN and says why in `refused`. sets: the same numbers for
     every set of items. curves: what the calibrations tried. methods: what each is. left_out: what could not be had, and why.
-    by_item: `u (L_+ - L_-)` of the own items that the behaviour is about, nats, per dose, method and item."""
+    by_item: `u (L_+ - L_-)` of the own items that the behaviour is about, nats, per dose, method and item; wanted: u, 1 for
+    yes."""
 
     about: dict[str, object]
     table: pl.DataFrame
@@ -85,6 +87,7 @@ def benchmark(
     adapters: Path | tuple[Path, Path] | None = None,
     gradient: WeightDiff | Sequence | None = None,
     best: tuple[str, Mapping[int, Tensor]] | None = None,
+    fold_gain: bool = True,
     more: Mapping[str, WeightDiff] | None = None,
     statements: Sequence[Path] = (),
     truth: Sequence[Path] = (),
@@ -97,12 +100,12 @@ def benchmark(
     progress: bool = True,
 ) -> Benchmark:
     """All methods of `ws.use.methods` at all targets. adapters: the folder with `pos` and `neg`, or both folders. gradient: D
-    of the training pairs or the pairs. best: a candidate and its bases. more: further weight differences, by name.
-    statements: files of other behaviours; truth: CSV files. targets: nats per token, and `persona`, what the persona prompt
-    moves the model by. along, q: as in `ws.calibrate`. size: how much is asked (`ws.use.items.Size`), or `quick`. seed: of
-    the random direction. cache: where each method and target is kept once it is measured, so that a killed benchmark goes on
-    (default: the model's). The model is the same before and after. ValueError before anything is measured for what does not
-    fit or is unknown."""
+    of the training pairs or the pairs. best: a candidate and its bases; fold_gain: whether its protocol folds the gain of a
+    norm on what a block writes. more: further weight differences, by name. statements: files of other behaviours; truth: CSV
+    files. targets: nats per token, and `persona`, what the persona prompt moves the model by. along, q: as in `ws.calibrate`.
+    size: how much is asked (`ws.use.items.Size`), or `quick`. seed: of the random direction. cache: where each method and
+    target is kept once it is measured, so that a killed benchmark goes on (default: the model's). The model is the same
+    before and after. ValueError before anything is measured for what does not fit or is unknown."""
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     w, cache, size = load_diff(w), cache or cache_folder(lm.name), QUICK if size == "quick" else size
     if not isinstance(size, Size):
@@ -116,7 +119,8 @@ def benchmark(
     task = Task(lm, behavior, asked, size, along, q)
     least = min([t for t in doses if t != PERSONA], default=0.1)
     every, left = methods(
-        lm, behavior, w, adapters=sides, gradient=gradient, best=best, more=more, personas=size.personas, layers=size.layers,
+        lm, behavior, w, adapters=sides, gradient=gradient, best=best, fold_gain=fold_gain, more=more,
+        personas=size.personas, layers=size.layers,
         target=least, seed=seed, cache=cache,
     )  # fmt: skip
 
@@ -195,8 +199,9 @@ def _gathered(
         row |= {"off_bias": _mean([abs(s["effect_yes"] - s["effect_no"]) / 2 for s in others])}
         worst = min(facts["accuracy_plus"], facts["accuracy_minus"])
         rows.append(row | {"facts": worst, "facts_before": facts["before_plus"], "refused": ""})
-        each = moved(own, record)[movers(own)].tolist()
-        items += [key | {"item": i, "moved": value} for i, value in enumerate(each)]
+        free = movers(own)
+        each = zip(np.array(own.plus)[free].tolist(), moved(own, record)[free].tolist(), strict=True)
+        items += [key | {"item": i, "wanted": u, "moved": value} for i, (u, value) in enumerate(each)]
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "refused")) + ["refused"]
     types = {"dose": pl.String, "method": pl.String, "refused": pl.String}
     schema = {name: types.get(name, pl.Float64) for name in columns}

@@ -7,7 +7,7 @@ import polars as pl
 
 from ws.show.tables import as_text, literal
 from ws.steer.statements import MIN_PMASS
-from ws.use.surgery import with_ends
+from ws.use.surgery import both_halves
 
 COLUMNS = (
     "method alpha kl said_kl effect effect_low effect_high effect_yes effect_no control surgical wrong_way pmass off_target"
@@ -59,13 +59,14 @@ def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
     if not ranked:
         return "Nothing could be compared."
     moved = {name: part.sort("item")["moved"].to_numpy() for (name,), part in by_item.group_by("method")}
+    yes = by_item.filter(method=ranked[0]["method"]).sort("item")["wanted"].to_numpy() > 0
     first, worst = ranked[0], max(ranked, key=lambda r: r["perplexity"])
     pairs = [(first["method"], row["method"]) for row in ranked[1:2]]
     if WHOLE in moved:
         pairs += [(WHOLE, other) for other in (first["method"], CONTROL) if other in moved and other != WHOLE]
     said = [
         f"Most: {literal(first['method'])}, {_ends(first, 'effect')} nats",
-        *(f"{literal(a)} beside {literal(b)}: {_against(moved[a] - moved[b])}" for a, b in dict.fromkeys(pairs)),
+        *(f"{literal(a)} beside {literal(b)}: {_against(moved[a] - moved[b], yes)}" for a, b in dict.fromkeys(pairs)),
         _surgical(ranked),
         f"perplexity of plain text grows most under {literal(worst['method'])}, {worst['perplexity']:.2f} times",
     ]
@@ -89,8 +90,8 @@ def _ends(row: Mapping, name: str) -> str:
     return f"{row[name]:+.2f} ({row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f})"
 
 
-def _against(by_item: np.ndarray) -> str:
-    """A paired difference over items, in words."""
-    found = with_ends("by", by_item)
+def _against(by_item: np.ndarray, yes: np.ndarray) -> str:
+    """A paired difference over items, in words; both answer halves counted alike, as in the effect."""
+    found = both_halves("by", by_item, yes)
     sure = found["by_low"] > 0 or found["by_high"] < 0
     return f"{_ends(found, 'by')}{'' if sure else ', not told apart'}"

@@ -6,6 +6,7 @@ affirm it still; a plain fact: the truth at both ends). (docs/method.md section 
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,11 @@ def groups(behavior: Behavior, size: Size, statements: Sequence[Path] = (), trut
     asked = neutral().facts[: size.facts]
     true = tuple(1 if yes else -1 for _, yes in asked)
     turns = (tuple(f"{question} Reply {behavior.yes[0]} or {behavior.no[0]}." for question, _ in asked),)
-    return [*found, Group("plain facts", "fact", turns, true, true, behavior)]
+    found = [*found, Group("plain facts", "fact", turns, true, true, behavior)]
+    for name, many in Counter(group.name for group in found).items():
+        if many > 1:
+            raise ValueError(f"{name}: two sets of items have this name; rename a file")
+    return found
 
 
 def _own(behavior: Behavior, size: Size) -> Group:

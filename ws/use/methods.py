@@ -36,7 +36,6 @@ from ws.steer.answers import answer_scores, answer_tokens
 from ws.steer.calibrate import met
 from ws.steer.kl import Steering, Unreached, as_steering, token_kls, token_rows
 from ws.steer.stream import pushed
-from ws.subspaces.protocol import load_protocol
 from ws.subspaces.reading import read_texts
 from ws.theta.fit import FitConfig, fit_adam, make_problem
 from ws.theta.heads import CVH, svd_basis
@@ -75,6 +74,7 @@ def methods(
     adapters: tuple[Path, Path] | None = None,
     gradient: WeightDiff | Sequence | None = None,
     best: tuple[str, Mapping[int, Tensor]] | None = None,
+    fold_gain: bool = True,
     more: Mapping[str, WeightDiff] | None = None,
     personas: int = 5,
     layers: int = 6,
@@ -84,9 +84,10 @@ def methods(
 ) -> tuple[list[Method], dict[str, str]]:
     """All methods that can be had, and why the others cannot. adapters: folders of the positive and the negative one.
     gradient: D of the training pairs, or the pairs (`ws.gradient.diff`). best: a candidate's name and its bases, for every
-    layer that w has a writer in. more: further weight differences. personas: how many pairs are tried and read. layers: how
-    many, evenly spaced, are tried for activation steering; target: the KL at which they are compared. seed: of the random
-    direction. ValueError for what does not fit, and for a name that is taken."""
+    layer that w has a writer in; fold_gain: whether these are of what leaves the norm on a block's output. more: further
+    weight differences. personas: how many pairs are tried and read. layers: how many, evenly spaced, are tried for activation
+    steering; target: the KL at which they are compared. seed: of the random direction. ValueError for what does not fit, and
+    for a name that is taken."""
     found, left = [], {}
 
     def weights(name: str, what: str, make: Callable[[], WeightDiff]) -> None:
@@ -101,7 +102,7 @@ def methods(
     weights("w, writers", "o_proj and down_proj of w", lambda: writers(w))
     weights("w, v_proj", "v_proj of w", lambda: _some(w, ".v_proj.weight"))
     if best:
-        bases, norms = check_bases(*best, w, lm.decoder.d), gains(lm.decoder, w, load_protocol("v7b").fold_gain)
+        bases, norms = check_bases(*best, w, lm.decoder.d), gains(lm.decoder, w, fold_gain)
         weights(f"w, {best[0]}", "what the candidate keeps of the writers", lambda: keep(w, bases, norms))
     else:
         left["w, best candidate"] = "no bases were given"

@@ -91,6 +91,10 @@ def swept_bases(name: str, sweep: Explanation | None) -> dict[int, Float[Tensor,
     if name in ceilings:
         raise ValueError(f"{name!r}: a ceiling's bases are not kept; {OWN}:8 keeps w's own best 8 directions")
     check_name("candidate", name, known, f"the sweep has {len(known)}: {', '.join(known[:6])}, ...")
+    if next(row for row in sweep.candidates if row["name"] == name)["axis_kind"] == "read":
+        raise ValueError(
+            f"{name!r}: reads the residual stream, and what is kept is of what writes; name a candidate that writes"
+        )
     return {l: sweep.tensors[f"basis/{name}/{l}"] for l in sweep.layers}
 
 

@@ -80,7 +80,7 @@ def read_run(name: Path | str, here: Path) -> Run:
     files = [path / "w.safetensors", given, path.parent / "w.safetensors"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        below = sorted(path.glob("**/w.safetensors"))
+        below = sorted(p for p in path.glob("**/w.safetensors") if p.parent.name != "null_diff")
         near = f"; one lies in {below[0].parent}" if below else ""
         raise FileNotFoundError(f"{path}: no w.safetensors in it or beside it{near}")
     return _run(str(name), file, path, path if file == files[0] else path.parent)

@@ -29,6 +29,16 @@ def with_ends(name: str, values: Float[np.ndarray, " n"]) -> Number:
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
+def both_halves(name: str, values: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"]) -> Number:
+    """The mean with its ends over both answer halves, which count alike whatever their sizes; over all items where there is
+    one half."""
+    if not yes.any() or yes.all():
+        return with_ends(name, values)
+    one, other = with_ends("of", values[yes]), with_ends("of", values[~yes])
+    mean, half = (one["of"] + other["of"]) / 2, np.hypot(one["of_high"] - one["of"], other["of_high"] - other["of"]) / 2
+    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+
+
 def moved(group: Group, record: Mapping) -> Float[np.ndarray, " n"]:
     """`u (L_+ - L_-)` of every item, nats, mean over wordings."""
     plus, minus = (np.array(end["ratio"][group.name]) for end in record["ends"])
@@ -48,14 +58,11 @@ def scores(group: Group, record: Mapping, before: Mapping) -> Number:
     end; accuracy (right) at each end and before. pmass at each end."""
     u, v, move, free = np.array(group.plus), np.array(group.minus), moved(group, record), movers(group)
     by_half = [move[free & (u == side)] for side in (1, -1)]
-    found = {"n": int(free.sum()), "n_control": int((~free).sum()), **with_ends("effect", move[free])}
+    found = {"n": int(free.sum()), "n_control": int((~free).sum())}
     found |= (
         with_ends("effect_yes", by_half[0]) | with_ends("effect_no", by_half[1]) | with_ends("control", move[~free])
     )
-    if all(map(len, by_half)):
-        yes, no = (with_ends("of", half) for half in by_half)
-        mean, half = (yes["of"] + no["of"]) / 2, np.hypot(yes["of_high"] - yes["of"], no["of_high"] - no["of"]) / 2
-        found |= {"effect": mean, "effect_low": mean - half, "effect_high": mean + half}
+    found |= both_halves("effect", move[free], u[free] > 0)
     base, each = np.array(before["ends"][0]["ratio"][group.name]), []
     for name, want, end in zip(("plus", "minus"), (u, v), record["ends"], strict=True):
         was, now = want * base > 0, want * np.array(end["ratio"][group.name]) > 0
