@@ -157,7 +157,7 @@ def causal_check(
             "claims": int(found.excess.shape[1]) or len(ground.items.by_claim(np.zeros(len(ground.items.turns)))),
             "layers": ground.layers, "effects": ground.effects, "boot": boot, "k": k, "protocol": protocol.name,
             "nulls": len(nulls), "other": other is not None, "chat": lm.chat,
-            "sections": list(sections), "texts": ground.passes.texts,
+            "pmass": float(ground.passes.base["pmass"].mean()), "sections": list(sections), "texts": ground.passes.texts,
             "options": digest(repr(sorted(setting["protocol"].items())).encode()),
         },
         tensors={

@@ -69,6 +69,18 @@ class OverSeeds:
             forward = f", by forward passes {r['excess_forward']:+.2f}" if not np.isnan(r["excess_forward"]) else ""
             least = f"at least {r['excess_min']:+.2f} on each seed"
             lines.append(f"{code(r['candidate'])}: excess {around}, {least}{forward}{kept}.")
+        far = (
+            (pl.col("kind") == "A-hypothesis")
+            & pl.col("saturated")
+            & (pl.col("excess_p_max") < LEVEL)
+            & (pl.col("excess") > 0)
+        )
+        if flagged := [
+            f"{code(r['candidate'])} {r['excess']:+.2f}" for r in self.table.filter(far).iter_rows(named=True)
+        ]:
+            lines.append(
+                f"Not ranked, as they are saturated on a seed; their first-order excess, for the record: {', '.join(flagged)}."
+            )
         if tied:
             lines.append(f"By construction, as they hold the score's own slope: {', '.join(map(code, tied))}.")
         return "\n".join(f"- {line}" for line in lines)

@@ -75,20 +75,20 @@ def _where(found) -> list[str]:
 
 
 def _told(found) -> pl.DataFrame:
-    """Rows of candidates that can be judged: A-hypotheses held against controls, none that is saturated."""
-    rows = found.candidates[2:].with_columns(
-        pl.col("p", "p_max", "excess", "p_forward", "excess_forward").fill_null(float("nan"))
-    )
-    judged = (pl.col("kind") == "A-hypothesis") & ~pl.col("saturated").fill_null(False)
-    return rows.filter(pl.col("p").is_not_nan() & judged)
+    """Rows of candidates that are held against controls: A-hypotheses."""
+    known = pl.col("p", "p_max", "excess", "p_forward", "excess_forward").fill_null(float("nan"))
+    rows = found.candidates[2:].with_columns(known, pl.col("saturated").fill_null(False))
+    return rows.filter(pl.col("p").is_not_nan() & (pl.col("kind") == "A-hypothesis"))
 
 
 def _carriers(found) -> list[str]:
     rows = _told(found)
     if rows.is_empty():
         return ["Nothing was held against controls (0 draws, or no energy within reach)."]
-    reached = rows.filter(pl.col("p_max").is_not_nan())
-    over = reached.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
+    sure = pl.col("p_max").is_not_nan() & (pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)
+    led = rows.filter(sure).sort("excess", descending=True)
+    over, far = led.filter(~pl.col("saturated")), led.filter("saturated")
+    rows = rows.filter(~pl.col("saturated"))
     single = int(((rows["p"] < ALPHA) & (rows["excess"] > 0)).sum())
     lines = [
         f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05);"
@@ -101,6 +101,15 @@ def _carriers(found) -> list[str]:
         names = ", ".join(f"{code(r['subspace'])} {r['excess']:+.2f}" for r in tied.iter_rows(named=True))
         lines.append(
             f"By construction, since they hold nearly all of the slope of the score that is measured: {names}."
+        )
+    if len(far):
+        names = ", ".join(
+            f"{code(r['subspace'])} {r['excess']:+.2f} (pmass {r['pmass']:.2f})" for r in far.iter_rows(named=True)
+        )
+        lines.append(
+            f"Not ranked, since pmass is under one half or the log-ratio beyond 12 nats at an end (pmass is"
+            f" {found.setting.get('pmass', float('nan')):.2f} in the base model); their first-order excess, "
+            f"for the record: {names}."
         )
     ran = over.filter(pl.col("p_forward").is_not_nan())
     if len(lost := ran.filter((pl.col("p_forward") >= ALPHA) | (pl.col("excess_forward") <= 0))["subspace"].to_list()):
