@@ -26,6 +26,7 @@ from ws.explanation.result import Explanation
 from ws.model.lm import LM
 from ws.runs.parameters import suggest
 from ws.stability.blind import haar
+from ws.subspaces.candidate import race_of
 from ws.subspaces.protocol import Protocol
 
 SHUFFLES = "grad_null_"  # of these controls the first few stand for all
@@ -127,21 +128,12 @@ def causal_check(
     k = int(setting["k"])
     clouded = designed(ground, write, act, k, cloud, boot, seed) if cloud and act else None
     scores = sweep.plain_summary.select("subspace", *(c for c in SCORES if c in sweep.plain_summary.columns))
+    known = [{key: c[key] for key in ("kind", "axis_kind", "family")} for c in about]
     facts = pl.DataFrame(
-        [
-            {
-                "subspace": c["name"],
-                "kind": c["kind"],
-                "axis_kind": c["axis_kind"],
-                "family": c["family"],
-                "sees": race(c),
-            }
-            for c in about
-        ]
+        [{"subspace": c["name"], **of, "sees": race_of(c["sees"])} for c, of in zip(about, known, strict=True)]
     )
-    table = table.join(facts, on="subspace", how="left", maintain_order="left").join(
-        scores, on="subspace", how="left", maintain_order="left"
-    )
+    for more in (facts, scores):
+        table = table.join(more, on="subspace", how="left", maintain_order="left")
     return CausalCheck(
         candidates=table,
         where=where_table(ground, "where" in sections),
@@ -166,13 +158,6 @@ def causal_check(
         },
         names=tuple(write),
     )  # fmt: skip
-
-
-def race(c: Mapping) -> str:
-    """What comes nearest to training among what a candidate sees."""
-    from ws.subspaces.candidate import race_of
-
-    return race_of(c["sees"])
 
 
 def chosen(sweep: Explanation, names: Sequence[str]) -> list[dict]:

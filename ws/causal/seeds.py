@@ -17,7 +17,8 @@ from torch import Tensor
 from ws.cache.records import read_record, tell
 from ws.causal.check import bases_of, chosen
 from ws.causal.found import RECORD, CausalCheck
-from ws.causal.retention import TIED, adjusted
+from ws.causal.retention import TIE, TIED, adjusted
+from ws.causal.words import ALPHA
 from ws.explanation.result import RECORD as SWEEP
 from ws.explanation.result import Explanation
 from ws.explanation.words import leaders
@@ -25,8 +26,9 @@ from ws.show.tables import code
 from ws.stability.intervals import crossed_parts, half_width
 from ws.stability.significance import benjamini_hochberg
 
-LEVEL = 0.05
 SHOWN = 6
+HYPOTHESIS = pl.col("kind") == "A-hypothesis"
+CARRIES = (pl.col("excess_p_max") < ALPHA) & (pl.col("excess") > 0)
 SAME = ("alpha", "seed", "draws", "templates", "behavior", "fingerprint", "layers", "protocol", "k", "options", "texts")
 
 
@@ -43,11 +45,11 @@ class OverSeeds:
 
     def text(self) -> str:
         """In words, every number from the table (Markdown)."""
-        judged = (pl.col("kind") == "A-hypothesis") & ~pl.col("saturated") & pl.col("excess").is_not_nan()
+        judged = HYPOTHESIS & ~pl.col("saturated") & pl.col("excess").is_not_nan()
         rows, S = self.table.filter(judged), len(self.seeds)
         if rows.is_empty():
             return "No candidate was held against controls."
-        sure = rows.filter((pl.col("excess_p_max") < LEVEL) & (pl.col("excess") > 0))
+        sure = rows.filter(CARRIES)
         known = sure.filter(pl.col("excess_low") > 0) if S > 1 else sure
         share = self.effects["w_res"].mean() / self.effects["w"].mean()
         lines = [
@@ -69,15 +71,8 @@ class OverSeeds:
             forward = f", by forward passes {r['excess_forward']:+.2f}" if not np.isnan(r["excess_forward"]) else ""
             least = f"at least {r['excess_min']:+.2f} on each seed"
             lines.append(f"{code(r['candidate'])}: excess {around}, {least}{forward}{kept}.")
-        far = (
-            (pl.col("kind") == "A-hypothesis")
-            & pl.col("saturated")
-            & (pl.col("excess_p_max") < LEVEL)
-            & (pl.col("excess") > 0)
-        )
-        if flagged := [
-            f"{code(r['candidate'])} {r['excess']:+.2f}" for r in self.table.filter(far).iter_rows(named=True)
-        ]:
+        far = self.table.filter(HYPOTHESIS & pl.col("saturated") & CARRIES)
+        if flagged := [f"{code(name)} {excess:+.2f}" for name, excess in far.select("candidate", "excess").rows()]:
             lines.append(
                 f"Not ranked, as they are saturated on a seed; their first-order excess, for the record: {', '.join(flagged)}."
             )
@@ -111,7 +106,7 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
             np.nanmean(drawn, axis=1, keepdims=True) if drawn.shape[1] else np.full((len(found), 1, len(names)), np.nan)
         )
     T, draws = (linear - centre[:, 0]).mean(axis=0), (drawn - centre).mean(axis=0)
-    tie = 1e-5 * np.abs(linear).mean(axis=0)
+    tie = TIE * np.abs(linear).mean(axis=0)
     p = (1 + ((draws >= T - tie) | lost).sum(axis=0)) / (1 + len(draws))
     p_max = adjusted(T, np.where(lost, np.nan, draws), p) if len(draws) else np.full(len(names), np.nan)
     half = half_width(crossed_parts(values, by_claim.mean(axis=0)))
@@ -153,14 +148,12 @@ def best_candidate(
     causal checks of other seeds, in this seed's own without these, and without any by the sweep's joint score. ValueError for
     a name that the sweep lacks."""
     sweep = sweep if isinstance(sweep, Explanation) else Explanation.load(sweep)
-    others = {s: folder for s, folder in finished(checks).items() if s != seed} or finished(checks)
+    there = finished(checks)
+    others = {s: folder for s, folder in there.items() if s != seed} or there
     how = "as asked"
     if not name and others:
-        hypotheses = {c["name"] for c in sweep.candidates if c["kind"] == "A-hypothesis"}
-        sure = (
-            (pl.col("slope") <= TIED) & ~pl.col("saturated") & (pl.col("excess_p_max") < LEVEL) & (pl.col("excess") > 0)
-        )
-        ranked = [n for n in over_seeds(others).table.filter(sure)["candidate"] if n in hypotheses]
+        sure = HYPOTHESIS & CARRIES & ~pl.col("saturated") & (pl.col("slope") <= TIED)
+        ranked = over_seeds(others).table.filter(sure)["candidate"].to_list()
         name, how = next(iter(ranked), ""), f"largest excess in the causal checks of seed {', '.join(map(str, others))}"
     if not name:
         name, how = (

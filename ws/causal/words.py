@@ -3,11 +3,12 @@
 import numpy as np
 import polars as pl
 
+from ws.causal.retention import TIED
 from ws.show.tables import code, literal
 
 SECTIONS = ("where", "read", "ranks", "dose", "controls")  # of a check, beside the candidates
 FOLLOWS = 0.8  # rank correlation from which on what is kept is what is held
-ALPHA, TIED = 0.05, 0.9  # level; share of the score's own slope, see docs/method.md section 8
+ALPHA = 0.05
 
 
 def conclusion(found) -> str:
