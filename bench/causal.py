@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     lm, behavior = ws.load_lm(args.model), ws.load_behavior("sycophancy")
     w, d = ws.load_diff("tiny") if args.model == "tiny" else random_diff(lm), lm.decoder.d
-    turns = Items.of(lm, behavior, len(behavior.templates), true_claims=False).turns
+    turns = Items.of(lm, behavior, len(behavior.templates)).turns
     yes, no = answer_tokens(lm.tokenizer, behavior)
     g, variants = torch.Generator().manual_seed(1), []
     for i in range(args.variants):

@@ -294,6 +294,8 @@ def test_truncation_is_the_best_of_its_rank():
 BAD = {
     "--as onnx": "invalid choice",
     "--alpha nan": "alpha is nan, expected a finite number",
+    "--alpha 1e39": "alpha is 1e+39, expected a finite number",
+    "--alpha 1e39 --as merged": "alpha is 1e+39, expected a finite number",
     "--alpha 0": "alpha is 0.0, expected a finite number other than 0",
     "--roles v,ups": "role 'ups' is unknown; did you mean up?",
     "--layers 3-9": "layer 6: w changes nothing there; it has layers 2-5",

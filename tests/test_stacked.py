@@ -65,13 +65,9 @@ def test_what_cannot_be_stacked_is_refused_or_run_alone(tmp_path):
     assert not stackable(lm, embedding)
     with weight_steer(lm.model, w, 1.0), pytest.raises(ValueError, match="steer"):
         stacked(lm, [(w, 1.0)], ["a"], lambda x, at: None)
-    passes = Passes(lm, b, Items.of(lm, b, 1, false_only(b)), tmp_path, progress=False)
+    passes = Passes(lm, b, Items.of(lm, b, 1), tmp_path, progress=False)
     both = passes({"factors": w, "dense": ws.WeightDiff({name: w[name] for name in w})})
     assert np.allclose(both["factors"].effect, both["dense"].effect, atol=2e-5)
-
-
-def false_only(behavior) -> bool:
-    return not behavior.true_claims
 
 
 def test_answers_are_those_of_the_effect_and_are_kept(tmp_path, monkeypatch):
@@ -86,8 +82,8 @@ def test_answers_are_those_of_the_effect_and_are_kept(tmp_path, monkeypatch):
     plus, minus = found["w"].ends
     assert plus - minus == pytest.approx(found["w"].effect.mean(), abs=1e-5) and plus > 0 > minus
     assert found["w"].mean_kl > found["half"].mean_kl > 0 and not found["half"].saturated
-    true = effects_on(lm, b, w, b.true_claims, 2)
-    assert found["w"].contrast == pytest.approx(effects(lm, b, w, 2).mean() - true, abs=2e-5)
+    true = Passes(lm, b, Items.of(lm, b, 2, true=True), progress=False)({"w": w})["w"]
+    assert true.effect.mean() == pytest.approx(effects_on(lm, b, w, b.true_claims, 2), abs=2e-5)
     with torch.no_grad():  # KL of the first token, by hand
         turn = chat_text(lm.tokenizer, b.probe_text(b.heldout_claims[3], 1))
         ids = torch.tensor([lm.tokenizer(turn, add_special_tokens=False)["input_ids"]])
@@ -117,7 +113,7 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path, monkeypatch):
     lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
     monkeypatch.setattr(passes_module, "TOGETHER", 2)
     variants = {str(i): diff_of(lm, [3], ("o",), seed=i) for i in range(5)}
-    items, seen, real = Items.of(lm, b, 1, false_only(b)), [], Passes._stack
+    items, seen, real = Items.of(lm, b, 1), [], Passes._stack
 
     def dies(self, some, alpha):
         seen.append(len(some))

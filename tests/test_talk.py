@@ -123,6 +123,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         "generate tiny x --sample --top-p 2": "--top-p 2.0: must be above 0, at most 1",
         "generate nothing x": "nothing: no such run",
         "chat tiny --alpha inf": "alpha 'inf': expected a finite number",
+        "chat tiny --alpha 1e39": "alpha '1e+39': expected a finite number",
         "chat tiny --dtype half": "DTYPE 'half' is unknown",
     }.items():
         assert call(*line.split()) == 2 and said in capsys.readouterr().err, line

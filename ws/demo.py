@@ -35,8 +35,8 @@ class Show:
 
 
 # a causal check of what is run forward where it matters, and of few draws: the whole one takes some ten minutes a seed
-LIGHT = {"DRAWS": 500, "CHECKED": 30, "FORWARD": 12, "DROPS": 4, "RANKS": [1, 8, 32], "CLOUD": 300}
-DEMO = Show("tiny", set=LIGHT)  # so small that a second thread does not help it
+LIGHT = {"DRAWS": 300, "CHECKED": 10, "FORWARD": 8, "DROPS": 2, "RANKS": [8], "SECTIONS": ["where", "ranks"]}
+DEMO = Show("tiny", set=LIGHT, alone={"theta_fit": {"PERMUTATIONS": 99}, "delta_svd": {}})  # too small for two threads
 REAL = Show(
     "smollm2",
     (0, 1, 2),

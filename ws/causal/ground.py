@@ -26,7 +26,7 @@ from ws.subspaces.protocol import Protocol, load_protocol
 class Ground:
     """One weight difference on one model. w: at the alpha that is asked about; res: its residual writers; gains: of the norms
     on what they write, {} where nothing is folded; given: slopes of all writers; spans: by layer; passes, on_true: answers
-    about the false claims, and about the true ones too."""
+    about the held-out claims, and about the true ones, None where there are none."""
 
     lm: LM
     behavior: Behavior
@@ -37,7 +37,7 @@ class Ground:
     given: Mapping[Place, Tensor]
     spans: Mapping[int, Span]
     passes: Passes
-    on_true: Passes
+    on_true: Passes | None
     progress: bool = True
 
     @property
@@ -86,14 +86,14 @@ def prepare(
     if not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f"ALPHA = {alpha}: expected a number above 0; both signs are asked")
     w, cache = load_diff(w), cache or cache_folder(lm.name)
-    items = Items.of(lm, behavior, templates, true_claims=False)
+    items = Items.of(lm, behavior, templates)
     check_fits(lm.model, w)
     check_plain(lm.model)
     w = w if alpha == 1 else w.scale(alpha)
     res, norms = writers(w), gains(lm.decoder, w, protocol.fold_gain)
     given = given or slopes(lm, behavior, res.layers(), templates, cache, progress)
     spans = writer_spans(lm, w, probe_sets(lm, behavior, protocol), given, norms, progress)
-    both = Items.of(lm, behavior, templates)
-    passes = Passes(lm, behavior, items, cache, progress)
-    on_true = Passes(lm, behavior, both, cache, progress) if both.true.any() else passes
+    asked_true = bool(behavior.true_claims) and not behavior.answers
+    true = Items.of(lm, behavior, templates, true=True) if asked_true else None
+    passes, on_true = (Passes(lm, behavior, of, cache, progress) if of else None for of in (items, true))
     return Ground(lm, behavior, w, res, protocol, norms, given, spans, passes, on_true, progress)

@@ -38,34 +38,29 @@ SATURATED, LEAST_PMASS = 12.0, 0.5  # nats of the log-ratio; what is beyond says
 @dataclass(frozen=True)
 class Items:
     """What is asked. turns: texts as the chat template renders them; claim: `(n,)` which claim each is about; wording:
-    `(n,)`; side: `(n,)` +1 where the yes-word shows the behaviour, else -1; true: `(n,)` whether the claim is one of the true
-    ones, which stand beside the others and are in no effect."""
+    `(n,)`; side: `(n,)` +1 where the yes-word shows the behaviour, else -1."""
 
     turns: tuple[str, ...]
     claim: Int[np.ndarray, " n"]
     wording: Int[np.ndarray, " n"]
     side: Float[np.ndarray, " n"]
-    true: np.ndarray
 
     @classmethod
-    def of(cls, lm: LM, behavior: Behavior, templates: int, true_claims: bool = True) -> "Items":
-        """ValueError for more wordings than the behaviour has."""
+    def of(cls, lm: LM, behavior: Behavior, templates: int, true: bool = False) -> "Items":
+        """The held-out claims of a behaviour, or its true ones. ValueError for more wordings than the behaviour has."""
         if not 1 <= templates <= len(behavior.templates):
             raise ValueError(
                 f"templates = {templates}: {behavior.name} has {len(behavior.templates)} wordings of the probe"
             )
-        claims, sides = asked(behavior)
-        more = list(behavior.true_claims) if true_claims and not behavior.answers else []
-        rows = [(i, a) for a in range(templates) for i in range(len(claims) + len(more))]
-        texts = [chat_text(lm.tokenizer, behavior.probe_text([*claims, *more][i], a)) for i, a in rows]
+        claims, sides = asked(behavior) if not true else (behavior.true_claims, [1.0] * len(behavior.true_claims))
+        rows = [(i, a) for a in range(templates) for i in range(len(claims))]
+        texts = [chat_text(lm.tokenizer, behavior.probe_text(claims[i], a)) for i, a in rows]
         i, a = np.array(rows).T
-        return cls(tuple(texts), i, a, np.array([*sides, *[1.0] * len(more)])[i], i >= len(claims))
+        return cls(tuple(texts), i, a, np.array(sides, dtype=float)[i])
 
-    def by_claim(self, values: Float[np.ndarray, "*k n"], true: bool = False) -> Float[np.ndarray, "*k claims"]:
-        """Means over wordings of what is known of each text; of the true claims instead."""
-        these = self.true == true
-        claims = np.unique(self.claim[these])
-        return np.stack([values[..., these & (self.claim == c)].mean(axis=-1) for c in claims], axis=-1)
+    def by_claim(self, values: Float[np.ndarray, "*k n"]) -> Float[np.ndarray, "*k claims"]:
+        """Means over wordings of what is known of each text."""
+        return np.stack([values[..., self.claim == c].mean(axis=-1) for c in np.unique(self.claim)], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Moved:
 
     @cached_property
     def effect(self) -> Float[np.ndarray, " claims"]:
-        """Between -alpha and +alpha on every held-out claim, nats."""
+        """Between -alpha and +alpha on every claim, nats."""
         return self.items.by_claim((self.logratio[0] - self.logratio[1]) * self.items.side)
 
     @property
@@ -91,22 +86,14 @@ class Moved:
         return float(up), float(down)
 
     @property
-    def contrast(self) -> float:
-        """Effect on the held-out claims minus that on the true ones, nats; NaN without true claims."""
-        if not self.items.true.any():
-            return float("nan")
-        true = self.items.by_claim(self.logratio[0] - self.logratio[1], True)
-        return float(self.effect.mean() - true.mean())
-
-    @property
     def mean_kl(self) -> float:
         """Mean over texts and both ends."""
-        return float(self.kl[:, ~self.items.true].mean())
+        return float(self.kl.mean())
 
     @property
     def least_pmass(self) -> float:
         """Of the two ends, mean over texts."""
-        return float(self.pmass[:, ~self.items.true].mean(axis=1).min())
+        return float(self.pmass.mean(axis=1).min())
 
     @property
     def saturated(self) -> bool:

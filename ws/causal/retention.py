@@ -120,7 +120,8 @@ def carried(
     order = sorted(bases, key=lambda name: -first[name]["linear"])
     run, dropped = order[:forward], order[:drops]
     kept = {"w": w, "w_res": ground.res} | {name: keep(w, bases[name], norms) for name in bases if name in run}
-    moved, more = ground.on_true(kept, label="keep"), {}
+    moved, more = ground.passes(kept, label="keep"), {}
+    true = ground.on_true(kept, label="keep, true claims") if ground.on_true else {}
     for what, part in (("drop", drop), ("full_drop", full_drop)):
         more[what] = ground.passes({name: part(w, bases[name], norms) for name in dropped}, label=what)
     rows = []
@@ -131,7 +132,7 @@ def carried(
                 **spread(one.effect, "effect"),
                 "kl": one.mean_kl,
                 "pmass": one.least_pmass,
-                "contrast": one.contrast,
+                "contrast": float(one.effect.mean() - true[name].effect.mean()) if true else float("nan"),
             }
             row |= {"saturated": one.saturated} | dict(zip(("plus", "minus"), one.ends, strict=True))
         row |= {"slope": slope_share(ground.given, bases[name])} if name in bases else {}

@@ -53,6 +53,10 @@ def _where(found) -> list[str]:
             f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} "
             f"nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**."
         )
+        if one["effect_low"] <= 0 or one["effect"] < w["effect"] / 20:
+            lines.append(
+                "**What writes does next to nothing alone**: retention, a share of that, says little here; read nats."
+            )
     rest = found.setting["effects"].get("w - w_res")
     if rest is not None and w["effect"]:
         both = (by["writers"]["effect"] + rest) / w["effect"]

@@ -22,6 +22,11 @@ from ws.runs.notebooks import Params
 from ws.runs.parameters import is_tagged, read_notebook, source_of
 
 Hear = Callable[[str], None] | None
+KERNEL = {  # environment of a kernel, where it says nothing else
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads stall each other when cores are shared
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),  # glibc: freed tensors are used again, not given back and asked for, page
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),  # by page, at every step
+}
 TEMPORARY = "ws"  # ends the names of folders in the system's temporary one
 
 
@@ -91,7 +96,8 @@ def execute(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other when cores are shared
+    for name, value in KERNEL.items():
+        os.environ.setdefault(name, value)
     bar: bool | dict = False if quiet else {"desc": path.stem, "mininterval": 1.0}
     if on_stage:
         headings = _headings(path)

@@ -68,12 +68,21 @@ def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
         f"Most: {literal(first['method'])}, {_ends(first, 'effect')} nats",
         *(f"{literal(a)} beside {literal(b)}: {_against(moved[a] - moved[b], yes)}" for a, b in dict.fromkeys(pairs)),
         _surgical(ranked),
+        _wrong(ranked),
         f"perplexity of plain text grows most under {literal(worst['method'])}, {worst['perplexity']:.2f} times",
     ]
     if flagged := [literal(r["method"]) for r in ranked if r["pmass"] < MIN_PMASS or abs(r["effect"]) > 2 * SATURATED]:
         why = "the answer words hold less than half of the probability at an end, or are saturated"
         said.append(f"effects that say little, as {why}: {', '.join(flagged)}")
     return "; ".join(said) + "."
+
+
+def _wrong(ranked: list[dict]) -> str:
+    """How many items the leader moves the wrong way, beside what a random direction does."""
+    shares = {
+        r["method"]: r["wrong_way"] for r in (ranked[0], *ranked) if r["method"] in (ranked[0]["method"], CONTROL)
+    }
+    return "moved the wrong way: " + ", ".join(f"{x:.0%} of the items under {literal(n)}" for n, x in shares.items())
 
 
 def _surgical(ranked: list[dict]) -> str:

@@ -24,6 +24,7 @@ from ws.model.lm import LM, check_model, load_lm
 from ws.train.record import base_content, other_base
 from ws.use.merge import commit_of, write_merged
 from ws.use.restrict import parameters, restricted, share_of, truncated
+from ws.use.run import MOST
 
 KINDS = ("peft", "merged")
 SHARD = "5GB"
@@ -72,7 +73,7 @@ def export(
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; one of {', '.join(KINDS)}")
-    if not math.isfinite(alpha) or (kind == "peft" and not alpha):
+    if not abs(alpha) < MOST or (kind == "peft" and not alpha):
         raise ValueError(f"alpha is {alpha}, expected a finite number{' other than 0' * (kind == 'peft')}")
     folder = check_empty(folder)
     w, lm = load_diff(w), model if isinstance(model, LM) else check_model(str(model), revision=revision)

@@ -73,6 +73,7 @@ def scores(group: Group, record: Mapping, before: Mapping) -> Number:
         found |= {f"accuracy_{name}": float(now.mean()), f"before_{name}": float(was.mean())}
     found |= with_ends("surgical", (each[0] + each[1]) / 2)
     found |= {"surgical_most": 1 - (found["before_plus"] + found["before_minus"]) / 2}
+    found["surgical_high"] = min(found["surgical_high"], found["surgical_most"])  # NaN stays
     found |= with_ends("surgical_plus", each[0]) | with_ends("surgical_minus", each[1])
     plus, minus = (np.array(end["ratio"][group.name])[:, free] for end in record["ends"])
     return found | with_ends("wrong_way", (u[free] * (plus - minus) < 0).mean(axis=0))

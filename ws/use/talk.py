@@ -12,6 +12,7 @@ from ws.model.generate import write_answers
 from ws.model.lm import LM
 from ws.model.text import chat_text
 from ws.steer.weights import weight_steer
+from ws.use.run import MOST
 
 NARROWEST = 24  # characters of a column, under which answers stand below each other
 COMMANDS = "/alpha X: another strength, /reset: forget what was said, /quit: end"
@@ -167,7 +168,7 @@ def number(text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not abs(value) < float("inf"):
+    if not abs(value) < MOST:
         raise ValueError(f"alpha {text.strip()!r}: expected a finite number, such as -1 or 0.5")
     return value
 
