@@ -6,6 +6,8 @@ set positional-arguments
 # `just` moves to this folder: relative paths in arguments are seen from where the command was typed
 export WS_TYPED_IN := invocation_directory()
 python := ".venv/bin/python"
+# freed memory is used again, not given back to the system: see ws/runs/execute.py
+one_thread := "OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=268435456"
 
 # list the recipes
 default:
@@ -51,17 +53,17 @@ real *ARGS: setup
 # all tests that take at most minutes; arguments go to pytest
 [no-exit-message]
 test *ARGS: setup
-    @OMP_NUM_THREADS=1 {{python}} -m pytest -n 2 -m "not slow" "$@"
+    @{{one_thread}} {{python}} -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" "$@"
 
 # which lines the tests run; without the interrupt drills, since an interrupt can leave the measuring's own lock locked
 [no-exit-message]
 coverage *ARGS: setup
-    @OMP_NUM_THREADS=1 {{python}} -m pytest -n 2 -m "not slow" --ignore=tests/test_steer_interrupts.py --cov=ws --cov-report=term "$@"
+    @{{one_thread}} {{python}} -m pytest -n 2 -m "not slow" --ignore=tests/test_steer_interrupts.py --cov=ws --cov-report=term "$@"
 
 # what takes longer: fault drills, benches
 [no-exit-message]
 test-slow *ARGS: setup
-    @OMP_NUM_THREADS=1 {{python}} -m pytest -m slow "$@"
+    @{{one_thread}} {{python}} -m pytest -m slow "$@"
 
 # style, and notebooks: pairs in step, no outputs, the parameters tag
 [no-exit-message]

@@ -44,7 +44,8 @@ CHECKED = 100  # of these controls so many are run forward
 FORWARD = None  # so many candidates of the largest first-order effects are run forward; None: all
 DROPS = None  # for so many w without them is run, too; None: all
 RANKS = [1, 2, 4, 8, 16, 32]  # of the ceilings
-SECTIONS = []  # what is asked beside the candidates, of where, read, ranks, dose, controls; empty: all
+KL_TARGET = 0.3  # nats per token, at which the leading candidates are compared a second time
+SECTIONS = []  # what is asked beside the candidates, of where, read, ranks, dose, matched, controls; empty: all
 CLOUD = 300  # blind subspaces that tell whether an overlap score is worth looking at; 0: none
 BOOT = 2000  # bootstrap draws of the cloud's slopes
 STAT_SEED = 0  # of all that is drawn
@@ -85,6 +86,7 @@ found = check.causal_check(
     cloud=CLOUD,
     boot=BOOT,
     templates=N_WORDINGS,
+    kl_target=KL_TARGET,
     sections=SECTIONS or list(check.SECTIONS),
     seed=STAT_SEED,
     title=run.title,
@@ -164,11 +166,16 @@ if len(found.controls):
     display(show_table(found.controls))
 
 # %% [markdown]
-# ## Dose
+# ## Dose, and effects at one KL
+#
+# One alpha is no equal dose: what moves the model by less may be given more. `matched`: each at the alpha at which it moves the tokens of
+# held-out probes and neutral passages by `KL_TARGET` nats.
 
 # %%
 if len(found.dose):
     display(show_table(found.dose.sort("subspace", "dose"), rows=15))
+if len(found.matched):
+    display(show_table(found.matched))
 
 # %% [markdown]
 # ## Is any overlap score worth looking at?

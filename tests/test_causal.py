@@ -14,7 +14,7 @@ from ws.causal.controls import Drawn, draw, formed
 from ws.causal.found import CausalCheck
 from ws.causal.ground import prepare
 from ws.causal.others import act_bases, rank_table, weight_bases, yes_no
-from ws.causal.parts import read_table, where_parts, where_table
+from ws.causal.parts import matched_table, read_table, where_parts, where_table
 from ws.causal.passes import Passes
 from ws.causal.retention import Carried, adjusted, carried
 from ws.causal.seeds import best_candidate, finished, over_seeds
@@ -140,6 +140,19 @@ def test_where_w_acts_takes_w_apart(ground):
     many = ws.WeightDiff({f"model.layers.{l}.mlp.up_proj.weight": torch.ones(2, 2) for l in range(30)})
     blocks = [name for name in where_parts(many) if name.startswith("layer")]
     assert len(blocks) == 8 and blocks[0] == "layers 0-3" and blocks[-1] == "layers 28-29"
+
+
+def test_variants_are_compared_where_they_move_the_model_by_as_much(ground):
+    """What is half as long is given twice the alpha; what does nothing is out of reach."""
+    kept = {"half": ground.res.scale(0.5), "nothing": ground.res.scale(0.0)}
+    by = {row["subspace"]: row for row in matched_table(ground, kept, 0.05).iter_rows(named=True)}
+    assert list(by) == ["w", "w_res", "half", "nothing"]
+    for name in ("w", "w_res", "half"):
+        assert by[name]["kl"] == pytest.approx(0.05, rel=0.05), name
+    assert by["half"]["alpha"] == pytest.approx(2 * by["w_res"]["alpha"], rel=0.05)
+    assert by["half"]["effect"] == pytest.approx(by["w_res"]["effect"], rel=0.05) and by["w_res"]["effect"] > 0.1
+    assert by["w_res"]["retention"] == pytest.approx(1) and by["w"]["alpha"] < by["w_res"]["alpha"]
+    assert np.isnan([by["nothing"][n] for n in ("alpha", "kl", "effect", "retention")]).all()
 
 
 def test_read_candidates_at_full_rank_are_all_that_reads(ground):
@@ -289,7 +302,7 @@ def checked(lm, behavior, cache, swept):
 def test_a_check_is_written_and_read_back(checked, tmp_path):
     folder = checked.save(tmp_path / "causal")
     again = CausalCheck.load(folder)
-    for name in ("candidates", "where", "read", "ranks", "dose", "controls", "forward"):
+    for name in ("candidates", "where", "read", "ranks", "dose", "matched", "controls", "forward"):
         assert getattr(again, name).columns == getattr(checked, name).columns, name
     assert again.conclusion() == checked.conclusion() and again.names == checked.names
     assert np.array_equal(again.tensors["excess"], checked.tensors["excess"])

@@ -16,7 +16,7 @@ from ws.causal.controls import formed
 from ws.causal.found import CausalCheck
 from ws.causal.ground import Ground, prepare
 from ws.causal.others import other_controls, other_layer, rank_table
-from ws.causal.parts import READ, dose_table, read_table, where_table
+from ws.causal.parts import MATCHED, READ, dose_table, matched_table, read_table, where_table
 from ws.causal.retention import TIED, Carried, carried, linear_of
 from ws.causal.variants import Bases, keep
 from ws.causal.words import SECTIONS
@@ -36,10 +36,11 @@ EMPTY = {  # of a section that is left out
     "read": dict.fromkeys(READ, pl.Float64) | {"subspace": pl.String},
     "ranks": {"of": pl.String, "whose": pl.String, "rank": pl.Int64, "linear": pl.Float64} | EFFECTS,
     "dose": {"subspace": pl.String, "saturated": pl.Boolean} | dict.fromkeys(("dose", "effect", "plus", "minus"), pl.Float64),
+    "matched": {"subspace": pl.String, "saturated": pl.Boolean} | dict.fromkeys(MATCHED, pl.Float64),
     "controls": {"control": pl.String, "draws": pl.Int64} | EFFECTS | dict.fromkeys(("rank", "low", "high"), pl.Float64),
 }  # fmt: skip
 EACH, ENOUGH = 10, 5  # controls that are run forward for a candidate, and the fewest that say something of it
-DOSED = 3  # candidates whose dose is looked at
+DOSED = 3  # candidates whose dose, and whose effect at one KL, is looked at
 SCORES = ("mean_conc_act", "mean_conc_w_combined", "joint_score")  # of the sweep, beside what the candidates carry
 
 
@@ -62,6 +63,7 @@ def causal_check(
     cloud: int = 300,
     boot: int = 2000,
     templates: int | None = None,
+    kl_target: float = 0.3,
     sections: Sequence[str] = SECTIONS,
     seed: int = 0,
     cache: Path | None = None,
@@ -73,9 +75,9 @@ def causal_check(
     names to look at, [] for all; ranks: of the ceilings; draws: energy-matched controls, by first-order effects; checked: how
     many of these are run forward; forward, drops: keep, and drop with full_drop, are run forward for so many candidates of
     the largest first-order effects, None for all; cloud: blind subspaces of the designed cloud, 0 for none; templates:
-    wordings of the probe, None for all; sections: what is asked beside the candidates, some of SECTIONS. Effects by forward
-    passes are kept in `cache`, so that a killed check goes on. ValueError for a sweep of another w or model, an unknown
-    candidate, and what `ws.causal.ground.prepare` says.
+    wordings of the probe, None for all; kl_target: nats, of what is compared at one KL; sections: what is asked beside the
+    candidates, some of SECTIONS. Effects by forward passes are kept in `cache`, so that a killed check goes on. ValueError
+    for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare` says.
 
     Example:
         >>> import ws
@@ -92,6 +94,8 @@ def causal_check(
     def made(name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         return make() if name in sections else pl.DataFrame(schema=EMPTY[name])
 
+    if not (np.isfinite(kl_target) and kl_target > 0):
+        raise ValueError(f"KL_TARGET = {kl_target}: expected a number of nats above 0")
     if 0 < cloud < LEAST:
         raise ValueError(f"CLOUD = {cloud}: a regression on three scores needs at least {LEAST} subspaces (0: none)")
     sweep = sweep if isinstance(sweep, Explanation) else Explanation.load(sweep)
@@ -120,6 +124,7 @@ def causal_check(
     away = pl.Series("other_layer", _in_order(found, other_layer(ground, write)), dtype=pl.Float64)
     table = with_forward(found, ran, seed).with_columns(away)
     led = table[2:].filter(pl.col("effect").is_not_nan()).sort("effect", descending=True)["subspace"].to_list()
+    leaders = {n: keep(ground.w, write[n], ground.gains) for n in led[:DOSED]}
     act = factors_of(sweep, ground.layers)
     theirs = other_sweep
     if theirs is not None and not isinstance(theirs, Explanation):
@@ -139,7 +144,8 @@ def causal_check(
         where=where_table(ground, "where" in sections),
         read=made("read", lambda: read_table(ground, sides[True], drops)),
         ranks=made("ranks", lambda: rank_table(ground, ranks, other if other is None else load_diff(other), act, act_other)),
-        dose=made("dose", lambda: dose_table(ground, {n: keep(ground.w, write[n], ground.gains) for n in led[:DOSED]})),
+        dose=made("dose", lambda: dose_table(ground, leaders)),
+        matched=made("matched", lambda: matched_table(ground, leaders, kl_target)),
         controls=made("controls", lambda: other_controls(ground, k, nulls, cache, seed)),
         forward=ran,
         cloud={} if clouded is None else {name: getattr(clouded, name) for name in ("points", "fit", "slopes", "beyond")},
@@ -149,7 +155,8 @@ def causal_check(
             "claims": int(found.excess.shape[1]) or len(ground.items.by_claim(np.zeros(len(ground.items.turns)))),
             "layers": ground.layers, "effects": ground.effects, "boot": boot, "k": k, "protocol": protocol.name,
             "nulls": len(nulls), "other": other is not None, "chat": lm.chat,
-            "pmass": float(ground.passes.base["pmass"].mean()), "sections": list(sections), "texts": ground.passes.texts,
+            "pmass": float(ground.passes.base["pmass"].mean()), "sections": list(sections),
+            "kl_target": kl_target, "texts": ground.passes.texts,
             "options": digest(repr(sorted(setting["protocol"].items())).encode()),
         },
         tensors={

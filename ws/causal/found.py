@@ -18,23 +18,24 @@ from ws.show.tables import read_table, write_table
 
 RECORD, TENSORS = "causal.json", "causal_excess.safetensors"
 AGAIN = "running this causal_check again"
-TABLES = ("candidates", "where", "read", "ranks", "dose", "controls", "forward")
+TABLES = ("candidates", "where", "read", "ranks", "dose", "matched", "controls", "forward")
 CLOUD = ("points", "fit", "slopes", "beyond")
 
 
 @dataclass(frozen=True, eq=False)
 class CausalCheck:
     """candidates: the columns of `ws.causal.retention` with kind, family, sees and the sweep's scores, other_layer
-    (first-order effect of the bases of another layer), excess_forward and p_forward. where, read, ranks, dose, controls: see
-    `ws.causal.parts` and `ws.causal.others`. forward: the controls that were run forward. cloud: points, fit, slopes, beyond
-    of `ws.causal.cloud`, {} without. tensors: excess `(C, claims)`, linear `(C,)`, drawn `(N, C)`, in the order of
-    `names`."""
+    (first-order effect of the bases of another layer), excess_forward and p_forward. where, read, ranks, dose, matched,
+    controls: see `ws.causal.parts` and `ws.causal.others`. forward: the controls that were run forward. cloud: points, fit,
+    slopes, beyond of `ws.causal.cloud`, {} without. tensors: excess `(C, claims)`, linear `(C,)`, drawn `(N, C)`, in the
+    order of `names`."""
 
     candidates: pl.DataFrame
     where: pl.DataFrame
     read: pl.DataFrame
     ranks: pl.DataFrame
     dose: pl.DataFrame
+    matched: pl.DataFrame
     controls: pl.DataFrame
     forward: pl.DataFrame
     cloud: dict[str, pl.DataFrame]
@@ -90,7 +91,7 @@ class CausalCheck:
         if not (folder / RECORD).is_file():
             raise FileNotFoundError(f"{folder / RECORD} is missing: run the causal_check of this folder first")
         record = read_record(folder / RECORD)
-        if not {"files", "tables", "names", "setting"} <= set(record):
+        if not ({"files", "tables", "names", "setting"} <= set(record) and set(TABLES) <= set(record["tables"])):
             raise Damaged(folder / RECORD, AGAIN)
         for name, known in record["files"].items():
             if not (folder / name).is_file() or read_hash(folder / name) != known:

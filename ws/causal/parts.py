@@ -1,5 +1,5 @@
-"""Where w acts at all, before any subspace: w restricted to modules and layers, read subspaces, doses. (docs/method.md
-section 8)"""
+"""Where w acts at all, before any subspace: w restricted to modules and layers, read subspaces, doses, one KL.
+(docs/method.md section 8)"""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,13 @@ from ws.causal.variants import READERS, drop_read, input_gains, keep_read, reade
 from ws.diff import WeightDiff
 from ws.diff.core import layer_of
 from ws.model.decoder import ROLES
+from ws.steer.calibrate import met, probe_rows
+from ws.steer.kl import Unreached, as_steering, token_kls
+from ws.steer.neutral import passage_rows
 
 DOSES = (0.25, 0.5, 1.0)
+TOPICS, PASSAGES = 6, 4  # that KL is matched on
+MATCHED = ("alpha", "kl", "effect", "effect_low", "effect_high", "retention")
 BLOCKS = 8  # of layers at most, each alone and left out
 GAINED = "_gain"  # how candidates end whose bases are of what enters a norm
 
@@ -95,3 +100,22 @@ def dose_table(ground: Ground, kept: Mapping[str, WeightDiff]) -> pl.DataFrame:
             row = {"subspace": name, "dose": dose, **spread(one.effect, "effect"), "plus": plus, "minus": minus}
             rows.append(row | {"kl": one.mean_kl, "saturated": one.saturated})
     return pl.DataFrame(rows)
+
+
+def matched_table(ground: Ground, kept: Mapping[str, WeightDiff], target: float) -> pl.DataFrame:
+    """The same variants where each moves the model by as much: at the alpha at which the 95 % quantile of KL(steered || base)
+    over the tokens of held-out probes and neutral passages is `target` nats, at the end that moves it more. subspace, MATCHED,
+    saturated; retention: of w_res at its own alpha; NaN where the target is out of reach."""
+    lm, rows = ground.lm, []
+    measure = token_kls(lm, probe_rows(lm, ground.behavior, TOPICS) + passage_rows(lm, PASSAGES)[0])
+    for name, w in {"w": ground.w, "w_res": ground.res, **kept}.items():
+        row = {"subspace": name, **dict.fromkeys(MATCHED, float("nan")), "saturated": None}
+        try:
+            found = met(measure, as_steering(lm, w), target)
+            one = ground.passes({name: w}, found.alpha, f"{name} at {target:g} nats")[name]
+            row |= {"alpha": found.alpha, "kl": found.kl, "saturated": one.saturated, **spread(one.effect, "effect")}
+        except Unreached:
+            pass
+        rows.append(row)
+    whole = rows[1]["effect"]
+    return pl.DataFrame([row | {"retention": row["effect"] / whole if whole else float("nan")} for row in rows])

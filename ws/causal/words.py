@@ -6,7 +6,7 @@ import polars as pl
 from ws.causal.retention import TIED
 from ws.show.tables import code, literal
 
-SECTIONS = ("where", "read", "ranks", "dose", "controls")  # of a check, beside the candidates
+SECTIONS = ("where", "read", "ranks", "dose", "matched", "controls")  # of a check, beside the candidates
 FOLLOWS = 0.8  # rank correlation from which on what is kept is what is held
 ALPHA = 0.05
 
@@ -19,6 +19,7 @@ def conclusion(found) -> str:
         "Who carries more than its energy": _carriers(found),
         "Are first-order effects to be believed?": _gap(found),
         "Necessary?": _needed(found),
+        "At one KL": _matched(found),
         "Controls and ceilings": _controls(found),
         "Does an overlap score say what matters?": _cloud(found),
         "Caveats of this run": _caveats(found),
@@ -199,6 +200,17 @@ def _needed(found) -> list[str]:
     ]
 
 
+def _matched(found) -> list[str]:
+    rows = found.matched.to_dicts()
+    met = [
+        f"{code(r['subspace'])} {_around(r)} nats at alpha {r['alpha']:.2f}" for r in rows if np.isfinite(r["alpha"])
+    ]
+    lost = [code(r["subspace"]) for r in rows if not np.isfinite(r["alpha"])]
+    what = f"{found.setting['kl_target']:g} nats of KL(steered || base), the 95 % quantile over tokens"
+    lines = [f"Each at its own alpha, so that it moves the model by {what}: {'; '.join(met)}."] if met else []
+    return lines + ([f"Out of reach of {what}: {', '.join(lost)}."] if lost else [])
+
+
 def _controls(found) -> list[str]:
     lines = [
         f"{literal(r['control'])}: {r['effect']:+.2f} nats ({r['retention']:.0%}), {r['draws']} drawn, "
@@ -247,11 +259,7 @@ def _caveats(found) -> list[str]:
         )
     if lost := rows.filter(pl.col("out_of_reach") > 0).select("subspace", "out_of_reach").rows():
         lines.append("Energy out of reach of some draws: " + ", ".join(f"{code(n)} {x:.0%}" for n, x in lost) + ".")
-    if left := [
-        one
-        for one in ("where", "read", "ranks", "dose", "controls")
-        if one not in s.get("sections", ["where", "read", "ranks", "dose", "controls"])
-    ]:
+    if left := [one for one in SECTIONS if one not in s["sections"]]:
         lines.append(f"Left out of this run: {', '.join(left)} (SECTIONS).")
     if not s["other"] and len(found.ranks):
         lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")

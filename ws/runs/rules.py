@@ -190,7 +190,7 @@ BEHAVIOR = {"BEHAVIOR": text("a shipped behaviour, a JSON file, or a JSONL file 
 CHAT = {"CHAT_TEMPLATE": text("plain, a file, or nothing: the tokenizer's own")}
 SEEDS = listed(SEED, f"one or more different whole numbers from 0 to {TOP_SEED}", 1, once=True)
 KINDS = one_of("v7", "v7b")
-PARTS = ("where", "read", "ranks", "dose", "controls")
+PARTS = ("where", "read", "ranks", "dose", "matched", "controls")
 HEADS = ("cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_random")
 FOLDERS = listed(text("a folder", r"[^\0]+"), 'folders such as ["out/tiny/delta_svd"]')
 MANY = listed(number(0, inside=False), "one or more numbers, each 0 or more", 1)
@@ -225,7 +225,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "N_WORDINGS": whole(1, none="all"), "DRAWS": whole(1), "CHECKED": whole(0), "FORWARD": whole(1, none="all"),
         "DROPS": whole(0, none="all"), "RANKS": listed(whole(1), "ranks such as [1, 8, 32]", 1), "CLOUD": whole(0),
         "SECTIONS": listed(one_of(*PARTS), f"some of {', '.join(PARTS)}", once=True),
-        "BOOT": whole(1), "STAT_SEED": SEED,
+        "BOOT": whole(1), "STAT_SEED": SEED, "KL_TARGET": number(0),
     },
     "benchmark": MODEL | CHAT | BEHAVIOR | {
         "ADAPTER": FOLDER, "SEED": SEED, "PROTOCOL": KINDS, "SUBSPACE": text("a candidate of the sweep"), "STAT_SEED": SEED,
