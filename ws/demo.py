@@ -37,15 +37,16 @@ class Show:
 # a causal check of what is run forward where it matters, and of few draws: the whole one takes some ten minutes a seed
 LIGHT = {"DRAWS": 300, "CHECKED": 10, "FORWARD": 8, "DROPS": 2, "RANKS": [8], "SECTIONS": ["where", "ranks"]}
 DEMO = Show("tiny", set=LIGHT, alone={"theta_fit": {"PERMUTATIONS": 99}, "delta_svd": {}})  # too small for two threads
+SHORT = {"CORRECTIONS": False} | LIGHT | {"SECTIONS": ["ranks"]}  # a row takes ten seconds here
 REAL = Show(
     "smollm2",
     (0, 1, 2),
     3,
-    {"CORRECTIONS": False} | LIGHT,
+    SHORT,
     {"theta_fit": {"PERMUTATIONS": 5, "CONTROL_HEADS": ["unconditional"], "BETAS": [0.0, 0.25]}, "delta_svd": {}},
     threads=0,
 )
-QUICK = Show("smollm2", (0,), 0, {"CORRECTIONS": False} | LIGHT, {"delta_svd": {}}, v7=False, workers=1, threads=0)
+QUICK = Show("smollm2", (0,), 0, SHORT, {"delta_svd": {}}, v7=False, workers=1, threads=0)
 
 
 def show_jobs(show: Show) -> list[Job]:
