@@ -296,7 +296,7 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
     assert beside.values["SIZE"] == "quick"
     assert jobs[-1].notebook == "v7b_stability" and sum("causal_check" in need for need in jobs[-1].needs) == 3
     assert {(job.values["DRAWS"], job.values["FORWARD"]) for job in jobs if job.notebook == "causal_check"} == {
-        (500, 12)
+        (300, 8)
     }
     assert all(need in [other.name for other in jobs[:i]] for i, job in enumerate(jobs) for need in job.needs)
     assert {job.values["SEED"] for job in jobs if job.notebook == "weight_diff"} == {0, 1, 2, 3, 4}

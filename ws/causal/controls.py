@@ -27,7 +27,7 @@ from ws.show.bars import tqdm
 from ws.stability.blind import haar
 
 STEPS = 100  # of the search for k; a dozen suffice
-MOST = 1 << 20  # numbers held at once in the search
+MOST = 1 << 22  # numbers held at once in the search: fewer are slower, more leave the cache
 CLOSE = 1e-7  # of the layer's energy
 QUICK = 6  # Newton steps from where other draws of the candidate ended
 FEW, ENOUGH = 10, 1000  # one chunk of draws in so many says where controls lie, of so many draws at least

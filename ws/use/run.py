@@ -12,7 +12,7 @@ from ws.diff import WeightDiff, load_diff
 from ws.explanation.result import RECORD, Explanation
 from ws.model.lm import LM, check_model, load_lm
 
-MOST = 1e38  # of alpha; beyond it is infinite in float32
+MOST = 3.4e38  # of alpha; beyond it is infinite in float32
 
 
 @dataclass(frozen=True)
