@@ -133,9 +133,9 @@ def causal_check(
     k = int(setting["k"])
     clouded = designed(ground, write, act, k, cloud, boot, seed) if cloud and act else None
     scores = sweep.plain_summary.select("subspace", *(c for c in SCORES if c in sweep.plain_summary.columns))
-    known = [{key: c[key] for key in ("kind", "axis_kind", "family")} for c in about]
+    known = ("kind", "axis_kind", "family")
     facts = pl.DataFrame(
-        [{"subspace": c["name"], **of, "sees": race_of(c["sees"])} for c, of in zip(about, known, strict=True)]
+        [{"subspace": c["name"], **{key: c[key] for key in known}, "sees": race_of(c["sees"])} for c in about]
     )
     for more in (facts, scores):
         table = table.join(more, on="subspace", how="left", maintain_order="left")

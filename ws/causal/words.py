@@ -4,9 +4,9 @@ import numpy as np
 import polars as pl
 
 from ws.causal.retention import TIED
+from ws.runs.rules import PARTS as SECTIONS
 from ws.show.tables import code, literal
 
-SECTIONS = ("where", "read", "ranks", "dose", "matched", "controls")  # of a check, beside the candidates
 FOLLOWS = 0.8  # rank correlation from which on what is kept is what is held
 ALPHA = 0.05
 

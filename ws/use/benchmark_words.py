@@ -79,10 +79,10 @@ def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
 
 def _wrong(ranked: list[dict]) -> str:
     """How many items the leader moves the wrong way, beside what a random direction does."""
-    shares = {
-        r["method"]: r["wrong_way"] for r in (ranked[0], *ranked) if r["method"] in (ranked[0]["method"], CONTROL)
-    }
-    return "moved the wrong way: " + ", ".join(f"{x:.0%} of the items under {literal(n)}" for n, x in shares.items())
+    told = [r for r in ranked if r["method"] in (ranked[0]["method"], CONTROL)]
+    return "moved the wrong way: " + ", ".join(
+        f"{r['wrong_way']:.0%} of the items under {literal(r['method'])}" for r in told
+    )
 
 
 def _surgical(ranked: list[dict]) -> str:
