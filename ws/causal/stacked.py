@@ -8,11 +8,13 @@ touched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from ws.diff import WeightDiff
 from ws.diff.core import LowRank, layer_of
@@ -24,8 +26,8 @@ from ws.model.text import encode, last_index, position_ids
 from ws.model.wide import widened
 from ws.steer.weights import check_fits
 
-TOKENS = 4096  # of a pass, stack included
-WORDING, LEAST = 3, 4  # tokens that tell wordings apart; of a beginning that is worth a pass of its own
+TOKENS = 4096  # of a pass, stack included, without what all texts of it begin with
+LEAST, PASS = 4, 32  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
 Read = Callable[
     [Float[Tensor, "S k V"], list[int]], None
@@ -96,54 +98,69 @@ def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str
     """The same of a model as it is, with what is added per parameter to S rows of a stack."""
     ids, mask = encode(lm.tokenizer, list(turns), False, 4096)
     lengths = mask.sum(dim=1).tolist()
-    alike = _alike(ids, mask)
-    wordings = [tuple(row) for row in ids[:, alike : alike + WORDING].tolist()]  # texts of one wording begin alike
-    order, start = sorted(range(len(turns)), key=lambda i: (wordings[i], lengths[i])), 0
-    while start < len(order):
-        few, first = 1, wordings[order[start]]
-        for i in order[start + 1 :]:
-            if wordings[i] != first or (few + 1) * S * lengths[i] > TOKENS:
-                break
-            few += 1
-        places = order[start : start + few]
-        width = max(lengths[i] for i in places)
-        with torch.no_grad():
-            logits = _logits(lm, added, S, ids[places, :width], mask[places, :width])
-        read(logits, places)
-        start += few
-
-
-def _logits(
-    lm: LM, added: Mapping[str, _Added], S: int, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]
-) -> Float[Tensor, "S n V"]:
-    """Logits after each text's last token."""
-    n, at = len(ids), last_index(mask)
-    some, device = unembeds_some(lm.model), next(lm.model.parameters()).device
-    first = _alike(ids, mask) if some and n > 1 and not reads_each(lm.model, ids.shape[1]) else 0
-    first = first if first >= LEAST else 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-    inputs = {name: x.to(device) for name, x in inputs.items()}
-    with ExitStack() as stack:
+    share = unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1])
+    order = sorted(range(len(turns)), key=lambda i: lengths[i])
+    with torch.no_grad(), ExitStack() as stack:
         for name, one in added.items():
             module = lm.model.get_submodule(name.removesuffix(".weight"))
             stack.callback(module.register_forward_hook(lambda m, x, y, one=one: one(x[0], y, S)).remove)
         lowest = min((layer_of(name) for name in added), default=lm.decoder.n_layers - 1)
-        rows = [1 if first else n]
+        rows = [1]
         for block in lm.decoder.blocks[lowest:]:
             stack.callback(block.register_forward_pre_hook(_spread(S, rows), with_kwargs=True).remove)
-        if first:
-            lead = {name: x[:1, :first] for name, x in inputs.items()}
-            cache = lm.model(**lead, use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_repeat_interleave(n)
-            inputs |= {key: inputs[key][:, first:] for key in ("input_ids", "position_ids")} | {
-                "past_key_values": cache
-            }
-            rows[0] = n
-        wanted, place = (at - first).unique(return_inverse=True)
-        keep = {"logits_to_keep": wanted.to(device)} if some else {}
-        logits = lm.model(**inputs, use_cache=bool(first), **keep).logits
+        for first, those in _together(ids, mask, order) if share else [(0, order)]:
+            rows[0] = 1
+            lead = _inputs(lm, ids[those[:1], :first], mask[those[:1], :first])
+            cache = lm.model(**lead, use_cache=True, logits_to_keep=1).past_key_values if first else None
+            start = 0
+            while start < len(those):
+                few = next(
+                    (n for n, i in enumerate(those[start:]) if n and (n + 1) * S * (lengths[i] - first) > TOKENS),
+                    len(those) - start,
+                )
+                places = those[start : start + few]
+                width, rows[0] = lengths[places[-1]], few
+                read(_logits(lm, S, ids[places, :width], mask[places, :width], first, cache), places)
+                start += few
+
+
+def _inputs(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> dict[str, Tensor]:
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+    return {name: x.to(next(lm.model.parameters()).device) for name, x in inputs.items()}
+
+
+def _logits(
+    lm: LM, S: int, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], first: int, lead: Cache | None
+) -> Float[Tensor, "S n V"]:
+    """Logits after each text's last token; lead: keys and values of the first tokens of all, `(S or 1, ...)`."""
+    n, inputs = len(ids), _inputs(lm, ids, mask)
+    if lead is not None:
+        cache = deepcopy(lead)
+        cache.batch_repeat_interleave(n)
+        inputs |= {key: inputs[key][:, first:] for key in ("input_ids", "position_ids")} | {"past_key_values": cache}
+    some, device = unembeds_some(lm.model), inputs["input_ids"].device
+    wanted, place = (last_index(mask) - first).unique(return_inverse=True)
+    keep = {"logits_to_keep": wanted.to(device)} if some else {}
+    logits = lm.model(**inputs, use_cache=lead is not None, **keep).logits
     logits = (logits if some else logits[:, wanted.to(device)]).unflatten(0, (S, n))
     return logits[:, torch.arange(n, device=device), place.to(device)].float()
+
+
+def _together(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int]) -> list[tuple[int, list[int]]]:
+    """Texts that go together, and how many tokens they begin with alike: parted wherever that leaves fewer tokens to read."""
+    first = _alike(ids[those], mask[those]) if len(those) > 1 else 0
+    whole = [(first if first >= LEAST else 0, those)]
+    if len(those) <= 2:
+        return whole
+    parts: dict[int, list[int]] = {}
+    for i in those:
+        parts.setdefault(int(ids[i, first]), []).append(i)
+    parted = [more for part in parts.values() for more in _together(ids, mask, part)] if len(parts) > 1 else whole
+
+    def cost(groups: list[tuple[int, list[int]]]) -> int:
+        return sum(PASS + k + int(mask[some].sum()) - k * len(some) for k, some in groups)
+
+    return min(whole, parted, key=cost)
 
 
 def _alike(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> int:
