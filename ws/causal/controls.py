@@ -14,8 +14,10 @@ so that no more than `r x r` matrices are solved. `N` draws are products of abou
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil, sqrt
+from threading import Event
 
 import numpy as np
 import torch
@@ -94,46 +96,52 @@ def draw(
     d, I = len(next(iter(spans.values())).U), ceil(sqrt(n_draws))
     generator = torch.Generator().manual_seed(seed)
     turns = [haar(d, generator, torch.float64).float() for _ in range(2 * I)]
-    effect, off = torch.zeros(n_draws, len(bases), dtype=torch.float64), torch.zeros(n_draws, len(bases))
-    lies: dict[int, np.ndarray] = {}
     starts, step = range(0, n_draws, I), max(1, min(FEW, n_draws // ENOUGH))
-    with tqdm(total=len(spans) * len(starts), desc=f"controls of equal {kind} energy", disable=not progress) as bar:
-        for l, span in spans.items():
-            layer = Layer.of(span, kind)
-            targets = torch.stack([layer.targets.float() @ O for O in turns[:I]])
-            share = torch.tensor([span.energy(of_layer[l], kind) for of_layer in bases], dtype=torch.float64)
-            overlap, matched = torch.zeros(len(bases), len(layer.v), dtype=torch.float64), torch.zeros(len(bases), 1)
-            guess = torch.full((len(bases), 2), torch.nan, dtype=torch.float64)
-            by_rank: dict[int, list[int]] = {}
-            for c, of_layer in enumerate(bases):
-                by_rank.setdefault(of_layer[l].shape[1], []).append(c)
-            for i, (start, V) in enumerate(zip(starts, turns[I:], strict=False)):
-                size = min(I, n_draws - start)
-                for rank, those in by_rank.items():
-                    if rank:
-                        B = torch.cat([bases[c][l].float() for c in those], dim=1)
-                        Y = (targets[:size] @ (V @ B)).double().unflatten(2, (len(those), rank)).transpose(1, 2)
-                        few = max(1, MOST // (len(layer.v) * rank**2))
-                        near, look = guess[those].repeat(size, 1), i % step == 0
-                        parts = zip(
-                            *(x.split(few) for x in (Y.flatten(0, 1), share[those].repeat(size), near)), strict=True
-                        )
-                        got = [_matched(layer, *part, look) for part in parts]
-                        slope, far, ends, over = (
-                            torch.cat(each).unflatten(0, (size, -1)) for each in zip(*got, strict=True)
-                        )
-                        at = slice(start, start + size), those
-                        effect[at] += 2 * slope
-                        off[at] = torch.maximum(off[at], far.float())
-                        if look:
-                            guess[those] = ends.nanmedian(dim=0).values.where(guess[those].isnan(), guess[those])
-                            overlap[those] += over.nansum(dim=0)
-                            matched[those] += (~slope.isnan()).sum(dim=0)[:, None]
-                    elif i % step == 0:
-                        matched[those] += size
-                bar.update()
-            lies[l] = (overlap / matched).numpy()
-    return Drawn(effect.numpy(), off.numpy(), lies)
+    by_rank: dict[tuple[int, int], list[int]] = {}
+    for c, of_layer in enumerate(bases):
+        for l in spans:
+            by_rank.setdefault((l, of_layer[l].shape[1]), []).append(c)
+    stopped, threads = Event(), torch.get_num_threads()
+
+    def at(l: int) -> tuple[Tensor, Tensor, np.ndarray]:
+        layer = Layer.of(spans[l], kind)
+        targets = torch.stack([layer.targets.float() @ O for O in turns[:I]])
+        share = torch.tensor([spans[l].energy(of_layer[l], kind) for of_layer in bases], dtype=torch.float64)
+        effect, off = torch.zeros(n_draws, len(bases), dtype=torch.float64), torch.zeros(n_draws, len(bases))
+        overlap, matched = torch.zeros(len(bases), len(layer.v), dtype=torch.float64), torch.zeros(len(bases), 1)
+        guess = torch.full((len(bases), 2), torch.nan, dtype=torch.float64)
+        for i, (start, V) in enumerate(zip(starts, turns[I:], strict=False)):
+            size, look = min(I, n_draws - start), i % step == 0
+            for rank, those in ((r, some) for (of, r), some in by_rank.items() if of == l and not stopped.is_set()):
+                if not rank:
+                    matched[those] += size * look
+                    continue
+                B = torch.cat([bases[c][l].float() for c in those], dim=1)
+                Y = (targets[:size] @ (V @ B)).double().unflatten(2, (len(those), rank)).transpose(1, 2).flatten(0, 1)
+                few = max(1, MOST // (len(layer.v) * rank**2))
+                given = (Y, share[those].repeat(size), guess[those].repeat(size, 1))
+                got = [_matched(layer, *part, look) for part in zip(*(x.split(few) for x in given), strict=True)]
+                slope, far, ends, over = (torch.cat(each).unflatten(0, (size, -1)) for each in zip(*got, strict=True))
+                effect[start : start + size, those], off[start : start + size, those] = 2 * slope, far.float()
+                if look:
+                    guess[those] = ends.nanmedian(dim=0).values.where(guess[those].isnan(), guess[those])
+                    overlap[those] += over.nansum(dim=0)
+                    matched[those] += (~slope.isnan()).sum(dim=0)[:, None]
+            bar.update()
+        return effect, off, (overlap / matched).numpy()
+
+    with (
+        tqdm(total=len(spans) * len(starts), desc=f"controls of equal {kind} energy", disable=not progress) as bar,
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        try:  # layer by layer: the small problems of one are no work for several threads
+            found = dict(zip(spans, pool.map(at, spans), strict=True))
+        finally:
+            stopped.set()
+            torch.set_num_threads(threads)
+    effect = sum(one for one, _, _ in found.values())
+    off = torch.stack([one for _, one, _ in found.values()]).amax(dim=0)
+    return Drawn(effect.numpy(), off.numpy(), {l: lies for l, (_, _, lies) in found.items()})
 
 
 def _matched(

@@ -23,7 +23,7 @@ from ws.runs.parameters import is_tagged, read_notebook, source_of
 
 Hear = Callable[[str], None] | None
 KERNEL = {  # environment of a kernel, where it says nothing else
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads stall each other when cores are shared
+    "GOMP_SPINCOUNT": "10000",  # waking a thread takes longer than small products; long spins stall others on shared cores
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),  # glibc: freed tensors are used again, not given back and asked for, page
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),  # by page, at every step
 }
