@@ -7,7 +7,7 @@ set positional-arguments
 export WS_TYPED_IN := invocation_directory()
 python := ".venv/bin/python"
 # freed memory is used again, not given back to the system: see ws/runs/execute.py
-one_thread := "OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=268435456"
+one_thread := "OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=268435456"
 
 # list the recipes
 default:

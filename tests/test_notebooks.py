@@ -10,7 +10,7 @@ import torch
 
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
 from ws.causal.found import CausalCheck
-from ws.diff import LowRank, WeightDiff, save_diff
+from ws.diff import LowRank, WeightDiff, load_diff, save_diff
 from ws.model.lm import load_lm
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
@@ -121,7 +121,7 @@ def test_v7_sweep_reproduces_the_reference_from_the_command(parity_folder, tmp_p
         assert np.abs(got - expected).max() <= 1e-3 * max(1.0, np.abs(expected).max()), column
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gemma3", "float32"), ("qwen3", "bfloat16")])
+@pytest.mark.parametrize(("family", "dtype"), [("gemma3", "float32"), ("llama", "bfloat16")])
 def test_v7_sweep_on_other_families_and_in_bfloat16(family, dtype, model_folder, parity_folder, tmp_path):
     folder = model_folder(family)
     decoder = load_lm(str(folder), "float32", "cpu").decoder
@@ -149,24 +149,26 @@ def test_v7_sweep_on_other_families_and_in_bfloat16(family, dtype, model_folder,
 
 
 def test_v7b_over_two_seeds(trained, tmp_path):
-    """Another seed with few steps, the null diff, both sweeps under v7b, the stability report."""
-    few = dict(MAX_STEPS=6, SAMPLES=1, ALPHAS=[-1.0, 1.0])
-    run("weight_diff", tmp_path / "seed_1", ["tiny.yaml"], SEED=1, **few)
-    run("weight_diff", tmp_path / "null", ["tiny.yaml"], SEED=0, NULL_DIFF=True, **few)
-    (tmp_path / "seed_0").mkdir()
-    (tmp_path / "seed_0" / "w.safetensors").write_bytes((trained / "w.safetensors").read_bytes())
-    null = str(tmp_path / "null" / "w.safetensors")
+    """The shipped difference as another seed, a null diff of its size, both sweeps under v7b, the stability report."""
+    first, shipped, g = load_diff(trained / "w.safetensors"), load_diff("tiny"), torch.Generator().manual_seed(0)
+    turned = {
+        name: LowRank(e.B, e.A[:, torch.randperm(e.A.shape[1], generator=g)]) for name, e in shipped.entries.items()
+    }
+    null = save_diff(WeightDiff(turned, first.meta | {"null": True}), tmp_path / "null.safetensors")
+    for seed, w in enumerate((first, WeightDiff(shipped.entries, first.meta | {"seed": 1}))):
+        (tmp_path / f"seed_{seed}").mkdir()
+        save_diff(w, tmp_path / f"seed_{seed}" / "w.safetensors")
     own = tmp_path / "my_candidates.py"
     own.write_text(OWN)
     for seed in (0, 1):
         folder = tmp_path / f"seed_{seed}"
-        given = {"W_PATH": str(folder / "w.safetensors"), "NULL_W_PATH": null, "CANDIDATES": str(own)}
+        given = {"W_PATH": str(folder / "w.safetensors"), "NULL_W_PATH": str(null), "CANDIDATES": str(own)}
         run("v7_sweep", folder / "v7b", ["v7b.yaml"], SEED=seed, **given)
         noted = json.loads((folder / "v7b" / "params.json").read_text())
         assert noted["parameters"]["CANDIDATES"] == [str(own)]
     own.unlink()  # the report finds it in the sweeps' own folders
     run(
-        "v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=500, N_NULL=500, CORRECTIONS=False
+        "v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=200, N_NULL=200, CORRECTIONS=False
     )
     table = read_table(tmp_path / "seed_0" / "v7b" / "v7_per_layer.csv")
     assert len(table) == 8 * 77  # 61, and those of source gradient that the pairs allow

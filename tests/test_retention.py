@@ -1,5 +1,7 @@
 """Retention: identities, the linear attribution against finite differences, controls of equal energy, planted carriers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 import ws
 from ws.causal import controls
 from ws.causal.controls import draw
+from ws.causal.passes import Items, Passes
 from ws.causal.retention import against, retention
 from ws.causal.spans import Span, probe_sets, second_moments, slopes, writer_spans
 from ws.causal.variants import drop, full_drop, gains, keep, rescaled, writers
@@ -26,8 +29,6 @@ def lm():
 
 @pytest.fixture(scope="module")
 def behavior():
-    from dataclasses import replace
-
     whole = ws.load_behavior("sycophancy")
     return replace(whole, claims=(), negations=(), true_claims=(), topics=whole.topics[:20], n_train_topics=20 - CLAIMS)
 
@@ -155,6 +156,23 @@ def test_all_of_the_stream_has_retention_one(lm, behavior, given, tmp_path):
     assert rows["w"]["effect"] == pytest.approx(effects(lm, behavior, w, 2).mean(), abs=5e-6)  # float32 of log-ratios
     assert np.isnan(rows["w"]["linear"]) and rows["w"]["effect"] != pytest.approx(rows["w_res"]["effect"], rel=1e-3)
     assert rows["w_res"]["effect_low"] < rows["w_res"]["effect"] < rows["w_res"]["effect_high"]
+
+
+def test_true_claims_are_asked_of_what_has_an_effect(lm, behavior, given, tmp_path):
+    told = ws.load_behavior("sycophancy").true_claims[:5]
+    w, more = random_diff(lm, roles=("o", "down", "v"), size=0.5), replace(behavior, true_claims=told)
+    candidates = {
+        "all": {l: torch.eye(lm.decoder.d) for l in LAYERS},
+        "none": {l: torch.zeros(lm.decoder.d, 0) for l in LAYERS},
+    }
+    found = retention(lm, w, candidates, more, templates=2, n_draws=0, given=given, cache=tmp_path, progress=False)
+    rows = {r["subspace"]: r for r in found.iter_rows(named=True)}
+    asked = Passes(lm, more, Items.of(lm, more, 2, true=True), None, False)({"w": w})["w"]
+    assert len(asked.effect) == 5 and rows["w"]["contrast"] == pytest.approx(
+        rows["w"]["effect"] - asked.effect.mean(), abs=5e-6
+    )
+    assert rows["all"]["contrast"] == pytest.approx(rows["w_res"]["contrast"], abs=5e-6)
+    assert np.isnan(rows["none"]["contrast"]) and rows["none"]["effect"] == 0
 
 
 def synthetic(d, q, seed=0, layers=LAYERS, decay=3.0):

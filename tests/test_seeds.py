@@ -233,7 +233,11 @@ def test_variants_change_one_thing_at_a_time():
     }
 
 
-def test_capture_corrections_on_the_reference_model(lm, parity_folder, tmp_path):
+def test_capture_corrections_on_the_reference_model(lm, parity_folder, tmp_path, monkeypatch):
+    every = corrections.variants()
+    assert len(every) >= 6 and list(every)[0] == "v7" and list(every)[-1] == "all of them"
+    some = {name: every[name] for name in ("v7", "v7 + CHAT_PROBES", "v7 + RAW_LAST")}
+    monkeypatch.setattr(corrections, "variants", lambda: some)
     behavior = load_behavior(parity_folder / "behavior.json")
     moved, behind = corrections.capture_corrections(lm, behavior, {0: load_diff(parity_folder / "w.pt")}, tmp_path)
     first = moved.row(0, named=True)

@@ -4,11 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.specifiers import SpecifierSet
+
+import ws
 
 HOME = Path(__file__).resolve().parents[1]
 JUST = Path(sys.executable).parent / "just"
@@ -35,6 +39,18 @@ def test_every_pin_allows_the_pythons_that_the_readme_names(python):
         if found.version.split("+")[0] == version and not SpecifierSet(needs).contains(python):
             refused.append(f"{name} {version} needs Python {needs}")
     assert refused == []
+
+
+def test_what_one_cites_is_this_package():
+    cited = yaml.safe_load((HOME / "CITATION.cff").read_text())
+    project = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == ws.__version__ and cited["license"] == project["license"] == "MIT"
+    assert cited["title"] == f"{project['name']}: {project['description'][0].lower()}{project['description'][1:]}"
+    assert [author["name"] for author in cited["authors"]] == [author["name"] for author in project["authors"]]
+    paper = cited["references"][0]
+    number = paper["identifiers"][0]["value"].replace(":", " ")
+    text = (HOME / "docs" / "method.md").read_text()
+    assert paper["title"] in text and number in text and paper["authors"][0]["family-names"] in text
 
 
 @pytest.fixture

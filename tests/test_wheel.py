@@ -15,7 +15,7 @@ import pytest
 from ws.cache.places import root
 from ws.show.tables import read_table
 
-SHIPPED = ("ws", "nbs", "pyproject.toml", "setup.py", "README.md")
+SHIPPED = ("ws", "nbs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from ws.subspaces.protocol import Protocol
 TIE = 1e-5  # of an effect: controls that differ by rounding reach it
 WHOLE = ("w", "w_res")  # rows that are no candidates
 TIED = 0.9  # of the score's own slope: what holds that much keeps the effect whatever w is
+TOLD = 0.1  # of the effect of w_res, from which on true claims are asked as well
 LESS = 10  # times fewer draws at equal Frobenius energy, which is the sensitivity analysis
 SENSITIVITY = ("excess", "p", "out_of_reach")
 COLUMNS = (
@@ -76,13 +77,14 @@ def retention(
     energy_frobenius: captured share of w_res, input-weighted and not; linear: first-order effect, nats; gap: linear minus
     effect. drop: effect of `(I - P) w_res`, full_drop: of `w - P w_res`; keep_plus_drop: what the two halves of w_res have of
     its effect together, 1 where effects add up. kl: `KL(steered || base)` of the answer's first token, mean of both ends;
-    pmass: at the worse end; contrast: effect minus that on true claims; saturated: beyond 12 nats or with pmass under one
-    half, left out of verdicts. From `n_draws` controls of equal input-weighted energy: control, control_low, control_high
-    (mean and 95 % range of their linear effect), excess with its 95 % t interval over claims, p, p_max (max-T over all
-    candidates), q (Benjamini-Hochberg), out_of_reach (share of draws in which a layer's energy cannot be had: these count
-    against the candidate in p, and not in the mean); excess_frobenius, p_frobenius, out_of_reach_frobenius the same at equal
-    Frobenius energy, of a tenth of the draws. 0 draws: NaN. p speaks of the first-order effect: where the gap is larger than
-    the excess, `sure` is false. given: what `ws.causal.spans.slopes` returned. ValueError for what does not fit, naming it.
+    pmass: at the worse end; contrast: effect minus that on true claims, of what has a tenth of the effect of w_res or more;
+    saturated: beyond 12 nats or with pmass under one half, left out of verdicts. From `n_draws` controls of equal input-
+    weighted energy: control, control_low, control_high (mean and 95 % range of their linear effect), excess with its 95 % t
+    interval over claims, p, p_max (max-T over all candidates), q (Benjamini-Hochberg), out_of_reach (share of draws in which
+    a layer's energy cannot be had: these count against the candidate in p, and not in the mean); excess_frobenius,
+    p_frobenius, out_of_reach_frobenius the same at equal Frobenius energy, of a tenth of the draws. 0 draws: NaN. p speaks of
+    the first-order effect: where the gap is larger than the excess, `sure` is false. given: what `ws.causal.spans.slopes`
+    returned. ValueError for what does not fit, naming it.
     (docs/method.md section 8)
 
     Example:
@@ -121,7 +123,9 @@ def carried(
     run, dropped = order[:forward], order[:drops]
     kept = {"w": w, "w_res": ground.res} | {name: keep(w, bases[name], norms) for name in bases if name in run}
     moved, more = ground.passes(kept, label="keep"), {}
-    true = ground.on_true(kept, label="keep, true claims") if ground.on_true else {}
+    least = TOLD * abs(float(moved["w_res"].effect.mean()))
+    told = {name: of for name, of in kept.items() if name in WHOLE or abs(float(moved[name].effect.mean())) >= least}
+    true = ground.on_true(told, label="keep, true claims") if ground.on_true else {}
     for what, part in (("drop", drop), ("full_drop", full_drop)):
         more[what] = ground.passes({name: part(w, bases[name], norms) for name in dropped}, label=what)
     rows = []
@@ -132,7 +136,7 @@ def carried(
                 **spread(one.effect, "effect"),
                 "kl": one.mean_kl,
                 "pmass": one.least_pmass,
-                "contrast": float(one.effect.mean() - true[name].effect.mean()) if true else float("nan"),
+                "contrast": float(one.effect.mean() - true[name].effect.mean()) if name in true else float("nan"),
             }
             row |= {"saturated": one.saturated} | dict(zip(("plus", "minus"), one.ends, strict=True))
         row |= {"slope": slope_share(ground.given, bases[name])} if name in bases else {}
