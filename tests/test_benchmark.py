@@ -94,6 +94,12 @@ def test_halves_count_alike_and_a_bias_is_no_effect(behavior):
     real = scores(g, record([[2.0, 2, 2, -2]], [[-2.0, -2, -2, 2]]), zero)
     assert real["effect"] == real["effect_yes"] == real["effect_no"] == 4 and real["surgical"] == pytest.approx(0.5)
     assert real["surgical"] == pytest.approx(real["surgical_most"])  # all that was wrong is mended, nothing is broken
+    calm = scores(
+        group([1] * 6, [-1] * 3 + [1] * 3, behavior),
+        record([[1.0] * 6], [[-1.0] * 3 + [1.0] * 3]),
+        record([[1.0] * 6], [[1.0] * 6]),
+    )
+    assert calm["surgical"] == calm["surgical_low"] == calm["surgical_high"] == 0.25  # each kind of item does the same
     off = scores(g, record([[2.0, 2, 2, -2]], [[-2.0, -2, -2, 2]], (0.5, 0.5)), zero)
     assert off["surgical"] == pytest.approx(0.5 * 0.25)
 

@@ -8,20 +8,23 @@ import pytest
 import torch
 
 import ws
-from ws.causal.check import causal_check, run_forward, with_forward
+from ws.causal import parts
+from ws.causal.check import SECTIONS, causal_check, run_forward, with_forward
 from ws.causal.cloud import cloud
 from ws.causal.controls import Drawn, draw, formed
 from ws.causal.found import CausalCheck
 from ws.causal.ground import prepare
 from ws.causal.others import act_bases, rank_table, weight_bases, yes_no
 from ws.causal.parts import matched_table, read_table, where_parts, where_table
-from ws.causal.passes import Passes
+from ws.causal.passes import Passes, spread
 from ws.causal.retention import Carried, adjusted, carried
 from ws.causal.seeds import best_candidate, finished, over_seeds
 from ws.causal.variants import READERS, drop_read, full_drop, keep, keep_read, readers, writers
 from ws.diff import LowRank
 from ws.stability.blind import haar
+from ws.steer import calibrate as calibration
 from ws.steer.effect import effects
+from ws.steer.neutral import passage_rows
 
 LAYERS = (3, 4)
 
@@ -142,17 +145,25 @@ def test_where_w_acts_takes_w_apart(ground):
     assert len(blocks) == 8 and blocks[0] == "layers 0-3" and blocks[-1] == "layers 28-29"
 
 
-def test_variants_are_compared_where_they_move_the_model_by_as_much(ground):
+def test_variants_are_compared_where_they_move_the_model_by_as_much(ground, monkeypatch):
     """What is half as long is given twice the alpha; what does nothing is out of reach."""
+    for place in (parts, calibration):
+        monkeypatch.setattr(place, "passage_rows", lambda lm: passage_rows(lm, 2))
     kept = {"half": ground.res.scale(0.5), "nothing": ground.res.scale(0.0)}
     by = {row["subspace"]: row for row in matched_table(ground, kept, 0.05).iter_rows(named=True)}
-    assert list(by) == ["w", "w_res", "half", "nothing"]
-    for name in ("w", "w_res", "half"):
+    assert list(by) == ["w", "w_res", "half", "nothing", "mag_only"]
+    for name in ("w", "w_res", "half", "mag_only"):
         assert by[name]["kl"] == pytest.approx(0.05, rel=0.05), name
     assert by["half"]["alpha"] == pytest.approx(2 * by["w_res"]["alpha"], rel=0.05)
     assert by["half"]["effect"] == pytest.approx(by["w_res"]["effect"], rel=0.05) and by["w_res"]["effect"] > 0.1
     assert by["w_res"]["retention"] == pytest.approx(1) and by["w"]["alpha"] < by["w_res"]["alpha"]
-    assert np.isnan([by["nothing"][n] for n in ("alpha", "kl", "effect", "retention")]).all()
+    assert np.isnan([by["nothing"][n] for n in ("alpha", "kl", "effect", "retention")]).all() and by["nothing"]["why"]
+    assert abs(by["mag_only"]["effect"]) < by["w_res"]["effect"] / 4 and by["w"]["why"] == ""
+    met = ws.calibrate(ground.lm, ground.res, 0.05, ground.behavior)  # the same texts
+    assert by["w_res"]["alpha"] == pytest.approx(met.alpha, rel=1e-3)
+    twice = replace(ground, w=ground.w.scale(2), res=ground.res.scale(2))
+    row = matched_table(twice, {}, 0.05, alpha=2.0).row(1, named=True)
+    assert row["alpha"] == pytest.approx(met.alpha, rel=0.05)  # of w as it is, not as it is scaled
 
 
 def test_read_candidates_at_full_rank_are_all_that_reads(ground):
@@ -331,6 +342,30 @@ def test_a_check_is_written_and_read_back(checked, tmp_path):
         CausalCheck.load(folder)
 
 
+def test_words_leave_out_what_cannot_be_compared(checked):
+    """Saturated rows at one KL; controls and what holds the score's own slope among what is needed."""
+    text = checked.conclusion()
+    assert "`w_res`" in text.split("## At one KL")[1].split("##")[0] and "FORWARD, DROPS" in text
+    far = pl.when(pl.col("subspace") == "w_res").then(True).otherwise(pl.col("saturated")).alias("saturated")
+    part = (
+        replace(checked, matched=checked.matched.with_columns(far)).conclusion().split("## At one KL")[1].split("##")[0]
+    )
+    assert "Saturated there, not compared: `w_res`" in part and part.count("`w_res`") == 1
+    assert "Of the 1 that were taken out" in text  # DROPS
+    for column, value in (("kind", pl.lit("control")), ("slope", pl.lit(0.95))):
+        other = replace(checked, candidates=checked.candidates.with_columns(value.alias(column)))
+        assert "Necessary?" not in other.conclusion(), column
+
+
+def test_an_interval_over_two_halves_is_of_the_spread_within_them():
+    bias, sides = np.array([3.0, 3.2, 2.8, -3.0, -3.1, -2.9]), np.array([1.0, 1, 1, -1, -1, -1])
+    found, plain = (spread(1.0 + bias, "x", of) for of in (sides, np.ones(6)))
+    assert found["x"] == plain["x"] == pytest.approx(1.0) and plain["x_low"] < -2
+    half = 4.302653 * np.hypot(0.2, 0.1) / 3**0.5 / 2
+    assert found["x_high"] - 1 == pytest.approx(half, rel=1e-5) and 1 - found["x_low"] == pytest.approx(half, rel=1e-5)
+    assert np.isnan(spread(bias[:4], "x", sides[:4])["x_low"])  # one claim tells no spread
+
+
 def test_what_does_not_belong_together_is_refused(lm, behavior, swept, cache):
     w, sweep = swept
     for change, told in (
@@ -339,6 +374,9 @@ def test_what_does_not_belong_together_is_refused(lm, behavior, swept, cache):
         ({"alpha": 0.0}, "ALPHA"),
         ({"templates": 9}, "wordings"),
         ({"sections": ["wher"]}, "wher.*where"),
+        ({"forward": -1}, "FORWARD: -1"),
+        ({"boot": 0}, "BOOT: 0"),
+        ({"ranks": [1, 0]}, "RANKS: 0"),
     ):
         with pytest.raises(ValueError, match=told):
             causal_check(lm, w, sweep, behavior, cache=cache, **{**SMALL, **change})
@@ -389,5 +427,7 @@ def test_the_best_candidate_is_chosen_on_other_seeds(checked, swept, tmp_path):
 def test_a_second_check_asks_the_model_nothing(lm, behavior, cache, swept, checked, monkeypatch):
     w, sweep = swept
     monkeypatch.setattr(Passes, "_stack", None)  # what every variant answered is read
-    again = causal_check(lm, w, sweep, behavior, other=w.scale(-1), nulls=[w.scale(0.1)], cache=cache, **SMALL)
+    rest = [one for one in SECTIONS if one != "matched"]  # whose KLs are measured anew
+    more = {**SMALL, "sections": rest, "other": w.scale(-1), "nulls": [w.scale(0.1)]}
+    again = causal_check(lm, w, sweep, behavior, cache=cache, **more)
     assert again.candidates.equals(checked.candidates, null_equal=True)

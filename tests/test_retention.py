@@ -15,6 +15,7 @@ from ws.causal.spans import Span, probe_sets, second_moments, slopes, writer_spa
 from ws.causal.variants import drop, full_drop, gains, keep, rescaled, writers
 from ws.diff import LowRank
 from ws.stability.blind import haar
+from ws.steer.effect import asked as asked_of
 from ws.steer.effect import effects
 from ws.subspaces.protocol import load_protocol
 
@@ -173,6 +174,9 @@ def test_true_claims_are_asked_of_what_has_an_effect(lm, behavior, given, tmp_pa
     )
     assert rows["all"]["contrast"] == pytest.approx(rows["w_res"]["contrast"], abs=5e-6)
     assert np.isnan(rows["none"]["contrast"]) and rows["none"]["effect"] == 0
+    alike = replace(behavior, true_claims=tuple(asked_of(behavior)[0]))  # the base model does not tell them apart
+    found = retention(lm, w, candidates, alike, templates=2, n_draws=0, given=given, cache=tmp_path, progress=False)
+    assert found["contrast"].is_nan().all()
 
 
 def synthetic(d, q, seed=0, layers=LAYERS, decay=3.0):

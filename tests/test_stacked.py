@@ -34,6 +34,7 @@ def diff_of(lm, layers, roles, rank=3, size=0.3, seed=0):
 def test_a_stack_is_what_weight_steer_makes_of_each(model_folder, family, tokens, monkeypatch):
     lm = ws.load_lm(str(model_folder(family)))
     monkeypatch.setattr(stack_module, "TOKENS", tokens)
+    monkeypatch.setattr(stack_module, "HELD", 4 * tokens)
     turns = [chat_text(lm.tokenizer, f"I think that {text}. Am I right?") for text in TEXTS]
     n = lm.decoder.n_layers
     one, two = diff_of(lm, [n - 1], ("o", "down", "v")), diff_of(lm, range(n), ("q", "gate", "up", "k"), rank=2, seed=1)

@@ -36,7 +36,7 @@ EMPTY = {  # of a section that is left out
     "read": dict.fromkeys(READ, pl.Float64) | {"subspace": pl.String},
     "ranks": {"of": pl.String, "whose": pl.String, "rank": pl.Int64, "linear": pl.Float64} | EFFECTS,
     "dose": {"subspace": pl.String, "saturated": pl.Boolean} | dict.fromkeys(("dose", "effect", "plus", "minus"), pl.Float64),
-    "matched": {"subspace": pl.String, "saturated": pl.Boolean} | dict.fromkeys(MATCHED, pl.Float64),
+    "matched": {"subspace": pl.String, "saturated": pl.Boolean, "why": pl.String} | dict.fromkeys(MATCHED, pl.Float64),
     "controls": {"control": pl.String, "draws": pl.Int64} | EFFECTS | dict.fromkeys(("rank", "low", "high"), pl.Float64),
 }  # fmt: skip
 EACH, ENOUGH = 10, 5  # controls that are run forward for a candidate, and the fewest that say something of it
@@ -91,8 +91,13 @@ def causal_check(
     if unknown := [one for one in sections if one not in SECTIONS]:
         raise ValueError(f"SECTIONS: {unknown[0]}: one of {', '.join(SECTIONS)}{suggest(unknown[0], list(SECTIONS))}")
 
+    asked = {"FORWARD": (forward, 0), "DROPS": (drops, 0), "CHECKED": (checked, 0), "BOOT": (boot, int(cloud > 0))}
+    for name, (n, few) in (asked | {"RANKS": (min(ranks, default=1), 1)}).items():
+        if n is not None and n < few:
+            raise ValueError(f"{name}: {n}: expected {few} or more")
+
     def made(name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-        return make() if name in sections else pl.DataFrame(schema=EMPTY[name])
+        return make() if name in sections and (ranks or name != "ranks") else pl.DataFrame(schema=EMPTY[name])
 
     if not (np.isfinite(kl_target) and kl_target > 0):
         raise ValueError(f"KL_TARGET = {kl_target}: expected a number of nats above 0")
@@ -123,7 +128,9 @@ def causal_check(
     ran = run_forward(ground, found, write, checked, seed)
     away = pl.Series("other_layer", _in_order(found, other_layer(ground, write)), dtype=pl.Float64)
     table = with_forward(found, ran, seed).with_columns(away)
-    led = table[2:].filter(pl.col("effect").is_not_nan()).sort("effect", descending=True)["subspace"].to_list()
+    own = [c["name"] for c in about if c["kind"] == "A-hypothesis"]
+    rows = table[2:].filter(pl.col("effect").is_not_nan() & pl.col("subspace").is_in(own) & (pl.col("slope") <= TIED))
+    led = rows.sort("effect", descending=True)["subspace"].to_list()
     leaders = {n: keep(ground.w, write[n], ground.gains) for n in led[:DOSED]}
     act = factors_of(sweep, ground.layers)
     theirs = other_sweep
@@ -145,7 +152,7 @@ def causal_check(
         read=made("read", lambda: read_table(ground, sides[True], drops)),
         ranks=made("ranks", lambda: rank_table(ground, ranks, other if other is None else load_diff(other), act, act_other)),
         dose=made("dose", lambda: dose_table(ground, leaders)),
-        matched=made("matched", lambda: matched_table(ground, leaders, kl_target)),
+        matched=made("matched", lambda: matched_table(ground, leaders, kl_target, alpha, seed)),
         controls=made("controls", lambda: other_controls(ground, k, nulls, cache, seed)),
         forward=ran,
         cloud={} if clouded is None else {name: getattr(clouded, name) for name in ("points", "fit", "slopes", "beyond")},

@@ -30,6 +30,7 @@ from ws.stability.blind import haar
 
 STEPS = 100  # of the search for k; a dozen suffice
 MOST = 1 << 22  # numbers held at once in the search: fewer are slower, more leave the cache
+MEMORY = 1 << 30  # bytes of rotated spans at once
 CLOSE = 1e-7  # of the layer's energy
 QUICK = 6  # Newton steps from where other draws of the candidate ended
 FEW, ENOUGH = 10, 1000  # one chunk of draws in so many says where controls lie, of so many draws at least
@@ -89,8 +90,9 @@ def draw(
     progress: bool = True,
 ) -> Drawn:
     """The controls of candidates, matched in the energy `kind` (`input` or `frobenius`) layer by layer. bases: per candidate,
-    layer -> orthonormal `(d, r)`. The same seed gives the same rotations whatever the candidates. Memory: about
-    `2 sqrt(N) d^2` numbers of 4 bytes. ValueError for fewer than one draw."""
+    layer -> orthonormal `(d, r)`. The same seed gives the same rotations whatever the candidates. Memory: some `2 sqrt(N)
+    d^2` numbers of 4 bytes, and for each layer at work `2 sqrt(N) q d` more (as many as MEMORY allows). ValueError for fewer
+    than one draw."""
     if n_draws < 1:
         raise ValueError(f"n_draws = {n_draws}: at least one control is needed")
     d, I = len(next(iter(spans.values())).U), ceil(sqrt(n_draws))
@@ -102,6 +104,9 @@ def draw(
         for l in spans:
             by_rank.setdefault((l, of_layer[l].shape[1]), []).append(c)
     stopped, threads = Event(), torch.get_num_threads()
+    each = 4 * I * d * 2 * max(span.U.shape[1] for span in spans.values())
+    workers = max(1, min(threads, MEMORY // each))
+    effect, off, lies = torch.zeros(n_draws, len(bases), dtype=torch.float64), torch.zeros(n_draws, len(bases)), {}
 
     def at(l: int) -> tuple[Tensor, Tensor, np.ndarray]:
         layer = Layer.of(spans[l], kind)
@@ -132,16 +137,16 @@ def draw(
 
     with (
         tqdm(total=len(spans) * len(starts), desc=f"controls of equal {kind} energy", disable=not progress) as bar,
-        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         try:  # layer by layer: the small problems of one are no work for several threads
-            found = dict(zip(spans, pool.map(at, spans), strict=True))
+            for l, (one, far, share) in zip(spans, pool.map(at, spans), strict=True):
+                effect += one
+                off, lies[l] = torch.maximum(off, far), share
         finally:
             stopped.set()
             torch.set_num_threads(threads)
-    effect = sum(one for one, _, _ in found.values())
-    off = torch.stack([one for _, one, _ in found.values()]).amax(dim=0)
-    return Drawn(effect.numpy(), off.numpy(), {l: lies for l, (_, _, lies) in found.items()})
+    return Drawn(effect.numpy(), off.numpy(), lies)
 
 
 def _matched(

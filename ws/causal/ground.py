@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
 from ws.cache.names import cache_folder
@@ -43,6 +44,15 @@ class Ground:
     @property
     def items(self) -> Items:
         return self.passes.items
+
+    @cached_property
+    def tells_apart(self) -> bool:
+        """Whether there are true claims that the base model affirms more than the false ones (Welch's t test)."""
+        if self.on_true is None:
+            return False
+        base = [p.items.by_claim(p.base["logratio"][0] * p.items.side) for p in (self.on_true, self.passes)]
+        known = min(map(len, base)) > 1
+        return known and bool(stats.ttest_ind(*base, equal_var=False, alternative="greater").pvalue < 0.05)
 
     @property
     def layers(self) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ws.causal.ground import Ground
-from ws.causal.retention import linear_of, spread
+from ws.causal.retention import linear_of
 from ws.causal.variants import Bases, keep, rescaled, writers
 from ws.diff import WeightDiff
 from ws.diff.algebra import random_as
@@ -71,7 +71,7 @@ def rank_table(
     moved = ground.passes({str(key): keep(ground.w, of, ground.gains) for key, of in bases.items()}, label="ceilings")
     rows, whole = [], ground.effects["w_res"]
     for (of, whose, rank), each in bases.items():
-        effect = spread(moved[str((of, whose, rank))].effect, "effect")
+        effect = moved[str((of, whose, rank))].spread()
         row = {
             "of": of,
             "whose": whose,

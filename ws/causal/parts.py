@@ -7,9 +7,9 @@ import polars as pl
 from torch import Tensor
 
 from ws.causal.ground import Ground
-from ws.causal.retention import spread
 from ws.causal.variants import READERS, drop_read, input_gains, keep_read, readers
 from ws.diff import WeightDiff
+from ws.diff.algebra import random_as
 from ws.diff.core import layer_of
 from ws.model.decoder import ROLES
 from ws.steer.calibrate import met, probe_rows
@@ -17,7 +17,7 @@ from ws.steer.kl import Unreached, as_steering, token_kls
 from ws.steer.neutral import passage_rows
 
 DOSES = (0.25, 0.5, 1.0)
-TOPICS, PASSAGES = 6, 4  # that KL is matched on
+RANDOM = "mag_only"  # a random direction of w_res's norms
 MATCHED = ("alpha", "kl", "effect", "effect_low", "effect_high", "retention")
 BLOCKS = 8  # of layers at most, each alone and left out
 GAINED = "_gain"  # how candidates end whose bases are of what enters a norm
@@ -51,7 +51,7 @@ def where_table(ground: Ground, whole: bool = True) -> pl.DataFrame:
     moved = ground.passes(parts, label="where w acts")
     rows, most = [], float(moved["w"].effect.mean())
     for name, one in moved.items():
-        row = {"part": name, "share": share(parts[name], ground.w), **spread(one.effect, "effect")}
+        row = {"part": name, "share": share(parts[name], ground.w), **one.spread()}
         row["retention"] = row["effect"] / most if most else float("nan")
         rows.append(row | {"kl": one.mean_kl, "pmass": one.least_pmass, "saturated": one.saturated})
     return pl.DataFrame(rows)
@@ -81,7 +81,7 @@ def read_table(ground: Ground, bases: Mapping[str, Mapping[int, Tensor]], drops:
     }
     base, rows = float(moved["w_read"].effect.mean()), []
     for name, one in moved.items():
-        row = {"subspace": name, **spread(one.effect, "effect"), "share": share(kept[name], whole)}
+        row = {"subspace": name, **one.spread(), "share": share(kept[name], whole)}
         row |= {column: float(of[name].effect.mean()) for column, of in lost.items() if name in of}
         row["rank"] = sum(B.shape[1] for B in bases[name].values()) / len(bases[name]) if name in bases else None
         rows.append(row | {"retention": row["effect"] / base if base else None})
@@ -97,25 +97,28 @@ def dose_table(ground: Ground, kept: Mapping[str, WeightDiff]) -> pl.DataFrame:
     for dose in DOSES:
         for name, one in ground.passes(variants, dose, f"dose {dose:g}").items():
             plus, minus = one.ends
-            row = {"subspace": name, "dose": dose, **spread(one.effect, "effect"), "plus": plus, "minus": minus}
+            row = {"subspace": name, "dose": dose, **one.spread(), "plus": plus, "minus": minus}
             rows.append(row | {"kl": one.mean_kl, "saturated": one.saturated})
     return pl.DataFrame(rows)
 
 
-def matched_table(ground: Ground, kept: Mapping[str, WeightDiff], target: float) -> pl.DataFrame:
-    """The same variants where each moves the model by as much: at the alpha at which the 95 % quantile of KL(steered || base)
-    over the tokens of held-out probes and neutral passages is `target` nats, at the end that moves it more. subspace, MATCHED,
-    saturated; retention: of w_res at its own alpha; NaN where the target is out of reach."""
+def matched_table(
+    ground: Ground, kept: Mapping[str, WeightDiff], target: float, alpha: float = 1.0, seed: int = 0
+) -> pl.DataFrame:
+    """The same variants, and a random direction of w_res's norms (RANDOM), where each moves the model by as much: at the alpha
+    at which the 95 % quantile of KL(steered || base) over the texts of `ws.calibrate` is `target` nats, at the end that moves
+    it more. subspace, MATCHED, saturated, why; retention: of w_res at its own alpha; NaN, and why, where no alpha is found.
+    alpha: that ground's w is scaled by. Intervals are over claims, at the alpha found: other texts give another alpha."""
     lm, rows = ground.lm, []
-    measure = token_kls(lm, probe_rows(lm, ground.behavior, TOPICS) + passage_rows(lm, PASSAGES)[0])
-    for name, w in {"w": ground.w, "w_res": ground.res, **kept}.items():
-        row = {"subspace": name, **dict.fromkeys(MATCHED, float("nan")), "saturated": None}
+    measure = token_kls(lm, probe_rows(lm, ground.behavior) + passage_rows(lm)[0])
+    for name, w in {"w": ground.w, "w_res": ground.res, **kept, RANDOM: random_as(ground.res, seed)}.items():
+        row = {"subspace": name, **dict.fromkeys(MATCHED, float("nan")), "saturated": None, "why": ""}
         try:
             found = met(measure, as_steering(lm, w), target)
             one = ground.passes({name: w}, found.alpha, f"{name} at {target:g} nats")[name]
-            row |= {"alpha": found.alpha, "kl": found.kl, "saturated": one.saturated, **spread(one.effect, "effect")}
-        except Unreached:
-            pass
+            row |= {"alpha": found.alpha * alpha, "kl": found.kl, "saturated": one.saturated, **one.spread()}
+        except Unreached as error:
+            row["why"] = str(error)
         rows.append(row)
     whole = rows[1]["effect"]
     return pl.DataFrame([row | {"retention": row["effect"] / whole if whole else float("nan")} for row in rows])

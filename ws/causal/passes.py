@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
+from scipy import stats
 
 from ws.cache.keys import Key, stage_key
 from ws.cache.made import kept, state
@@ -28,7 +29,7 @@ from ws.model.text import chat_text
 from ws.model.wide import widened
 from ws.show.bars import tqdm
 from ws.steer.answers import answer_tokens
-from ws.steer.effect import asked
+from ws.steer.effect import LEVEL, asked
 from ws.steer.weights import check_fits, weight_steer
 
 TOGETHER = 8  # variants of a stack, each at both ends
@@ -58,6 +59,11 @@ class Items:
         i, a = np.array(rows).T
         return cls(tuple(texts), i, a, np.array(sides, dtype=float)[i])
 
+    @cached_property
+    def sides(self) -> Float[np.ndarray, " claims"]:
+        """Of the claims."""
+        return self.by_claim(self.side)
+
     def by_claim(self, values: Float[np.ndarray, "*k n"]) -> Float[np.ndarray, "*k claims"]:
         """Means over wordings of what is known of each text."""
         return np.stack([values[..., self.claim == c].mean(axis=-1) for c in np.unique(self.claim)], axis=-1)
@@ -78,6 +84,10 @@ class Moved:
     def effect(self) -> Float[np.ndarray, " claims"]:
         """Between -alpha and +alpha on every claim, nats."""
         return self.items.by_claim((self.logratio[0] - self.logratio[1]) * self.items.side)
+
+    def spread(self, name: str = "effect") -> dict[str, float]:
+        """Mean effect over claims and its 95 % t interval, by name."""
+        return spread(self.effect, name, self.items.sides)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -102,19 +112,21 @@ class Moved:
         return bool(far or self.least_pmass < LEAST_PMASS)
 
 
+def spread(by_claim: Float[np.ndarray, " n"], name: str, sides: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """Mean over claims and its 95 % t interval. sides: a push to yes moves both against each other, so that the spread is
+    taken within them."""
+    mean, parts = float(by_claim.mean()), [by_claim[sides == side] for side in np.unique(sides)]
+    halves = [stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * stats.sem(x) * len(x) if len(x) > 1 else np.nan for x in parts]
+    half = float(np.hypot.reduce(halves)) / len(by_claim)
+    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+
+
 class Passes:
     """Answers of variants, many in a pass. lm, behavior: what is asked; cache: a folder of this model, None to keep nothing;
     tokens of a pass are bounded by `ws.causal.stacked.TOKENS`. ValueError in a steered model, and for answer words that are
     no tokens."""
 
-    def __init__(
-        self,
-        lm: LM,
-        behavior: Behavior,
-        items: Items,
-        cache: Path | None = None,
-        progress: bool = True,
-    ):
+    def __init__(self, lm: LM, behavior: Behavior, items: Items, cache: Path | None = None, progress: bool = True):
         check_plain(lm.model)
         self.lm, self.items, self.progress = lm, items, progress
         self.yes, self.no = answer_tokens(lm.tokenizer, behavior)

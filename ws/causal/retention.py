@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from ws.causal.controls import Drawn, draw
 from ws.causal.ground import Ground, prepare
+from ws.causal.passes import spread
 from ws.causal.spans import ENERGIES, Place, Span
 from ws.causal.variants import Bases, drop, full_drop, keep
 from ws.data import Behavior
@@ -125,7 +125,7 @@ def carried(
     moved, more = ground.passes(kept, label="keep"), {}
     least = TOLD * abs(float(moved["w_res"].effect.mean()))
     told = {name: of for name, of in kept.items() if name in WHOLE or abs(float(moved[name].effect.mean())) >= least}
-    true = ground.on_true(told, label="keep, true claims") if ground.on_true else {}
+    true = ground.on_true(told, label="keep, true claims") if ground.tells_apart else {}
     for what, part in (("drop", drop), ("full_drop", full_drop)):
         more[what] = ground.passes({name: part(w, bases[name], norms) for name in dropped}, label=what)
     rows = []
@@ -133,7 +133,7 @@ def carried(
         row = {"subspace": name} | (first.get(name) or (linear_of(ground.spans, None) if name == "w_res" else {}))
         if one := moved.get(name):
             row |= {
-                **spread(one.effect, "effect"),
+                **one.spread(),
                 "kl": one.mean_kl,
                 "pmass": one.least_pmass,
                 "contrast": float(one.effect.mean() - true[name].effect.mean()) if name in true else float("nan"),
@@ -181,7 +181,7 @@ def _against_controls(
         if (
             np.isfinite(row["excess"]) and np.isfinite(by_claim).all()
         ):  # the mean over mirrored controls, which scatters less
-            row |= spread(by_claim, "excess")
+            row |= spread(by_claim, "excess", ground.items.sides)
             row["control"] = row["linear"] - row["excess"]
         row |= {"p_max": float(most), "q": float(each)}
         row["sure"] = None if np.isnan(row["gap"]) else abs(row["gap"]) <= abs(row["excess"])
@@ -218,13 +218,6 @@ def against(drawn: Drawn, linear: Float[np.ndarray, " C"]) -> list[dict[str, flo
             "out_of_reach": 1 - len(had) / len(column),
         })  # fmt: skip
     return found
-
-
-def spread(by_claim: Float[np.ndarray, " n"], name: str) -> dict[str, float]:
-    """Mean over claims and its 95 % t interval."""
-    mean, n = float(by_claim.mean()), len(by_claim)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(by_claim)) if n > 1 else float("nan")
-    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
 def slope_share(given: Mapping[Place, Tensor], bases: Mapping[int, Tensor]) -> float:

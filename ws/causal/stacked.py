@@ -26,7 +26,7 @@ from ws.model.text import encode, last_index, position_ids
 from ws.model.wide import widened
 from ws.steer.weights import check_fits
 
-TOKENS = 4096  # of a pass, stack included, without what all texts of it begin with
+TOKENS, HELD = 4096, 16384  # of a pass, stack included: read, and held with what all texts begin with
 LEAST, PASS = 4, 32  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
 Read = Callable[
@@ -114,10 +114,11 @@ def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str
             cache = lm.model(**lead, use_cache=True, logits_to_keep=1).past_key_values if first else None
             start = 0
             while start < len(those):
-                few = next(
-                    (n for n, i in enumerate(those[start:]) if n and (n + 1) * S * (lengths[i] - first) > TOKENS),
-                    len(those) - start,
-                )
+                few = 1
+                for i in those[start + 1 :]:
+                    if (few + 1) * S * max((lengths[i] - first) / TOKENS, lengths[i] / HELD) > 1:
+                        break
+                    few += 1
                 places = those[start : start + few]
                 width, rows[0] = lengths[places[-1]], few
                 read(_logits(lm, S, ids[places, :width], mask[places, :width], first, cache), places)

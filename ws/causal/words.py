@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 
+from ws.causal.passes import LEAST_PMASS
 from ws.causal.retention import TIED
 from ws.runs.rules import PARTS as SECTIONS
 from ws.show.tables import code, literal
@@ -29,15 +30,8 @@ def conclusion(found) -> str:
         f"{s['templates']} wordings, layers {', '.join(map(str, s['layers']))}, {s['draws']:,} energy-matched "
         "draws."
     )
-    return (
-        "\n\n".join(
-            [
-                head,
-                *(f"## {title}\n\n" + "\n".join(f"- {x}" for x in lines) for title, lines in sections.items() if lines),
-            ]
-        )
-        + "\n"
-    )
+    told = [f"## {title}\n\n" + "\n".join(f"- {x}" for x in lines) for title, lines in sections.items() if lines]
+    return "\n\n".join([head, *told]) + "\n"
 
 
 def _around(row: dict, name: str = "effect") -> str:
@@ -84,7 +78,8 @@ def _where(found) -> list[str]:
 def _told(found) -> pl.DataFrame:
     """Rows of candidates that are held against controls: A-hypotheses."""
     known = pl.col("p", "p_max", "excess", "p_forward", "excess_forward").fill_null(float("nan"))
-    rows = found.candidates[2:].with_columns(known, pl.col("saturated").fill_null(False))
+    far = found.setting.get("pmass", 1.0) < LEAST_PMASS  # of what was not run
+    rows = found.candidates[2:].with_columns(known, pl.col("saturated").fill_null(far))
     return rows.filter(pl.col("p").is_not_nan() & (pl.col("kind") == "A-hypothesis"))
 
 
@@ -135,12 +130,8 @@ def _carriers(found) -> list[str]:
 
 def _carrier(row: dict) -> str:
     """One candidate that carries more than its energy."""
-    known = np.isfinite(row["retention"])
-    kept = (
-        f"keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) on {row['energy']:.1%} of the energy; "
-        if known
-        else ""
-    )
+    kept = f"keeps {row['effect']:+.2f} nats ({row['retention']:.0%}) on {row['energy']:.1%} of the energy; "
+    kept = kept if np.isfinite(row["retention"]) else ""
     forward = "its controls were not run forward"
     if np.isfinite(row["p_forward"]):
         forward = f"by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g})"
@@ -184,31 +175,35 @@ def _gap(found) -> list[str]:
 
 def _needed(found) -> list[str]:
     rows, w = (
-        found.candidates[2:].filter(pl.col("full_drop").is_not_nan() & pl.col("full_drop").is_not_null()),
+        found.candidates[2:].filter(pl.col("full_drop").fill_null(float("nan")).is_not_nan()),
         found.setting["effects"]["w"],
     )
+    rows = rows.filter((pl.col("kind") == "A-hypothesis") & (pl.col("slope") <= TIED)).sort("full_drop")
     if rows.is_empty() or not w:
         return []
-    rows = rows.sort("full_drop").head(3)
     told = [
         f"{code(r['subspace'])} {r['full_drop']:+.2f} ({r['full_drop'] / w:.0%} of w's {w:+.2f})"
-        for r in rows.iter_rows(named=True)
+        for r in rows.head(3).iter_rows(named=True)
     ]
     return [
-        f"w with the candidate taken out of its writers keeps least of its effect without {'; '.join(told)}. "
-        "What does not write stays in."
+        f"Of the {len(rows)} that were taken out of w's writers (without those that hold the score's own slope), w keeps"
+        f" least of its effect without {'; '.join(told)}. What does not write stays in."
     ]
 
 
 def _matched(found) -> list[str]:
-    rows = found.matched.to_dicts()
+    rows = found.matched.with_columns(pl.col("saturated").fill_null(False)).to_dicts()
     met = [
-        f"{code(r['subspace'])} {_around(r)} nats at alpha {r['alpha']:.2f}" for r in rows if np.isfinite(r["alpha"])
+        f"{code(r['subspace'])} {_around(r)} nats at alpha {r['alpha']:.3g}"
+        for r in rows
+        if np.isfinite(r["alpha"]) and not r["saturated"]
     ]
-    lost = [code(r["subspace"]) for r in rows if not np.isfinite(r["alpha"])]
     what = f"{found.setting['kl_target']:g} nats of KL(steered || base), the 95 % quantile over tokens"
     lines = [f"Each at its own alpha, so that it moves the model by {what}: {'; '.join(met)}."] if met else []
-    return lines + ([f"Out of reach of {what}: {', '.join(lost)}."] if lost else [])
+    if far := [code(r["subspace"]) for r in rows if r["saturated"]]:
+        lines.append(f"Saturated there, not compared: {', '.join(far)}.")
+    lines += ["Intervals are over claims, with alpha given: other texts to match on would shift it."] if met else []
+    return lines + [f"Not met, {code(r['subspace'])}: {r['why']}" for r in rows if r["why"]]
 
 
 def _controls(found) -> list[str]:
@@ -261,6 +256,16 @@ def _caveats(found) -> list[str]:
         lines.append("Energy out of reach of some draws: " + ", ".join(f"{code(n)} {x:.0%}" for n, x in lost) + ".")
     if left := [one for one in SECTIONS if one not in s["sections"]]:
         lines.append(f"Left out of this run: {', '.join(left)} (SECTIONS).")
+    ran, out = (int(rows[name].is_not_nan().sum()) for name in ("effect", "full_drop"))
+    if min(ran, out) < len(rows):
+        lines.append(
+            f"Of {len(rows)} candidates the {ran} of the largest first-order effects were run forward, {out} taken out of w"
+            " (FORWARD, DROPS)."
+        )
+    if rows["contrast"].is_nan().all():
+        lines.append(
+            "No contrast to true claims: there are none, or the base model does not tell them from the false ones."
+        )
     if not s["other"] and len(found.ranks):
         lines.append("No w of another seed was there: the ceilings are w's own, which keep what they are cut from.")
     if s["draws"] < 10_000:

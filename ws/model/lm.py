@@ -117,11 +117,7 @@ def _sketch(model_id: str, source: str, revision: str | None, chat_template: str
 
 @plain()
 def load_lm(
-    model_id: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    chat_template: str = "",
+    model_id: str, dtype: str = "auto", device: str = "auto", revision: str | None = None, chat_template: str = ""
 ) -> LM:
     """Load a model and tokenizer for reading and steering, in eval mode.
 

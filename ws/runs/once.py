@@ -26,16 +26,7 @@ from ws.runs import need
 from ws.runs.execute import Hear, execute, terminable
 from ws.runs.failed import keep_failed
 from ws.runs.folders import Params, null_diffs, run_id
-from ws.runs.identity import (
-    input_keys,
-    others,
-    outputs,
-    products,
-    record_of,
-    run_key,
-    run_state,
-    told_why,
-)
+from ws.runs.identity import input_keys, others, outputs, products, record_of, run_key, run_state, told_why
 from ws.runs.mend import damaged_input, mend, rendering
 from ws.runs.notebooks import Place, notebook_of
 from ws.runs.pairing import check_pair

@@ -25,11 +25,7 @@ def shuffle_labels(rows: tuple[Pair, ...], seed: int) -> tuple[Pair, ...]:
     swap = generator.random(len(rows)) < 0.5
     return tuple(
         replace(
-            row,
-            response_pos=row.response_neg,
-            response_neg=row.response_pos,
-            cut_pos=row.cut_neg,
-            cut_neg=row.cut_pos,
+            row, response_pos=row.response_neg, response_neg=row.response_pos, cut_pos=row.cut_neg, cut_neg=row.cut_pos
         )
         if s
         else row

@@ -78,11 +78,9 @@ def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
 
 
 def _wrong(ranked: list[dict]) -> str:
-    """How many items the leader moves the wrong way, beside what a random direction does."""
-    told = [r for r in ranked if r["method"] in (ranked[0]["method"], CONTROL)]
-    return "moved the wrong way: " + ", ".join(
-        f"{r['wrong_way']:.0%} of the items under {literal(r['method'])}" for r in told
-    )
+    """How many answers the leader moves the wrong way."""
+    share, name = ranked[0]["wrong_way"], literal(ranked[0]["method"])
+    return f"moved the wrong way: {share:.0%} of the answers under {name} (a direction of random sign: half of them)"
 
 
 def _surgical(ranked: list[dict]) -> str:

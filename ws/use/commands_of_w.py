@@ -70,12 +70,7 @@ def _named(meta: dict, alpha: float, kind: str, part: bool) -> str:
 
 
 def trim(
-    run: Run,
-    /,
-    keep_behaviour: float = 0.9,
-    behavior: str = "",
-    model: str = "",
-    save: Path | None = None,
+    run: Run, /, keep_behaviour: float = 0.9, behavior: str = "", model: str = "", save: Path | None = None
 ) -> int:
     """Find the smallest part of w (rank, roles, layers) that keeps a share of its effect, at the least KL to the base model.
 
