@@ -169,13 +169,13 @@ if len(found.controls):
 # ## Dose, and effects at one KL
 #
 # One alpha is no equal dose: what moves the model by less may be given more. `matched`: each at the alpha at which it moves the tokens of
-# held-out probes and neutral passages by `KL_TARGET` nats.
+# held-out probes and neutral passages by `KL_TARGET` nats, beside a random direction of the writers' norms (`mag_only`).
 
 # %%
 if len(found.dose):
     display(show_table(found.dose.sort("subspace", "dose"), rows=15))
 if len(found.matched):
-    display(show_table(found.matched))
+    display(show_table(found.matched.drop("why")))
 
 # %% [markdown]
 # ## Is any overlap score worth looking at?
