@@ -235,7 +235,10 @@ def test_max_t_counts_what_is_out_of_reach_against_the_candidate():
 
 def test_only_what_was_asked_for_is_run(ground):
     bases = {str(i): bases_of(ground.lm.decoder.d, 4, i) for i in range(4)}
-    table = carried(ground, bases, 0, forward=2, drops=1).table
+    whole = {"all": {l: torch.eye(ground.lm.decoder.d) for l in LAYERS}}  # holds all of the slope: comes last
+    table = carried(ground, whole | bases, 0, forward=2, drops=1).table
+    assert np.isnan(table.filter(subspace="all")["effect"].item())
+    table = table.filter(pl.col("subspace") != "all")
     assert table["effect"].is_not_nan().sum() == 4 and table["full_drop"].is_not_nan().sum() == 1
     led = table[2:].sort("linear", descending=True)
     assert led["effect"].is_not_nan().to_list() == [True, True, False, False] and led["full_drop"].is_not_nan()[0]
@@ -307,7 +310,9 @@ def swept(lm, behavior, cache):
 @pytest.fixture(scope="module")
 def checked(lm, behavior, cache, swept):
     w, sweep = swept
-    return causal_check(lm, w, sweep, behavior, other=w.scale(-1), nulls=[w.scale(0.1)], cache=cache, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "passage_rows", lambda lm: passage_rows(lm, 2))
+        return causal_check(lm, w, sweep, behavior, other=w.scale(-1), nulls=[w.scale(0.1)], cache=cache, **SMALL)
 
 
 def test_a_check_is_written_and_read_back(checked, tmp_path):

@@ -207,6 +207,7 @@ def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path,
     monkeypatch.setenv("WS_OUT", str(out))
     run("v7_sweep", home / "v7b", ["v7b.yaml"], SOURCES=["v5"], GRADIENTS="none", N_NULL=2)
     few = {"DRAWS": 20, "CHECKED": 2, "FORWARD": 2, "DROPS": 1, "RANKS": [1], "CLOUD": 20, "BOOT": 20, "N_WORDINGS": 1}
+    few |= {"SECTIONS": ["where", "read", "ranks", "dose", "controls"]}
     run("causal_check", home / "causal", **few)
     found = CausalCheck.load(home / "causal")
     table, effects = found.candidates, found.setting["effects"]

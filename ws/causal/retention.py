@@ -116,10 +116,11 @@ def carried(
     drops: int | None = None,
 ) -> Carried:
     """The table of `retention` for checked bases. forward, drops: keep, and drop with full_drop, are run forward for so many
-    candidates of the largest first-order effects, None for all; what is not run is NaN."""
+    candidates of the largest first-order effects (those that hold the score's own slope last), None for all; else NaN."""
     w, norms = ground.w, ground.gains
     first = {name: linear_of(ground.spans, of) for name, of in bases.items()}
-    order = sorted(bases, key=lambda name: -first[name]["linear"])
+    slope = {name: slope_share(ground.given, of) for name, of in bases.items()}
+    order = sorted(bases, key=lambda name: (slope[name] > TIED, -first[name]["linear"]))
     run, dropped = order[:forward], order[:drops]
     kept = {"w": w, "w_res": ground.res} | {name: keep(w, bases[name], norms) for name in bases if name in run}
     moved, more = ground.passes(kept, label="keep"), {}
@@ -139,7 +140,7 @@ def carried(
                 "contrast": float(one.effect.mean() - true[name].effect.mean()) if name in true else float("nan"),
             }
             row |= {"saturated": one.saturated} | dict(zip(("plus", "minus"), one.ends, strict=True))
-        row |= {"slope": slope_share(ground.given, bases[name])} if name in bases else {}
+        row |= {"slope": slope[name]} if name in bases else {}
         rows.append(row | {what: float(of[name].effect.mean()) for what, of in more.items() if name in of})
     whole, unknown = rows[1]["effect"], float("nan")
     for row in rows:

@@ -259,8 +259,8 @@ def _caveats(found) -> list[str]:
     ran, out = (int(rows[name].is_not_nan().sum()) for name in ("effect", "full_drop"))
     if min(ran, out) < len(rows):
         lines.append(
-            f"Of {len(rows)} candidates the {ran} of the largest first-order effects were run forward, {out} taken out of w"
-            " (FORWARD, DROPS)."
+            f"Of {len(rows)} candidates the {ran} of the largest first-order effects were run forward, {out} taken out of w,"
+            " those that hold the score's own slope last (FORWARD, DROPS)."
         )
     if rows["contrast"].is_nan().all():
         lines.append(
