@@ -48,8 +48,14 @@ def noise(notebook) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The demo's own training on the shipped model, seed 0."""
-    folder = tmp_path_factory.mktemp("trained")
-    run("weight_diff", folder, ["tiny.yaml"], SEED=0)
+    folder, home = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("out") / "tiny"
+    kept = out_folder() / "tiny" / "cache"
+    for place in (home, kept):
+        place.mkdir(parents=True, exist_ok=True)
+    (home / "cache").symlink_to(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WS_OUT", str(home.parent))  # where a demo has not trained it already
+        run("weight_diff", folder, ["tiny.yaml"], SEED=0)
     return folder
 
 
