@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
@@ -85,9 +85,9 @@ class Moved:
         """Between -alpha and +alpha on every claim, nats."""
         return self.items.by_claim((self.logratio[0] - self.logratio[1]) * self.items.side)
 
-    def spread(self, name: str = "effect") -> dict[str, float]:
-        """Mean effect over claims and its 95 % t interval, by name."""
-        return spread(self.effect, name, self.items.sides)
+    def spread(self) -> dict[str, float]:
+        """Mean effect over claims and its 95 % t interval."""
+        return spread(self.effect, "effect", self.items.sides)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -112,7 +112,7 @@ class Moved:
         return bool(far or self.least_pmass < LEAST_PMASS)
 
 
-def spread(by_claim: Float[np.ndarray, " n"], name: str, sides: Float[np.ndarray, " n"]) -> dict[str, float]:
+def spread(by_claim: Float[np.ndarray, " n"], name: str, sides: Shaped[np.ndarray, " n"]) -> dict[str, float]:
     """Mean over claims and its 95 % t interval. sides: a push to yes moves both against each other, so that the spread is
     taken within them."""
     mean, parts = float(by_claim.mean()), [by_claim[sides == side] for side in np.unique(sides)]

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from ws.causal.passes import spread
 from ws.use.items import Group
 
 LEVEL = 0.95
@@ -29,17 +30,13 @@ def with_ends(name: str, values: Float[np.ndarray, " n"]) -> Number:
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
-def both_halves(name: str, values: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"], alike: bool = True) -> Number:
-    """The mean with its ends over both halves of the items, which count alike whatever their sizes (else each item does: the
-    ends are of the spread within the halves); over all items where there is one half."""
+def both_halves(name: str, values: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"]) -> Number:
+    """The mean with its ends over both answer halves, which count alike whatever their sizes; over all items where there is
+    one half."""
     if not yes.any() or yes.all():
         return with_ends(name, values)
     one, other = with_ends("of", values[yes]), with_ends("of", values[~yes])
-    a, b = (0.5, 0.5) if alike else (yes.mean(), (~yes).mean())
-    mean, half = (
-        a * one["of"] + b * other["of"],
-        np.hypot(a * (one["of_high"] - one["of"]), b * (other["of_high"] - other["of"])),
-    )
+    mean, half = (one["of"] + other["of"]) / 2, np.hypot(one["of_high"] - one["of"], other["of_high"] - other["of"]) / 2
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
@@ -75,10 +72,10 @@ def scores(group: Group, record: Mapping, before: Mapping) -> Number:
         each.append((fixed - PENALTY * broken) * pmass**2)
         found |= {f"fixed_{name}": float(fixed.mean()), f"broken_{name}": float(broken.mean()), f"pmass_{name}": pmass}
         found |= {f"accuracy_{name}": float(now.mean()), f"before_{name}": float(was.mean())}
-    found |= both_halves("surgical", (each[0] + each[1]) / 2, free, False)
+    found |= spread((each[0] + each[1]) / 2, "surgical", free)
     found |= {"surgical_most": 1 - (found["before_plus"] + found["before_minus"]) / 2}
     for name, values in zip(("surgical_plus", "surgical_minus"), each, strict=True):
-        found |= both_halves(name, values, free, False)
+        found |= spread(values, name, free)
     plus, minus = (np.array(end["ratio"][group.name])[:, free] for end in record["ends"])
     return found | with_ends("wrong_way", (u[free] * (plus - minus) < 0).mean(axis=0))
 
