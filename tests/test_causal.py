@@ -380,6 +380,9 @@ def test_what_does_not_belong_together_is_refused(lm, behavior, swept, cache):
         ({"templates": 9}, "wordings"),
         ({"sections": ["wher"]}, "wher.*where"),
         ({"forward": -1}, "FORWARD: -1"),
+        ({"templates": 0}, "N_WORDINGS: 0"),
+        ({"sections": "dose"}, "SECTIONS: dose: expected a list"),
+        ({"cloud": -1}, "CLOUD: -1"),
         ({"boot": 0}, "BOOT: 0"),
         ({"ranks": [1, 0]}, "RANKS: 0"),
     ):
@@ -405,6 +408,17 @@ def test_over_seeds_the_same_twice_is_the_same(checked, tmp_path):
         assert row["excess_low"] == pytest.approx(first[name]["excess_low"], abs=1e-6)  # seeds that agree add nothing
     assert "of w's effect" in twice.text() and len(twice.effects) == 2
     assert over_seeds({3: checked}).table["excess_low"].is_nan().all()  # one seed has no spread
+    own = checked.tensors["excess"]
+    sides = torch.tensor([1.0, -1.0]).repeat(own.shape[1])[: own.shape[1]]
+    pushed = own + 20 * own.abs().max() * sides  # a push to yes, which helps one half and harms the other
+
+    def width(excess, of):
+        one = replace(checked, tensors=checked.tensors | {"excess": excess, "sides": of})
+        return over_seeds({0: one, 1: one}).table.sort("candidate").select(pl.col("excess_high") - pl.col("excess_low"))
+
+    halves = width(pushed, sides).to_series().to_numpy()
+    assert halves == pytest.approx(width(own, sides).to_series().to_numpy(), rel=1e-5)
+    assert (halves < width(pushed, torch.ones(len(sides))).to_series().to_numpy() / 3).all()
     with pytest.raises(ValueError, match="alpha"):
         over_seeds({0: checked, 1: replace(checked, setting=checked.setting | {"alpha": 2.0})})
     with pytest.raises(ValueError, match="no causal check"):

@@ -1,6 +1,7 @@
 """Retention: identities, the linear attribution against finite differences, controls of equal energy, planted carriers."""
 
 from dataclasses import replace
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 import ws
 from ws.causal import controls
 from ws.causal.controls import draw
+from ws.causal.ground import check_count
 from ws.causal.passes import Items, Passes
-from ws.causal.retention import against, retention
+from ws.causal.retention import against, check_names, retention
 from ws.causal.spans import Span, probe_sets, second_moments, slopes, writer_spans
-from ws.causal.variants import drop, full_drop, gains, keep, rescaled, writers
+from ws.causal.variants import check_bases, drop, full_drop, gains, keep, rescaled, writers
 from ws.diff import LowRank
 from ws.stability.blind import haar
 from ws.steer.effect import asked as asked_of
@@ -299,6 +301,21 @@ def test_a_planted_carrier_is_found_and_a_bystander_is_not(lm, behavior, given, 
     )
 
 
+def test_what_is_of_another_type_is_named(lm):
+    w, d = random_diff(lm), lm.decoder.d  # the tests check annotations, which no user does
+    for bad, told in (
+        ({l: [[1.0]] for l in LAYERS}, "mine at layer 3: a list; expected a torch tensor"),
+        (torch.eye(d)[:, :2], "mine: a Tensor; expected a dict, layer ->"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            unwrap(check_bases)("mine", bad, w, d)
+    with pytest.raises(ValueError, match="candidates: a list; expected a dict"):
+        unwrap(check_names)([bases_of(d)])
+    for bad in (10.0, True, "10", None):
+        with pytest.raises(ValueError, match="n_draws: .*: expected a whole number, 0 or more"):
+            check_count("n_draws", bad)
+
+
 def test_bad_input_is_named(lm, behavior, given):
     w, d = random_diff(lm), lm.decoder.d
 
@@ -315,6 +332,8 @@ def test_bad_input_is_named(lm, behavior, given):
         call({"mine": {l: torch.eye(7)[:, :2] for l in LAYERS}})
     with pytest.raises(ValueError, match="candidate w_res: this name is a row of its own"):
         call({"w_res": bases_of(d)})
+    with pytest.raises(ValueError, match="n_draws: -1: expected a whole number"):
+        call({"mine": bases_of(d)}, n_draws=-1)
     with pytest.raises(ValueError, match="templates = 9: sycophancy has 4 wordings"):
         call({"mine": bases_of(d)}, templates=9)
     with pytest.raises(ValueError, match="nothing of it writes to the residual stream"):

@@ -14,7 +14,7 @@ from ws.causal.cloud import LEAST
 from ws.causal.cloud import cloud as designed
 from ws.causal.controls import formed
 from ws.causal.found import CausalCheck
-from ws.causal.ground import Ground, prepare
+from ws.causal.ground import Ground, check_count, prepare
 from ws.causal.others import other_controls, other_layer, rank_table
 from ws.causal.parts import MATCHED, READ, dose_table, matched_table, read_table, where_table
 from ws.causal.retention import TIED, Carried, carried, linear_of
@@ -88,13 +88,16 @@ def causal_check(
         >>> found.candidates["subspace"].to_list()
         ['w', 'w_res', 'write', 'mlp_write']
     """
+    if isinstance(sections, str):
+        raise ValueError(f"SECTIONS: {sections}: expected a list of names")
     if unknown := [one for one in sections if one not in SECTIONS]:
         raise ValueError(f"SECTIONS: {unknown[0]}: one of {', '.join(SECTIONS)}{suggest(unknown[0], list(SECTIONS))}")
 
     asked = {"FORWARD": (forward, 0), "DROPS": (drops, 0), "CHECKED": (checked, 0), "BOOT": (boot, int(cloud > 0))}
+    asked |= {"DRAWS": (draws, 0), "CLOUD": (cloud, 0), "N_WORDINGS": (templates, 1)}
     for name, (n, few) in (asked | {"RANKS": (min(ranks, default=1), 1)}).items():
-        if n is not None and n < few:
-            raise ValueError(f"{name}: {n}: expected {few} or more")
+        if n is not None:
+            check_count(name, n, few)
 
     def made(name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         return make() if name in sections and (ranks or name != "ranks") else pl.DataFrame(schema=EMPTY[name])
@@ -116,7 +119,7 @@ def causal_check(
     least = [l for l in w.layers() if l not in sweep.layers]
     if least:
         raise ValueError(f"the sweep leaves out layer {least[0]}, which w changes: sweep with LORA_LAYERS empty")
-    templates = templates or len(behavior.templates)
+    templates = len(behavior.templates) if templates is None else templates
     ground = prepare(
         lm, w, behavior, protocol=protocol, alpha=alpha, templates=templates, cache=cache, progress=progress
     )
@@ -167,7 +170,7 @@ def causal_check(
             "options": digest(repr(sorted(setting["protocol"].items())).encode()),
         },
         tensors={
-            "excess": torch.tensor(found.excess), "linear": torch.tensor(found.linear),
+            "excess": torch.tensor(found.excess), "linear": torch.tensor(found.linear), "sides": torch.tensor(ground.items.sides),
             "drawn": torch.tensor(found.drawn.effect if found.drawn else np.zeros((0, len(write)))).float(),
         },
         names=tuple(write),

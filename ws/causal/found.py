@@ -28,7 +28,7 @@ class CausalCheck:
     (first-order effect of the bases of another layer), excess_forward and p_forward. where, read, ranks, dose, matched,
     controls: see `ws.causal.parts` and `ws.causal.others`. forward: the controls that were run forward. cloud: points, fit,
     slopes, beyond of `ws.causal.cloud`, {} without. tensors: excess `(C, claims)`, linear `(C,)`, drawn `(N, C)`, in the
-    order of `names`."""
+    order of `names`; sides `(claims,)`, -1 where the no-word shows the behaviour."""
 
     candidates: pl.DataFrame
     where: pl.DataFrame

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,12 @@ class Ground:
         return self.items.by_claim(2 * values * self.items.side)
 
 
+def check_count(name: str, n: object, least: int = 0) -> None:
+    """ValueError naming what is no whole number, or below `least`."""
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < least:
+        raise ValueError(f"{name}: {n!r}: expected a whole number, {least} or more")
+
+
 def prepare(
     lm: LM,
     w: WeightDiff | Path | str,
@@ -95,6 +102,7 @@ def prepare(
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     if not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f"ALPHA = {alpha}: expected a number above 0; both signs are asked")
+    check_count("templates", templates, 1)
     w, cache = load_diff(w), cache or cache_folder(lm.name)
     items = Items.of(lm, behavior, templates)
     check_fits(lm.model, w)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.causal.controls import Drawn, draw
-from ws.causal.ground import Ground, prepare
+from ws.causal.ground import Ground, check_count, prepare
 from ws.causal.passes import spread
 from ws.causal.spans import ENERGIES, Place, Span
 from ws.causal.variants import Bases, drop, full_drop, keep
@@ -96,13 +96,16 @@ def retention(
         ['w', 'w_res', 'first axes']
     """
     check_names(candidates)
+    check_count("n_draws", n_draws)
     options = {"protocol": protocol, "alpha": alpha, "templates": templates, "given": given, "cache": cache}
     ground = prepare(lm, w, behavior, progress=progress, **options)
     return carried(ground, {name: ground.checked(name, of) for name, of in candidates.items()}, n_draws, seed).table
 
 
 def check_names(candidates: Mapping[str, object]) -> None:
-    """ValueError for a candidate called as a row of the table is."""
+    """ValueError for what is no mapping of names to bases, and for a candidate called as a row of the table is."""
+    if not isinstance(candidates, Mapping):
+        raise ValueError(f"candidates: a {type(candidates).__name__}; expected a dict, name -> bases by layer")
     if taken := sorted(set(WHOLE) & set(candidates)):
         raise ValueError(f"candidate {taken[0]}: this name is a row of its own; give it another")
 

@@ -23,7 +23,7 @@ from ws.explanation.result import RECORD as SWEEP
 from ws.explanation.result import Explanation
 from ws.explanation.words import leaders
 from ws.show.tables import code
-from ws.stability.intervals import crossed_parts, half_width
+from ws.stability.intervals import Part, half_width, mean_part
 from ws.stability.significance import benjamini_hochberg
 
 SHOWN = 6
@@ -109,7 +109,8 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
     tie = TIE * np.abs(linear).mean(axis=0)
     p = (1 + ((draws >= T - tie) | lost).sum(axis=0)) / (1 + len(draws))
     p_max = adjusted(T, np.where(lost, np.nan, draws), p) if len(draws) else np.full(len(names), np.nan)
-    half = half_width(crossed_parts(values, by_claim.mean(axis=0)))
+    sides = first.tensors.get("sides", np.ones(by_claim.shape[2]))  # a push to yes moves both halves against each other
+    half = half_width([mean_part(values), *within(by_claim.mean(axis=0), np.asarray(sides))])
     kinds = dict(first.candidates.select("subspace", "kind").rows())
     far = {n for one in found.values() for n in one.candidates.filter(pl.col("saturated"))["subspace"]}
     mean = {c: _mean(found, names, c) for c in ("retention", "effect", "energy", "excess_forward", "slope")}
@@ -124,6 +125,13 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
     effects = pl.DataFrame([{"seed": s, **one.setting["effects"]} for s, one in found.items()])
     key = pl.col("excess").fill_nan(None)
     return OverSeeds(table.sort(key, descending=True, nulls_last=True, maintain_order=True), effects, tuple(found))
+
+
+def within(by_claim: Float[np.ndarray, "C n"], sides: Float[np.ndarray, " n"]) -> list[Part]:
+    """Standard errors of the mean over claims, one for each half of them. A single claim has none: its spread is unknown."""
+    halves = [by_claim[:, sides == side].T for side in np.unique(sides)] if by_claim.shape[1] > 1 else []
+    found = [(mean_part(x), len(x) / by_claim.shape[1]) for x in halves]
+    return [(se * share, df) for (se, df), share in found]
 
 
 def finished(folders: Mapping[int, Path]) -> dict[int, Path]:

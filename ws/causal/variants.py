@@ -80,12 +80,16 @@ def full_drop(w: WeightDiff, bases: Bases, gains: Gains | None = None) -> Weight
 def check_bases(name: str, bases: Mapping[int, Tensor], w: WeightDiff, d: int) -> dict[int, Float[Tensor, "d r"]]:
     """The bases of w's layers, float64 on the CPU. ValueError naming the candidate and the layer for one that is absent, has
     another width, is not finite or not orthonormal."""
+    if not isinstance(bases, Mapping):
+        raise ValueError(f"{name}: a {type(bases).__name__}; expected a dict, layer -> orthonormal ({d}, rank)")
     found = {}
     for l in writers(w).layers():
         if l not in bases:
             raise ValueError(
                 f"{name}: no basis for layer {l}, where w has a writer; give one, of rank 0 if it is empty"
             )
+        if not isinstance(bases[l], Tensor):
+            raise ValueError(f"{name} at layer {l}: a {type(bases[l]).__name__}; expected a torch tensor ({d}, rank)")
         B = bases[l].detach().to("cpu", torch.float64)
         if B.ndim != 2 or len(B) != d:
             raise ValueError(f"{name} at layer {l}: the basis is {tuple(B.shape)}, expected ({d}, rank)")

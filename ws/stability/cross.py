@@ -26,7 +26,7 @@ from ws.model.lm import LM
 from ws.show.bars import tqdm
 from ws.show.tables import write_table
 from ws.stability.cross_words import conclusion
-from ws.stability.intervals import Part, half_width
+from ws.stability.intervals import Part, half_width, mean_part
 from ws.steer.answers import kept_answers
 from ws.steer.evaluate import check_alphas
 from ws.steer.statements import BOTH, HALVES, halves
@@ -137,13 +137,8 @@ def spread(values: Halves, weights: Mapping[str, float]) -> tuple[float, list[Pa
     of each half."""
     mean = float(sum(weights[h] * values[h].mean() for h in weights))
     seeds = sum(weights[h] * values[h].mean(axis=1) for h in weights)
-    parts = [_part(seeds)] if len(seeds) > 1 else []
-    return mean, parts + [_part(weights[h] * values[h].mean(axis=0)) for h in weights if weights[h]]
-
-
-def _part(values: Float[np.ndarray, " n"]) -> Part:
-    n = len(values)
-    return np.array([values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan]), max(n - 1, 1)
+    parts = [mean_part(seeds[:, None])] if len(seeds) > 1 else []
+    return mean, parts + [mean_part((weights[h] * values[h].mean(axis=0))[:, None]) for h in weights if weights[h]]
 
 
 def interval(mean: float, parts: list[Part]) -> tuple[float, float, float]:

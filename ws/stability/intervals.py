@@ -70,7 +70,7 @@ def percentile_interval(draws: Float[np.ndarray, "boot C"], level: float = 0.95)
 
 def t_interval(values: Float[np.ndarray, "S C"], level: float = 0.95) -> Interval:
     """`mean +- t_{S-1} sd / sqrt(S)` over the first axis (seeds); NaN for a single seed, which has no spread."""
-    return _around(values, [_part(values)], level)
+    return _around(values, [mean_part(values)], level)
 
 
 def row_influence(act: Rows, best: Rows | None = None) -> Float[np.ndarray, "C n"]:
@@ -93,7 +93,7 @@ def crossed_parts(
     """Standard errors of a crossed design: seeds, templates, topics, each with its degrees of freedom. A factor of one
     level has no part: its spread is unknown."""
     grid = influence.reshape(len(influence), templates, influence.shape[1] // templates)
-    return [_part(x) for x in (values, grid.mean(axis=2).T, grid.mean(axis=1).T) if len(x) > 1 or x is values]
+    return [mean_part(x) for x in (values, grid.mean(axis=2).T, grid.mean(axis=1).T) if len(x) > 1 or x is values]
 
 
 def crossed_t_interval(
@@ -111,7 +111,8 @@ def crossed_t_interval(
     return _around(values, parts, level)
 
 
-def _part(values: Float[np.ndarray, "n C"]) -> Part:
+def mean_part(values: Float[np.ndarray, "n C"]) -> Part:
+    """Standard error of the mean over n units, NaN for one, and its degrees of freedom."""
     n = len(values)
     return (values.std(axis=0, ddof=1) / np.sqrt(n), n - 1) if n > 1 else (np.full(values.shape[1], np.nan), 1)
 
