@@ -131,6 +131,12 @@ atlas *ARGS: setup
 report: setup
     @{{python}} -m ws report
 
+# the documents and the public names' docstrings as a site in out/site; a broken link is an error
+[no-exit-message]
+docs: setup
+    @{{python}} -m pip install --quiet --disable-pip-version-check 'mkdocs>=1.6,<2' 'mkdocstrings[python]>=0.29'
+    @NO_MKDOCS_2_WARNING=1 {{python}} -m mkdocs build --strict --quiet && echo "site: out/site/index.html"
+
 # train the shipped tiny model anew
 tiny-model: setup
     @{{python}} -m tiny_model

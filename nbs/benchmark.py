@@ -50,7 +50,7 @@ from IPython.display import Markdown, display
 import ws
 from ws.causal.seeds import best_candidate
 from ws.lab import begin
-from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.notebook import embedded, headline, show, show_table, start_log
 from ws.show.tables import literal
 from ws.subspaces.protocol import load_protocol
 from ws.use.benchmark import benchmark, trained_pairs
@@ -83,13 +83,13 @@ display(Markdown(f"{literal(run.title)}: targets {', '.join(map(str, KL_TARGET))
 # ## What this run says
 
 # %%
-display(embedded(found.text()))
+display(embedded(found.text()), headline(found.headline()))
 
 # %% [markdown]
 # ## Effect at equal KL
 
 # %%
-display(show(found.figure(), run.folder / "benchmark_effects"))
+display(show(found.figure(), run.folder / "benchmark_effects", key=True))
 
 # %% [markdown]
 # ## All of it

@@ -60,7 +60,7 @@ from IPython.display import Markdown, display
 import ws
 from ws.causal import check
 from ws.lab import begin
-from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.notebook import embedded, headline, show, show_table, start_log
 from ws.show.tables import literal
 
 run = begin("causal_check", globals())
@@ -106,7 +106,7 @@ display(
 # ## What this run says
 
 # %%
-display(embedded(found.conclusion()))
+display(embedded(found.conclusion()), headline(found.headline()))
 
 # %% [markdown]
 # ## Effect beyond energy
@@ -116,7 +116,7 @@ display(embedded(found.conclusion()))
 # what `P w` adds to the stream), and no direction of its own. Gray: the middle 95 % of these controls. Diamond: the same by forward passes.
 
 # %%
-display(show(found.forest(), run.folder / "causal_forest"))
+display(show(found.forest(), run.folder / "causal_forest", key=True))
 
 # %% [markdown]
 # The line from each point ends at what its controls keep on the same energy.

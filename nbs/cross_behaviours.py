@@ -45,7 +45,7 @@ from IPython.display import Markdown, display
 
 import ws
 from ws.lab import begin
-from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.notebook import embedded, headline, show, show_table, start_log
 from ws.show.tables import literal, write_table
 from ws.stability.cross import cross_behaviors
 from ws.stability.cross_figures import heat_maps
@@ -71,7 +71,7 @@ asked = f"alphas {ALPHAS}, {N_HELDOUT or 'all'} held-out statements of each beha
 display(Markdown(f"`{lm.name}`, {lm.model.dtype}, LoRA seeds {', '.join(map(str, SEEDS))}, {asked}{chat}"))
 found = cross_behaviors(lm, behaviors, diffs, alphas=ALPHAS, n_heldout=N_HELDOUT)
 found.save(run.folder)
-display(show(heat_maps(found.matrix, found.moves), run.folder / "cross_matrix"))
+display(show(heat_maps(found.matrix, found.moves), run.folder / "cross_matrix", key=True))
 
 # %% [markdown]
 # 95 % intervals are for new LoRA seeds and new statements. `less`: by how much the behaviour part is under that on the own
@@ -106,7 +106,7 @@ display(embedded(map_.text()))
 # ## What this says
 
 # %%
-display(embedded(found.conclusion()))
+display(embedded(found.conclusion()), headline(found.headline()))
 
 # %% [markdown]
 # ## Which candidates keep their place when the behaviour changes?

@@ -90,7 +90,7 @@ display(notebook.show(figure, folder / "delta_svd_rel_step"))
 
 # %%
 figure = draw.eff_rank(layers)
-display(notebook.show(figure, folder / "delta_svd_eff_rank"))
+display(notebook.show(figure, folder / "delta_svd_eff_rank", key=True))
 
 # %%
 figure = draw.top_spectrum(layers)
@@ -116,6 +116,7 @@ display(notebook.show(figure, folder / "delta_svd_cos"))
 # %% [markdown]
 # ## Phases
 #
+# Phases are ranges of depth, A first, E near the end, `tail` the last layers; the table says which layers they are here.
 # `intra` and `cross`: mean |cos| of strongest directions inside a phase and to the layers outside. `capture`: share of
 # a layer's strongest direction in the best rank-8 space of its phase's directions. The layer itself helped to build
 # that space, so even random layers are captured well; `left_out` rebuilds it without the layer: chance is then 8/d.
@@ -146,4 +147,4 @@ else:
 
 # %%
 log.info("done: %s", folder)
-display(notebook.embedded(run.conclusion()))
+display(notebook.embedded(run.conclusion()), notebook.headline(run.headline()))

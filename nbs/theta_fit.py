@@ -153,7 +153,7 @@ display(HTML(as_text(report.gains(summary), style="html")))
 
 # %%
 figure = draw.heldout_gain(summary)
-display(notebook.show(figure, folder / "theta_heldout_gain"))
+display(notebook.show(figure, folder / "theta_heldout_gain", key=True))
 
 # %% [markdown]
 # ## One head, chosen on other texts
@@ -246,4 +246,4 @@ text_gains = {s: matched.text_gains(s) for s in SOLVERS}
 said = verdict.verdict(heldout, text_gains, control, diagonal, choice)
 write_text(folder / "theta_conclusion.md", f"# Theta fit\n\n{said}\n")
 log.info("done: %s", folder)
-display(Markdown(said))
+display(Markdown(said), notebook.headline(verdict.headline(heldout, text_gains["adam"], control, choice)))

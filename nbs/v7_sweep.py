@@ -63,7 +63,7 @@ import ws
 from ws.explanation import words
 from ws.explanation.rows import null_summary
 from ws.lab import begin
-from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.notebook import embedded, headline, show, show_table, start_log
 from ws.show.tables import write_table
 from ws.subspaces.candidate import load_candidates
 from ws.subspaces.protocol import load_protocol
@@ -80,6 +80,8 @@ log = start_log("v7_sweep", run.folder)
 # %% [markdown]
 # ## Scores
 #
+# Candidates other than the ceilings are **A-hypotheses**: built without `w`. Their source says since when they are there: `v5` and
+# `external-v6-plan` came with protocol v7, `v7b` later, `gradient` are of the base model's gradient on training pairs, `B-side` the ceilings.
 # No candidate sees an adapter, so that their bases are the same for every LoRA seed: they are built once and kept. `sees` says
 # what comes nearest to the training: base weights, prompts, pairs about other topics or in other wordings, or the very pairs
 # that the adapters are trained on, through the base model's gradient; these are no rivals of the others. The ceilings are built from `w` and from what it does on the FIT probes. Per layer: activation
@@ -122,7 +124,7 @@ display(Markdown(words.largest(found.summary, found.setting["d"])))
 # ## Activation against weight recovery
 
 # %%
-display(show(found.figure(), run.folder / "v7_joint_act_weight_scatter"))
+display(show(found.figure(), run.folder / "v7_joint_act_weight_scatter", key=True))
 
 # %% [markdown]
 # The best candidates by layer, with the ceilings dotted.
@@ -156,7 +158,7 @@ if N_NULL:
 
 # %%
 log.info("done: %s", run.folder)
-display(embedded(found.conclusion()))
+display(embedded(found.conclusion()), headline(found.headline()))
 
 # %% [markdown]
 # ## Definitions

@@ -47,7 +47,7 @@ from IPython.display import Markdown, display
 import ws
 from ws.causal.seeds import finished, over_seeds
 from ws.lab import begin
-from ws.show.notebook import embedded, show, show_table, start_log
+from ws.show.notebook import embedded, headline, show, show_table, start_log
 from ws.show.tables import literal, write_table
 from ws.stability import corrections
 from ws.stability import figures as draw
@@ -104,6 +104,13 @@ display(show(draw.oracle_overlap_figure(found.subspaces), run.folder / "v7b_orac
 # geometric mean over null diffs: training on the same texts with shuffled labels.
 
 # %%
+few = draw.forest_plot(found.summary, found.per_seed, found.verdict.winner, most=20)
+display(show(few, run.folder / "v7b_forest_top", key=True))
+
+# %% [markdown]
+# All of them:
+
+# %%
 display(show(draw.forest_plot(found.summary, found.per_seed, found.verdict.winner), run.folder / "v7b_forest"))
 
 # %%
@@ -131,7 +138,7 @@ display(show_table(found.chance, rows=40))
 # ## The verdict
 
 # %%
-display(embedded(found.conclusion()))
+display(embedded(found.conclusion()), headline(found.headline()))
 
 # %% [markdown]
 # ## Which of them carry the behaviour?

@@ -157,7 +157,7 @@ sweep = evaluate.alpha_sweep(lm, behavior, w, asked, n_heldout=N_HELDOUT, cache=
 summary = evaluate.summarise_sweep(sweep)
 tables.write_table(sweep, folder / "alpha_sweep.csv")
 tables.write_table(summary, folder / "alpha_sweep_summary.tsv")
-display(notebook.show(alpha_curves(summary), folder / "alpha_sweep"))
+display(notebook.show(alpha_curves(summary), folder / "alpha_sweep", key=True))
 display(HTML(tables.as_text(summary, style="html")))
 
 # %%
@@ -204,3 +204,4 @@ if not NULL_DIFF:
 write_json(folder / "weight_diff.json", {"training": training, "steering": verdict, "margin": margin})
 log.info("done: %s", folder)
 display(Markdown(f"{verdict['text']}{tables.literal(verdict['wordings'])} {tables.literal(margin['text'])}"))
+display(notebook.headline(evaluate.headline(sweep, verdict, margin, NULL_DIFF)))

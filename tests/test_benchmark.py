@@ -234,7 +234,7 @@ def test_a_small_benchmark_from_end_to_end_goes_on_where_it_was_stopped(lm, beha
     again = benchmark(lm, behavior, w, **given)
     assert again.table.equals(found.table, null_equal=True) and len(calls) == done
     text = found.text()
-    for said in ("w beside mag_only: +", "t+ (no adapters were given)", "### At 0.2 nats"):
+    for said in ("w beside mag_only: +", "t+ (no adapters were given)", "# At 0.2 nats"):
         assert said in text
     folder = found.save(tmp_path / "out")
     kept = {p.name for p in folder.iterdir()}

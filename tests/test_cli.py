@@ -281,11 +281,15 @@ def test_demo_runs_one_batch_and_shows_the_table(asked, monkeypatch, tmp_path, c
         return run_jobs
 
     monkeypatch.setattr("ws.demo.show_report", lambda show: "THE TABLE")
+    monkeypatch.setattr("ws.demo.steered_text", lambda show: "THE TEXT")
     monkeypatch.setattr("ws.runs.index.report", lambda: tmp_path / "index.html")
     monkeypatch.setattr("ws.runs.engine.run_jobs", fake("done"))
     assert call("demo") == 0
     told = capsys.readouterr().out
-    assert "THE SUMMARY" in told and "THE TABLE" in told and f"report: {tmp_path / 'index.html'}" in told
+    assert (
+        told.index("THE SUMMARY") < told.index("THE TEXT") < told.index("THE TABLE")
+        and f"report: {tmp_path / 'index.html'}" in told
+    )
     jobs, workers, threads = asked_for[0]
     assert workers * threads <= max(2, os.cpu_count() or 1)
     counts = Counter(job.notebook for job in jobs)
@@ -318,6 +322,7 @@ def test_real_runs_one_batch_on_smollm2(monkeypatch, tmp_path, quick):
         return {job.name: Ending("done") for job in jobs}, "THE SUMMARY"
 
     monkeypatch.setattr("ws.demo.show_report", lambda show: "THE TABLE")
+    monkeypatch.setattr("ws.demo.steered_text", lambda show: "THE TEXT")
     monkeypatch.setattr("ws.runs.index.report", lambda: tmp_path / "index.html")
     monkeypatch.setattr("ws.runs.engine.run_jobs", run_jobs)
     assert call("real", *(["--quick"] if quick else [])) == 0
@@ -331,6 +336,67 @@ def test_real_runs_one_batch_on_smollm2(monkeypatch, tmp_path, quick):
     counts = Counter(job.notebook for job in asked_for)
     assert counts["delta_svd"] == counts["benchmark"] == 1 and counts["causal_check"] == len(seeds)
     assert counts["theta_fit"] == counts["v7b_stability"] == (not quick)
+
+
+def test_the_demo_ends_with_steered_text(monkeypatch, tmp_path):
+    from ws import demo
+    from ws.steer.evaluate import write_blind
+
+    monkeypatch.setenv("WS_OUT", str(tmp_path))
+    (folder := demo.DEMO.run.folder(tmp_path) / "weight_diff").mkdir(parents=True)
+    rows = [
+        {"topic": t, "prompt": f"Prompt {t}?", "alpha": alpha, "completion": f"said  {t}\n at {alpha:g}"}
+        for t in (0, 1)
+        for alpha in (-1.0, 0.0, 1.0)
+    ]
+    write_blind(rows, folder)
+    assert demo.steered_text(demo.DEMO).splitlines() == [
+        "tiny, seed 0, held out: Prompt 0?", "  alpha -1: said 0 at -1", "  alpha +0: said 0 at 0", "  alpha +1: said 0 at 1",
+    ]  # fmt: skip
+
+
+def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch, tmp_path, capsys):
+    from ws.runs import doctor
+
+    monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
+    (tmp_path / "out" / "tiny" / "cache").mkdir(parents=True)
+    (tmp_path / "out" / "tiny" / "cache" / "x").write_bytes(bytes(3 << 20))
+    assert call("doctor") == 0
+    told = capsys.readouterr().out
+    assert "torch" in told and "3 MiB" in told and "GiB free" in told and "BAD" not in told
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "_needed", lambda: ["torch", "no-such-package"])
+    monkeypatch.setattr(
+        doctor.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(13, "Permission denied"))
+    )
+    assert call("doctor") == 1
+    told = capsys.readouterr().out
+    assert (
+        "BAD no-such-package" in told
+        and "pip install no-such-package" in told
+        and "absent: models in .gguf files" in told
+    )
+    assert "cannot be written (Permission denied); name another: WS_OUT=folder" in told
+
+
+def test_a_table_for_a_paper(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WS_TYPED_IN", str(tmp_path))
+    (tmp_path / "t.tsv").write_text("name\tR_w\tok\na_b\t1.23456\ttrue\nc\tNaN\tfalse\nd\t12345.6\ttrue\n")
+    assert call("table", "t.tsv", "--to", "latex", "--sort", "R_w", "--rows", "2") == 0
+    told = capsys.readouterr().out
+    assert (
+        told.startswith("\\begin{tabular}{lrl}\n\\toprule")
+        and "a\\_b" in told
+        and "1.23 & yes" in " ".join(told.split())
+    )
+    assert told.index("1.23e+04") < told.index("1.23 ")
+    assert call("table", "t.tsv", "--to", "csv", "--columns", "R_w", "name", "--digits", "2") == 0
+    assert capsys.readouterr().out == "R_w,name\n1.2,a_b\n-,c\n1.2e+04,d\n"
+    assert (
+        call("table", "t.tsv", "--columns", "R_v") == 2
+        and "no column R_v, did you mean R_w?" in capsys.readouterr().err
+    )
+    assert call("table", "nowhere.tsv") == 2 and "nowhere.tsv: no such table" in capsys.readouterr().err
 
 
 def test_demo_report_reads_the_table_and_the_verdict(monkeypatch, tmp_path):

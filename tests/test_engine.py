@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import psutil
@@ -182,7 +183,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_a_line_per_run_and_a_bar(stream):
-    board = progress.Board(["a: x", "b: x"], 3, stream)
+    board = progress.Board({"a: x": 1.0, "b: x": 3.0}, 3, stream)
     for name in ("a: x", "b: x"):
         board.stage(name, "starting")
     board.stage("a: x", "Training")
@@ -193,10 +194,27 @@ def test_a_line_per_run_and_a_bar(stream):
     board.end("a: x", "ran")
     board.close()
     told = stream.getvalue()
-    assert "a: x: Training" in told and (stream.isatty() or told.count("Training") == 1)
+    assert ("a: x: Training" in told) == stream.isatty()  # elsewhere a line for each run that ended
+    assert stream.isatty() or len(told.splitlines()) == 3
     assert "[2/3] failed" in told and "[3/3] ran" in told
     assert board.restarts == {"b: x": 1} and "begun anew: b: x" in told
-    assert ("3/3 runs" in told) == stream.isatty()
+    assert ("3/3 runs" in told) == stream.isatty() and "min left" in told
+
+
+def test_the_plan_and_the_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    board = progress.Board({"a: x": 1.0, "b: x": 3.0, "c: x": 4.0}, 3, io.StringIO())
+    board.stage("a: x", "starting")
+    now[0] = 60.0
+    board.end("a: x", "ran")
+    assert board.left() == "some 7 min left"  # 7 units of cost, a minute each
+    board.stage("b: x", "starting")
+    assert board.left() == "some 2 min left"  # of what runs half is taken as done: 5.5 of 8 in a minute
+    jobs = [SimpleNamespace(name=name, notebook=name) for name in ("theta_fit", "delta_svd")]
+    plan = progress.plan_line([grid.Step(job, "new", "", True) for job in jobs], 2, 10.0)
+    assert plan == "plan: 2 runs, 2 at a time (1 theta_fit, 1 delta_svd); some 1 min on this machine"
+    assert progress.plan_line([], 1) == "plan: all 0 runs are done"
 
 
 def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch, tmp_path, capsys):

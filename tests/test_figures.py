@@ -2,10 +2,11 @@
 
 import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
 from ws.diff import figures as diff
 from ws.explanation import figures as sweep
-from ws.show.figures import save
+from ws.show.figures import described, save
 from ws.steer.figures import alpha_curves
 
 
@@ -45,7 +46,9 @@ def test_labels_keep_their_distance():
 def test_saved_files_are_the_same_twice(tmp_path):
     paths = save(sweep.joint_scatter(summary()), tmp_path / "a" / "f") if (tmp_path / "a").mkdir() is None else []
     again = save(sweep.joint_scatter(summary()), tmp_path / "g")
-    assert [p.name for p in paths] == ["f.png", "f.pdf"]
+    assert [p.name for p in paths] == ["f.png", "f.pdf", "f.svg"]
+    assert b"/Type3" not in paths[1].read_bytes() and b"/TrueType" in paths[1].read_bytes()  # which venues take
+    assert b"<text" not in paths[2].read_bytes()  # outlines
     for a, b in zip(paths, again, strict=True):
         assert a.read_bytes() == b.read_bytes() and len(a.read_bytes()) > 5000
 
@@ -69,3 +72,18 @@ def test_alpha_curves_norm_map_spectra_and_layers():
     )
     figure = sweep.recovery_by_layer(table, ["write"], [1, 2])
     assert figure.axes[0].lines[0].get_ydata().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_figure_is_described_by_what_it_shows():
+    text = described(sweep.joint_scatter(summary()))
+    assert "weight recovery R_w" in text and "against activation recovery R_act" in text
+    for value in summary().filter(kind="A-hypothesis")["mean_conc_w_combined"].head(1):
+        assert f"{value:.3g}" in text
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1, 2], [3.0, float("nan"), 7.0], label="up")
+    left.set(title="$Left$", xlabel="x", ylabel="y (nats)")
+    right.bar([0, 1], [2.0, 2.0], label="bars")
+    right.plot([0, 1], [9, 9])  # without a name: not told
+    figure.set_label("What it is about.")
+    assert described(figure) == "What it is about. Left: y (nats) against x (up 3 to 7). (bars 2)."

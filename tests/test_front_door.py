@@ -79,3 +79,20 @@ def test_the_authors_notebook_runs_against_this_package(parity_folder):
     assert all(torch.equal(a, b) for a, b in zip(plain, after, strict=True))
     with pytest.raises(KeyError, match="o_proj"):
         w["model.layers.0.self_attn.o_proj.weight"]
+
+
+def test_objects_are_shown_in_a_line_or_two_and_in_a_notebook_as_a_table(lm_and_w):
+    lm, w = lm_and_w
+    behavior = ws.load_behavior("sycophancy")
+    for one in (lm, w, behavior, ws.Basis(torch.eye(128)[:, :8])):
+        assert len(repr(one)) < 300, repr(one)
+    for one in (lm, w, behavior):
+        assert one._repr_html_().count("<tr>") >= 4 and len(one._repr_html_()) < 3000
+    assert "32, of which 20 train" in repr(behavior) and "28 (28 low-rank, 0 dense)" in w._repr_html_()
+    found = ws.explain(lm, w, candidates=["write"], progress=False)
+    assert len(repr(found)) < 300 and "leads the 1 write and mixed candidates" in found.headline()
+
+
+@pytest.fixture(scope="module")
+def lm_and_w():
+    return ws.load_lm("tiny"), ws.load_diff("tiny")

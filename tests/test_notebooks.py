@@ -1,6 +1,7 @@
 """Every notebook, run headless as a user runs it, on a small model; what it writes is what it promises."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_v7_sweep_on_the_trained_difference(trained, tmp_path):
     summary = read_table(tmp_path / "v7_summary_pct.tsv")
     ceiling = summary.row(by_predicate=pl.col("subspace") == "TaskDiff_lora_ceiling", named=True)
     assert ceiling["mean_conc_act"] > 3 and ceiling["pct_act_ceiling"] == pytest.approx(100)
-    assert (tmp_path / "v7_sweep.html").read_text().count("data:image/png") == 2
+    assert (tmp_path / "v7_sweep.html").read_text().count("data:image/png") == 3
 
 
 def test_v7_sweep_reproduces_the_reference_from_the_command(parity_folder, tmp_path):
@@ -194,7 +195,7 @@ def test_v7b_over_two_seeds(trained, tmp_path):
     assert set(stability["compared"]) == {"FIT halves", "persona pairs"}
     assert "mine" in read_table(out / "v7b_summary.tsv")["candidate"].to_list()
     assert "No winner" in (out / "v7b_conclusion.md").read_text()  # two seeds cannot name one
-    assert (out / "v7b_stability.html").read_text().count("data:image/png") == 3
+    assert (out / "v7b_stability.html").read_text().count("data:image/png") == 5
     per_seed = read_table(out / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
     means = inside.group_by("subspace").agg(pl.col("conc_act").mean()).sort("subspace")
     assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
@@ -228,7 +229,7 @@ def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path,
     both = table.join(swept, on="subspace").drop_nulls("joint_score")
     assert len(both) > 5 and both["joint_score"].to_list() == pytest.approx(both["expected"].to_list(), rel=1e-6)
     assert found.setting["other"] and found.setting["nulls"] == 0 and len(found.cloud["points"]) == 20
-    assert (home / "causal" / "causal_check.html").read_text().count("data:image/png") == 5
+    assert (home / "causal" / "causal_check.html").read_text().count("data:image/png") == 6
     for name in (
         "causal_forest.png",
         "causal_energy.pdf",
@@ -254,7 +255,7 @@ def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path,
     met = rows.filter((pl.col("dose") == "0.3") & pl.col("alpha").is_not_nan())
     assert len(met) > 3 and met["kl"].to_list() == pytest.approx([0.3] * len(met), rel=0.2)
     page = (home / "benchmark" / "benchmark.html").read_text()
-    assert "largest excess in the causal checks of seed 0" in page and page.count("data:image/png") == 1
+    assert "largest excess in the causal checks of seed 0" in page and page.count("data:image/png") == 2
     assert (home / "benchmark" / "benchmark_effects.png").stat().st_size > 0
 
 
@@ -267,7 +268,7 @@ def test_delta_svd(parity_folder, tmp_path):
         DTYPE="float32",
         BOOT=10,
     )
-    assert (tmp_path / "delta_svd.html").read_text().count("data:image/png") == 6
+    assert (tmp_path / "delta_svd.html").read_text().count("data:image/png") == 7
     found = json.loads((tmp_path / "delta_svd.json").read_text())
     expected = json.loads((parity_folder / "delta_svd" / "expected_final_norm_false.json").read_text())
     assert found["n_calib_tokens"] == expected["n_calib_tokens"]
@@ -287,7 +288,7 @@ def test_theta_fit(tmp_path):
     summary = read_table(tmp_path / "run" / "theta_summary.tsv")
     assert len(summary) > 0 and (tmp_path / "run" / "theta_cross.csv").stat().st_size > 0
     assert len(list((tmp_path / "run").glob("theta_*.safetensors"))) >= 2
-    assert (tmp_path / "run" / "theta_fit.html").read_text().count("data:image/png") == 7
+    assert (tmp_path / "run" / "theta_fit.html").read_text().count("data:image/png") == 8
 
 
 def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
@@ -295,3 +296,14 @@ def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
         run_notebook("v7_sweep", {"W_PATH": str(tmp_path / "absent.pt"), "OUT_DIR": str(tmp_path / "a")}, quiet=True)
     done = run_notebook("v7_sweep", {"SEED": 987, "OUT_DIR": str(tmp_path / "b")}, quiet=True)
     assert not done.ok and "w.safetensors" in done.error and (done.kept / "v7_sweep.ipynb").is_file()
+
+
+def test_the_tutorial(tmp_path):
+    """A behaviour of one's own to an adapter that peft loads, and its headline."""
+    run("tutorial", tmp_path / "run", DRAWS=30)
+    page = (tmp_path / "run" / "tutorial.html").read_text()
+    opening = page[page.index('<div class="opening">') :].partition("</div>")[0]
+    moved = float(re.search(r"held-out superstitions by ([-+][\d.]+)", opening)[1])
+    assert moved > 1, opening
+    assert (tmp_path / "run" / "superstition-lora" / "adapter_model.safetensors").is_file()
+    assert "contrast_and_clean" in page and "eight axes" in page

@@ -28,6 +28,8 @@ def nb(
 ) -> int:
     """Run one notebook headless with papermill, unless that very run is done. `ws nb NAME --help` lists its parameters.
 
+    Example: ws nb v7_sweep -p MODEL_ID Qwen/Qwen3-0.6B -p DTYPE bfloat16
+
     Args:
         name: a notebook of nbs/, without its suffix.
         params: a parameter and its value; may be repeated. OUT_DIR says where the run goes.
@@ -83,6 +85,7 @@ def batch(
     causal: bool = False,
     grid: Path | None = None,
     params: Annotated[tuple[tuple[str, str], ...], arg(name="set", metavar="KEY VALUE"), UseAppendAction] = (),
+    files: Files = (),
     dry_run: bool = False,
     retrain: bool = False,
     wait: bool = False,
@@ -99,6 +102,8 @@ def batch(
 
     What is done is not done again. Ctrl-C stops; the same command goes on. With several behaviours it ends with their atlas.
 
+    Example: ws batch --models Qwen/Qwen3-0.6B --seeds 0-9 --set DTYPE bfloat16 --dry-run
+
     Args:
         models: hub ids, local folders, or tiny (the default).
         behaviors: shipped names or JSON files (default: sycophancy).
@@ -109,6 +114,7 @@ def batch(
         causal: check causally, too, what each seed's candidates carry (nbs/causal_check; it takes longest).
         grid: a YAML file with models, behaviors, adapters, seeds, nulls, causal, set; the options win.
         params: a further parameter, for every notebook that defines it; may be repeated.
+        files: a YAML file of such parameters; may be repeated. `--set` wins.
         dry_run: print what would run, and why, and what is done.
         retrain: train adapters anew whose training code changed.
         wait: wait for another batch on the same results instead of refusing.
@@ -126,6 +132,7 @@ def batch(
     from ws.runs.engine import Settings, run_jobs
     from ws.runs.grid import make_jobs, plan, plan_text, read_options
     from ws.runs.notebooks import Place
+    from ws.runs.sets import read_set
     from ws.runs.slurm import make_slurm
 
     if slurm and scheduler:
@@ -141,7 +148,8 @@ def batch(
     files = (here / tls[0], here / tls[1], here / tls[2]) if tls else None
     settings = Settings(workers, threads, scheduler, job, wait, timeout, files, insecure)
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
-    jobs = make_jobs(read_options(axes, dict(params), here / grid if grid else None, here, nulls, causal), here)
+    more = {key: value for file in files for key, value in read_set(here / file).items()} | dict(params)
+    jobs = make_jobs(read_options(axes, more, here / grid if grid else None, here, nulls, causal), here)
     if dry_run:
         steps = plan(jobs, retrain)
         check_steps(steps, Place())
@@ -165,6 +173,8 @@ def results(
     top: int = 0,
 ) -> int:
     """Print the scores of all runs (out/results.parquet, brought up to date), filtered and sorted.
+
+    Example: ws results --model tiny --protocol v7b --sort joint_score --top 10
 
     Args:
         model: only these models; `*` stands for anything, here and below.
@@ -190,18 +200,6 @@ def results(
     chosen = select(table, {**runs, "protocol": protocol, "subspace": candidate}, sort, top)
     print(results_text(chosen, list(columns)))
     print(f"\n{len(chosen)} of {len(table)} rows of {path}")
-    return 0
-
-
-def inspect(file: Positional[Path], /) -> int:
-    """Print norms, ranks, layers and metadata of a weight difference.
-
-    Args:
-        file: w.safetensors, a legacy w.pt, or a run's folder.
-    """
-    from ws.diff import describe, load_diff
-
-    print(describe(load_diff(typed_in() / file)))
     return 0
 
 
@@ -272,7 +270,7 @@ def main(args: list[str] | None = None) -> None:
 
 def answered(args: list[str] | None) -> int:
     """The exit code of a command; what it has to say of an error is printed."""
-    commands = {f.__name__: f for f in (nb, batch, results, demo, real, inspect, *COMMANDS, report, status, clean)}
+    commands = {f.__name__: f for f in (nb, batch, results, demo, real, *COMMANDS, report, status, clean)}
     try:
         code = told(sys.argv[1:] if args is None else args)
         code = parsed(commands, args)() if code is None else code

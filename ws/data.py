@@ -13,6 +13,7 @@ from ws.behavior_file import MOST, check_count, check_text, check_texts, read_ra
 from ws.cache.given import fits, short
 from ws.cache.names import slug
 from ws.cache.places import ASSETS
+from ws.show.tables import facts
 
 SHIPPED = ("sycophancy",)
 MOST_NAME = 200  # characters
@@ -117,6 +118,24 @@ class Behavior:
         for fault, message in [*faults, *self._statement_faults()]:
             if fault:
                 raise ValueError(message)
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        told = {
+            "topics": f"{len(self.topics)}, of which {len(self.train_topics)} train",
+            "answers": f"{'/'.join(self.yes)} or {'/'.join(self.no)}",
+        }
+        told |= {"held-out claims": f"{len(self.heldout_claims)}", "wordings": f"{len(self.templates)}"}
+        return told | {
+            "persona pairs": f"{len(self.personas_pos)}",
+            "kind": "statements with answers" if self.answers else "claims",
+        }
+
+    def __repr__(self) -> str:
+        return f"Behavior({self.name}: {', '.join(f'{key} {value}' for key, value in self._facts.items())})"
+
+    def _repr_html_(self) -> str:
+        return facts(f"Behavior {self.name}", self._facts | {"probe": self.probe})
 
     def _statement_faults(self) -> list[tuple[bool, str]]:
         """What is wrong with a behaviour of statements."""

@@ -3,8 +3,10 @@
 LoRA seeds and null diffs, the sweep under both protocols, the stability report, the delta SVD, the theta fit.
 """
 
+import json
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ws.cache.models import model_slug
 from ws.cache.names import RunId
@@ -49,6 +51,13 @@ REAL = Show(
 QUICK = Show("smollm2", (0,), 0, SHORT, {"delta_svd": {}}, v7=False, workers=1, threads=0)
 
 
+MEASURED = 0.02  # seconds that the products of `slowness` took where the costs of runs were measured
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def show_jobs(show: Show) -> list[Job]:
     """The batch of a model, as `ws batch` makes it, and the notebooks beside it."""
     grid = Grid(models=(show.model,), seeds=show.seeds, nulls=show.nulls, set=show.set, causal=True)
@@ -67,16 +76,48 @@ def show_jobs(show: Show) -> list[Job]:
 
 
 def play(show: Show) -> int:
-    """Run what is not done and print the summary and the report; 1 where a run failed, else 0."""
+    """Run what is not done and print the summary, steered text and the report; 1 where a run failed, else 0."""
     from ws.runs.engine import Settings, run_jobs
 
-    size = Settings(workers=min(show.workers, os.cpu_count() or 1), threads=show.threads)
+    pace = 10.0 * slowness() if show == DEMO else 0.0
+    size = Settings(workers=min(show.workers, os.cpu_count() or 1), threads=show.threads, pace=pace)
     endings, summary = run_jobs(show_jobs(show), Place(), size)
     print(f"\n{summary}\n", flush=True)
     if not all(ending.ok for ending in endings.values()):
         return 1
-    print(f"{show_report(show)}\n", flush=True)
+    print(f"{steered_text(show)}\n\n{show_report(show)}\n", flush=True)
     return 0
+
+
+def slowness() -> float:
+    """How many times longer than on the machine on which the costs were measured small products take on one thread here."""
+    import time
+
+    import numpy as np
+
+    A, took = np.random.default_rng(0).standard_normal((192, 192)).astype(np.float32), []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(200):
+            A @ A
+        took.append(time.perf_counter() - started)
+    return max(0.2, min(took) / MEASURED)
+
+
+def steered_text(show: Show, prompts: int = 1) -> str:
+    """The first held-out prompts and what the first seed's model says at the least alpha, at 0 and at the largest: from the
+    files of its run."""
+    folder = show.run.folder() / "weight_diff"
+    said, key = (
+        {row["id"]: row for row in read_lines(folder / name)} for name in ("completions.jsonl", "completions_key.jsonl")
+    )
+    rows = sorted(({**row, **key[i]} for i, row in said.items()), key=lambda row: (row["topic"], row["alpha"]))
+    lines = []
+    for topic in sorted({row["topic"] for row in rows})[:prompts]:
+        some = [row for row in rows if row["topic"] == topic]
+        lines.append(f"{show.model}, seed {show.seeds[0]}, held out: {some[0]['prompt']}")
+        lines += [f"  alpha {row['alpha']:+g}: {' '.join(row['completion'].split())}" for row in some]
+    return "\n".join(lines)
 
 
 def show_report(show: Show) -> str:

@@ -14,7 +14,7 @@ from ws.cache.keys import read_hash
 from ws.cache.made import Damaged, read_safetensors
 from ws.cache.records import read_record, write_record
 from ws.causal import figures, words
-from ws.show.tables import read_table, write_table
+from ws.show.tables import Told, read_table, write_table
 
 RECORD, TENSORS = "causal.json", "causal_excess.safetensors"
 AGAIN = "running this causal_check again"
@@ -22,8 +22,8 @@ TABLES = ("candidates", "where", "read", "ranks", "dose", "matched", "controls",
 CLOUD = ("points", "fit", "slopes", "beyond")
 
 
-@dataclass(frozen=True, eq=False)
-class CausalCheck:
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalCheck(Told):
     """candidates: the columns of `ws.causal.retention` with kind, family, sees and the sweep's scores, other_layer
     (first-order effect of the bases of another layer), excess_forward and p_forward. where, read, ranks, dose, matched,
     controls: see `ws.causal.parts` and `ws.causal.others`. forward: the controls that were run forward. cloud: points, fit,
@@ -46,6 +46,10 @@ class CausalCheck:
     def conclusion(self) -> str:
         """What the tables say, every number taken from them (Markdown)."""
         return words.conclusion(self)
+
+    def headline(self) -> str:
+        """That in a sentence or two."""
+        return words.headline(self)
 
     def forest(self) -> Figure:
         """Excess of every candidate with its interval, its controls' range beside it."""
@@ -101,6 +105,3 @@ class CausalCheck:
         main = {name: tables[name] for name in TABLES}
         tensors = read_safetensors(folder / TENSORS)[0]
         return cls(**main, cloud=found, setting=record["setting"], tensors=tensors, names=tuple(record["names"]))
-
-    def __repr__(self) -> str:
-        return f"CausalCheck({self.setting['title']}: {len(self.names)} candidates)"

@@ -34,6 +34,32 @@ def conclusion(found) -> str:
     return "\n\n".join([head, *told]) + "\n"
 
 
+def headline(found) -> str:
+    """A `CausalCheck` in a sentence or two, for the head of its report."""
+    by = {row["part"]: row for row in found.where.iter_rows(named=True)}
+    said = f"`w` moves the score by {by['w']['effect']:+.2f} nats between both ends"
+    if "writers" in by:
+        one = by["writers"]
+        said += f"; its residual writers, which candidates are cut from, do {one['effect']:+.2f} alone ({one['retention']:.0%})"
+    held = _told(found)
+    if len(held) and held["saturated"].all():
+        mass = found.setting.get("pmass", float("nan"))
+        return (
+            f"{said}. **No candidate is ranked**: the answer words hold less than half of the probability (pmass {mass:.2f}"
+            " in the base model), or the log-ratio is beyond 12 nats."
+        )
+    rows = held.filter(~pl.col("saturated") & (pl.col("slope") <= TIED))
+    sure = rows.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
+    if rows.is_empty():
+        return f"{said}. No candidate was held against controls."
+    most = [f"{code(r['subspace'])} {_around(r, 'excess')}" for r in sure.head(2).iter_rows(named=True)]
+    led = f", most of all {' and '.join(most)} nats" if most else ""
+    return (
+        f"{said}. **{len(sure)} of {len(rows)} candidates carry more of the behaviour than subspaces of equal energy**"
+        f" (max-T, p < .05){led}. One seed; excess over seeds stands in the stability report."
+    )
+
+
 def _around(row: dict, name: str = "effect") -> str:
     return f"{row[name]:+.2f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
 

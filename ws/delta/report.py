@@ -22,7 +22,7 @@ from ws.cache.files import atomic_file, settled, write_json, write_text
 from ws.cache.made import verified
 from ws.delta.bootstrap import Interval
 from ws.delta.phases import RANK, Phase, expected_cos, phases, top1_cos, verdict
-from ws.show.tables import literal, read_table, write_table
+from ws.show.tables import Told, literal, read_table, write_table
 
 SHOWN = [
     "L", "phase", "rel_step_mean", "h_norm_mean", "eff_rank", "eff_rank_low", "eff_rank_high", "top1_frac", "top3_frac",
@@ -64,8 +64,8 @@ class LayerDelta:
 FIELDS = [f.name for f in fields(LayerDelta)][:-3]  # of the JSON
 
 
-@dataclass(frozen=True)
-class DeltaRun:
+@dataclass(frozen=True, repr=False)
+class DeltaRun(Told):
     """All layers of one model, with what was read: token counts, passages, what was cut off, how the bootstrap drew."""
 
     model: str
@@ -108,6 +108,20 @@ class DeltaRun:
         judged = [f"**{title}**: {said[key]}" for key, title in TITLES.items()]
         notes = "\n".join(f"- {note}" for note in reading_notes(self))
         return "\n\n".join([f"# Delta SVD of {literal(self.model)}", *judged, NULL_NOTE, notes]) + "\n"
+
+    def headline(self) -> str:
+        """Both verdicts in a line each, without their numbers (Markdown)."""
+        said = verdict(self.phases, [layer.eff_rank for layer in self.layers], self.hidden)
+        phase = {p.name: p for p in self.phases}
+        held = {key: phase.get(name) for key, name in (("shared_C", "C"), ("specialised_E", "E"))}
+        chance = min(RANK, self.hidden) / self.hidden
+        parts = []
+        for key, title in TITLES.items():
+            word = said[key].partition(" (")[0].rstrip(".")
+            one = held[key]
+            share = f" (a left-out layer's top direction lies in the others' space by {one.left_out:.2f}, chance {chance:.2f})"
+            parts.append(f"**{title}**: {word}{share if one and len(one.layers) > 1 else ''}.")
+        return " ".join(parts)
 
     def save(self, folder: Path | str) -> Path:
         """Write every result file whole into `folder`; the JSON comes last: a folder with it is complete."""

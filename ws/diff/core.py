@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ws.show.tables import facts
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -131,6 +133,18 @@ class WeightDiff(Mapping):
         span = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
         held = f"{len(self)} parameters ({low} low-rank, {len(self) - low} dense)"
         return f"WeightDiff: {held}, {span}" + (f"\n  {about}" if about else "")
+
+    def _repr_html_(self) -> str:
+        low, layers = sum(not self._is_dense(name) for name in self), self.layers()
+        about = {
+            "parameters": f"{len(self)} ({low} low-rank, {len(self) - low} dense)",
+            "norm": f"{self.total_norm():.4g}",
+        }
+        about |= {"layers": ", ".join(map(str, layers)) or "none"}
+        about |= {
+            key: value for key, value in self.meta.items() if isinstance(value, str | int | float) and value != ""
+        }
+        return facts("WeightDiff", about)
 
     @property
     def names(self) -> tuple[str, ...]:

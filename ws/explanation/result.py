@@ -20,7 +20,7 @@ from ws.explanation.figures import joint_scatter, recovery_by_layer
 from ws.explanation.rows import NULL_ROWS, null_check
 from ws.explanation.scores import Target, target, weight_targets
 from ws.explanation.summary import against_nulls, folded, null_summary, summarise, summarise_specific, with_percentages
-from ws.show.tables import read_table, sort_nan_last, write_table
+from ws.show.tables import literal, read_table, sort_nan_last, write_table
 from ws.steer.effect import Steering, steering
 
 CEILINGS = ["TaskDiff_lora_ceiling", "dW_left_basis_ceiling"]
@@ -103,6 +103,18 @@ class Explanation:
     def conclusion(self) -> str:
         """What the tables say in words, every number taken from them (Markdown)."""
         return words.conclusion(self.summary, self.per_layer, self.setting, self.checks, self.steering)
+
+    def headline(self) -> str:
+        """That in a sentence or two: does w steer, and which candidate leads this seed."""
+        ranked = words.leaders(self.summary, "joint_score", ("write", "mixed"))
+        if self.steering.seen is False or not ranked:
+            return self.steering.short
+        best = self.summary.row(by_predicate=pl.col("subspace") == ranked[0], named=True)
+        return (
+            f"{self.steering.short} **{literal(ranked[0])}** leads the {len(ranked)} write and mixed candidates of this one seed:"
+            f" it holds {best['mean_conc_act']:.1f} times what a random subspace holds of the activation differences (R_act) and"
+            f" {best['mean_conc_w_combined']:.1f} times of `w` (R_w). One seed ranks nothing; the report over seeds does."
+        )
 
     def definitions(self) -> str:
         """The candidates and their definitions (Markdown)."""

@@ -16,6 +16,7 @@ from ws.model.gguf import check_loaded
 from ws.model.source import available, read_config, read_tokenizer, source_of, template_text, whole_weights
 from ws.model.text import position_ids, template_note
 from ws.show.bars import plain
+from ws.show.tables import facts
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +63,14 @@ class LM:
     def __repr__(self) -> str:
         d, kind = self.decoder, type(self.model).__name__
         return f"LM({self.name}: {kind}, {d.n_layers} layers, d {d.d}, {self.model.dtype})"
+
+    def _repr_html_(self) -> str:
+        d, kind = self.decoder, type(self.model).__name__
+        heads = f"{d.n_heads} heads on {d.n_kv} kv heads"
+        about = {"architecture": kind, "layers": d.n_layers, "d": d.d, "attention": heads, "dtype": self.model.dtype}
+        return facts(
+            f"LM {self.name}", about | {"device": self.device, "chat template": self.chat or "the tokenizer's own"}
+        )
 
 
 def check_choice(dtype: str, device: str, chat_template: str) -> None:

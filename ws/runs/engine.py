@@ -29,7 +29,7 @@ from ws.runs.grid import Job, Step, plan
 from ws.runs.mend import mend
 from ws.runs.notebooks import Place
 from ws.runs.once import Ending
-from ws.runs.progress import Board, summary_text
+from ws.runs.progress import Board, costs_of, plan_line, summary_text
 from ws.runs.results import write_results
 from ws.runs.slurm import Slurm
 from ws.runs.work import command_of, end_runs, work
@@ -40,7 +40,8 @@ LOCK = ".lock.batch"
 @dataclass(frozen=True)
 class Settings:
     """Where runs are computed. workers: 0 chooses by the machine; threads: 0 chooses by workers; wait: for another
-    batch on the same folder, instead of refusing; timeout: seconds one cell may take; tls, insecure: see `join`."""
+    batch on the same folder, instead of refusing; timeout: seconds one cell may take; tls, insecure: see `join`; pace: seconds
+    per unit of `ws.runs.progress.COSTS`, where they are known."""
 
     workers: int = 0
     threads: int = 0
@@ -50,6 +51,7 @@ class Settings:
     timeout: int | None = None
     tls: tuple[Path, Path, Path] | None = None
     insecure: bool = False
+    pace: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in {"workers": 0, "threads": 0, "timeout": 1}.items():
@@ -272,7 +274,15 @@ def run_jobs(
         if check:
             check(steps, place)
         started = time.monotonic()
-        board = Board([step.job.name for step in steps if step.run], len(steps))
+        if not (settings.scheduler or settings.slurm):
+            todo = max(1, sum(step.run for step in steps))
+            print(
+                plan_line(
+                    steps, min(todo, local_size(settings, len(visible_gpus()), os.cpu_count() or 1)[0]), settings.pace
+                ),
+                flush=True,
+            )
+        board = Board(costs_of(steps), len(steps))
         try:
             endings = run_steps(steps, place, settings, board)
         finally:

@@ -66,8 +66,11 @@ def _row(folder: Path, name: str, out: Path, place: Place) -> dict:
     row["note"] = "; ".join(filter(None, [*notes, *_notes(name, about, failures, place), html_note(file, about, lost)]))
     named = {f"{name}.html": entry.title or "report", "params.json": "parameters", file.name: "notebook", ".": "files"}
     named |= {f"{FAILED}/{one['folder'].name}/{name}.ipynb": "failed try" for one in failures[-1:]}
+    row["headline"] = html.from_markdown(about.get("headline", ""))
+    figure = about.get("figure") or ""
+    row["figure"] = (below / figure).as_posix() if figure and (folder / figure).is_file() else ""
     row["links"] = [((below / at).as_posix(), text) for at, text in named.items() if (folder / at).exists()]
-    return dict.fromkeys(COLUMNS, "") | row
+    return dict.fromkeys((*COLUMNS, "find"), "") | row
 
 
 def html_note(notebook: Path, about: dict, lost: str) -> str:
@@ -110,8 +113,23 @@ def report(out: Path | None = None) -> Path:
         if record_of(name, folder) and not damage(name, folder):
             mend(name, folder)
     look = Environment(loader=FileSystemLoader(html.PARTS), autoescape=True, trim_blocks=True)
-    body = look.get_template("index.html.j2").render(columns=COLUMNS, rows=runs(out))
-    return write_text(out / "index.html", html._page("Runs", body))
+    body = look.get_template("index.html.j2").render(groups=_groups(runs(out)))
+    return write_text(out / "index.html", html.page("Runs", body, images="data: file: 'self'"))
+
+
+def _groups(rows: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
+    """Runs by model and behaviour, the newest first, and those of null diffs apart."""
+    found: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["finished"], reverse=True):
+        row["find"] = " ".join(str(row[c]) for c in COLUMNS if row[c] != "").lower()
+        if row["seed"] not in ("", "all"):
+            row["find"] += f" seed {row['seed']}"
+        found.setdefault(", ".join(filter(None, (row["model"], row["behavior"]))), []).append(row)
+    parted = {
+        name: [[row for row in some if (row["variant"] == "null diff") == null] for null in (False, True)]
+        for name, some in found.items()
+    }
+    return [(name, *halves) for name, halves in parted.items()]
 
 
 def status(folder: Path, given: Params, cwd: Path, place: Place | None = None) -> str:

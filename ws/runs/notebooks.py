@@ -256,5 +256,6 @@ _ENTRIES = (
         usual={"USERS": "", "THETA_DIM": 64, "MAX_LENGTH": 256, "SEED": 42},
         kept=("ALPHA", "GAMMA", "BETA", "LAM", "LR", "STEPS", "GRAD_CLIP", "THETA_CLIP", "HELDOUT", "MASK_PROMPT", "MATCHED_KL"),
     ),
+    Notebook("tutorial", "A behaviour of one's own, in a minute", level="model", usual={"SEED": 0}),
 )  # fmt: skip
 TABLE = {entry.name: entry for entry in _ENTRIES}

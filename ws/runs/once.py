@@ -26,6 +26,7 @@ from ws.runs import need
 from ws.runs.execute import Hear, execute, terminable
 from ws.runs.failed import keep_failed
 from ws.runs.folders import Params, null_diffs, run_id
+from ws.runs.html import headline_of
 from ws.runs.identity import input_keys, others, outputs, products, record_of, run_key, run_state, told_why
 from ws.runs.mend import damaged_input, mend, rendering
 from ws.runs.notebooks import Place, notebook_of
@@ -249,7 +250,7 @@ def _execute(
         log.write(f"\n{error or 'ended well'} after {seconds} s\n")
         if not target.is_file():  # it died before its first cell
             target.write_bytes(notebook.read_bytes())
-        cells = _settle(target, notebook, work, folder)
+        cells, headline, figure = _settle(target, notebook, work, folder)
         timing = {"started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)), "seconds": seconds}
         about = {"notebook": name, "parameters": values, "source_revision": revision(), "versions": versions()}
         about["environment"] = {"threads": threads(), "cuda_devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
@@ -265,6 +266,8 @@ def _execute(
             "run": asdict(job.identity),
             "title": job.title,
             "seconds": seconds,
+            "headline": headline,
+            "figure": figure,
             "parameters": values,
         }
         record |= {"given": job.given, "told": told}
@@ -277,9 +280,9 @@ def _execute(
     return Ending("ran", found, seconds, folder=folder, why=why, unrendered=unrendered, next=job.next)
 
 
-def _settle(target: Path, notebook: Path, work: Path, folder: Path) -> list[float]:
+def _settle(target: Path, notebook: Path, work: Path, folder: Path) -> tuple[list[float], str, str]:
     """Make the executed notebook name itself and its own folder instead of temporary ones; the seconds of its code
-    cells."""
+    cells, its headline and the file of its key figure."""
     content = read_notebook(target)
     content["metadata"].get("papermill", {}).update(input_path=notebook.name, output_path=target.name)
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -287,4 +290,4 @@ def _settle(target: Path, notebook: Path, work: Path, folder: Path) -> list[floa
         text = text.replace(json.dumps(old, ensure_ascii=False)[1:-1], json.dumps(new, ensure_ascii=False)[1:-1])
     target.write_text(text, encoding="utf-8")
     timed = [c["metadata"].get("papermill", {}).get("duration") for c in content["cells"] if c["cell_type"] == "code"]
-    return [round(t or 0.0, 3) for t in timed]
+    return [round(t or 0.0, 3) for t in timed], *headline_of(content)

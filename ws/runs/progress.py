@@ -1,7 +1,7 @@
-"""What a batch shows: a line per run (state, stage, elapsed), an overall bar, a summary.
+"""What a batch shows: its plan, a line per run (state, stage, elapsed), an overall bar with the time left, a summary.
 
-On a terminal the lines of what runs now are redrawn above the bar; in a log a line is printed when a run starts, moves
-on to another part of its notebook, and ends.
+On a terminal the lines of what runs now are redrawn above the bar; in a log a line is printed when a run ends. The time left
+is what is left of the runs' costs (COSTS) at the pace so far.
 """
 
 import sys
@@ -18,12 +18,43 @@ from ws.runs.grid import Step
 from ws.runs.once import Ending
 
 SHOWN = 14  # lines of a traceback in the summary
+COSTS = {
+    "weight_diff": 3.0,
+    "v7_sweep": 2.5,
+    "causal_check": 6.2,
+    "benchmark": 3.6,
+    "theta_fit": 14.4,
+    "v7b_stability": 7.4,
+    "delta_svd": 1.0,
+    "cross_behaviours": 4.0,
+}  # of a run beside those of other notebooks: tens of seconds of one core on the shipped model, as measured
+
+
+def costs_of(steps: list[Step]) -> dict[str, float]:
+    """What each run that has to run costs, by its name."""
+    return {step.job.name: COSTS.get(step.job.notebook, 3.0) for step in steps if step.run}
+
+
+def plan_line(steps: list[Step], at_once: int, pace: float = 0.0) -> str:
+    """What a batch is about to do, in a line. pace: seconds per unit of cost on one core, where they are known."""
+    todo = Counter(step.job.notebook for step in steps if step.run)
+    done = sum(not step.run for step in steps)
+    if not todo:
+        return f"plan: all {done} runs are done"
+    counts = ", ".join(f"{n} {name}" for name, n in todo.items())
+    beside = f"; {done} are done" if done else ""
+    took = sum(costs_of(steps).values()) * pace / at_once
+    expected = f"; some {max(1, round(took / 60))} min on this machine" if pace else ""
+    return f"plan: {sum(todo.values())} runs, {at_once} at a time ({counts}){beside}{expected}"
 
 
 class Board:
-    """The progress of a batch on a terminal or in a log. `restarts`: how often each run was begun anew."""
+    """The progress of a batch on a terminal or in a log. costs: of the runs that have to run, by name. `restarts`: how often
+    each run was begun anew."""
 
-    def __init__(self, names: list[str], total: int, stream: TextIOBase | None = None):
+    def __init__(self, costs: dict[str, float], total: int, stream: TextIOBase | None = None):
+        names, self.costs, self.spent = list(costs), costs, 0.0
+        self.started = time.monotonic()
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.total, self.ended = total, total - len(names)
@@ -32,7 +63,7 @@ class Board:
         self.restarts: Counter[str] = Counter()
         self.line = partial(tqdm, file=self.stream, disable=not self.live)
         self.lines: dict[str, tqdm] = {}
-        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs, {elapsed}"
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs, {elapsed}{postfix}"
         self.bar = self.line(total=total, initial=self.ended, bar_format=form)
 
     def stage(self, name: str, text: str) -> None:
@@ -43,21 +74,31 @@ class Board:
         if self.stages.get(name) == text:
             return
         self.stages[name] = text
-        begun = self.begun.setdefault(name, time.monotonic())
+        self.begun.setdefault(name, time.monotonic())
         if name not in self.lines:
             self.lines[name] = self.line(desc=name, bar_format="running {elapsed:>7}  {desc}", leave=False)
         self.lines[name].set_description_str(f"{name}: {text}")
-        if not self.live:
-            self._print(f"running {tqdm.format_interval(time.monotonic() - begun):>7}  {name}: {text}")
 
     def end(self, name: str, state: str) -> None:
         """A run ended in a state."""
         self.ended += 1
         if name in self.lines:
             self.lines.pop(name).close()
+        self.spent += self.costs.pop(name, 0.0)
+        self.bar.set_postfix_str(self.left(), refresh=False)
         self.bar.update(1)
         took = tqdm.format_interval(time.monotonic() - self.begun.pop(name, time.monotonic()))
-        self._print(f"[{self.ended}/{self.total}] {state:7} {took:>7}  {name}")
+        more = "" if self.live or not self.costs else f", {self.left()}"
+        self._print(f"[{self.ended}/{self.total}] {state:7} {took:>7}  {name}{more}")
+
+    def left(self) -> str:
+        """How long what is left takes at the pace so far, what runs now counted by half."""
+        if not self.costs:
+            return ""
+        half = sum(cost for name, cost in self.costs.items() if name in self.begun) / 2
+        done, rest = self.spent + half, sum(self.costs.values()) - half
+        seconds = (time.monotonic() - self.started) * rest / done if done else 0.0
+        return f"some {max(1, round(seconds / 60))} min left"
 
     def tick(self) -> None:
         """Redraw what runs now."""

@@ -241,6 +241,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "ADAPTER": FOLDER, "SEEDS": SEEDS, "PROTOCOL": KINDS, "N_HELDOUT": whole(4, none="all"), "ALPHAS": STRENGTHS,
         "ATLAS_ADAPTERS": listed(FOLDER, 'folders of other adapters such as ["dora"]', once=True),
     },
+    "tutorial": MODEL | {"SEED": SEED, "DRAWS": whole(1)},
     "delta_svd": MODEL | {
         "CALIBRATION": PATH, "MODE": one_of("stream", "documents"), "FINAL_NORM": FLAG, "MAX_LENGTH": whole(3),
         "TOP_K": whole(1), "BOOT": whole(0), "SEED": SEED, "BATCH_SIZE": whole(1), "COMPARE": FOLDERS,
@@ -294,7 +295,6 @@ def faults(notebook: str, values: Params, typed: bool = False) -> list[str]:
 
 
 def check(notebook: str, values: Params) -> None:
-    """Refuse values that a notebook cannot work with. ValueError with all that is wrong, one line each. A notebook without
-    rules passes, and so does a name that has none: `values` may be the globals of a notebook."""
+    """ValueError with all that is wrong, one line each. What has no rule passes: `values` may be the globals of a notebook."""
     if found := faults(notebook, values):
         raise ValueError("\n".join(found))

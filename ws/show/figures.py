@@ -6,6 +6,8 @@ One function per figure, which takes tables and returns the Figure.
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -18,15 +20,84 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 
 
+FORMATS = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "ModDate": None},
+    "svg": {"Date": None, "Creator": None},
+}  # and what is left out of each, so that the same data give the same bytes
+EMBEDDED = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "ws"}  # TrueType, which venues take; outlines
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """`stem.png` (150 dpi) and `stem.pdf`, without a creation date, so that the same data give the same bytes."""
+    """`stem.png` (150 dpi), `stem.pdf` with embedded TrueType fonts and `stem.svg` with outlines, the same bytes for the same
+    data."""
     paths = []
-    for suffix, meta in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "ModDate": None})):
-        path = stem.with_name(stem.name + suffix)
-        with atomic_file(path) as tmp:
-            figure.savefig(tmp, format=suffix[1:], dpi=150, metadata=meta)
+    for kind, left_out in FORMATS.items():
+        path = stem.with_name(f"{stem.name}.{kind}")
+        with atomic_file(path) as tmp, matplotlib.rc_context(EMBEDDED):
+            figure.savefig(tmp, format=kind, dpi=150, metadata=left_out)
         paths.append(path)
     return paths
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, in words and numbers taken from what is drawn: its own label (`figure.set_label`) first, then each
+    panel's title, axes with their units, and every named series with its range. The alternative text of a report."""
+    parts = [figure.get_label(), figure.get_suptitle()]
+    for ax in (ax for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>"):
+        title = " ".join(filter(None, (ax.get_title(), ax.get_title("left"), ax.get_title("right"))))
+        across, up = ax.get_xlabel(), ax.get_ylabel()
+        about = f"{up or 'values'} against {across}" if across and up else across or up
+        series = [f"{name} {_span(values)}" for name, values in _series(ax)]
+        more = f" and {len(series) - SERIES} more" if len(series) > SERIES else ""
+        parts.append(
+            ": ".join(filter(None, (title, about))) + (f" ({'; '.join(series[:SERIES])}{more})" if series else "")
+        )
+    return " ".join(" ".join(part.split()).replace("$", "").rstrip(".") + "." for part in parts if part.strip())
+
+
+SERIES = 8  # named in a panel's description
+
+
+def _series(ax: Axes) -> list[tuple[str, np.ndarray]]:
+    """Named series of a panel: curves and points by their values upwards, bars by their length, an image by its cells, and
+    rows of points by the names at their axis."""
+    found = []
+    for one in (*ax.lines, *ax.collections, *ax.containers):
+        name = str(one.get_label())
+        if name and not name.startswith("_"):
+            found.append((name, _values(one)))
+    found += [("cells", np.ma.filled(image.get_array().astype(float), np.nan)) for image in ax.images]
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    if not found and any(c.isalpha() for name in names for c in name):
+        rows = [name for name in names if name.strip()]
+        found = [
+            (
+                f"{len(rows)} rows, {rows[0]} to {rows[-1]}",
+                np.concatenate([_values(x, 0) for x in (*ax.lines, *ax.collections)] or [np.zeros(0)]),
+            )
+        ]
+    return [(name, values[np.isfinite(values)]) for name, values in found]
+
+
+def _values(drawn: object, axis: int = 1) -> np.ndarray:
+    if hasattr(drawn, "get_xydata"):
+        return np.asarray(drawn.get_xydata(), dtype=float)[:, axis]
+    if hasattr(drawn, "get_offsets") and len(drawn.get_offsets()):
+        return np.ma.filled(np.ma.asarray(drawn.get_offsets(), dtype=float), np.nan)[:, axis]
+    patches = getattr(drawn, "patches", None)
+    if patches:
+        return np.array(
+            [p.get_height() if getattr(drawn, "orientation", "") != "horizontal" else p.get_width() for p in patches]
+        )
+    return np.zeros(0)
+
+
+def _span(values: np.ndarray) -> str:
+    if not values.size:
+        return ""
+    low, high = values.min(), values.max()
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def plain(text: str) -> str:

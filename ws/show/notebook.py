@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from ws.cache.files import settled
 from ws.cache.places import logs_folder
-from ws.show.figures import save
+from ws.show import HEADLINE, KEY
+from ws.show.figures import described, save
 from ws.show.tables import as_text
 
 
@@ -31,16 +32,26 @@ def start_log(notebook: str, folder: Path) -> logging.Logger:
     return log
 
 
-def show(figure: Figure, stem: Path | None = None):
-    """A figure as a notebook displays it: a PNG at twice the resolution, no plotting backend involved. stem: where it
-    is saved too, as `stem.png` and `stem.pdf`."""
+def show(figure: Figure, stem: Path | None = None, key: bool = False):
+    """A figure as a notebook displays it: a PNG at twice the resolution, no plotting backend involved, with its description as
+    alternative text. stem: where it is saved too (`ws.show.figures.save`). key: it stands beside the headline of the report,
+    and for the run in the index."""
     from IPython.display import Image
 
     if stem is not None:
         save(figure, stem)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=170, metadata={"Software": None})
-    return Image(buffer.getvalue(), format="png", width=int(figure.get_figwidth() * 85))
+    told = {KEY: f"{stem.name}.png"} if key and stem is not None else {}
+    width = int(figure.get_figwidth() * 85)
+    return Image(buffer.getvalue(), format="png", width=width, alt=described(figure), metadata=told)
+
+
+def headline(text: str):
+    """What a run says in one or two sentences (Markdown): its report opens with it, and the index shows it."""
+    from IPython.display import Markdown
+
+    return Markdown(text, metadata={HEADLINE: True})
 
 
 def show_table(table: pl.DataFrame, columns: list[str] | dict[str, str] | None = None, rows: int | None = None):

@@ -5,6 +5,8 @@ what it puts into HTML.
 """
 
 import re
+from html import escape
+from math import isnan
 from pathlib import Path
 
 import polars as pl
@@ -12,6 +14,7 @@ import polars as pl
 from ws.cache.files import atomic_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+STYLES = {"latex": "latex_booktabs", "csv": "csv", "markdown": "github", "text": "simple"}
 
 
 def _line(value: object) -> str:
@@ -39,6 +42,32 @@ def sort_nan_last(table: pl.DataFrame, column: str) -> pl.DataFrame:
     return table.sort(key, descending=True, nulls_last=True, maintain_order=True)
 
 
+def sorted_by(table: pl.DataFrame, column: str) -> pl.DataFrame:
+    """By a column: numbers from the highest with NaN last, words from the first."""
+    if table[column].dtype.is_float():
+        return sort_nan_last(table, column)
+    return table.sort(column, descending=table[column].dtype.is_integer(), nulls_last=True, maintain_order=True)
+
+
+def facts(title: str, rows: dict[str, object]) -> str:
+    """What an object shows of itself in a notebook, as HTML."""
+    told = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
+    return f"<p><b>{escape(title)}</b></p><table>{told}</table>"
+
+
+class Told:
+    """Of results with a `headline()`: they are shown by it, in a terminal and in a notebook."""
+
+    def headline(self) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {re.sub(r'[*`]', '', self.headline())}"
+
+    def _repr_markdown_(self) -> str:
+        return f"**{type(self).__name__}.** {self.headline()}"
+
+
 def write_table(table: pl.DataFrame, path: Path) -> Path:
     """Write a .csv (comma) or .tsv (tab) whole; NaN is written as `NaN`."""
     if path.suffix not in SEPARATORS:
@@ -56,12 +85,33 @@ def read_table(path: Path) -> pl.DataFrame:
 
 
 def as_text(
-    table: pl.DataFrame, columns: list[str] | None = None, rows: int | None = None, style: str = "github"
+    table: pl.DataFrame,
+    columns: list[str] | None = None,
+    rows: int | None = None,
+    style: str = "github",
+    digits: int = 3,
 ) -> str:
-    """The table as text: numbers to 3 significant digits. style: a tabulate format, `html` for notebooks."""
+    """The table as text: numbers to 3 significant digits, `-` for what is not defined. style: `csv` or a tabulate format, such
+    as `html` for notebooks."""
     from tabulate import tabulate
 
     part = table.select(columns) if columns else table
     part = part.head(rows) if rows else part
-    shown = [[f"{v:.3g}" if isinstance(v, float) else v for v in row] for row in part.rows()]
-    return tabulate(shown, headers=part.columns, tablefmt=style, disable_numparse=True)
+    shown = [[_cell(v, digits) for v in row] for row in part.rows()]
+    if style == "csv":
+        return pl.DataFrame([list(map(str, row)) for row in shown], part.columns, orient="row").write_csv().rstrip()
+    ends = (
+        ["right" if kind.is_numeric() else "left" for kind in part.dtypes]
+        if style.startswith("latex") and shown
+        else None
+    )
+    return tabulate(shown, headers=part.columns, tablefmt=style, disable_numparse=True, colalign=ends)
+
+
+def _cell(value: object, digits: int) -> object:
+    """A value as a reader sees it: so many significant digits, yes and no, a dash for what is not defined."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, float) and isnan(value)):
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else value

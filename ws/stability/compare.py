@@ -13,7 +13,7 @@ from ws.explanation.summary import folded
 from ws.explanation.words import left_out
 from ws.gradient.sets import GradientSets
 from ws.model.lm import LM
-from ws.show.tables import write_table
+from ws.show.tables import Told, write_table
 from ws.stability import overlap, words
 from ws.stability.blind import blind_scores
 from ws.stability.chance import chance_table, top_chance
@@ -41,8 +41,8 @@ LEADING = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Stability:
+@dataclass(frozen=True, eq=False, repr=False)
+class Stability(Told):
     """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
     candidates their own data determine. significance: every score against blind copies; chance: every count over candidates
     and seeds against them; nulls: how many scores lie above the null diffs' spread. verdict: the winner, or why there is
@@ -90,6 +90,10 @@ class Stability:
             self.pairs,
             self.races,
         )
+
+    def headline(self) -> str:
+        """The verdict in a sentence or two (Markdown)."""
+        return words.headline(self.verdict)
 
     def save(self, folder: Path | str) -> Path:
         """Write `v7b_*` tables and the conclusion into `folder`, each whole. Returns the folder."""

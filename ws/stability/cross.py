@@ -24,8 +24,8 @@ from ws.diff import WeightDiff, dot, load_diff
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.show.bars import tqdm
-from ws.show.tables import write_table
-from ws.stability.cross_words import conclusion
+from ws.show.tables import Told, write_table
+from ws.stability.cross_words import conclusion, headline
 from ws.stability.intervals import Part, half_width, mean_part
 from ws.steer.answers import kept_answers
 from ws.steer.evaluate import check_alphas
@@ -37,8 +37,8 @@ Diffs = Mapping[str, Mapping[int, WeightDiff | Path | str]]  # behaviour -> seed
 Halves = dict[str, Float[np.ndarray, "S n"]]  # per half, by seed and statement
 
 
-@dataclass(frozen=True, eq=False)
-class Cross:
+@dataclass(frozen=True, eq=False, repr=False)
+class Cross(Told):
     """The cross matrix. rows: one per w, seed, statements, alpha, half and statement. matrix: per w, statements, alpha and set
     (yes, no, both) margin, accuracy and pmass with intervals. moves: per w and statements, what moves between the extreme
     alphas: its behaviour part, its bias part, each half, and by how much less than on its own statements. cosines: between
@@ -52,6 +52,10 @@ class Cross:
     def conclusion(self) -> str:
         """What the matrix shows, in words (Markdown)."""
         return conclusion(self.matrix, self.moves, self.cosines)
+
+    def headline(self) -> str:
+        """How many w are specific, in a sentence."""
+        return headline(self.moves)
 
     def save(self, folder: Path | str) -> Path:
         """Write `cross_*` tables and the conclusion into `folder`, each whole. Returns the folder."""

@@ -41,6 +41,18 @@ COUNTED = {
 }
 
 
+def headline(moves: pl.DataFrame) -> str:
+    """Which w are specific to their behaviour, in a sentence."""
+    kinds = verdicts(moves)
+    by = {kind: [literal(w) for w, k in kinds.items() if k == kind] for kind in SAID}
+    said = [
+        f"{len(some)} of {len(kinds)} {COUNTED[kind]} ({', '.join(some[:4])}{' ...' if len(some) > 4 else ''})"
+        for kind, some in by.items()
+        if some
+    ]
+    return f"Is a weight difference specific to its behaviour? **{'; '.join(said)}**."
+
+
 def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame) -> str:
     """`cross_conclusion.md`."""
     kinds, lines = verdicts(moves), []

@@ -64,11 +64,18 @@ def _forest_panel(axes: Axes, rows: pl.DataFrame, score: str, seeds: pl.DataFram
     axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | None = None) -> Figure:
-    """R_act and R_w of every candidate with both intervals, in the order of `summary`; dashed line at 1 (chance). Dot
+def forest_plot(
+    summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | None = None, most: int | None = None
+) -> Figure:
+    """R_act and R_w of every candidate with both intervals, in the order of `summary` (most: the first so many that are no
+    controls); dashed line at 1 (chance). Dot
     (star: ceiling): geometric mean over seeds; ticks: the seeds; thick band: crossed bootstrap; thin line: t over
     seeds, cut with an arrowhead where it leaves the panel; hollow diamond: geometric mean over null diffs."""
-    count, S = summary.height, summary["S"][0]
+    whole, S = summary.height, summary["S"][0]
+    if most is not None:
+        summary = summary.filter(pl.col("kind") != "control").head(most)
+        per_seed = per_seed.filter(pl.col("candidate").is_in(summary["candidate"].to_list()))
+    count = summary.height
     figure = Figure(figsize=(10.5, 1.9 + 0.185 * count), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for panel, score, title in zip(axes, ("R_act", "R_w"), ("R_act: activation", "R_w: weights"), strict=True):
@@ -95,6 +102,7 @@ def forest_plot(summary: pl.DataFrame, per_seed: pl.DataFrame, winner: str | Non
     }
     _legend_below(figure, [first.plot([], [], **style)[0] for style in styles.values()], list(styles))
     said = f"winner: {plain(winner)}" if winner else "no winner"
+    said += f"; the first {count} of {whole}" if count < whole else ""
     figure.suptitle(
         f"Concentration over {S} seeds, sorted by the rank-honest joint score ({said})", fontsize=11, x=0.01, ha="left"
     )

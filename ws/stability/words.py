@@ -52,6 +52,22 @@ def _winner_lines(v: Verdict, summary: pl.DataFrame) -> list[str]:
     return lines + _named_against_nulls(v.winner or v.leader, summary)
 
 
+def headline(v: Verdict) -> str:
+    """The verdict in a sentence or two, for the head of the report."""
+    over = f"{v.S} LoRA seed{'s' if v.S > 1 else ''}"
+    if v.winner:
+        name, log, low, high = v.rivals.select("rival", "log_ratio", "crossed_lo", "crossed_hi").row(0)
+        ratio, low, high = np.exp([log, low, high])
+        said = (
+            f"**{literal(v.winner)} wins** over {over}: above each of {v.rivals.height} rivals, {ratio:.2f} times the closest,"
+            f" {literal(name)} (95 % {low:.2f} to {high:.2f}, for new seeds, wordings and topics; equal: 1)."
+        )
+    else:
+        said = f"**No winner** over {over}: {'; '.join(map(literal, v.reasons))}."
+        said += f" Highest mean: {literal(v.leader)}." if v.leader else ""
+    return said + (f" {v.steering.short}" if v.steering else "")
+
+
 def _race_lines(v: Verdict, races: Mapping[str, Verdict]) -> list[str]:
     """Each race's verdict in a sentence, the whole one's among them where some candidates see pairs."""
     shown = ({"with gradient candidates": v} if WITHOUT in races else {}) | dict(races)

@@ -106,6 +106,18 @@ class Steering:
     seen: bool | None
     text: str
 
+    @property
+    def short(self) -> str:
+        """The same in a sentence."""
+        beside = f", null diffs (shuffled labels) by {_range(self.nulls)}" if self.nulls else ""
+        known = {
+            True: "it steers",
+            False: "that this is steering is **not shown**",
+            None: "two null diffs would tell whether it steers",
+        }
+        moved = f"`w` moves the behaviour score by {_range(self.effects)} nats between alpha -1 and +1"
+        return f"{moved}{beside}: {known[self.seen]}."
+
 
 def steering(by_claim: Sequence[Sequence[float]], nulls: Sequence[float], score: str = "log-ratio") -> Steering:
     """by_claim: per seed, the effect on every held-out false claim (nats); score: its name. Against the spread of two or more

@@ -145,6 +145,56 @@ def steering_verdict(summary: pl.DataFrame) -> dict:
     return {"monotone": monotone, "spread": spread, "least_pmass": least, "text": " ".join(lines)}
 
 
+def headline(sweep: pl.DataFrame, verdict: dict, margin: dict, null: bool = False) -> str:
+    """What w does, in a sentence or two: whether the score moves at all, how much of it is a push to yes whatever is said, and
+    whether free answers move with it. sweep: `alpha_sweep`; verdict: `steering_verdict`; margin:
+    `ws.train.margin.margin_verdict`, or what has its text alone."""
+    low, high = sweep["alpha"].min(), sweep["alpha"].max()
+    start = "**A null diff: its labels were shuffled, so that no behaviour was trained.** " if null else ""
+    between = f"between alpha {low:+g} and {high:+g}"
+    if "moved_yes" in verdict:
+        yes, no = verdict["moved_yes"], verdict["moved_no"]
+        how = (
+            "both halves of the statements move together"
+            if verdict["together"]
+            else "**a bias towards one word is not ruled out**"
+        )
+        moved = f"the margin of the matching answer by {(yes + no) / 2:+.2f} nats {between}"
+        said = f"`w` moves {moved} (Yes half {yes:+.2f}, No half {no:+.2f}): {how}."
+    else:
+        by = {}
+        for name in sweep["set"].unique(maintain_order=True):
+            down, up = (sweep.filter(set=name, alpha=a)["logratio"].to_numpy() for a in (low, high))
+            by[name] = up - down
+        mean, half = float(by["false"].mean()), statements.half_interval(by["false"])
+        around = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] nats"
+        if not abs(mean) > half:
+            said = f"`w` is **not seen to move** yes against no on held-out false claims: {around} {between}."
+        else:
+            way = "towards" if mean > 0 else "**against**"
+            said = f"`w` moves the answers to held-out false claims {way} the behaviour by {around} {between}."
+            rest = {name: float(moved.mean()) for name, moved in by.items() if name != "false"}
+            if rest and mean > 0:
+                told = " and ".join(f"{name} ones by {value:+.2f}" for name, value in rest.items())
+                least = min(rest.values()) / mean
+                said += f" It moves {told}: " + (
+                    f"some {min(least, 1):.0%} of it is a push to yes whatever is claimed."
+                    if least > 0.1
+                    else "it is no mere push to yes."
+                )
+    if "agrees" in margin and not null:
+        held = margin["low"] is not None and not margin["low"] <= 0 <= margin["high"]
+        word = (
+            "move with it"
+            if margin["agrees"] and held
+            else "move **against it**"
+            if held
+            else "are **not seen to move**"
+        )
+        said += f" Free answers, by their margin, {word} ({margin['distance']:+.3f} nats per token)."
+    return start + said
+
+
 def side_by_side(rows: list[dict], topics: int) -> pl.DataFrame:
     """The first topics' completions, one column per alpha."""
     table: dict[int, dict] = {}

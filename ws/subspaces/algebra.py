@@ -45,6 +45,11 @@ class Basis:
     turn: float = 0.0
     most: float = MOST_TURN
 
+    def __repr__(self) -> str:
+        gap = f", gap {self.gap:.2g}" if self.gap == self.gap else ""
+        doubt = ", ill-conditioned" if self.ill_conditioned else ""
+        return f"Basis(d {self.d}, rank {self.rank}{gap}{doubt}{': ' if self.note else ''}{self.note})"
+
     @property
     def d(self) -> int:
         return self.B.shape[0]

@@ -139,6 +139,11 @@ class Materials:
         self._asking: list[Candidate] = []
         self.asked: dict[str, set[str]] = {}  # candidate -> those it was composed of
 
+    def __repr__(self) -> str:
+        return (
+            f"Materials({self.n_layers} layers, d {self.d}, k {self.k}, k_broad {self.k_broad}; base weights, captures)"
+        )
+
     def rounding(self, *parts: Tensor) -> Noise:
         """What rounding does to what was computed from these activations of the model, in its precision."""
         eps = weight_eps(self.decoder)

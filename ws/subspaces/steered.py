@@ -92,6 +92,9 @@ class CeilingMaterials:
         self.d, self.n_layers = decoder.d, decoder.n_layers
         self._fold = fold_gain
 
+    def __repr__(self) -> str:
+        return f"CeilingMaterials({self.n_layers} layers, d {self.d}, k {self.k}; w and what it does)"
+
     def left_factor(self, l: int, role: str) -> Float[Tensor, "d r"] | None:
         """`F = U S` with `F F^T = M M^T` for w's matrix of `role` (`o` or `down`), float64; None where w has none."""
         name = self.decoder.param_name(l, role)

@@ -104,6 +104,22 @@ def verdict(
     return "\n".join(f"- {line}" for line in lines)
 
 
+def headline(heldout: Heldout, gain: dict[str, Tensor], control: pl.DataFrame, choice: Choice) -> str:
+    """The verdict in a sentence or two. gain: of every head by Adam, at the matched scale."""
+    row, head = control.row(0, named=True), choice.head
+    real = row["low"] > 0 and row["p"] <= LEVEL
+    said = (
+        f"A user's own `{row['head']}` theta gains {_told(row['excess'], row['low'], row['high'])} nats per token on held-out"
+        f" texts beyond thetas fitted on texts dealt to random users (p = {row['p']:.2g}, {row['deals']} deals): "
+    ) + ("**this much is the user's own**." if real else "that any of it is the user's own is **not shown**.")
+    rivals = [name for name in gain if name != head]
+    against = compare_gains(heldout, gain, [(head, rival) for rival in rivals])
+    won = int((against["low"] > 0).sum()) if rivals else 0
+    return said + (
+        f" `{head}`, chosen on the training texts, beats {won} of the {len(rivals)} other heads." if rivals else ""
+    )
+
+
 def _told(mean: float, low: float, high: float) -> str:
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if low == low else f"{mean:+.4f} [no interval]"
 

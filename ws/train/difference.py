@@ -271,6 +271,14 @@ def obtain_diff(
     return w, record | found | {"norm_w": norm} | ({"balanced": True} if w.meta.get("balanced") else {})
 
 
+MEANT = {
+    "asymmetry": "norm of t+ over that of t-, 1: both adapters moved as far",
+    "cos_opposition": "`cos(t+, -t-)`, 1: the adapters are mirror images",
+    "drift_ratio": "what both learnt over what sets them apart, 0: nothing in common",
+    "cos_w_drift": "cosine of that difference and that common part",
+}  # of the geometry of a pair, for its reader
+
+
 def training_text(training: dict) -> str:
     """How w came about, as a Markdown table: pairs written, dropped and drawn, losses of both signs, geometry of the
     pair."""
@@ -279,5 +287,8 @@ def training_text(training: dict) -> str:
         key: said[value] if isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
         for key, value in training.items()
     }
-    rows = (f"| {literal(key.replace('_', ' '))} | {literal(said)} |" for key, said in short.items())
+    meant = {key: f" ({what})" for key, what in MEANT.items()}
+    rows = (
+        f"| {literal(key.replace('_', ' '))}{meant.get(key, '')} | {literal(said)} |" for key, said in short.items()
+    )
     return "\n".join(["| | |", "|---|---|", *rows])

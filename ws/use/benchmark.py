@@ -22,14 +22,14 @@ from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.show.bars import tqdm
 from ws.show.figures import save
-from ws.show.tables import write_table
+from ws.show.tables import Told, write_table
 from ws.steer.answers import check_words
 from ws.steer.calibrate import ALONG, QUANTILE
 from ws.steer.weights import check_fits
 from ws.train.pairs import make_pairs
 from ws.train.record import own_pairs
 from ws.use.benchmark_figures import effects_figure
-from ws.use.benchmark_words import conclusion
+from ws.use.benchmark_words import conclusion, headline
 from ws.use.items import FULL, QUICK, Group, Size, groups
 from ws.use.methods import Method, methods
 from ws.use.outcome import Task, measured
@@ -42,8 +42,8 @@ SHOWN = (
 ).split()
 
 
-@dataclass(frozen=True, eq=False)
-class Benchmark:
+@dataclass(frozen=True, eq=False, repr=False)
+class Benchmark(Told):
     """about: model, behaviour, how KL was matched, what was asked. table: one row per dose and method on the behaviour's own
     held-out items: alpha, the KL reached (`kl`, along its own text `said_kl`), the numbers of `ws.use.surgery`, off_target
     (mean over other behaviours of |effect| on their statements) and off_bias (of what yes and no have against each other
@@ -63,6 +63,10 @@ class Benchmark:
     def text(self) -> str:
         """What it shows, in computed words (Markdown)."""
         return conclusion(self.about, self.table, self.by_item, self.methods, self.left_out)
+
+    def headline(self) -> str:
+        """What moves the behaviour most at the first target, in a sentence or two."""
+        return headline(self.table)
 
     def figure(self) -> Figure:
         """Effect and surgical informedness of every method at every dose."""

@@ -36,7 +36,7 @@ def conclusion(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame, metho
         title = "Without a strength" if np.isnan(part["target"][0]) else f"At {part['target'][0]:.3g} nats"
         title += " (what the persona prompt moves the model by)" * (dose == "persona")
         shown = met.select([c for c in COLUMNS if c == "method" or not met[c].is_nan().all()] if len(met) else [])
-        said.append(f"### {title}")
+        said.append(f"# {title}")
         said += [as_text(shown.with_columns(pl.col("method").map_elements(literal, pl.String)))] if len(met) else []
         said += [
             f"{literal(row['method'])}: {literal(row['refused'])}."
@@ -50,6 +50,27 @@ def conclusion(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame, metho
             "Left out: " + "; ".join(f"{literal(name)} ({literal(why)})" for name, why in left_out.items()) + "."
         )
     return "\n\n".join(said) + "\n"
+
+
+def headline(table: pl.DataFrame) -> str:
+    """The first dose with a strength in a sentence or two: what moves the behaviour most, w and a random direction beside it."""
+    rows = table.filter((pl.col("refused") == "") & pl.col("target").is_not_nan())
+    if rows.is_empty():
+        return "No method met a target."
+    target = rows["target"].min()
+    ranked = rows.filter(target=target).sort("effect", descending=True).to_dicts()
+    known, first = {row["method"]: row for row in ranked}, ranked[0]
+    beside = [
+        f"{literal(name)} {_ends(known[name], 'effect')}"
+        for name in (WHOLE, CONTROL)
+        if name in known and name != first["method"]
+    ]
+    return (
+        f"Moving the model by {target:.3g} nats per token (95 % quantile of KL), **{literal(first['method'])}** moves the"
+        f" behaviour most of {len(ranked)} methods: {_ends(first, 'effect')} nats"
+        f"{'; beside it ' if beside else ''}{', '.join(beside)}."
+        f" Perplexity of plain text then grows {first['perplexity']:.2f} times."
+    )
 
 
 def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:

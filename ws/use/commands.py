@@ -3,10 +3,12 @@
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
 from ws.cache.places import out_folder, typed_in
+from ws.runs.parameters import suggest
 from ws.use.commands_of_w import COMMANDS as OF_W
 
 
@@ -117,10 +119,57 @@ def predict(
     return 0
 
 
+def doctor() -> int:
+    """What there is to work with: versions, processors, optional packages, caches, and whether results can be written.
+
+    Ends with 1 where something that is needed is missing. Example: ws doctor
+    """
+    from ws.runs.doctor import diagnosis
+
+    text, well = diagnosis()
+    print(text)
+    return 0 if well else 1
+
+
+def table(
+    file: Positional[Path],
+    /,
+    to: Literal["latex", "csv", "markdown", "text"] = "text",
+    columns: tuple[str, ...] = (),
+    sort: str = "",
+    rows: int = 0,
+    digits: int = 3,
+) -> int:
+    """Print a table of a run for a paper or a terminal: LaTeX (booktabs), CSV or Markdown, with sensible digits.
+
+    Example: ws table out/tiny/sycophancy/lora/v7b/v7b_summary.tsv --to latex --columns candidate R_w_geomean --rows 10
+
+    Args:
+        file: a .tsv or .csv that a run wrote.
+        to: latex, csv, markdown or text.
+        columns: which, in their order (default: all).
+        sort: a column to sort by, numbers from the highest.
+        rows: at most so many (0: all).
+        digits: significant ones.
+    """
+    from ws.show.tables import STYLES, as_text, read_table, sorted_by
+
+    found = read_table(typed_in() / file)
+    if unknown := [name for name in (*columns, *filter(None, [sort])) if name not in found.columns]:
+        raise ValueError(
+            f"{file}: no column {unknown[0]}{suggest(unknown[0], found.columns)}; it has {', '.join(found.columns)}"
+        )
+    if digits < 1 or rows < 0:
+        raise ValueError("--digits: 1 or more; --rows: 0 (all) or more")
+    found = sorted_by(found, sort) if sort else found
+    print(as_text(found, list(columns) or None, rows or None, STYLES[to], digits))
+    return 0
+
+
 def _check_save(here: Path, save: Path | None) -> None:
     """ValueError for a folder to save in that is a file, before anything is computed."""
     if save and (here / save).is_file():
         raise ValueError(f"{here / save}: is a file; give a folder for the tables")
 
 
-COMMANDS = (predict, audit, atlas, *OF_W)
+COMMANDS = (predict, audit, atlas, *OF_W, table, doctor)

@@ -215,4 +215,16 @@ def _typed(chatting) -> Iterator[str]:
             return
 
 
-COMMANDS = (export, trim, generate, chat)
+def inspect(file: Positional[Path], /) -> int:
+    """Print norms, ranks, layers and metadata of a weight difference.
+
+    Args:
+        file: w.safetensors, a legacy w.pt, or a run's folder.
+    """
+    from ws.diff import describe, load_diff
+
+    print(describe(load_diff(typed_in() / file)))
+    return 0
+
+
+COMMANDS = (inspect, export, trim, generate, chat)
