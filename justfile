@@ -33,9 +33,10 @@ setup:
         "$base" -m venv --clear .venv
         echo "$here" > .venv/stamp
     fi
-    echo "installing into .venv (once; a few minutes at most)"
+    echo "installing into .venv, once: first torch for CPUs (some 200 MB), one to two minutes"
     # torch by itself and by its exact version: a free choice may bring gigabytes of CUDA packages
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(grep '^torch==' constraints.txt)"
+    echo "then transformers, Jupyter, Dask and what the tests need, about a minute"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
     stamp > .venv/stamp
 

@@ -64,8 +64,9 @@ def _row(folder: Path, name: str, out: Path, place: Place) -> dict:
     row["finished"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
     notes = [f"damaged: {shown(lost)}; the same command makes it anew"] if lost else []
     row["note"] = "; ".join(filter(None, [*notes, *_notes(name, about, failures, place), html_note(file, about, lost)]))
-    named = {f"{name}.html": entry.title or "report", "params.json": "parameters", file.name: "notebook", ".": "files"}
+    named = {f"{name}.html": "report", "params.json": "parameters", file.name: "notebook", ".": "files"}
     named |= {f"{FAILED}/{one['folder'].name}/{name}.ipynb": "failed try" for one in failures[-1:]}
+    row["title"] = entry.title or name
     row["headline"] = html.from_markdown(about.get("headline", ""))
     figure = about.get("figure") or ""
     row["figure"] = (below / figure).as_posix() if figure and (folder / figure).is_file() else ""
