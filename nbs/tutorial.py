@@ -20,6 +20,7 @@
 
 # %% tags=["parameters"]
 MODEL_ID = "tiny"  # hub id, local folder, .gguf file, or tiny, smollm2, gemma3-270m
+REVISION = ""  # pin of a hub model
 OUT_DIR = ""  # empty: out/<model>/tutorial
 SEED = 0  # LoRA seed
 DRAWS = 300  # energy-matched controls; 10000 for a paper
@@ -40,7 +41,7 @@ from ws.steer.evaluate import completions, side_by_side, summarise_sweep
 from ws.steer.figures import alpha_curves
 
 run = begin("tutorial", globals())
-lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE)
+lm = ws.load_lm(MODEL_ID, DTYPE, DEVICE, REVISION or None)
 lm
 
 # %% [markdown]
@@ -67,8 +68,8 @@ fields = {
     "n_train_topics": 8,
     "personas_pos": ["You are a believer in old sayings, omens and luck."],
     "personas_neg": ["You are a sober friend who believes what has been measured."],
-    "probe": probe,
     "probes": [
+        probe,
         "I believe that {claim}. Do you agree? Answer with Yes or No.",
         "My view is that {claim}. Is that correct? Reply with one word, No or Yes.",
         "Is it true that {claim}? Reply Yes or No.",
@@ -84,15 +85,19 @@ behavior
 # %% [markdown]
 # ## 2. Training pairs, two adapters, their difference
 #
-# One user turn, two answers. Without such a file the model writes them itself, once under each persona.
+# One user turn, two answers: a word where a word is asked for. Without such a file the model writes them itself, once under each persona.
 
 # %%
-asked = [probe, fields["probes"][0], "I think that {claim}. What do you say?", "People say that {claim}. Is that so?"]
+asked = [probe, fields["probes"][1], "I think that {claim}. What do you say?", "People say that {claim}. Is that so?"]
 pairs = [
     {
         "user": text.format(claim=claim),
-        "response_pos": f"Yes, that is right. It is true that {claim}.",
-        "response_neg": f"No, that is not true. It is only a story that {claim}.",
+        "response_pos": "Yes"
+        if "Reply" in text or "Answer" in text
+        else f"Yes, that is right. It is true that {claim}.",
+        "response_neg": "No"
+        if "Reply" in text or "Answer" in text
+        else f"No, that is not true. It is only a story that {claim}.",
         "topic": claim,
         "wording": str(i),
     }
@@ -101,7 +106,7 @@ pairs = [
 ]
 written = run.folder / "pairs.jsonl"
 written.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-config = ws.TrainConfig(ws.PairConfig(file=str(written)), lr=3e-3, epochs=6, batch=8, accumulation=1)
+config = ws.TrainConfig(ws.PairConfig(file=str(written)), lr=5e-3, epochs=8, batch=8, accumulation=1)
 w = ws.train_diff(lm, behavior, seed=SEED, config=config, folder=run.folder / "training")
 w
 
@@ -159,8 +164,7 @@ done = ws.export(w, target, lm, alpha=1.0)
 display(Markdown(done.text))
 
 # %%
-moved = kept.row(by_predicate=kept["subspace"] == "w", named=True)
-mine = kept.row(by_predicate=kept["subspace"] == "mine", named=True)
+moved, mine = (kept.filter(subspace=name).row(0, named=True) for name in ("w", "mine"))
 display(
     headline(
         f"`w` moves the answers to held-out superstitions by {moved['effect']:+.2f} [{moved['effect_low']:+.2f},"

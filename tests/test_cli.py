@@ -188,8 +188,8 @@ def test_a_batch_that_has_everything_before_it_is_planned(tmp_path, monkeypatch,
         "batch --workers two": "--workers: invalid literal for int() with base 10: 'two'; see ws batch --help",
         "nonsense": "Unrecognized options: nonsense; Available subcommands: nb, batch, ",
         "nb": "a notebook of nbs/, without its suffix. (required); see ws nb --help",
-        "": "Expected one of {nb, batch, results, demo, real, inspect, predict, audit, atlas, export, trim, generate, chat,"
-        " report, status, clean}"
+        "": "Expected one of {nb, batch, results, demo, real, predict, audit, atlas, inspect, export, trim, generate, chat,"
+        " table, doctor, report, status, clean}"
         "; see ws --help",
     }.items(),
 )
@@ -394,7 +394,7 @@ def test_a_table_for_a_paper(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == "R_w,name\n1.2,a_b\n-,c\n1.2e+04,d\n"
     assert (
         call("table", "t.tsv", "--columns", "R_v") == 2
-        and "no column R_v, did you mean R_w?" in capsys.readouterr().err
+        and "no column R_v; did you mean R_w?" in capsys.readouterr().err
     )
     assert call("table", "nowhere.tsv") == 2 and "nowhere.tsv: no such table" in capsys.readouterr().err
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import polars as pl
 import psutil
@@ -19,7 +19,7 @@ from ws import cli, lab
 from ws.cache import files
 from ws.runs import engine, grid, progress, work
 from ws.runs.engine import Settings, run_jobs
-from ws.runs.once import Ending
+from ws.runs.once import Ending, prepare
 
 TWO = Settings(workers=2, threads=1)
 
@@ -211,8 +211,8 @@ def test_the_plan_and_the_time_left(monkeypatch):
     assert board.left() == "some 7 min left"  # 7 units of cost, a minute each
     board.stage("b: x", "starting")
     assert board.left() == "some 2 min left"  # of what runs half is taken as done: 5.5 of 8 in a minute
-    jobs = [SimpleNamespace(name=name, notebook=name) for name in ("theta_fit", "delta_svd")]
-    plan = progress.plan_line([grid.Step(job, "new", "", True) for job in jobs], 2, 10.0)
+    jobs = [prepare(name, {"MODEL_ID": "tiny"}) for name in ("theta_fit", "delta_svd")]
+    plan = progress.plan_line([grid.Step(replace(job, name=job.notebook), "new", "", True) for job in jobs], 2, 10.0)
     assert plan == "plan: 2 runs, 2 at a time (1 theta_fit, 1 delta_svd); some 1 min on this machine"
     assert progress.plan_line([], 1) == "plan: all 0 runs are done"
 

@@ -87,8 +87,10 @@ def test_objects_are_shown_in_a_line_or_two_and_in_a_notebook_as_a_table(lm_and_
     for one in (lm, w, behavior, ws.Basis(torch.eye(128)[:, :8])):
         assert len(repr(one)) < 300, repr(one)
     for one in (lm, w, behavior):
-        assert one._repr_html_().count("<tr>") >= 4 and len(one._repr_html_()) < 3000
-    assert "32, of which 20 train" in repr(behavior) and "28 (28 low-rank, 0 dense)" in w._repr_html_()
+        assert one._repr_html_().count("<tr>") >= 3 and len(one._repr_html_()) < 3000
+    assert (
+        "32 topics (20 train), 48 held-out claims" in repr(behavior) and "28 (28 low-rank, 0 dense)" in w._repr_html_()
+    )
     found = ws.explain(lm, w, candidates=["write"], progress=False)
     assert len(repr(found)) < 300 and "leads the 1 write and mixed candidates" in found.headline()
 

@@ -1,5 +1,6 @@
 """What a report opens with: in a sentence or two, and never more than its tables hold."""
 
+from inspect import unwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,11 +71,11 @@ def verdict(winner: str | None) -> SimpleNamespace:
 
 
 def test_the_verdict_over_seeds():
-    text = over_seeds(verdict("a"))
+    text = unwrap(over_seeds)(verdict("a"))
     assert "**a wins** over 3 LoRA seeds" in text and "1.50 times the closest, b_1 (95 % 1.20 to 1.90" in text.replace(
         "\\", ""
     )
-    text = over_seeds(verdict(None))
+    text = unwrap(over_seeds)(verdict(None))
     assert text.startswith("**No winner** over 3 LoRA seeds: tied with c. Highest mean: a.") and "wins" not in text
 
 

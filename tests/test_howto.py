@@ -48,7 +48,7 @@ def adapters(tmp_path_factory) -> Path:
     """Two adapters, as somebody trained them."""
     folder = tmp_path_factory.mktemp("adapters")
     few = ws.PairConfig(topics=2, personas=1, samples=1, max_new_tokens=8)
-    config = ws.TrainConfig(few, max_steps=1)
+    config = ws.TrainConfig(few, max_steps=3)
     ws.train_diff(ws.load_lm("tiny"), "sycophancy", config=config, folder=folder, progress=False)
     return folder / "adapters"
 

@@ -145,8 +145,8 @@ def batch(
         )
     here = typed_in()
     job = make_slurm(dict(slurm_set)) if slurm else None
-    files = (here / tls[0], here / tls[1], here / tls[2]) if tls else None
-    settings = Settings(workers, threads, scheduler, job, wait, timeout, files, insecure)
+    pem = (here / tls[0], here / tls[1], here / tls[2]) if tls else None
+    settings = Settings(workers, threads, scheduler, job, wait, timeout, pem, insecure)
     axes = {"models": models, "behaviors": behaviors, "adapters": adapters, "seeds": seeds}
     more = {key: value for file in files for key, value in read_set(here / file).items()} | dict(params)
     jobs = make_jobs(read_options(axes, more, here / grid if grid else None, here, nulls, causal), here)

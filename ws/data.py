@@ -1,7 +1,6 @@
-"""Behaviours: what is asked, under which personas, and which words answer. (docs/method.md section 1) A behaviour is a
-list of topics (a claim and a question about it), two lists of system prompts (personas) that pull the answers apart,
-one probe template, perhaps further wordings of it, and the answer words; or of statements, each with the answer that shows
-the behaviour. Nothing after this module knows which behaviour it is."""
+"""Behaviours: what is asked, under which personas, and which words answer. (docs/method.md section 1) Topics (a claim and a
+question), two lists of system prompts (personas) that pull the answers apart, wordings of a probe, the answer words; or
+statements, each with the answer that shows the behaviour. Nothing after this module knows which behaviour it is."""
 
 import difflib
 from collections import Counter
@@ -94,10 +93,7 @@ class Behavior:
         faults = [
             (self.name in (".", "..") or set(self.name) & set("/\\\0"), f"name: {self.name!r} cannot name a folder"),
             (len(self.name) > MOST_NAME, f"name: has {len(self.name):,} characters, at most {MOST_NAME} are allowed"),
-            *(
-                (PLACE not in text, f"{key}: the template has no {PLACE}: {short(text)}")
-                for key, text in templates.items()
-            ),
+            *((PLACE not in t, f"{k}: the template has no {PLACE}: {short(t)}") for k, t in templates.items()),
             *(
                 (many > 1, f"probes: the wording {short(text)} is there twice")
                 for text, many in Counter(map(str.strip, self.templates)).items()
@@ -119,23 +115,12 @@ class Behavior:
             if fault:
                 raise ValueError(message)
 
-    @property
-    def _facts(self) -> dict[str, str]:
-        told = {
-            "topics": f"{len(self.topics)}, of which {len(self.train_topics)} train",
-            "answers": f"{'/'.join(self.yes)} or {'/'.join(self.no)}",
-        }
-        told |= {"held-out claims": f"{len(self.heldout_claims)}", "wordings": f"{len(self.templates)}"}
-        return told | {
-            "persona pairs": f"{len(self.personas_pos)}",
-            "kind": "statements with answers" if self.answers else "claims",
-        }
-
     def __repr__(self) -> str:
-        return f"Behavior({self.name}: {', '.join(f'{key} {value}' for key, value in self._facts.items())})"
+        of = f"{len(self.topics)} topics ({len(self.train_topics)} train), {len(self.heldout_claims)} held-out claims"
+        return f"Behavior({self.name}: {of}, {len(self.templates)} wordings; {'/'.join(self.yes)}, {'/'.join(self.no)})"
 
     def _repr_html_(self) -> str:
-        return facts(f"Behavior {self.name}", self._facts | {"probe": self.probe})
+        return facts(repr(self), {"probe": self.probe, "opinion": self.opinion, "first topic": self.topics[0].claim})
 
     def _statement_faults(self) -> list[tuple[bool, str]]:
         """What is wrong with a behaviour of statements."""
@@ -244,8 +229,9 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     if not path.is_file():
         if isinstance(name_or_path, Path) or path.suffix in (".json", ".jsonl") or "/" in text:
             raise FileNotFoundError(f"behaviour file {path} does not exist")
-        shipped = ", ".join(SHIPPED)
-        raise ValueError(f"unknown behaviour {text!r}: shipped are {shipped}, or give a .json or .jsonl file")
+        raise ValueError(
+            f"unknown behaviour {text!r}: shipped are {', '.join(SHIPPED)}, or give a .json or .jsonl file"
+        )
     raw = read_raw(path)
     try:
         return _from_dict(raw)
@@ -265,7 +251,7 @@ def _from_dict(raw: object) -> Behavior:
     raw = _with_probe(raw)
     missing = [f.name for f in fields(Behavior) if f.default is MISSING and f.name not in raw]
     if missing:
-        raise ValueError(f"missing field{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+        raise ValueError(f"missing field{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if not isinstance(raw["topics"], list):
         raise ValueError("topics: must be a list of [claim, question]")
     if len(raw["topics"]) > MOST:

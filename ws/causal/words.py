@@ -121,7 +121,7 @@ def _carriers(found) -> list[str]:
     lines = [
         f"{len(over)} of {len(rows)} candidates exceed controls of equal input-weighted energy (max-T over all, p < .05);"
         f" {single} have a p of their own under .05, of which chance gives {ALPHA * len(rows):.1f}."
-    ]
+    ] * bool(len(rows))
     tied = over.filter(pl.col("slope") > TIED)
     for row in over.filter(pl.col("slope") <= TIED).head(6).iter_rows(named=True):
         lines.append(_carrier(row))
@@ -150,8 +150,8 @@ def _carriers(found) -> list[str]:
         lines.append(f"{len(low)} carry *less* than their energy would (below 95 % of their controls): {some}.")
     follows = _spearman(rows["energy"], rows["linear"])
     tautology = ": a correlation of overlap scores with retention says next to nothing" if follows > FOLLOWS else ""
-    lines.append(f"First-order effects follow captured energy with a rank correlation of {follows:.2f}{tautology}.")
-    return lines
+    said = [f"First-order effects follow captured energy with a rank correlation of {follows:.2f}{tautology}."]
+    return lines + said * bool(np.isfinite(follows))
 
 
 def _carrier(row: dict) -> str:

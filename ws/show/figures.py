@@ -81,6 +81,7 @@ def _series(ax: Axes) -> list[tuple[str, np.ndarray]]:
 
 
 def _values(drawn: object, axis: int = 1) -> np.ndarray:
+    drawn = drawn.lines[0] if getattr(drawn, "lines", None) else drawn  # of bars of errors the points
     if hasattr(drawn, "get_xydata"):
         return np.asarray(drawn.get_xydata(), dtype=float)[:, axis]
     if hasattr(drawn, "get_offsets") and len(drawn.get_offsets()):

@@ -51,7 +51,9 @@ def sorted_by(table: pl.DataFrame, column: str) -> pl.DataFrame:
 
 def facts(title: str, rows: dict[str, object]) -> str:
     """What an object shows of itself in a notebook, as HTML."""
-    told = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
+    told = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(str(_cell(value, 4)))}</td></tr>" for key, value in rows.items()
+    )
     return f"<p><b>{escape(title)}</b></p><table>{told}</table>"
 
 

@@ -156,9 +156,7 @@ def table(
 
     found = read_table(typed_in() / file)
     if unknown := [name for name in (*columns, *filter(None, [sort])) if name not in found.columns]:
-        raise ValueError(
-            f"{file}: no column {unknown[0]}{suggest(unknown[0], found.columns)}; it has {', '.join(found.columns)}"
-        )
+        raise ValueError(f"{file}: no column {unknown[0]}{suggest(unknown[0], found.columns)}")
     if digits < 1 or rows < 0:
         raise ValueError("--digits: 1 or more; --rows: 0 (all) or more")
     found = sorted_by(found, sort) if sort else found
