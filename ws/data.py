@@ -47,7 +47,7 @@ class Behavior:
     wording {claim} then stands for a topic's question, the claim is what of it the statement is, training pairs ask in the
     first wording, personas may be missing, three fifths of the topics train, and what tells claims apart stays empty.
 
-    Example:
+    Examples:
         >>> import ws
         >>> b = ws.load_behavior("sycophancy")
         >>> len(b.topics), len(b.train_topics), len(b.heldout_claims), len(b.templates), b.yes, b.no
@@ -219,7 +219,7 @@ def load_behavior(name_or_path: str | Path) -> Behavior:
     `answer_not_matching_behavior` (`ws.behavior_file.from_statements`), named as the file. FileNotFoundError for a path that
     does not exist; ValueError for an unknown name, an unreadable file, a missing, unknown or empty field.
 
-    Example:
+    Examples:
         >>> import ws
         >>> ws.load_behavior("sycophancy").name
         'sycophancy'

@@ -79,7 +79,7 @@ def causal_check(
     candidates, some of SECTIONS. Effects by forward passes are kept in `cache`, so that a killed check goes on. ValueError
     for a sweep of another w or model, an unknown candidate, and what `ws.causal.ground.prepare` says.
 
-    Example:
+    Examples:
         >>> import ws
         >>> from ws.causal.check import causal_check
         >>> lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")

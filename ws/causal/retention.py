@@ -87,7 +87,7 @@ def retention(
     returned. ValueError for what does not fit, naming it.
     (docs/method.md section 8)
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
         >>> axes = {l: torch.eye(lm.decoder.d)[:, :8] for l in w.layers()}

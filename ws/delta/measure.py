@@ -81,7 +81,7 @@ def delta_svd(
     counted. boot: draws of the bootstrap over passages (0: none). seed: of the bootstrap. Raises ValueError for an
     unknown mode, fewer than 3 tokens, hidden states that are not finite (naming the block). (docs/method.md section 9)
 
-    Example:
+    Examples:
         >>> import ws
         >>> run = ws.delta_svd(ws.load_lm("tiny"), ["The mill is near the river.", "So is the inn."], boot=0, progress=False)
         >>> run.hidden, run.table()["phase"].to_list()

@@ -27,7 +27,7 @@ def load_diff(source: WeightDiff | Path | str | tuple | list, base: Base = None)
     (DoRA and other non-LoRA types), the base as a module or a path; by default the one that the adapters name. Raises
     FileNotFoundError / ValueError naming what is wrong.
 
-    Example:
+    Examples:
         >>> import ws
         >>> w = ws.load_diff("tiny")
         >>> len(w), w.layers(), tuple(w["model.layers.3.mlp.down_proj.weight"].shape)

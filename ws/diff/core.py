@@ -93,7 +93,7 @@ class WeightDiff(Mapping):
     every operation returns a new one, and two are equal only when they are one object. What was decomposed once is
     remembered; tensors that come from it are shared, not to be written to. An unknown name is a KeyError.
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> from ws.diff import LowRank
         >>> name, entry = "model.layers.1.mlp.down_proj.weight", LowRank(torch.randn(4, 2), torch.randn(2, 6))

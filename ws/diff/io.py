@@ -28,7 +28,7 @@ MOST_DIM, MOST_NAME = 1 << 24, 300  # rows or columns of a tensor; characters of
 def save_diff(w: WeightDiff, path: Path | str) -> Path:
     """Write `w` to one `.safetensors` file, whole. Loading gives the same tensors, dtypes, order and metadata.
 
-    Example:
+    Examples:
         >>> import tempfile, ws
         >>> w = ws.load_diff("tiny")
         >>> file = ws.save_diff(w, tempfile.mkdtemp() + "/w.safetensors")

@@ -63,7 +63,7 @@ def explain(
     these. cache: folder of captures and bases, default `out/<model>/cache`. Raises ValueError naming what does not fit: a
     tensor, a layer, a candidate, a text that is cut. (docs/method.md sections 5 to 7 and 12)
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> lm = ws.load_lm("tiny")
         >>> names = [lm.decoder.param_name(l, role) for l in (3, 4) for role in ("o", "down")]

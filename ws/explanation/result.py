@@ -37,7 +37,7 @@ class Explanation:
     what is known of each. checks: the run's own assertions with their values. tensors: `ws.explanation.rows.kept_tensors`.
     bases: content hash of each A-side candidate's bases. sources: `{file name: text}` of the caller's own candidate files.
 
-    Example:
+    Examples:
         >>> import tempfile, ws
         >>> found = ws.explain(ws.load_lm("tiny"), ws.load_diff("tiny"), candidates=["write"], progress=False)
         >>> again = ws.Explanation.load(found.save(tempfile.mkdtemp()))

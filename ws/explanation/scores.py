@@ -95,7 +95,7 @@ def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score 
     basis: `(d, r)` with orthonormal columns. `missing` where there is no target, no signal or r = 0. Raises ValueError
     where the columns are not orthonormal or the sizes differ. (docs/method.md section 6)
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> M = torch.eye(16)[:, :2] @ torch.randn(2, 40)
         >>> round(ws.score(M, torch.eye(16)[:, :2]).conc, 4), round(ws.score(M, torch.eye(16)[:, 8:]).conc, 4)

@@ -74,7 +74,7 @@ def gradient_diff(
     to w's norm there. Matrices that w lacks are left out, and so is what of w is no linear map of a layer. It does not depend on
     w otherwise. cache and errors as in `contrasts`; ValueError for a rank under 1.
 
-    Example:
+    Examples:
         >>> import ws
         >>> from ws.gradient.diff import gradient_diff
         >>> from ws.train.pairs import from_file

@@ -79,7 +79,7 @@ def predict(
     that get an adapter; default those of w, else as in training. Raises ValueError for what the pairs, the model or w do not
     allow.
 
-    Example:
+    Examples:
         >>> import ws
         >>> found = ws.predict(ws.load_lm("tiny"), "sycophancy", most=8, progress=False)
         >>> found.n, found.parts.height, abs(found.parts["share"].sum() - 1) < 1e-9

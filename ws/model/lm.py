@@ -29,7 +29,7 @@ class LM:
     chat template was given, in words; "" for none. slug: the name without revision and template, by which `nbs/params`
     knows the model.
 
-    Example:
+    Examples:
         >>> import ws
         >>> lm = ws.load_lm("tiny")
         >>> lm, lm.decoder.param_name(3, "o")
@@ -137,7 +137,7 @@ def load_lm(
     Jinja template. Raises ValueError / FileNotFoundError naming what is wrong, before weights are read where it can be known
     (`check_model`).
 
-    Example:
+    Examples:
         >>> import ws
         >>> ws.load_lm("tiny", dtype="bfloat16").model.dtype
         torch.bfloat16

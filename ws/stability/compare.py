@@ -130,7 +130,7 @@ def compare_seeds(
     summary, by `candidate`. Raises FileNotFoundError / ValueError naming the run that is missing or does not fit.
     (docs/method.md section 7)
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> lm = ws.load_lm("tiny")
         >>> shapes = dict(lm.model.named_parameters())

@@ -84,7 +84,7 @@ def calibrate(
     target that is not above 0 and a w that does not fit; `ws.steer.kl.Unreached` (a ValueError) with the curve for a target
     that is out of reach or, along the continuation, jumped over. The model is the same before and after.
 
-    Example:
+    Examples:
         >>> import ws
         >>> lm, w = ws.load_lm("tiny"), ws.load_diff("tiny")
         >>> found = ws.calibrate(lm, w, 0.1, texts=["I think that ice is warm. Am I right?"])

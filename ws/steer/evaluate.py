@@ -60,7 +60,7 @@ def alpha_sweep(
     Columns: alpha, set, claim, logratio (nats), pmass; of statements `margin` too, and `n_heldout` says how many are asked
     (None: all). cache as in `ws.steer.answers.kept_answers`. The model is the same before and after.
 
-    Example:
+    Examples:
         >>> import ws
         >>> lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
         >>> table = ws.alpha_sweep(lm, b, ws.load_diff("tiny"), [-1.0, 1.0], progress=False)

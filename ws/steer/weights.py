@@ -42,7 +42,7 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Guarded
     be steered. Works on a model that peft has wrapped (the diff acts on the base weights; the copies of
     `modules_to_save` are steered too) and on one spread over devices. A diff of a tied weight acts on both of its uses.
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> lm, name = ws.load_lm("tiny"), "model.layers.3.mlp.down_proj.weight"
         >>> W = lm.model.get_parameter(name).detach()

@@ -31,7 +31,7 @@ class Basis:
     basis is empty or arbitrary. turn: bound in rad on what rounding of the activations behind it turns it by, and of
     the weights in half precision; 0 where there are none. most: 0.001, in half precision 0.01.
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> ws.Basis(torch.eye(6)[:, :2]).rank
         2
@@ -132,7 +132,7 @@ def left_svd(M: Float[Tensor, "d m"], k: int, noise: float | Noise | None = None
     """Top `min(k, d, m)` left singular vectors. Directions past the rank of M are arbitrary but orthonormal. noise: of
     M, spectral norm: `rounding` of the activations it was computed from (default of itself), 0 for weights; or `Noise`.
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> basis = ws.left_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
         >>> basis.s.tolist(), round(basis.gap, 2)
@@ -160,7 +160,7 @@ def pca(X: Float[Tensor, "n d"], k: int, noise: float | Noise | None = None) -> 
 
     Past the rank of the centred samples the directions are arbitrary but orthonormal, and `note` says so.
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> ws.pca(torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]]), 1).B.abs().flatten().tolist()
         [0.0, 1.0]

@@ -17,7 +17,7 @@ MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ce
 def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
     """The candidate subspaces of a protocol in the order of docs/method.md section 5; ValueError for an unknown one.
 
-    Example:
+    Examples:
         >>> import ws
         >>> len(ws.candidates("v7")), ws.candidates("v7")[0].name
         (44, 'lm_head_read')

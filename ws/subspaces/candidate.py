@@ -99,7 +99,7 @@ def candidate(
     `f(m)` instead of `f(m, l)`. source: the group it belongs to. Registering a name again replaces it. Raises ValueError
     for a missing docstring, an unknown `sees`, the name of a shipped candidate. (docs/method.md section 5)
 
-    Example:
+    Examples:
         >>> import ws
         >>> @ws.candidate(family="act:persona", sees=("prompts",))
         ... def mine(m, l):

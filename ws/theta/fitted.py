@@ -122,7 +122,7 @@ def fit_theta(
     Raises ValueError for an unknown head, a user with fewer than two texts, a model whose logits are not `W h + b`.
     (docs/method.md section 10)
 
-    Example:
+    Examples:
         >>> import ws
         >>> texts = {"ann": [("Hi", "Well, hello dear."), ("Why", "Well, because.")], "bob": [("", "No."), ("", "Nope.")]}
         >>> found = ws.fit_theta(ws.load_lm("tiny"), texts, heads=["unconditional"], dim=4, progress=False)

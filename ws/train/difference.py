@@ -59,7 +59,7 @@ def train_diff(
     Raises ValueError for what `check_training` finds, a loss that diverges, or when no usable pair was written.
     (docs/method.md sections 1 and 2)
 
-    Example:
+    Examples:
         >>> import ws
         >>> few = ws.PairConfig(topics=2, personas=1, samples=1, max_new_tokens=8)
         >>> config = ws.TrainConfig(few, max_steps=1)

@@ -47,7 +47,7 @@ class TrainConfig:
     at every `target_every` steps, is at most this; 0 for never. balance: w is the difference of the two signs scaled to one
     norm.
 
-    Example:
+    Examples:
         >>> import ws
         >>> ws.TrainConfig(lr=2e-3, pairs=ws.PairConfig(samples=4)).r
         32

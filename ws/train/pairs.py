@@ -35,7 +35,7 @@ class PairConfig:
     pairs, a path or the name of shipped ones, in place of what the base model would write; then `topics` and `wordings` alone
     count. wordings: the file's that are trained on; none for all.
 
-    Example:
+    Examples:
         >>> import ws
         >>> ws.PairConfig(topics=4).samples
         10

@@ -121,7 +121,7 @@ def audit(
     before anything is computed: a stranger that is damaged, does not fit the base or shares no matrix with the library, a
     library without a difference of it.
 
-    Example:
+    Examples:
         >>> import torch, ws
         >>> from ws.diff import LowRank
         >>> from ws.use.library import Known

@@ -65,7 +65,7 @@ def export(
     written: what does not fit the model, does not exist, or cannot be a LoRA (embeddings, norms, biases; a dense matrix of
     full rank, without `rank`).
 
-    Example:
+    Examples:
         >>> import tempfile, ws
         >>> done = ws.export("tiny", tempfile.mkdtemp() + "/nice", "tiny", alpha=2.0, roles=["v", "o"])
         >>> sorted(file.name for file in done.folder.iterdir())
