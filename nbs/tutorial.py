@@ -165,10 +165,11 @@ display(Markdown(done.text))
 
 # %%
 moved, mine = (kept.filter(subspace=name).row(0, named=True) for name in ("w", "mine"))
+apart = "told apart from" if mine["p"] < 0.05 and mine["excess"] > 0 else "not told apart from"
 display(
     headline(
         f"`w` moves the answers to held-out superstitions by {moved['effect']:+.2f} [{moved['effect_low']:+.2f},"
-        f" {moved['effect_high']:+.2f}] nats between alpha -1 and +1; the candidate keeps {mine['retention']:.0%} of what the residual"
-        f" writers do, {mine['excess']:+.2f} nats more than subspaces of equal energy (p = {mine['p']:.2g})."
+        f" {moved['effect_high']:+.2f}] nats between alpha -1 and +1 (95 % over claims); the candidate keeps {mine['retention']:.0%} of what"
+        f" the residual writers do, {apart} subspaces of equal energy (excess {mine['excess']:+.2f} nats, p = {mine['p']:.2g})."
     )
 )

@@ -391,7 +391,7 @@ def test_a_table_for_a_paper(monkeypatch, tmp_path, capsys):
     )
     assert told.index("1.23e+04") < told.index("1.23 ")
     assert call("table", "t.tsv", "--to", "csv", "--columns", "R_w", "name", "--digits", "2") == 0
-    assert capsys.readouterr().out == "R_w,name\n1.2,a_b\n-,c\n1.2e+04,d\n"
+    assert capsys.readouterr().out == "R_w,name\n1.2,a_b\nNaN,c\n1.2e+04,d\n"
     assert (
         call("table", "t.tsv", "--columns", "R_v") == 2
         and "no column R_v; did you mean R_w?" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_the_plan_and_the_time_left(monkeypatch):
     jobs = [prepare(name, {"MODEL_ID": "tiny"}) for name in ("theta_fit", "delta_svd")]
     plan = progress.plan_line([grid.Step(replace(job, name=job.notebook), "new", "", True) for job in jobs], 2, 10.0)
     assert plan == "plan: 2 runs, 2 at a time (1 theta_fit, 1 delta_svd); some 1 min on this machine"
-    assert progress.plan_line([], 1) == "plan: all 0 runs are done"
+    assert progress.plan_line([], 1) == "plan: all runs are done (0)"
 
 
 def test_the_command_hands_everything_over_and_exits_1_on_a_failure(monkeypatch, tmp_path, capsys):

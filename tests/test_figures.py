@@ -77,8 +77,7 @@ def test_alpha_curves_norm_map_spectra_and_layers():
 def test_a_figure_is_described_by_what_it_shows():
     text = described(sweep.joint_scatter(summary()))
     assert "weight recovery R_w" in text and "against activation recovery R_act" in text
-    for value in summary().filter(kind="A-hypothesis")["mean_conc_w_combined"].head(1):
-        assert f"{value:.3g}" in text
+    assert f"{summary()['mean_conc_w_combined'].max():.3g}" in text
     figure = Figure()
     left, right = figure.subplots(1, 2)
     left.plot([0, 1, 2], [3.0, float("nan"), 7.0], label="up")
@@ -87,3 +86,11 @@ def test_a_figure_is_described_by_what_it_shows():
     right.plot([0, 1], [9, 9])  # without a name: not told
     figure.set_label("What it is about.")
     assert described(figure) == "What it is about. Left: y (nats) against x (up 3 to 7). (bars 2)."
+    other = Figure()
+    axis = other.subplots()
+    axis.fill_between([0, 1], [2, 3], [5, 6], label="band")
+    axis.vlines([0, 1], 5, 9, label="lines")
+    axis.axhline(4, label="level")  # spans the panel: its ends are no data
+    axis.errorbar([0, 1], [1.0, 2.0], yerr=0.5, label="bars")
+    axis.set(title=r"costs \$5 and $x^2$", ylabel="y")
+    assert described(other) == "costs $5 and x^2: y (band 2 to 6; lines 5 to 9; bars 1 to 2)."

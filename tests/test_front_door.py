@@ -92,7 +92,7 @@ def test_objects_are_shown_in_a_line_or_two_and_in_a_notebook_as_a_table(lm_and_
         "32 topics (20 train), 48 held-out claims" in repr(behavior) and "28 (28 low-rank, 0 dense)" in w._repr_html_()
     )
     found = ws.explain(lm, w, candidates=["write"], progress=False)
-    assert len(repr(found)) < 300 and "leads the 1 write and mixed candidates" in found.headline()
+    assert len(repr(found)) < 300 and "Of 1 write and mixed candidates the highest" in found.headline()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", flags=re.MULTILINE | re.
 
 
 def test_there_are_pages_and_each_says_how():
+    assert not any("\\\\\n" in page.read_text() for page in PAGES)  # a command goes on after one backslash
     assert len(PAGES) >= 6 and all(FENCE.search(page.read_text()) for page in PAGES)
 
 

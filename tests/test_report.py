@@ -174,6 +174,8 @@ def test_a_page_opens_with_whose_run_it_is_its_headline_and_its_key_figure(tmp_p
     places = [main.index(text) for text in order]
     assert places == sorted(places) and main.count("wins</strong>") == 1  # said once, at the head
     assert '<a class="home" href="../../index.html">' in page and "<script>" not in main.partition("</main>")[0]
+    bare = report.render(folder / "run.ipynb", folder / "bare.html").read_text(encoding="utf-8")
+    assert bare.count("wins</strong>") == 1  # without a title, too
     assert report.headline_of(content) == ("**`a` wins** <script>", "key.png")
 
 

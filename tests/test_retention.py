@@ -304,7 +304,7 @@ def test_a_planted_carrier_is_found_and_a_bystander_is_not(lm, behavior, given, 
 def test_what_is_of_another_type_is_named(lm):
     w, d = random_diff(lm), lm.decoder.d  # the tests check annotations, which no user does
     for bad, told in (
-        ({l: [[1.0]] for l in LAYERS}, "mine at layer 3: a list; expected a torch tensor"),
+        ({l: [[1.0]] for l in LAYERS}, "mine at layer 3: a list; expected a real, dense torch tensor"),
         (torch.eye(d)[:, :2], "mine: a Tensor; expected a dict, layer ->"),
     ):
         with pytest.raises(ValueError, match=told):

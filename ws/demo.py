@@ -55,7 +55,9 @@ MEASURED = 0.02  # seconds that the products of `slowness` took where the costs 
 
 
 def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line
+    ]  # texts hold other line ends
 
 
 def show_jobs(show: Show) -> list[Job]:
@@ -90,7 +92,7 @@ def play(show: Show) -> int:
 
 
 def slowness() -> float:
-    """How many times longer than on the machine on which the costs were measured small products take on one thread here."""
+    """How many times longer than on the machine on which the costs were measured small products take here."""
     import time
 
     import numpy as np
@@ -115,9 +117,14 @@ def steered_text(show: Show, prompts: int = 1) -> str:
     lines = []
     for topic in sorted({row["topic"] for row in rows})[:prompts]:
         some = [row for row in rows if row["topic"] == topic]
-        lines.append(f"{show.model}, seed {show.seeds[0]}, held out: {some[0]['prompt']}")
-        lines += [f"  alpha {row['alpha']:+g}: {' '.join(row['completion'].split())}" for row in some]
+        lines.append(f"{show.model}, seed {show.seeds[0]}, held out: {_shown(some[0]['prompt'])}")
+        lines += [f"  alpha {row['alpha']:+g}: {_shown(row['completion'])}" for row in some]
     return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    """A model's text as a terminal may see it: in one line, without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def show_report(show: Show) -> str:

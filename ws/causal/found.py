@@ -14,6 +14,7 @@ from ws.cache.keys import read_hash
 from ws.cache.made import Damaged, read_safetensors
 from ws.cache.records import read_record, write_record
 from ws.causal import figures, words
+from ws.causal.headline import headline
 from ws.show.tables import Told, read_table, write_table
 
 RECORD, TENSORS = "causal.json", "causal_excess.safetensors"
@@ -49,7 +50,7 @@ class CausalCheck(Told):
 
     def headline(self) -> str:
         """That in a sentence or two."""
-        return words.headline(self)
+        return headline(self)
 
     def forest(self) -> Figure:
         """Excess of every candidate with its interval, its controls' range beside it."""

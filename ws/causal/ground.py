@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def prepare(
     that does not fit or has no residual writer, a steered model."""
     behavior = behavior if isinstance(behavior, Behavior) else load_behavior(behavior)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
-    if not (np.isfinite(alpha) and alpha > 0):
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not (np.isfinite(alpha) and alpha > 0):
         raise ValueError(f"ALPHA = {alpha}: expected a number above 0; both signs are asked")
     check_count("templates", templates, 1)
     w, cache = load_diff(w), cache or cache_folder(lm.name)

@@ -97,6 +97,7 @@ def retention(
     """
     check_names(candidates)
     check_count("n_draws", n_draws)
+    check_count("seed", seed)
     options = {"protocol": protocol, "alpha": alpha, "templates": templates, "given": given, "cache": cache}
     ground = prepare(lm, w, behavior, progress=progress, **options)
     return carried(ground, {name: ground.checked(name, of) for name, of in candidates.items()}, n_draws, seed).table

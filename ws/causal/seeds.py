@@ -50,7 +50,7 @@ class OverSeeds:
         if rows.is_empty():
             return "No candidate was held against controls."
         sure = rows.filter(CARRIES)
-        known = sure.filter(pl.col("excess_low") > 0) if S > 1 else sure
+        known = sure.filter(pl.col("excess_low").is_not_nan() & (pl.col("excess_low") > 0)) if S > 1 else sure
         share = self.effects["w_res"].mean() / self.effects["w"].mean()
         lines = [
             f"The residual writers, which every projection is of, do {share:.0%} of w's effect (mean of "
@@ -128,8 +128,9 @@ def over_seeds(checks: Mapping[int, CausalCheck | Path | str]) -> OverSeeds:
 
 
 def within(by_claim: Float[np.ndarray, "C n"], sides: Float[np.ndarray, " n"]) -> list[Part]:
-    """Standard errors of the mean over claims, one for each half of them. A single claim has none: its spread is unknown."""
-    halves = [by_claim[:, sides == side].T for side in np.unique(sides)] if by_claim.shape[1] > 1 else []
+    """Standard errors of the mean over claims, one for each half of them (by their sizes, as in the mean); NaN for
+    a half of one claim, whose spread is unknown."""
+    halves = [by_claim[:, sides == side].T for side in np.unique(sides)]
     found = [(mean_part(x), len(x) / by_claim.shape[1]) for x in halves]
     return [(se * share, df) for (se, df), share in found]
 

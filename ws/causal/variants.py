@@ -88,8 +88,10 @@ def check_bases(name: str, bases: Mapping[int, Tensor], w: WeightDiff, d: int) -
             raise ValueError(
                 f"{name}: no basis for layer {l}, where w has a writer; give one, of rank 0 if it is empty"
             )
-        if not isinstance(bases[l], Tensor):
-            raise ValueError(f"{name} at layer {l}: a {type(bases[l]).__name__}; expected a torch tensor ({d}, rank)")
+        if not isinstance(bases[l], Tensor) or bases[l].is_complex() or bases[l].layout != torch.strided:
+            raise ValueError(
+                f"{name} at layer {l}: a {type(bases[l]).__name__}; expected a real, dense torch tensor ({d}, rank)"
+            )
         B = bases[l].detach().to("cpu", torch.float64)
         if B.ndim != 2 or len(B) != d:
             raise ValueError(f"{name} at layer {l}: the basis is {tuple(B.shape)}, expected ({d}, rank)")

@@ -34,44 +34,26 @@ def conclusion(found) -> str:
     return "\n\n".join([head, *told]) + "\n"
 
 
-def headline(found) -> str:
-    """A `CausalCheck` in a sentence or two, for the head of its report."""
-    by = {row["part"]: row for row in found.where.iter_rows(named=True)}
-    said = f"`w` moves the score by {by['w']['effect']:+.2f} nats between both ends"
-    if "writers" in by:
-        one = by["writers"]
-        said += f"; its residual writers, which candidates are cut from, do {one['effect']:+.2f} alone ({one['retention']:.0%})"
-    held = _told(found)
-    if len(held) and held["saturated"].all():
-        mass = found.setting.get("pmass", float("nan"))
-        return (
-            f"{said}. **No candidate is ranked**: the answer words hold less than half of the probability (pmass {mass:.2f}"
-            " in the base model), or the log-ratio is beyond 12 nats."
-        )
-    rows = held.filter(~pl.col("saturated") & (pl.col("slope") <= TIED))
-    sure = rows.filter((pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)).sort("excess", descending=True)
-    if rows.is_empty():
-        return f"{said}. No candidate was held against controls."
-    most = [f"{code(r['subspace'])} {_around(r, 'excess')}" for r in sure.head(2).iter_rows(named=True)]
-    led = f", most of all {' and '.join(most)} nats" if most else ""
-    return (
-        f"{said}. **{len(sure)} of {len(rows)} candidates carry more of the behaviour than subspaces of equal energy**"
-        f" (max-T, p < .05){led}. One seed; excess over seeds stands in the stability report."
-    )
+def exceeds() -> pl.Expr:
+    return pl.col("p_max").is_not_nan() & (pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)
 
 
-def _around(row: dict, name: str = "effect") -> str:
+def unconfirmed() -> pl.Expr:
+    return pl.col("p_forward").is_not_nan() & ((pl.col("p_forward") >= ALPHA) | (pl.col("excess_forward") <= 0))
+
+
+def around(row: dict, name: str = "effect") -> str:
     return f"{row[name]:+.2f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
 
 
 def _where(found) -> list[str]:
     by = {row["part"]: row for row in found.where.iter_rows(named=True)}
     w = by["w"]
-    lines = [f"w moves the score by {_around(w)} nats between both ends (95 % over claims)."]
+    lines = [f"w moves the score by {around(w)} nats between both ends (95 % over claims)."]
     if "writers" in by:
         one = by["writers"]
         lines.append(
-            f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {_around(one)} "
+            f"What writes to the residual stream holds {one['share']:.0%} of |w|² and does {around(one)} "
             f"nats alone: **{one['retention']:.0%} of the effect is what every projection below speaks about**."
         )
         if one["effect_low"] <= 0 or one["effect"] < w["effect"] / 20:
@@ -101,7 +83,7 @@ def _where(found) -> list[str]:
     return lines
 
 
-def _told(found) -> pl.DataFrame:
+def held(found) -> pl.DataFrame:
     """Rows of candidates that are held against controls: A-hypotheses."""
     known = pl.col("p", "p_max", "excess", "p_forward", "excess_forward").fill_null(float("nan"))
     far = found.setting.get("pmass", 1.0) < LEAST_PMASS  # of what was not run
@@ -110,11 +92,10 @@ def _told(found) -> pl.DataFrame:
 
 
 def _carriers(found) -> list[str]:
-    rows = _told(found)
+    rows = held(found)
     if rows.is_empty():
         return ["Nothing was held against controls (0 draws, or no energy within reach)."]
-    sure = pl.col("p_max").is_not_nan() & (pl.col("p_max") < ALPHA) & (pl.col("excess") > 0)
-    led = rows.filter(sure).sort("excess", descending=True)
+    led = rows.filter(exceeds()).sort("excess", descending=True)
     over, far = led.filter(~pl.col("saturated")), led.filter("saturated")
     rows = rows.filter(~pl.col("saturated"))
     single = int(((rows["p"] < ALPHA) & (rows["excess"] > 0)).sum())
@@ -139,8 +120,7 @@ def _carriers(found) -> list[str]:
             f" {found.setting.get('pmass', float('nan')):.2f} in the base model); their first-order excess, "
             f"for the record: {names}."
         )
-    ran = over.filter(pl.col("p_forward").is_not_nan())
-    if len(lost := ran.filter((pl.col("p_forward") >= ALPHA) | (pl.col("excess_forward") <= 0))["subspace"].to_list()):
+    if lost := over.filter(unconfirmed())["subspace"].to_list():
         lines.append(f"Not confirmed by forward passes: {', '.join(map(code, lost))}.")
     if unsure := rows.filter(pl.col("p_max").is_nan())["subspace"].to_list():
         lines.append(f"Undecided, as no control of their energy exists: {', '.join(map(code, unsure))}.")
@@ -162,7 +142,7 @@ def _carrier(row: dict) -> str:
     if np.isfinite(row["p_forward"]):
         forward = f"by forward passes {row['excess_forward']:+.2f} (p {row['p_forward']:.2g})"
     return (
-        f"{code(row['subspace'])} ({literal(row['sees'])}): {kept}excess {_around(row, 'excess')}, p {row['p']:.2g}, max-T"
+        f"{code(row['subspace'])} ({literal(row['sees'])}): {kept}excess {around(row, 'excess')}, p {row['p']:.2g}, max-T"
         f" {row['p_max']:.2g}; {forward}; at equal Frobenius energy {row['excess_frobenius']:+.2f}; holds {row['slope']:.0%}"
         " of the score's own slope."
     )
@@ -177,7 +157,7 @@ def _spearman(a: pl.Series, b: pl.Series) -> float:
 
 
 def _gap(found) -> list[str]:
-    rows, lines = _told(found), []
+    rows, lines = held(found), []
     rows = rows.filter(pl.col("gap").is_not_nan())  # those that were run forward
     gaps = rows["gap"].abs()
     if len(rows):
@@ -220,7 +200,7 @@ def _needed(found) -> list[str]:
 def _matched(found) -> list[str]:
     rows = found.matched.with_columns(pl.col("saturated").fill_null(False)).to_dicts()
     met = [
-        f"{code(r['subspace'])} {_around(r)} nats at alpha {r['alpha']:.3g}"
+        f"{code(r['subspace'])} {around(r)} nats at alpha {r['alpha']:.3g}"
         for r in rows
         if np.isfinite(r["alpha"]) and not r["saturated"]
     ]

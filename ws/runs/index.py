@@ -122,7 +122,8 @@ def _groups(rows: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
     """Runs by model and behaviour, the newest first, and those of null diffs apart."""
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["finished"], reverse=True):
-        row["find"] = " ".join(str(row[c]) for c in COLUMNS if row[c] != "").lower()
+        told = (row["title"], html.text_of(row["headline"]))
+        row["find"] = " ".join([*(str(row[c]) for c in COLUMNS if row[c] != ""), *told]).lower()
         if row["seed"] not in ("", "all"):
             row["find"] += f" seed {row['seed']}"
         found.setdefault(", ".join(filter(None, (row["model"], row["behavior"]))), []).append(row)

@@ -40,12 +40,13 @@ def plan_line(steps: list[Step], at_once: int, pace: float = 0.0) -> str:
     todo = Counter(step.job.notebook for step in steps if step.run)
     done = sum(not step.run for step in steps)
     if not todo:
-        return f"plan: all {done} runs are done"
+        return f"plan: all runs are done ({done})"
     counts = ", ".join(f"{n} {name}" for name, n in todo.items())
     beside = f"; {done} are done" if done else ""
     took = sum(costs_of(steps).values()) * pace / at_once
     expected = f"; some {max(1, round(took / 60))} min on this machine" if pace else ""
-    return f"plan: {sum(todo.values())} runs, {at_once} at a time ({counts}){beside}{expected}"
+    n = sum(todo.values())
+    return f"plan: {n} run{'s' if n > 1 else ''}, {at_once} at a time ({counts}){beside}{expected}"
 
 
 class Board:
@@ -84,7 +85,8 @@ class Board:
         self.ended += 1
         if name in self.lines:
             self.lines.pop(name).close()
-        self.spent += self.costs.pop(name, 0.0)
+        cost = self.costs.pop(name, 0.0)
+        self.spent += cost if state in ("ran", "done") else 0.0  # what failed says nothing of the pace
         self.bar.set_postfix_str(self.left(), refresh=False)
         self.bar.update(1)
         took = tqdm.format_interval(time.monotonic() - self.begun.pop(name, time.monotonic()))
@@ -97,8 +99,9 @@ class Board:
             return ""
         half = sum(cost for name, cost in self.costs.items() if name in self.begun) / 2
         done, rest = self.spent + half, sum(self.costs.values()) - half
-        seconds = (time.monotonic() - self.started) * rest / done if done else 0.0
-        return f"some {max(1, round(seconds / 60))} min left"
+        if not done:
+            return "time left unknown"
+        return f"some {max(1, round((time.monotonic() - self.started) * rest / done / 60))} min left"
 
     def tick(self) -> None:
         """Redraw what runs now."""

@@ -3,12 +3,15 @@
 One function per figure, which takes tables and returns the Figure.
 """
 
+import re
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.collections import PathCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 matplotlib.use("Agg", force=False)
@@ -48,12 +51,16 @@ def described(figure: Figure) -> str:
         title = " ".join(filter(None, (ax.get_title(), ax.get_title("left"), ax.get_title("right"))))
         across, up = ax.get_xlabel(), ax.get_ylabel()
         about = f"{up or 'values'} against {across}" if across and up else across or up
-        series = [f"{name} {_span(values)}" for name, values in _series(ax)]
+        series = [f"{name} {_span(values)}".strip() for name, values in _series(ax)]
         more = f" and {len(series) - SERIES} more" if len(series) > SERIES else ""
         parts.append(
             ": ".join(filter(None, (title, about))) + (f" ({'; '.join(series[:SERIES])}{more})" if series else "")
         )
-    return " ".join(" ".join(part.split()).replace("$", "").rstrip(".") + "." for part in parts if part.strip())
+    return " ".join(
+        re.sub(r"(?<!\\)\$", "", " ".join(part.split())).replace(r"\$", "$").rstrip(".") + "."
+        for part in parts
+        if part.strip()
+    )
 
 
 SERIES = 8  # named in a panel's description
@@ -65,7 +72,10 @@ def _series(ax: Axes) -> list[tuple[str, np.ndarray]]:
     found = []
     for one in (*ax.lines, *ax.collections, *ax.containers):
         name = str(one.get_label())
-        if name and not name.startswith("_"):
+        whole = isinstance(one, Artist) and not one.get_transform().contains_branch(
+            ax.transData
+        )  # spans the panel: no data
+        if name and not name.startswith("_") and not whole:
             found.append((name, _values(one)))
     found += [("cells", np.ma.filled(image.get_array().astype(float), np.nan)) for image in ax.images]
     names = [t.get_text() for t in ax.get_yticklabels()]
@@ -81,16 +91,17 @@ def _series(ax: Axes) -> list[tuple[str, np.ndarray]]:
 
 
 def _values(drawn: object, axis: int = 1) -> np.ndarray:
+    """What is drawn, in data units along an axis: points, corners of bands and lines, lengths of bars."""
     drawn = drawn.lines[0] if getattr(drawn, "lines", None) else drawn  # of bars of errors the points
     if hasattr(drawn, "get_xydata"):
         return np.asarray(drawn.get_xydata(), dtype=float)[:, axis]
-    if hasattr(drawn, "get_offsets") and len(drawn.get_offsets()):
+    if patches := getattr(drawn, "patches", None):
+        across = getattr(drawn, "orientation", "") == "horizontal"
+        return np.array([p.get_width() if across else p.get_height() for p in patches])
+    if isinstance(drawn, PathCollection):
         return np.ma.filled(np.ma.asarray(drawn.get_offsets(), dtype=float), np.nan)[:, axis]
-    patches = getattr(drawn, "patches", None)
-    if patches:
-        return np.array(
-            [p.get_height() if getattr(drawn, "orientation", "") != "horizontal" else p.get_width() for p in patches]
-        )
+    if hasattr(drawn, "get_paths"):
+        return np.concatenate([path.vertices[:, axis] for path in drawn.get_paths()] or [np.zeros(0)])
     return np.zeros(0)
 
 

@@ -83,7 +83,10 @@ def read_table(path: Path) -> pl.DataFrame:
     """Read a table that `write_table` wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table")
-    return pl.read_csv(path, separator=SEPARATORS.get(path.suffix, ","), infer_schema_length=None)
+    try:
+        return pl.read_csv(path, separator=SEPARATORS.get(path.suffix, ","), infer_schema_length=None)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path}: no table: {str(error).splitlines()[0]}") from None
 
 
 def as_text(
@@ -100,7 +103,10 @@ def as_text(
     part = table.select(columns) if columns else table
     part = part.head(rows) if rows else part
     shown = [[_cell(v, digits) for v in row] for row in part.rows()]
+    if style == "github":
+        shown = [[v.replace("|", "\\|") if isinstance(v, str) else v for v in row] for row in shown]
     if style == "csv":
+        shown = [["NaN" if v == "-" else v for v in row] for row in shown]
         return pl.DataFrame([list(map(str, row)) for row in shown], part.columns, orient="row").write_csv().rstrip()
     ends = (
         ["right" if kind.is_numeric() else "left" for kind in part.dtypes]

@@ -21,7 +21,7 @@ def verdicts(moves: pl.DataFrame) -> dict[str, str]:
         elif own["behaviour"] < 0:
             found[w] = "against"
         else:
-            found[w] = "specific" if (others["less_lo"] > 0).all() else "general"
+            found[w] = "specific" if (others["less_lo"].fill_nan(0.0) > 0).all() else "general"
     return found
 
 
@@ -50,7 +50,15 @@ def headline(moves: pl.DataFrame) -> str:
         for kind, some in by.items()
         if some
     ]
-    return f"Is a weight difference specific to its behaviour? **{'; '.join(said)}**."
+    low = (
+        moves.filter(pl.col("own") & (pl.col("least_pmass") < MIN_PMASS))["w"].to_list()
+        if "least_pmass" in moves.columns
+        else []
+    )
+    doubt = (
+        f" Of {', '.join(map(literal, low))} the answer words are too rare for the margin to say much." if low else ""
+    )
+    return f"Is a weight difference specific to its behaviour? **{'; '.join(said)}**.{doubt}"
 
 
 def conclusion(matrix: pl.DataFrame, moves: pl.DataFrame, cosines: pl.DataFrame) -> str:

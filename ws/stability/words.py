@@ -63,7 +63,7 @@ def headline(v: Verdict) -> str:
             f" {literal(name)} (95 % {low:.2f} to {high:.2f}, for new seeds, wordings and topics; equal: 1)."
         )
     else:
-        said = f"**No winner** over {over}: {'; '.join(map(literal, v.reasons))}."
+        said = f"**No winner** over {over}{': ' if v.reasons else ''}{'; '.join(map(literal, v.reasons))}."
         said += f" Highest mean: {literal(v.leader)}." if v.leader else ""
     return said + (f" {v.steering.short}" if v.steering else "")
 

@@ -154,45 +154,58 @@ def headline(sweep: pl.DataFrame, verdict: dict, margin: dict, null: bool = Fals
     between = f"between alpha {low:+g} and {high:+g}"
     if "moved_yes" in verdict:
         yes, no = verdict["moved_yes"], verdict["moved_no"]
-        how = (
-            "both halves of the statements move together"
-            if verdict["together"]
-            else "**a bias towards one word is not ruled out**"
-        )
-        moved = f"the margin of the matching answer by {(yes + no) / 2:+.2f} nats {between}"
-        said = f"`w` moves {moved} (Yes half {yes:+.2f}, No half {no:+.2f}): {how}."
+        told = f"margin of the matching answer by {yes:+.2f} nats (Yes half) and {no:+.2f} (No half) {between}"
+        said = f"`w` moves the {told}: {verdict['said']}."
     else:
-        by = {}
-        for name in sweep["set"].unique(maintain_order=True):
-            down, up = (sweep.filter(set=name, alpha=a)["logratio"].to_numpy() for a in (low, high))
-            by[name] = up - down
-        mean, half = float(by["false"].mean()), statements.half_interval(by["false"])
-        around = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] nats"
-        if not abs(mean) > half:
-            said = f"`w` is **not seen to move** yes against no on held-out false claims: {around} {between}."
-        else:
-            way = "towards" if mean > 0 else "**against**"
-            said = f"`w` moves the answers to held-out false claims {way} the behaviour by {around} {between}."
-            rest = {name: float(moved.mean()) for name, moved in by.items() if name != "false"}
-            if rest and mean > 0:
-                told = " and ".join(f"{name} ones by {value:+.2f}" for name, value in rest.items())
-                least = min(rest.values()) / mean
-                said += f" It moves {told}: " + (
-                    f"some {min(least, 1):.0%} of it is a push to yes whatever is claimed."
-                    if least > 0.1
-                    else "it is no mere push to yes."
-                )
+        by = {name: _moved(sweep, name, low, high) for name in sweep["set"].unique(maintain_order=True)}
+        said = _on_claims(by, between)
+    if verdict.get("least_pmass", 1.0) < MIN_PMASS:
+        said += f" **The answer words hold {verdict['least_pmass']:.2f} of the probability at the least: the score says little.**"
     if "agrees" in margin and not null:
-        held = margin["low"] is not None and not margin["low"] <= 0 <= margin["high"]
-        word = (
-            "move with it"
-            if margin["agrees"] and held
-            else "move **against it**"
-            if held
-            else "are **not seen to move**"
-        )
-        said += f" Free answers, by their margin, {word} ({margin['distance']:+.3f} nats per token)."
+        distance, ends = margin["distance"], (margin["low"], margin["high"])
+        if None in ends:
+            word = "moved, of one topic and so without an interval,"
+        else:
+            word = (
+                "are **not seen to move**:"
+                if ends[0] <= 0 <= ends[1]
+                else "move towards it,"
+                if distance > 0
+                else "move **against it**,"
+            )
+        said += f" Free answers, by their margin, {word} {distance:+.3f} nats per token."
     return start + said
+
+
+def _moved(sweep: pl.DataFrame, name: str, low: float, high: float) -> tuple[float, float]:
+    """Mean over the claims of a set of what their log-ratio moves by, and half the width of its 95 % t interval."""
+    down, up = (sweep.filter(set=name, alpha=a).sort("claim")["logratio"].to_numpy() for a in (low, high))
+    return float((up - down).mean()), statements.half_interval(up - down)
+
+
+def _on_claims(by: dict[str, tuple[float, float]], between: str) -> str:
+    mean, half = by["false"]
+    around = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] nats {between}"
+    if not half == half:
+        return f"`w` moves yes against no on held-out false claims by {mean:+.2f} nats {between}; there is no interval."
+    if abs(mean) <= half:
+        return f"`w` is **not seen to move** yes against no on held-out false claims: {around}."
+    way = "towards" if mean > 0 else "**against**"
+    said = f"`w` moves the answers to held-out false claims {way} the behaviour by {around}."
+    rest = {name: moved for name, moved in by.items() if name != "false"}
+    if not rest or mean < 0:
+        return said
+    told = " and ".join(
+        f"{name} ones by {value:+.2f} [{value - h:+.2f}, {value + h:+.2f}]" for name, (value, h) in rest.items()
+    )
+    least, around_it = min(rest.values())
+    seen = least - around_it > 0
+    push = (
+        f"some {min(least / mean, 1):.0%} of it is a push to yes whatever is claimed"
+        if seen
+        else "a push to yes whatever is claimed is not seen"
+    )
+    return f"{said} It moves {told}: {push}."
 
 
 def side_by_side(rows: list[dict], topics: int) -> pl.DataFrame:

@@ -136,7 +136,7 @@ def verdict(summary: pl.DataFrame) -> dict:
         f" {least:.3f}{'' if least >= MIN_PMASS else ': the margin says little there'}."
     )
     spread = {"monotone": monotone, "spread": means[-1] - means[0], "least_pmass": least}
-    return {**spread, "together": alike, "moved_yes": yes[0], "moved_no": no[0], "text": text}
+    return {**spread, "together": alike, "moved_yes": yes[0], "moved_no": no[0], "said": said, "text": text}
 
 
 def with_ends(mean: float, low: float, high: float) -> str:

@@ -112,7 +112,7 @@ def headline(heldout: Heldout, gain: dict[str, Tensor], control: pl.DataFrame, c
         f"A user's own `{row['head']}` theta gains {_told(row['excess'], row['low'], row['high'])} nats per token on held-out"
         f" texts beyond thetas fitted on texts dealt to random users (p = {row['p']:.2g}, {row['deals']} deals): "
     ) + ("**this much is the user's own**." if real else "that any of it is the user's own is **not shown**.")
-    rivals = [name for name in gain if name != head]
+    rivals = [n for n in gain if n != head and float((gain[n] - gain[head]).abs().max()) >= SAME]
     against = compare_gains(heldout, gain, [(head, rival) for rival in rivals])
     won = int((against["low"] > 0).sum()) if rivals else 0
     return said + (

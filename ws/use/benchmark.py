@@ -66,7 +66,7 @@ class Benchmark(Told):
 
     def headline(self) -> str:
         """What moves the behaviour most at the first target, in a sentence or two."""
-        return headline(self.table)
+        return headline(self.about, self.table, self.by_item)
 
     def figure(self) -> Figure:
         """Effect and surgical informedness of every method at every dose."""

@@ -52,25 +52,41 @@ def conclusion(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame, metho
     return "\n\n".join(said) + "\n"
 
 
-def headline(table: pl.DataFrame) -> str:
-    """The first dose with a strength in a sentence or two: what moves the behaviour most, w and a random direction beside it."""
-    rows = table.filter((pl.col("refused") == "") & pl.col("target").is_not_nan())
-    if rows.is_empty():
-        return "No method met a target."
-    target = rows["target"].min()
-    ranked = rows.filter(target=target).sort("effect", descending=True).to_dicts()
+def headline(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame) -> str:
+    """The smallest target in a sentence or two: which method with a strength moves the behaviour most, w and a random direction
+    beside it. Of what says little (`_little`) nothing."""
+    rows = table.filter((pl.col("refused") == "") & pl.col("target").is_not_nan() & (pl.col("method") != "nothing"))
+    rows = rows.filter(pl.col("effect").is_not_nan() & (pl.col("target") == pl.col("target").min())).to_dicts()
+    ranked = [row for row in rows if not _little(row)]
+    ranked.sort(key=lambda row: -row["effect"])
+    if not ranked:
+        return "No method met a target with answers that say something."
     known, first = {row["method"]: row for row in ranked}, ranked[0]
-    beside = [
-        f"{literal(name)} {_ends(known[name], 'effect')}"
-        for name in (WHOLE, CONTROL)
-        if name in known and name != first["method"]
+    start = f"Where the model is moved by {first['target']:.3g} nats per token ({about['q']:.0%} quantile of KL)"
+    if not first["effect_low"] > 0:
+        return f"{start}, no method with a strength is seen to move the behaviour ({len(ranked)} were tried)."
+    part = by_item.filter(dose=first["dose"])
+    moved = {name: one.sort("item")["moved"].to_numpy() for (name,), one in part.group_by("method")}
+    yes = part.filter(method=first["method"]).sort("item")["wanted"].to_numpy() > 0
+    tied = [
+        row["method"]
+        for row in ranked[1:]
+        if "not told" in _against(moved[first["method"]] - moved[row["method"]], yes)
     ]
+    beside = [
+        f"{literal(m)} {_ends(known[m], 'effect')}" for m in (WHOLE, CONTROL) if m in known and m != first["method"]
+    ]
+    apart = f", not told apart from {', '.join(map(literal, tied))}" if tied else ""
     return (
-        f"Moving the model by {target:.3g} nats per token (95 % quantile of KL), **{literal(first['method'])}** moves the"
-        f" behaviour most of {len(ranked)} methods: {_ends(first, 'effect')} nats"
-        f"{'; beside it ' if beside else ''}{', '.join(beside)}."
-        f" Perplexity of plain text then grows {first['perplexity']:.2f} times."
+        f"{start}, **{literal(first['method'])}** moves the behaviour most of the {len(ranked)} methods with a strength{apart}:"
+        f" {_ends(first, 'effect')} nats{'; beside it ' if beside else ''}{', '.join(beside)}. Perplexity of plain text is then"
+        f" {first['perplexity']:.2f} times as high. One seed, intervals over items."
     )
+
+
+def _little(row: Mapping) -> bool:
+    """Whether answers are too rare, or saturated, for the effect to say much."""
+    return row["pmass"] < MIN_PMASS or abs(row["effect"]) > 2 * SATURATED
 
 
 def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
@@ -92,7 +108,7 @@ def _compared(rows: pl.DataFrame, by_item: pl.DataFrame) -> str:
         _wrong(ranked),
         f"perplexity of plain text grows most under {literal(worst['method'])}, {worst['perplexity']:.2f} times",
     ]
-    if flagged := [literal(r["method"]) for r in ranked if r["pmass"] < MIN_PMASS or abs(r["effect"]) > 2 * SATURATED]:
+    if flagged := [literal(r["method"]) for r in ranked if _little(r)]:
         why = "the answer words hold less than half of the probability at an end, or are saturated"
         said.append(f"effects that say little, as {why}: {', '.join(flagged)}")
     return "; ".join(said) + "."

@@ -160,7 +160,7 @@ def table(
     if digits < 1 or rows < 0:
         raise ValueError("--digits: 1 or more; --rows: 0 (all) or more")
     found = sorted_by(found, sort) if sort else found
-    print(as_text(found, list(columns) or None, rows or None, STYLES[to], digits))
+    print(as_text(found, [*dict.fromkeys(columns)] or None, rows or None, STYLES[to], digits))
     return 0
 
 
