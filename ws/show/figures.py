@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import PathCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Transform
 
 matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure  # noqa: E402
@@ -72,9 +73,7 @@ def _series(ax: Axes) -> list[tuple[str, np.ndarray]]:
     found = []
     for one in (*ax.lines, *ax.collections, *ax.containers):
         name = str(one.get_label())
-        whole = isinstance(one, Artist) and not one.get_transform().contains_branch(
-            ax.transData
-        )  # spans the panel: no data
+        whole = isinstance(one, Artist) and not _placed(one).contains_branch(ax.transData)  # spans the panel: no data
         if name and not name.startswith("_") and not whole:
             found.append((name, _values(one)))
     found += [("cells", np.ma.filled(image.get_array().astype(float), np.nan)) for image in ax.images]
@@ -88,6 +87,11 @@ def _series(ax: Axes) -> list[tuple[str, np.ndarray]]:
             )
         ]
     return [(name, values[np.isfinite(values)]) for name, values in found]
+
+
+def _placed(one: Artist) -> Transform:
+    """What places a thing in its panel."""
+    return one.get_offset_transform() if isinstance(one, PathCollection) else one.get_transform()
 
 
 def _values(drawn: object, axis: int = 1) -> np.ndarray:
