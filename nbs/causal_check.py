@@ -116,7 +116,9 @@ display(embedded(found.conclusion()), headline(found.headline()))
 # what `P w` adds to the stream), and no direction of its own. Gray: the middle 95 % of these controls. Diamond: the same by forward passes.
 
 # %%
-display(show(found.forest(), run.folder / "causal_forest", key=True))
+display(show(found.forest(14), run.folder / "causal_forest_top", key=True))
+if len(found.names) > 14:
+    display(show(found.forest(), run.folder / "causal_forest"))
 
 # %% [markdown]
 # The line from each point ends at what its controls keep on the same energy.

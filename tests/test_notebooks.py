@@ -229,9 +229,9 @@ def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path,
     both = table.join(swept, on="subspace").drop_nulls("joint_score")
     assert len(both) > 5 and both["joint_score"].to_list() == pytest.approx(both["expected"].to_list(), rel=1e-6)
     assert found.setting["other"] and found.setting["nulls"] == 0 and len(found.cloud["points"]) == 20
-    assert (home / "causal" / "causal_check.html").read_text().count("data:image/png") == 6
+    assert (home / "causal" / "causal_check.html").read_text().count("data:image/png") == 7
     for name in (
-        "causal_forest.png",
+        "causal_forest_top.png",
         "causal_energy.pdf",
         "causal_where.png",
         "causal_ranks.png",

@@ -14,13 +14,13 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 NAMED = 8
 
 
-def forest(table: pl.DataFrame) -> Figure:
-    """Excess of each candidate in nats: 95 % interval over claims, filled where max-T over all candidates is under .05; grey
-    bar: the 95 % range of its own controls; hollow diamond: by forward passes."""
+def forest(table: pl.DataFrame, most: int = MOST) -> Figure:
+    """Excess of so many candidates in nats, the highest first: 95 % interval over claims, filled where max-T over all is under
+    .05; grey bar: the 95 % range of its own controls; hollow diamond: by forward passes."""
     rows = (
         table[2:].filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null()).sort("excess", descending=True)
     )
-    shown = rows.head(MOST)
+    shown = rows.head(most)
     figure = Figure(figsize=(9, 1.6 + 0.24 * max(len(shown), 3)), layout="constrained")
     axis = figure.subplots()
     for y, row in enumerate(shown.iter_rows(named=True)):
@@ -35,7 +35,7 @@ def forest(table: pl.DataFrame) -> Figure:
     axis.set_yticks(range(len(shown)), [plain(name) for name in shown["subspace"]], fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel("excess over controls of equal energy (nats); filled: max-T p < .05; diamond: by forward passes")
-    more = f", the {MOST} highest of {len(rows)}" if len(rows) > MOST else ""
+    more = f", the {most} highest of {len(rows)}" if len(rows) > most else ""
     axis.set_title(f"Effect beyond what the captured energy explains{more}")
     axis.grid(True, axis="x", alpha=0.2)
     return figure

@@ -52,9 +52,9 @@ class CausalCheck(Told):
         """That in a sentence or two."""
         return headline(self)
 
-    def forest(self) -> Figure:
-        """Excess of every candidate with its interval, its controls' range beside it."""
-        return figures.forest(self.candidates)
+    def forest(self, most: int = figures.MOST) -> Figure:
+        """Excess of so many candidates, the highest first, with its interval, its controls' range beside it."""
+        return figures.forest(self.candidates, most)
 
     def where_figure(self) -> Figure:
         """Effect and share of `|w|^2` of each module role and layer."""
