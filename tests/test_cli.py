@@ -351,7 +351,7 @@ def test_the_demo_ends_with_steered_text(monkeypatch, tmp_path):
     ]
     write_blind(rows, folder)
     assert demo.steered_text(demo.DEMO).splitlines() == [
-        "tiny, seed 0, held out: Prompt 0?", "  alpha -1: said 0 at -1", "  alpha +0: said 0 at 0", "  alpha +1: said 0 at 1",
+        "tiny, seed 0, held out: Prompt 0?", "  alpha -1: said 0 at -1", "  alpha  0: said 0 at 0", "  alpha +1: said 0 at 1",
     ]  # fmt: skip
 
 

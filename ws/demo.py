@@ -118,8 +118,12 @@ def steered_text(show: Show, prompts: int = 1) -> str:
     for topic in sorted({row["topic"] for row in rows})[:prompts]:
         some = [row for row in rows if row["topic"] == topic]
         lines.append(f"{show.model}, seed {show.seeds[0]}, held out: {_shown(some[0]['prompt'])}")
-        lines += [f"  alpha {row['alpha']:+g}: {_shown(row['completion'])}" for row in some]
+        lines += [f"  alpha {_signed(row['alpha'])}: {_shown(row['completion'])}" for row in some]
     return "\n".join(lines)
+
+
+def _signed(alpha: float) -> str:
+    return f"{alpha:+g}" if alpha else " 0"
 
 
 def _shown(text: str) -> str:
