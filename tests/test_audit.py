@@ -319,7 +319,7 @@ def test_the_atlas_is_ordered_and_its_nulls_come_last(lm, out, tmp_path):
     assert many.figure().get_figheight() > 40 * 0.2  # a label has its line
     found.save(tmp_path / "atlas")
     assert {p.name for p in (tmp_path / "atlas").iterdir()} == {
-        "atlas.tsv", "atlas_means.tsv", "atlas.md", "atlas.png", "atlas.pdf"
+        "atlas.tsv", "atlas_means.tsv", "atlas.md", "atlas.png", "atlas.pdf", "atlas.svg"
     }  # fmt: skip
 
 

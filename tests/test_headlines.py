@@ -79,12 +79,16 @@ def verdict(winner: str | None) -> SimpleNamespace:
     return SimpleNamespace(winner=winner, S=3, rivals=rivals, reasons=["tied with c"], leader="a", steering=steer)
 
 
+NULLS = pl.DataFrame({"candidate": ["a"], "R_act_above_null": [False], "R_w_above_null": [True], "R_w_null_hi": [3.0]})
+
+
 def test_the_verdict_over_seeds():
-    text = unwrap(over_seeds)(verdict("a"))
+    text = unwrap(over_seeds)(verdict("a"), NULLS)
     assert "**a wins** over 3 LoRA seeds" in text and "1.50 times the closest, b_1 (95 % 1.20 to 1.90" in text.replace(
         "\\", ""
     )
-    text = unwrap(over_seeds)(verdict(None))
+    assert "R_act **not** above null diffs, R_w above null diffs" in text
+    text = unwrap(over_seeds)(verdict(None), NULLS)
     assert text.startswith("**No winner** over 3 LoRA seeds: tied with c. Highest mean: a.") and "wins" not in text
 
 

@@ -93,7 +93,7 @@ class Stability(Told):
 
     def headline(self) -> str:
         """The verdict in a sentence or two (Markdown)."""
-        return words.headline(self.verdict)
+        return words.headline(self.verdict, self.summary)
 
     def save(self, folder: Path | str) -> Path:
         """Write `v7b_*` tables and the conclusion into `folder`, each whole. Returns the folder."""

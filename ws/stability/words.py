@@ -52,7 +52,7 @@ def _winner_lines(v: Verdict, summary: pl.DataFrame) -> list[str]:
     return lines + _named_against_nulls(v.winner or v.leader, summary)
 
 
-def headline(v: Verdict) -> str:
+def headline(v: Verdict, summary: pl.DataFrame) -> str:
     """The verdict in a sentence or two, for the head of the report."""
     over = f"{v.S} LoRA seed{'s' if v.S > 1 else ''}"
     if v.winner:
@@ -60,7 +60,8 @@ def headline(v: Verdict) -> str:
         ratio, low, high = np.exp([log, low, high])
         said = (
             f"**{literal(v.winner)} wins** over {over}: above each of {v.rivals.height} rivals, {ratio:.2f} times the closest,"
-            f" {literal(name)} (95 % {low:.2f} to {high:.2f}, for new seeds, wordings and topics; equal: 1)."
+            f" {literal(name)} (95 % {low:.2f} to {high:.2f}, for new seeds, wordings and topics; equal: 1);"
+            f" {_beside_nulls(v.winner, summary)}."
         )
     else:
         said = f"**No winner** over {over}{': ' if v.reasons else ''}{'; '.join(map(literal, v.reasons))}."
