@@ -165,6 +165,7 @@ def test_the_demo_runs_checks_and_a_benchmark_after_what_they_read(tmp_path, mon
         "Place": lambda: place,
         "prepare": partial(prepare, place=place),
         "show_report": lambda show: "THE TABLE",
+        "steered_text": lambda show: "THE TEXT",
     }
     for name, stand_in in (stubbed | {"make_jobs": lambda grid: make_jobs(grid, None, place)}).items():
         monkeypatch.setattr(demo, name, stand_in)
