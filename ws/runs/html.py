@@ -190,11 +190,6 @@ def from_markdown(text: str) -> "Markup":
     return Markup(clean(_markdown().render(text)))
 
 
-def text_of(page: str) -> str:
-    """The words of a piece of HTML."""
-    return html.unescape(re.sub(r"<[^>]+>", "", page))
-
-
 def text_in(data: str | list[str]) -> str:
     """Text of a notebook's output, which may be kept as a list of lines."""
     return data if isinstance(data, str) else "".join(data)

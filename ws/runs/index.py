@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 from tabulate import tabulate
@@ -120,9 +121,11 @@ def report(out: Path | None = None) -> Path:
 
 def _groups(rows: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
     """Runs by model and behaviour, the newest first, and those of null diffs apart."""
+    from ws.runs.clean import text_of
+
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["finished"], reverse=True):
-        told = (row["title"], html.text_of(row["headline"]))
+        told = (row["title"], unescape(text_of(row["headline"])))
         row["find"] = " ".join([*(str(row[c]) for c in COLUMNS if row[c] != ""), *told]).lower()
         if row["seed"] not in ("", "all"):
             row["find"] += f" seed {row['seed']}"

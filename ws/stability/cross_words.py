@@ -50,11 +50,7 @@ def headline(moves: pl.DataFrame) -> str:
         for kind, some in by.items()
         if some
     ]
-    low = (
-        moves.filter(pl.col("own") & (pl.col("least_pmass") < MIN_PMASS))["w"].to_list()
-        if "least_pmass" in moves.columns
-        else []
-    )
+    low = moves.filter(pl.col("own") & (pl.col("least_pmass") < MIN_PMASS))["w"].to_list()
     doubt = (
         f" Of {', '.join(map(literal, low))} the answer words are too rare for the margin to say much." if low else ""
     )

@@ -71,7 +71,7 @@ def headline(about: Mapping, table: pl.DataFrame, by_item: pl.DataFrame) -> str:
     tied = [
         row["method"]
         for row in ranked[1:]
-        if "not told" in _against(moved[first["method"]] - moved[row["method"]], yes)
+        if not _apart(both_halves("by", moved[first["method"]] - moved[row["method"]], yes))
     ]
     beside = [
         f"{literal(m)} {_ends(known[m], 'effect')}" for m in (WHOLE, CONTROL) if m in known and m != first["method"]
@@ -137,5 +137,8 @@ def _ends(row: Mapping, name: str) -> str:
 def _against(by_item: np.ndarray, yes: np.ndarray) -> str:
     """A paired difference over items, in words; both answer halves counted alike, as in the effect."""
     found = both_halves("by", by_item, yes)
-    sure = found["by_low"] > 0 or found["by_high"] < 0
-    return f"{_ends(found, 'by')}{'' if sure else ', not told apart'}"
+    return f"{_ends(found, 'by')}{'' if _apart(found) else ', not told apart'}"
+
+
+def _apart(found: Mapping) -> bool:
+    return found["by_low"] > 0 or found["by_high"] < 0
