@@ -142,10 +142,7 @@ docs: setup
 tiny-model: setup
     @{{python}} -m tiny_model
 
-# benchmarks against textbook implementations, all or the named ones
+# the benches of speed against textbook implementations, all or the named ones, as ratios; --check: none 30 % worse than committed
 [no-exit-message]
-bench *NAMES: setup
-    #!/bin/sh
-    set -eu
-    [ $# -gt 0 ] || set -- $(ls bench | sed -n 's/^\([a-z].*\)\.py$/\1/p')
-    for name in "$@"; do echo "== $name"; .venv/bin/python "bench/$name.py"; done
+bench *ARGS: setup
+    @{{python}} bench/ratios.py "$@"

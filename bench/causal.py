@@ -10,6 +10,7 @@ import argparse
 import time
 
 import torch
+from ratios import told
 
 import ws
 from ws.causal.passes import TOGETHER, Items
@@ -81,7 +82,8 @@ def main() -> None:
     off = float((found["textbook"] - found["together"]).abs().max())
     slow, fast = (sorted(times[name])[len(times[name]) // 2] for name in times)
     print(f"{args.model}: {args.variants} variants, {len(turns)} texts, two ends; largest difference {off:.1e} nats")
-    print(f"one by one {slow:.2f} s, together {fast:.2f} s, ratio {slow / fast:.2f} (medians of {args.repeats})")
+    ratio = told("stacked variants", slow, fast)
+    print(f"one by one {slow:.2f} s, together {fast:.2f} s, ratio {ratio:.2f} (medians of {args.repeats})")
 
 
 if __name__ == "__main__":

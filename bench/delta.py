@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from ratios import told
 
 from ws.delta.bootstrap import bootstrap, bootstrap_weights, group_parts, sketch_basis
 from ws.delta.measure import delta_svd
@@ -60,9 +61,8 @@ def speed(t: int, d: int, repeats: int) -> None:
     print(f"Gram, all eigenvalues, top 8 directions : {ours:6.2f} s")
     for name, textbook in (("numpy", textbook_numpy), ("torch", textbook_torch)):
         seconds, (s, v) = best_of(repeats, lambda textbook=textbook: textbook(delta, 8))
-        print(
-            f"full float32 SVD, {name:22s}: {seconds:6.2f} s   ratio {seconds / ours:.2f}   {_deviation(found, s, v)}"
-        )
+        ratio = told(f"full SVD, {name}", seconds, ours)
+        print(f"full float32 SVD, {name:22s}: {seconds:6.2f} s   ratio {ratio:.2f}   {_deviation(found, s, v)}")
     group = torch.arange(t) * 30 // t
     weights = bootstrap_weights(30, 200, 0)
     seconds, _ = best_of(

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from ratios import told
 
 from ws.model.prefix import logits_at
 from ws.train.examples import collate
@@ -70,8 +71,9 @@ def main() -> None:
         for train in (False, True):
             (slow, a), (fast, b) = (seconds(partial(f, model, batch), train) for f in (plain, ours))
             what = "with gradients" if train else "without"
+            ratio = told(f"{shared} shared tokens, {what}", slow, fast)
             print(
-                f"{shared} shared tokens, {what}: {slow:.2f} s plain, {fast:.2f} s, ratio {slow / fast:.2f};"
+                f"{shared} shared tokens, {what}: {slow:.2f} s plain, {fast:.2f} s, ratio {ratio:.2f};"
                 f" largest difference {float((a - b).abs().max()):.1e} nats"
             )
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import ws
+import ws.explanation.explain
 
 STAGES = {  # what is timed: where a caller looks it up
     "load the model": "ws.model.lm.load_lm",
@@ -106,8 +107,9 @@ def sweep(model: str, files: list[str], protocol: str, device: str, dtype: str, 
         for i, file in enumerate(files):
             clock = Clock(device)
             with clock.stage("other"), timed_stages(clock):
+                w = ws.explanation.explain.load_diff(file)
                 lm = ws.model.lm.load_lm(model, dtype, device)
-                one = ws.explain(lm, file, behavior, protocol=protocol, cache=Path(folder) / "cache", progress=False)
+                one = ws.explain(lm, w, behavior, protocol=protocol, cache=Path(folder) / "cache", progress=False)
                 one.save(Path(folder) / f"run_{i}")
                 one.null_check(120)
             found["runs"].append({"whole": sum(clock.seconds.values()), "stages": clock.seconds})
@@ -159,7 +161,11 @@ def other_stages(model: str, w: str, device: str, dtype: str, behavior: str) -> 
     def theta() -> list[float]:
         users = dict(list(load_users().items())[:2])
         with tempfile.TemporaryDirectory() as folder:
-            return fit_theta(lm, users, heads=["cvh"], folder=folder, progress=False).theta(next(iter(users)), "cvh").tolist()
+            return (
+                fit_theta(lm, users, heads=["cvh"], folder=folder, progress=False)
+                .theta(next(iter(users)), "cvh")
+                .tolist()
+            )
 
     def gradients() -> list[float]:
         return [float(x) for x in pair_gradients(lm, rows, diff.layers(), progress=False).losses.values()]
@@ -231,7 +237,7 @@ def main() -> None:
             line = f"{name:20}" + "".join(f"{one[name][0] if name in one else float('nan'):12.2f}" for one in others)
             if len(others) == 2 and all(name in one for one in others):
                 x, y = (np.array(one[name][1], dtype=float) for one in others)
-                off = float(np.max(np.abs(x - y) / np.maximum(np.abs(x), 1e-3)))
+                off = float(np.linalg.norm(x - y) / np.linalg.norm(x))
                 line += f"   {off:.1e}"
                 report.setdefault("others", {})[name] = {"seconds": [one[name][0] for one in others], "difference": off}
             print(line, flush=True)

@@ -12,6 +12,7 @@ import argparse
 import time
 
 import torch
+from ratios import told
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -192,7 +193,8 @@ def main() -> None:
     cosines = {n: min(map(least_cosine, ours[n], plain[n])) for n in plain}
     worst = min(cosines, key=cosines.get)
     apart = max(float((our[n] / dense[n] - 1).abs().max()) for n in plain)
-    print(f"ratio: bases {b / a:.1f}, scores {e / c:.1f}, together {(b + e) / (a + c):.1f}")
+    together = told("bases and scores", b + e, a + c)
+    print(f"ratio: bases {b / a:.1f}, scores {e / c:.1f}, together {together:.1f}")
     print(
         f"smallest principal cosine {cosines[worst]:.6f} ({worst}); largest relative difference of scores {apart:.1e}"
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ratios import told
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -112,7 +113,7 @@ def main() -> None:
     print(f"this project : {statistics.median(ours_times):6.3f} s per step, once {once:.2f} s, peak {peak_mb():.0f} MB")
     theirs, theirs_times = textbook(h, y, W, head, cfg, args.repeats)
     print(f"textbook     : {statistics.median(theirs_times):6.3f} s per step, peak {peak_mb():.0f} MB")
-    ratio = statistics.median(theirs_times) / statistics.median(ours_times)
+    ratio = told("one step of Adam", statistics.median(theirs_times), statistics.median(ours_times))
     whole = 30 * statistics.median(theirs_times) / (once + 30 * statistics.median(ours_times))
     print(f"ratio of one step {ratio:.1f} (wanted >= 4); of a whole fit of 30 steps, recording included, {whole:.1f}")
     print(

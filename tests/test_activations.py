@@ -66,7 +66,9 @@ def test_blocks_add_up_to_the_residual(lm):
 def test_seven_forward_passes_for_v7(lm, behavior, parity_folder):
     w = load_diff(parity_folder / "w.pt")
     rows = []
-    handle = lm.model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
+    handle = lm.decoder.body.register_forward_pre_hook(
+        lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True
+    )
     try:
         A.capture_base(lm, behavior, Protocol())
         capture_steered(lm, behavior, w, Protocol())

@@ -355,3 +355,21 @@ def test_a_width_that_no_basis_can_have_is_refused(materials):
     ):
         with pytest.raises(ValueError, match=message):
             Materials(decoder, base, 0, k, k_broad)
+
+
+def test_what_is_built_on_the_way_over_the_layers_is_what_each_layer_gives(materials):
+    """Bases that wait for the sum of all layers, and those built while it is added up, in one pass over the weights."""
+    fresh = Materials(materials.decoder, materials.base, 2)
+    read: list[tuple[int, str]] = []
+    weight = fresh.decoder.weight
+    fresh.decoder.weight = lambda l, role: read.append((l, role)) or weight(l, role)
+    chosen = [c for c in candidates("v7b") if c.kind != "ceiling" and "pairs" not in c.sees]
+    try:
+        found = build(fresh, chosen, False)
+    finally:
+        del fresh.decoder.weight
+    assert all(read.count((l, "up")) == 1 for l in range(fresh.n_layers)), "each layer's weights are read once"
+    assert not any(vars(layer).keys() & {"up_gram", "down_gram"} for layer in fresh._layers.values())
+    for c in chosen:
+        for l in range(fresh.n_layers):
+            assert torch.equal(found[c.name][l].B, materials.build(c, l).B), (c.name, l)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import ws.subspaces.grams as grams
 import ws.subspaces.materials as materials
 from ws.data import load_behavior
 from ws.model.lm import load_lm
@@ -12,8 +13,9 @@ from ws.subspaces.algebra import Basis, compose, gram_basis, left_svd, pca
 from ws.subspaces.build import build, candidates
 from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import capture_base
+from ws.subspaces.grams import left_gram, weight_noise
 from ws.subspaces.kept import load_bases, save_bases
-from ws.subspaces.materials import Materials, left_gram, weight_noise
+from ws.subspaces.materials import Materials
 from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, NONE, Noise, rounding
 from ws.subspaces.protocol import load_protocol
 
@@ -52,7 +54,8 @@ def turn(a: Basis, b: Basis) -> float:
 def test_what_is_not_flagged_in_bfloat16_turns_by_less_than_a_hundredth(made, monkeypatch):
     chosen = [c for c in candidates("v7b") if c.kind != "ceiling"]
     full, half = (build(m, chosen, False) for m in made.values())
-    monkeypatch.setattr(materials, "weight_eps", lambda _: FLOAT32_EPS)  # the flags of float32's rounding alone
+    for module in (materials, grams):
+        monkeypatch.setattr(module, "weight_eps", lambda _: FLOAT32_EPS)  # the flags of float32's rounding alone
     blind = build(again(made["bfloat16"]), chosen, False)
     unflagged, moved = {"half": 0, "blind": 0}, {"half": [], "blind": []}
     for name in full:
@@ -91,7 +94,7 @@ def test_other_roundings_of_the_same_weights_keep_to_the_bound(made, scale):
             parts = [full.weight(l, r) if r in ("o", "down") else full.weight(l, r).T for r in roles]
             rounded = [(M * scale).bfloat16().float() for M in parts]
             G = left_gram(*rounded)
-            found = gram_basis(G, 8, noise=weight_noise(half, G, sum(M.shape[1] for M in rounded)))
+            found = gram_basis(G, 8, noise=weight_noise(half, G.diagonal(), sum(M.shape[1] for M in rounded)))
             off = turn(gram_basis(left_gram(*parts), 8), found)
             ratios.append(off / found.turn)
             sure += not found.ill_conditioned

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ws.subspaces import algebra as S
 from ws.subspaces.check import check_basis
+from ws.subspaces.eigen import eigenpairs, spectral_norm
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -166,3 +167,19 @@ def test_check_basis_names_what_is_wrong():
         check_basis(S.Basis(2 * torch.eye(5)[:, :2]), 5, "cand at layer 3")
     with pytest.raises(ValueError, match="NaN"):
         check_basis(S.Basis(torch.full((5, 1), float("nan"))), 5, "cand")
+
+
+@pytest.mark.parametrize("d", [8, 97, 200])
+def test_all_eigenvalues_and_some_eigenvectors_come_from_one_tridiagonal_form(d):
+    M = torch.randn(d, 3 * d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+    G = M @ M.T
+    expected, Q = torch.linalg.eigh(G)
+    for first, last in ((d - 5, d - 1), (0, 3)):
+        values, vectors = eigenpairs(G, first, last, every=True)
+        assert torch.allclose(values, expected, rtol=1e-11)
+        assert (vectors.T @ Q[:, first : last + 1]).abs().diagonal().min() > 1 - 1e-9
+        assert (G @ vectors - vectors * values[first : last + 1]).abs().max() < 1e-10 * values[-1]
+        few, same = eigenpairs(G, first, last)
+        assert torch.allclose(few, values[first : last + 1]) and (same.T @ vectors).abs().diagonal().min() > 1 - 1e-9
+    norm = float(torch.linalg.matrix_norm(M, ord=2))
+    assert all(abs(spectral_norm(X) / norm - 1) < 1e-5 for X in (M.float(), M.T.float()))

@@ -134,3 +134,46 @@ def test_base_captures_of_a_half_precision_model_are_those_of_its_weights_in_flo
     assert half.model.dtype == torch.bfloat16
     clean = base_sets(half, behavior, load_protocol("v7b"))[0]
     assert noise(read_texts(half, list(clean.texts), clean.special).resid, truth.clean.resid) > 1e-3  # in bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "olmo2"])
+@pytest.mark.parametrize("steered", [False, True])
+def test_block_by_block_gives_the_same_numbers_and_one_block_at_a_time(family, steered):
+    model = random_model(family, layers=3).bfloat16()
+    decoder, ids = Decoder(model), torch.arange(3, 20)[None]
+    before = [(x, x.data_ptr(), x.detach().clone()) for x in tensors(model)]
+    w = diff_for(model, 0.05)
+    alpha, seen = 0.5 if steered else 0.0, []
+
+    def look(block, _):
+        wide = [b for b in decoder.blocks if any(x.dtype == torch.float32 for x in b.mlp.parameters())]
+        seen.append(wide == [block])
+
+    with torch.no_grad():
+        with widened(model), weight_steer(model, w, alpha):
+            whole = model(ids).logits
+        with widened(model, by_block=True), weight_steer(model, w, alpha):
+            handles = [block.register_forward_pre_hook(look) for block in decoder.blocks]
+            turns = model(ids).logits
+            assert all(x.dtype == torch.bfloat16 for block in decoder.blocks for x in block.parameters())
+            for handle in handles:
+                handle.remove()
+    assert seen == [True] * 3 and turns.dtype == torch.float32
+    assert torch.equal(whole, turns) if not steered else (whole - turns).abs().max() < 2e-5 * whole.abs().max()
+    for x, (y, place, bits) in zip(tensors(model), before, strict=True):
+        assert x is y and x.data_ptr() == place and torch.equal(x, bits)
+
+
+def test_an_error_inside_a_block_leaves_no_block_wide():
+    model = random_model("qwen3", layers=2).bfloat16()
+    before = [(x.data_ptr(), x.dtype) for x in tensors(model)]
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.up_proj.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), widened(model, by_block=True):
+        model(torch.arange(3, 20)[None])
+    handle.remove()
+    assert [(x.data_ptr(), x.dtype) for x in tensors(model)] == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -147,7 +147,7 @@ def second_moments(
 
     each = {name: watch(place) for name, place in names.items()}
     steps = [(one, i) for one in sets for i in range(0, len(one.texts), batch)]
-    with widened(lm.model), torch.no_grad(), recorded(lm.model, each):
+    with widened(lm.model, by_block=True), torch.no_grad(), recorded(lm.model, each):
         for one, i in tqdm(steps, desc="second moments", disable=not progress):
             ids, mask = encode(lm.tokenizer, list(one.texts[i : i + batch]), one.special, one.max_length)
             real, device = mask > 0, next(lm.model.parameters()).device

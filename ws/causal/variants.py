@@ -15,7 +15,7 @@ from ws.diff import WeightDiff
 from ws.diff.algebra import WRITERS, project
 from ws.diff.core import Entry, LowRank, layer_of
 from ws.model.decoder import Decoder
-from ws.subspaces.materials import output_gain
+from ws.subspaces.grams import output_gain
 
 READERS = (".q_proj.weight", ".k_proj.weight", ".v_proj.weight", ".gate_proj.weight", ".up_proj.weight")
 Gains = Mapping[str, Float[Tensor, " d"]]

@@ -5,7 +5,9 @@ Review 53(2)). A matrix becomes `B A` only where `|M - B A|_F <= 1e-6 |M|_F` for
 afterwards, measured and not estimated; what was rounded to half precision has full rank and stays dense.
 """
 
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
@@ -23,14 +25,28 @@ def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], 
     latter is `{"factorised": {matrices, of, largest_residual, tolerance}}`: how many of how many dense matrices, and
     the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is."""
     out: dict[str, Entry] = {}
-    matrices, residuals = 0, []
-    for name, entry in entries:
-        found = None
-        if not isinstance(entry, LowRank) and entry.ndim == 2:
-            matrices += 1
-            found = factors(entry)
+    matrices, residuals, threads = 0, [], torch.get_num_threads()
+    waiting: deque[tuple[str, Entry, Future | None]] = deque()
+
+    def settle() -> None:
+        name, entry, made = waiting.popleft()
+        found = made.result() if made else None
         out[name] = entry if found is None else found[0]
-        residuals += [] if found is None else [found[1]]
+        residuals.extend([] if found is None else [found[1]])
+
+    try:  # a matrix per thread: several threads bring little to one of them
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for name, entry in entries:
+                dense = not isinstance(entry, LowRank) and entry.ndim == 2
+                matrices += dense
+                waiting.append((name, entry, pool.submit(factors, entry) if dense else None))
+                del entry
+                if len(waiting) > threads:
+                    settle()
+            while waiting:
+                settle()
+    finally:
+        torch.set_num_threads(threads)
     about = {"of": matrices, "largest_residual": max(residuals, default=0.0), "tolerance": TOLERANCE}
     return out, {"factorised": {"matrices": len(residuals), **about}} if residuals else {}
 

@@ -190,7 +190,8 @@ def _foreign(tensors: dict[str, Tensor], path: Path, form: str) -> WeightDiff:
     if adapter:
         raise ValueError(f"{path}: holds one PEFT adapter ({adapter}); give the folders of a pair, pos and neg")
     check_entries(tensors, str(path))
-    entries, about = factorised(tensors.items())
+    names = list(tensors)
+    entries, about = factorised((name, tensors.pop(name)) for name in names)  # what has become factors is let go
     return WeightDiff(entries, {"source": path.name, "form": form, **about})
 
 

@@ -30,8 +30,8 @@ from ws.gradient.accumulate import Example, Sums, weighted_gradients
 from ws.model.decoder import ROLES
 from ws.model.lm import LM
 from ws.model.text import answer_frame
-from ws.subspaces.algebra import top_eigh
-from ws.subspaces.materials import output_gain
+from ws.subspaces.eigen import top_eigh
+from ws.subspaces.grams import output_gain
 from ws.train.examples import make_example
 from ws.train.pairs import Pair, StatementPair
 

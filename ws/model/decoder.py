@@ -23,14 +23,15 @@ def unembeds_some(model: nn.Module) -> bool:
 
 class Decoder:
     """A read-only view of a causal LM's decoder by role. Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H),
-    `n_kv` (K), `head_dim` (e), `vocab` (V), `blocks` (the ModuleList), `final_norm`, `embed_tokens`, `act` (the MLP's
-    activation function). Raises ValueError naming the missing module when the architecture is not served."""
+    `n_kv` (K), `head_dim` (e), `vocab` (V), `body` (all but the unembedding), `blocks` (the ModuleList), `final_norm`,
+    `embed_tokens`, `act` (the MLP's activation function). Raises ValueError naming the missing module when the architecture
+    is not served."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.prefix, self.blocks = _find_blocks(model)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        body = model.get_submodule(self.prefix.rpartition(".")[0])
+        self.body = body = model.get_submodule(self.prefix.rpartition(".")[0])
         self.n_layers, self.embed_tokens = len(self.blocks), model.get_input_embeddings()
         self.final_norm = getattr(body, "norm", None)
         if self.final_norm is None:

@@ -142,6 +142,11 @@ def hooked(model: nn.Module) -> bool:
     return any(getattr(getattr(h, "func", h), "__module__", "").split(".")[0] not in LIBRARIES for h in hooks)
 
 
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps the model: code compiled before a hook was set runs without it."""
+    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
+
+
 def check_unhooked(model: nn.Module) -> None:
     """`check_plain`, and ValueError where somebody's forward hook is set: for what is kept whatever the fingerprint."""
     check_plain(model)

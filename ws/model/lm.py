@@ -11,7 +11,7 @@ from ws.cache.given import first_line
 from ws.cache.models import folder_hash, model_name, model_slug
 from ws.cache.syntax import digest
 from ws.model.contents import Fingerprint, checksum
-from ws.model.decoder import SERVED, Decoder, unembeds_some
+from ws.model.decoder import SERVED, Decoder
 from ws.model.gguf import check_loaded
 from ws.model.source import available, read_config, read_tokenizer, source_of, template_text, whole_weights
 from ws.model.text import position_ids, template_note
@@ -54,11 +54,10 @@ class LM:
         return template_note(self.tokenizer, self.template)
 
     def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
-        """The model's output on encoded texts, with positions that count from each text's first token; with one logit row, the
-        last, where the model can leave out the others: for what hooks and `more` record."""
+        """The output of the decoder's body (no logits) on encoded texts, with positions that count from each text's first
+        token: for what hooks and `more` record."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-        more |= {"logits_to_keep": 1} if unembeds_some(self.model) else {}
-        return self.model(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
+        return self.decoder.body(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
 
     def __repr__(self) -> str:
         d, kind = self.decoder, type(self.model).__name__

@@ -7,29 +7,66 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ws.model.guard import Guarded
+from ws.model.decoder import Decoder
+from ws.model.guard import Guarded, compiled
 
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def widened(model: nn.Module) -> Guarded:
+def widened(model: nn.Module, by_block: bool = False) -> Guarded:
     """A context in which every bfloat16 and float16 parameter and buffer of the model is its exact float32 value; `as`
     binds the model. On exit, by any road and also after an interrupt, each has the very tensor that it had before. Holds
     4 bytes per weight more meanwhile. A float32 model, and one whose weights are partly not in memory (offloaded), stays
-    as it is."""
-    return _Widened(model)
+    as it is. by_block: for passes without gradients, a decoder's block, and what embeds and unembeds, is wide only while it
+    runs, so that one of them is held at a time; the numbers are the same."""
+    return _Widened(model, by_block)
 
 
 class _Widened(Guarded):
     """The context of `widened`."""
 
+    def __init__(self, model: nn.Module, by_block: bool):
+        super().__init__(model)
+        self.by_block = by_block
+
     def start(self) -> None:
         every = [*self.value.parameters(), *self.value.buffers()]
-        if any(x.device.type == "meta" for x in every):
+        if any(x.device.type == "meta" for x in every) or not any(x.dtype in NARROW for x in every):
             return
-        for x in (x for x in every if x.dtype in NARROW):
+        later = self._turn_by_turn() if self.by_block and not compiled(self.value) else set()
+        for x in (x for x in every if x.dtype in NARROW and id(x) not in later):
             self.undo.append(partial(_put, x, x.data))
             x.data = x.data.float()
+
+    def _turn_by_turn(self) -> set[int]:
+        """Hooks on what is wide only while it runs; the ids of its tensors."""
+        decoder = Decoder(self.value)
+        embeds, parts = decoder.embed_tokens, [*decoder.blocks, decoder.logits_module()]
+        if type(embeds).forward is nn.Embedding.forward:  # what it looks up is widened, not all rows
+            self.undo.append(embeds.register_forward_hook(lambda _module, _inputs, output: output.float()).remove)
+        else:
+            parts.append(embeds)
+        for part in parts:
+            turn = _Turn(part)
+            self.undo.append(turn.over)
+            self.undo.append(part.register_forward_pre_hook(turn.begin).remove)
+            self.undo.append(part.register_forward_hook(turn.over, always_call=True).remove)
+        return {id(x) for part in (*parts, embeds) for x in (*part.parameters(), *part.buffers())}
+
+
+class _Turn:
+    """Widens a module when it begins to run and puts its tensors back when it is over."""
+
+    def __init__(self, module: nn.Module):
+        self.narrow = [(x, x.data) for x in (*module.parameters(), *module.buffers()) if x.dtype in NARROW]
+
+    def begin(self, *_) -> None:
+        for x, data in self.narrow:
+            x.data = data.float()
+
+    def over(self, *_) -> None:
+        for x, data in self.narrow:
+            x.data = data
 
 
 def _put(x: Tensor, data: Tensor) -> None:

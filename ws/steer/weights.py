@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ws.diff.core import Entry, LowRank, WeightDiff, dims, parts
-from ws.model.guard import Guarded
+from ws.model.guard import Guarded, compiled
 from ws.model.wide import NARROW
 
 WIDE = (torch.float32, torch.float64)
@@ -65,7 +65,7 @@ class _Steering(Guarded):
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha}, expected a finite number")
         slots = check_fits(self.value, self.w)
-        if any(slot.parameter.dtype in NARROW for slot in slots) and _compiled(self.value):
+        if any(slot.parameter.dtype in NARROW for slot in slots) and compiled(self.value):
             raise ValueError(
                 "a compiled model in half precision does not see w: steer it before torch.compile, or in float32"
             )
@@ -73,11 +73,6 @@ class _Steering(Guarded):
             step = (_InPlace if slot.parameter.dtype in WIDE else _Hooked)(slot, self.alpha)
             self.undo.append(step.exit)
             step.enter()
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Whether torch.compile wraps the model: code compiled before a hook was set runs without it."""
-    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
 
 
 def _plain_name(name: str) -> str:
@@ -251,9 +246,12 @@ def _steered(module: nn.Module, args: tuple, kwargs: dict, output):
         else:
             x = x.float()
             across = live.kind == "conv1d"
-            y = x @ (weight.float() if across else weight.float().T)
-            if bias is not None:
-                y = y + bias.float()
+            if weight.dtype in WIDE and output.dtype in WIDE:  # widened while it runs: the output is whole
+                y = output
+            else:
+                y = x @ (weight.float() if across else weight.float().T)
+                if bias is not None:
+                    y = y + bias.float()
             for leaf, entry, alpha, _ in live.changes:
                 if leaf == "bias":
                     y = y + alpha * entry

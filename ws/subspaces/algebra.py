@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NONE, Noise, as_noise, rounding, spectrum
+from ws.subspaces.eigen import SMALL, eigenpairs, top_eigh
+from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NONE, Noise, as_noise, rounding
 
 QR_TOLERANCE = 1e-5  # columns of a QR with |R_ii| at or below this are dropped
 RANK_TOLERANCE = 1e-5  # singular values below this fraction of the largest are rounding noise of float32 samples
 WITHIN_ROUNDING = "the gap at the cut is within rounding"
 TURNS = "rounding may turn it by {:.1g} rad"
-SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,6 @@ def empty(d: int, note: str) -> Basis:
     return Basis(torch.zeros(d, 0), note=note)
 
 
-def _eigh(G: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Eigenpairs number first..last (ascending, inclusive) in float64; on the CPU only these are computed."""
-    if G.device.type == "cpu" and G.shape[0] > SMALL:
-        from scipy.linalg import eigh
-
-        values, vectors = eigh(G.numpy(), subset_by_index=[first, last])
-        return torch.from_numpy(values.copy()), torch.from_numpy(vectors.copy())
-    values, vectors = torch.linalg.eigh(G)
-    return values[first : last + 1], vectors[:, first : last + 1]
-
-
-def top_eigh(G: Float[Tensor, "d d"], k: int) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
-    """Leading eigenpairs of a symmetric matrix in float64: `min(k + 1, d)` values, `min(k, d)` vectors, largest first."""
-    d = G.shape[0]
-    values, vectors = _eigh(G.double(), max(d - k - 1, 0), d - 1)
-    return values.flip(0), vectors.flip(1)[:, : min(k, d)]
-
-
 def _cut(s: Float[Tensor, " q"], k: int, d: int, noise: Noise) -> tuple[int, float, bool, str, float]:
     """rank, gap, ill_conditioned, note and turn of keeping k of d directions of a spectrum s (largest first, with one past
     the cut where there is one)."""
@@ -115,10 +97,10 @@ def gram_basis(G: Float[Tensor, "d d"], k: int, bottom: bool = False, noise: flo
     of, spectral norm (`rounding`) or `Noise`; float32 weights have none."""
     d, noise = G.shape[0], as_noise(noise)
     if not bottom:
-        values, vectors = top_eigh(G, k)
-        return _basis(vectors, spectrum(G, values, noise), min(k, d), noise)
-    values, vectors = _eigh(G.double(), 0, min(k, d - 1))
-    s = spectrum(G, values, noise, ascending=True)
+        values, vectors = top_eigh(G, k, every=noise.needs_all)
+        return _basis(vectors, values.clamp(min=0).sqrt(), min(k, d), noise)
+    values, vectors = eigenpairs(G.double(), 0, min(k, d - 1), every=noise.needs_all)
+    s = values.clamp(min=0).sqrt()
     if k >= d:
         return Basis(vectors.float().cpu(), s.float().cpu(), most=noise.most)
     distance = float(s[k] - s[k - 1])
@@ -148,8 +130,8 @@ def left_svd(M: Float[Tensor, "d m"], k: int, noise: float | Noise | None = None
         return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k, noise)
     if d <= m:
         return gram_basis(M @ M.T, k, noise=noise)
-    values, V = top_eigh(M.T @ M, k)
-    s = spectrum(M.T @ M, values, noise)
+    values, V = top_eigh(M.T @ M, k, every=noise.needs_all)
+    s = values.clamp(min=0).sqrt()
     keep = s[:k] > 1e-7 * s[0]
     return _basis(torch.linalg.qr((M @ V)[:, keep] / s[:k][keep]).Q, s, k, noise)
 

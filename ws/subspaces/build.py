@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 
 from ws.show.bars import tqdm
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate, registered
-from ws.subspaces.materials import Materials
+from ws.subspaces.materials import Materials, TooEarly
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
 
@@ -33,11 +34,31 @@ def build(
     materials: Materials | CeilingMaterials, chosen: Sequence[Candidate], progress: bool = True
 ) -> dict[str, list[Basis]]:
     """Bases of the candidates by name, one per layer, each checked as it is made. Layers are the outer loop, so that a
-    layer's weights and Grams are read once. Raises ValueError naming candidate and layer when a basis is malformed."""
-    bases: dict[str, list[Basis]] = {c.name: [] for c in chosen}
-    for l in tqdm(range(materials.n_layers), "bases by layer", disable=not (progress and chosen)):
-        for c in chosen:
-            bases[c.name].append(materials.build(c, l))
-        if isinstance(materials, Materials):
+    layer's weights and Grams are read once: when the pass that adds up all layers is at one, what can be built there is built;
+    what needs the sum waits. Raises ValueError naming candidate and layer when a basis is malformed."""
+    bases: dict[str, dict[int, Basis]] = {c.name: {} for c in chosen}
+    whole = isinstance(materials, Materials)
+
+    def at(l: int, last: bool) -> bool:
+        """Builds what is missing at a layer; whether something has to wait."""
+        waits = False
+        for c in (c for c in chosen if l not in bases[c.name] and (last or not c.shared)):
+            try:
+                bases[c.name][l] = materials.build(c, l)
+                bar.update()
+            except TooEarly:
+                waits = True
+        if whole:
             materials.forget(l)
-    return bases
+        return waits
+
+    with tqdm(total=materials.n_layers * len(chosen), desc="bases", disable=not (progress and chosen)) as bar:
+        try:
+            if whole:
+                materials.visit = partial(at, last=False)
+            for l in range(materials.n_layers):
+                at(l, last=True)
+        finally:
+            if whole:
+                materials.visit = None
+    return {name: [by_layer[l] for l in range(materials.n_layers)] for name, by_layer in bases.items()}

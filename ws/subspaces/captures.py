@@ -97,7 +97,7 @@ class TextSet:
 
         def make() -> TextActs:
             more = {"detail": True, "label": self.label, "max_length": self.max_length}
-            with widened(lm.model):
+            with widened(lm.model, by_block=True):
                 return read_texts(lm, list(self.texts), self.special, **more)
 
         ids, _ = encode(lm.tokenizer, list(self.texts), self.special, self.max_length)
@@ -255,7 +255,7 @@ def capture_base(lm: LM, behavior: Behavior, protocol: Protocol, cache: Path | N
     if not sides:
         return BaseCaptures(clean, NoPersonas(), NoPersonas(), n_pairs=0)
     if not protocol.raw_last:
-        with widened(lm.model):
+        with widened(lm.decoder.final_norm):
             sides = [_last_normed(lm, acts) for acts in sides]
     return BaseCaptures(clean, *sides, n_pairs=len(sets[1].texts) // len(sets[0].texts))
 
@@ -264,6 +264,7 @@ def _last_normed(lm: LM, acts: TextActs) -> TextActs:
     """Token states with the last layer's after the final norm, as v7 reads them."""
     norm, states = lm.decoder.final_norm, acts.tokens[-1]
     with torch.no_grad():
-        normed = norm(states.to(next(norm.parameters()).device).to(lm.model.dtype)).float().cpu()
+        weight = next(norm.parameters())
+        normed = norm(states.to(weight.device, weight.dtype)).float().cpu()
     acts.tokens[-1] = normed * (states.abs().sum(dim=-1, keepdim=True) > 0)
     return acts

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ws.subspaces.algebra import Basis, cut_at_rank, gram_basis, left_svd, pca, project_away, union, write_away
 from ws.subspaces.candidate import candidate
-from ws.subspaces.materials import Materials, weight_noise
+from ws.subspaces.grams import weight_noise
+from ws.subspaces.materials import Materials
 from ws.subspaces.noise import Noise
 
 
@@ -242,7 +243,7 @@ def _top_gained(m: Materials, l: int, **grams: str) -> Basis:
     names = {where: name.split() for where, name in grams.items()}
     G = sum(_gained(m, sum(getattr(w, name) for name in some), l, where) for where, some in names.items())
     columns = sum(w.columns(name) for some in names.values() for name in some)
-    return gram_basis(G, m.k, noise=weight_noise(m.decoder, G, columns, gained=True))
+    return gram_basis(G, m.k, noise=weight_noise(m.decoder, G.diagonal(), columns, gained=True))
 
 
 def _gained(m: Materials, G: Tensor, l: int, where: str) -> Tensor:

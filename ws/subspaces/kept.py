@@ -92,13 +92,13 @@ class Shelf:
     whole: Callable[[], BaseCaptures] | None = None  # the captures, where others take their part of them too
     gradients: Callable | None = None  # of sets of texts, with a `content` hash (`ws.gradient.sets.GradientSets`)
 
-    def key(self, c: Candidate, prompts: dict, model: str) -> Key:
+    def key(self, c: Candidate, prompts: dict, model: str, code: str) -> Key:
         params = {"model": model, "k": self.k, "k_broad": self.k_broad, "shared": c.shared, "name": c.name}
         params |= {"fold_gain": self.protocol.fold_gain}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
         if self.gradients and reads_gradients(c):
             params |= {"gradients": self.gradients.content, "part": self.part}
-        return stage_key(params, sources=composed_of(c)[1])
+        return stage_key(params, sources=code)
 
     def base(self) -> BaseCaptures:
         read = self.whole or (lambda: capture_base(self.lm, self.behavior, self.protocol, cache=self.cache))
@@ -110,10 +110,13 @@ class Shelf:
         check_plain(self.lm.model)
         prompts, model = prompts_key(self.lm, self.behavior, self.protocol), self.lm.fingerprint
         keys: dict[str, Key] = {}
+        parts: dict[str, set[str]] = {}
         for c in chosen:
             try:
                 if model:
-                    keys[c.name] = self.key(c, prompts, model)
+                    found, code = composed_of(c)
+                    parts[c.name] = {part.name for part in found}
+                    keys[c.name] = self.key(c, prompts, model, code)
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
         folder = self.cache / "bases"
@@ -132,7 +135,7 @@ class Shelf:
                 fresh = build(materials, todo, progress)
                 for c in (c for c in todo if c.name in keys):
                     # read back, not used as built: a cut basis lies otherwise in memory, and its last digits with it
-                    if materials.asked.get(c.name, set()) <= {part.name for part in composed_of(c)[0]}:
+                    if materials.asked.get(c.name, set()) <= parts[c.name]:
                         made(paths[c.name], keys[c.name], lambda path, c=c: save_bases(fresh[c.name], path))
                         fresh[c.name] = load_bases(paths[c.name])
             if progress:

@@ -10,74 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.model.decoder import ROLES, Decoder
-from ws.model.wide import NARROW
+from ws.model.decoder import Decoder
 from ws.subspaces.algebra import Basis, gram_basis, pca
 from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
 from ws.subspaces.check import as_basis
+from ws.subspaces.eigen import spectral_norm
+from ws.subspaces.grams import GRAMS, SUMS, LayerWeights, left_gram, weight_eps, weight_noise
 from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, Noise, rounding
 
-GRAMS = {"o_gram": "o", "kv_gram": "kv", "q_gram": "q"} | {f"{r}_gram": (r,) for r in ("down", "up", "gate")}
-SUMS = {
-    "write_gram": ("o_gram", "down_gram"),
-    "qkv_gram": ("kv_gram", "q_gram"),
-    "read_gram": ("qkv_gram", "up_gram", "gate_gram"),
-}
 Captures = BaseCaptures | Callable[[], BaseCaptures] | None
-CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
 
 
-def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
-    """`sum M M^T` in float64."""
-    G = parts[0].new_zeros(len(parts[0]), len(parts[0]), dtype=torch.float64)
-    for columns in (c for M in parts for c in M.split(CHUNK, dim=1)):
-        block = columns.to(G.device).double()
-        G += block @ block.T
-    return G
-
-
-class LayerWeights:
-    """One block's matrices, float32, by role (`q k v o gate up down`), and Grams `M M^T` of what they are made of.
-
-    Grams: `o_gram`, `down_gram`, their sum `write_gram`; of the transposes `kv_gram`, `qkv_gram`, `up_gram`,
-    `gate_gram`, and `read_gram` = `S^T S`, `S = [q; k; v; up; gate]`. Made when first asked for; `release` lets the
-    matrices go (float32 copies where the model is of lower precision) and keeps the Grams.
-    """
-
-    def __init__(self, decoder: Decoder, l: int, fold_gain: bool):
-        self._decoder, self._l, self._fold = decoder, l, fold_gain
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name in SUMS:
-            return sum(getattr(self, part) for part in SUMS[name])
-        if name in ROLES:
-            made = self._decoder.weight(self._l, name)
-            if self._fold and name in ("o", "down"):
-                made = output_gain(self._decoder, self._l, name).to(made.device)[:, None] * made
-        elif name in GRAMS:
-            made = left_gram(*(getattr(self, r) if r in ("o", "down") else getattr(self, r).T for r in GRAMS[name]))
-        else:
-            raise AttributeError(name)
-        setattr(self, name, made)
-        return made
-
-    def noise(self, gram: str) -> Noise:
-        """Of what the named Gram is the Gram of."""
-        gains = [output_gain(self._decoder, self._l, role) for role in ("o", "down")] if self._fold else []
-        gained = gram in ("o_gram", "down_gram", "write_gram") and any((g != 1).any() for g in gains)
-        return weight_noise(self._decoder, getattr(self, gram), self.columns(gram), gained)
-
-    def columns(self, gram: str) -> int:
-        """Number of columns of what the named Gram is the Gram of."""
-        if gram in SUMS:
-            return sum(map(self.columns, SUMS[gram]))
-        return sum(self._decoder.linear(self._l, r).weight.shape[r in ("o", "down")] for r in GRAMS[gram])
-
-    def release(self) -> None:
-        for role in ROLES:
-            self.__dict__.pop(role, None)
+class TooEarly(Exception):
+    """What all layers add up to was asked for while they are still being added up."""
 
 
 def check_widths(k: int, k_broad: int, d: int) -> None:
@@ -86,28 +33,6 @@ def check_widths(k: int, k_broad: int, d: int) -> None:
         raise ValueError(f"PCS = {k}: a basis has 1 to d = {d} columns")
     if k_broad < 1:
         raise ValueError(f"K_BROAD = {k_broad}: a broad basis has at least 1 column")
-
-
-def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
-    """Gain of the norm on the output that `role` (`o` or `down`) writes; ones where there is none."""
-    return decoder.norm_gain(l, "attn_out" if role == "o" else "mlp_out")
-
-
-def weight_eps(decoder: Decoder) -> float:
-    """Distance of 1 from the next number in the dtype of the blocks' weights; float32's for wider ones."""
-    dtype = decoder.linear(0, "o").weight.dtype
-    return torch.finfo(dtype).eps if dtype in NARROW else FLOAT32_EPS
-
-
-def weight_noise(decoder: Decoder, gram: Tensor, columns: int, gained: bool = False) -> Noise:
-    """Of a weight matrix M with Gram `M M^T`: none in float32. In half precision a weight is off by up to `eps/2` of
-    itself, evenly, so by at most `eps / sqrt 12` of it in standard deviation; taken from the row of largest norm.
-    gained: each row was multiplied by a gain, rounded alike."""
-    eps = weight_eps(decoder)
-    if eps <= FLOAT32_EPS:
-        return Noise()
-    sigma = eps * (float(gram.diagonal().max()) / columns / 12) ** 0.5
-    return Noise(sigma=sigma, rows=eps / 12**0.5 if gained else 0.0, most=NARROW_TURN)
 
 
 class Materials:
@@ -137,6 +62,10 @@ class Materials:
         self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
         self._asking: list[Candidate] = []
+        self._downstream: dict[int, Basis] = {}  # while the pass over all layers is under way
+        self.visit: Callable[[int], bool] | None = (
+            None  # called when that pass is at a layer: whether it must come back
+        )
         self.asked: dict[str, set[str]] = {}  # candidate -> those it was composed of
 
     def __repr__(self) -> str:
@@ -153,8 +82,8 @@ class Materials:
         """Of the product of two weight matrices: along any two directions `sqrt(sigma_A^2 |B|^2 + |A|^2 sigma_B^2)`."""
         if weight_eps(self.decoder) <= FLOAT32_EPS:
             return Noise()
-        a, b = (weight_noise(self.decoder, M @ M.T, M.shape[1]) for M in (A, B))
-        size_a, size_b = (float(torch.linalg.matrix_norm(M.double(), ord=2)) for M in (A, B))
+        a, b = (weight_noise(self.decoder, M.double().square().sum(dim=1), M.shape[1]) for M in (A, B))
+        size_a, size_b = map(spectral_norm, (A, B))
         return Noise(sigma=((a.sigma * size_b) ** 2 + (b.sigma * size_a) ** 2) ** 0.5, most=NARROW_TURN)
 
     def pca(self, X: Float[Tensor, "n d"], k: int | None = None) -> Basis:
@@ -193,7 +122,7 @@ class Materials:
     def layer(self, l: int) -> LayerWeights:
         """Weights and Grams of block l. One block's weights are held at a time, Grams up to a budget."""
         if l not in self._layers:
-            if (len(self._layers) + 1) * 5 * self.d * self.d * 8 > GRAM_BUDGET:
+            if (len(self._layers) + 1) * len((*GRAMS, *SUMS)) * self.d * self.d * 8 > GRAM_BUDGET:
                 self._layers.clear()
             self._layers[l] = LayerWeights(self.decoder, l, self._fold)
         if self._at_work not in (None, self._layers[l]):
@@ -239,7 +168,7 @@ class Materials:
 
     @property
     def unembed_noise(self) -> Noise:
-        return weight_noise(self.decoder, self.unembed_gram, self.decoder.vocab)
+        return weight_noise(self.decoder, self.unembed_gram.diagonal(), self.decoder.vocab)
 
     @cached_property
     def lm_broad(self) -> Basis:
@@ -249,14 +178,22 @@ class Materials:
     @cached_property
     def _global(self) -> tuple[Tensor, Tensor, dict[int, Basis]]:
         """One pass from the last layer down: all readers, all writers, readers downstream of each block."""
-        readers, downstream, columns = self.unembed_gram.clone(), {}, self.decoder.vocab
-        writers = torch.zeros_like(readers)
-        for l in reversed(range(self.n_layers)):
-            downstream[l] = gram_basis(readers, self.k_broad, noise=weight_noise(self.decoder, readers, columns))
-            columns += self.layer(l).columns("read_gram")
-            readers += self.layer(l).read_gram.to(readers.device)
-            writers += self.layer(l).write_gram.to(readers.device)
-        return readers, writers, downstream
+        if self._downstream:
+            raise TooEarly
+        readers, columns = self.unembed_gram.clone(), self.decoder.vocab
+        writers, asking, self._asking = torch.zeros_like(readers), self._asking, []
+        try:
+            for l in reversed(range(self.n_layers)):
+                noise = weight_noise(self.decoder, readers.diagonal(), columns)
+                self._downstream[l] = gram_basis(readers, self.k_broad, noise=noise)
+                columns += self.layer(l).columns("read_gram")
+                readers += self.layer(l).read_gram.to(readers.device)
+                writers += self.layer(l).write_gram.to(readers.device)
+                if self.visit:
+                    self.layer(l).thin(needed=self.visit(l))
+            return readers, writers, self._downstream
+        finally:
+            self._asking, self._downstream = asking, {}
 
     def noise_of_all(self, gram: str) -> Noise:
         """Of what `readers_gram` or `writers_gram` is the Gram of."""
@@ -264,7 +201,7 @@ class Materials:
         columns = self.decoder.vocab if reads else 0
         for l in range(self.n_layers):
             columns += LayerWeights(self.decoder, l, self._fold).columns("read_gram" if reads else "write_gram")
-        return weight_noise(self.decoder, getattr(self, gram), columns)
+        return weight_noise(self.decoder, getattr(self, gram).diagonal(), columns)
 
     @property
     def readers_gram(self) -> Tensor:
@@ -278,7 +215,7 @@ class Materials:
 
     def downstream_broad(self, l: int) -> Basis:
         """down64(l): what the unembedding and the blocks after l read."""
-        return self._global[2][l]
+        return self._downstream[l] if l in self._downstream else self._global[2][l]
 
     @cached_property
     def read_broad(self) -> Basis:

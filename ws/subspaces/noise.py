@@ -36,6 +36,11 @@ class Noise:
     rows: float = 0.0
     most: float = MOST_TURN
 
+    @property
+    def needs_all(self) -> bool:
+        """Whether a turn depends on all singular values, not on those around the cut alone."""
+        return self.sigma > 0
+
     def turn(self, s: Float[Tensor, " q"], k: int, d: int) -> float:
         """Bound in rad, at most 1, on the turn of the first k of d singular directions. s: k values, and one past the cut
         where there is one; all values, for `sigma` and `rows`."""
@@ -56,10 +61,3 @@ NONE = Noise()
 
 def as_noise(noise: float | Noise) -> Noise:
     return noise if isinstance(noise, Noise) else Noise(noise)
-
-
-def spectrum(G: Tensor, values: Tensor, noise: Noise, ascending: bool = False) -> Tensor:
-    """Singular values behind the eigenvalues of a Gram: those given, all of them where the noise needs all."""
-    if noise.sigma:
-        values = torch.linalg.eigvalsh(G.double()) if ascending else torch.linalg.eigvalsh(G.double()).flip(0)
-    return values.clamp(min=0).sqrt()

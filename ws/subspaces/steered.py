@@ -11,6 +11,7 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.diff.core import layer_of
 from ws.model.decoder import Decoder
 from ws.model.guard import check_plain
 from ws.model.lm import LM
@@ -20,7 +21,8 @@ from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.captures import TextSet, count_cut, eval_set, probe_set, probes
 from ws.subspaces.check import as_basis
-from ws.subspaces.materials import check_widths, output_gain
+from ws.subspaces.grams import output_gain
+from ws.subspaces.materials import check_widths
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
 
@@ -73,7 +75,8 @@ def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
                 found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {sign:+.0f}", **more))
         return found
 
-    with widened(lm.model):
+    in_blocks = all(layer_of(name) is not None for name in w)  # what embeds and unembeds is wide only while it runs
+    with widened(lm.model, by_block=in_blocks):
         (plus, *plus_fit), (minus, *minus_fit) = read(1.0), read(-1.0)
     return SteeredDiffs(
         eval=plus.resid - minus.resid,
