@@ -105,7 +105,7 @@ def sweep(model: str, files: list[str], protocol: str, device: str, dtype: str, 
     found: dict = {"device": device, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         for i, file in enumerate(files):
-            clock = Clock(device)
+            clock, lm, one = Clock(device), None, None  # one model at a time
             with clock.stage("other"), timed_stages(clock):
                 w = ws.explanation.explain.load_diff(file)
                 lm = ws.model.lm.load_lm(model, dtype, device)

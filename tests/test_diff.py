@@ -747,3 +747,26 @@ def test_changed_bytes_are_refused_in_one_line_or_read(base, pair, w, parity_fol
             except (ValueError, FileNotFoundError) as error:
                 assert "\n" not in str(error), error
         file.write_bytes(good)
+
+
+def test_a_torch_file_is_read_a_few_tensors_at_a_time(tmp_path, monkeypatch):
+    from ws.diff import io
+
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"model.layers.{l}.mlp.up_proj.weight": torch.randn(12, 10, generator=g) for l in range(5)}
+    torch.save(tensors, tmp_path / "w.pt")
+    torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    opened = []
+    legacy = io._legacy
+    monkeypatch.setattr(io, "FEW", 2)
+    monkeypatch.setattr(io, "_legacy", lambda path, mapped=False: opened.append(path.name) or legacy(path, mapped))
+    for name in ("w.pt", "old.pt"):
+        found = io.read_diff(tmp_path / name)
+        assert list(found) == list(tensors) and all(torch.equal(found[n], tensors[n]) for n in tensors)
+    assert opened == ["w.pt"] * 4 + ["old.pt"] * 2
+    monkeypatch.setattr(
+        io, "_legacy", lambda path, mapped=False: dict(reversed(legacy(path, mapped).items())) if opened else {}
+    )
+    names = list(tensors)
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        list(io._in_turn(tmp_path / "w.pt", names))

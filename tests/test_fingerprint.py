@@ -221,3 +221,18 @@ def test_nothing_is_written_or_trained_under_a_foreign_hook(tmp_path):
             lm, behavior, PairConfig(topics=2, personas=1, samples=1, max_new_tokens=4), tmp_path, progress=False
         )
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_at_rest_is_read_once_and_still_refuses_to_be_steered(monkeypatch):
+    from ws.model import contents
+
+    lm = load_lm("tiny")
+    rest, read = lm.at_rest(), []
+    monkeypatch.setattr(contents, "checksum", lambda model: read.append(1) or "other")
+    assert rest.fingerprint == rest.fingerprint and not read and lm.fingerprint.endswith("+other") and len(read) == 1
+    handle = rest.model.register_forward_hook(lambda *_: None)
+    assert rest.fingerprint == ""
+    handle.remove()
+    with weight_steer(lm.model, load_diff("tiny"), 1.0), pytest.raises(ValueError, match="being steered"):
+        rest.fingerprint  # noqa: B018
+    assert replace(lm, fingerprint="").at_rest().fingerprint == ""

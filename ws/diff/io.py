@@ -4,7 +4,7 @@ header, so the bytes depend on the content alone. (docs/method.md section 2)"""
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ HEADER = "ws_weight_diff"
 SUFFIXES = ("::B", "::A")
 LEGACY = (".pt", ".pth", ".bin")
 FLOATS, INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
+FEW = 16  # tensors of a torch file that are read at a time
 MOST_DIM, MOST_NAME = 1 << 24, 300  # rows or columns of a tensor; characters of its name
 
 
@@ -94,10 +95,12 @@ def read_diff(path: Path | str) -> WeightDiff:
     """
     path = Path(path)
     if path.suffix in LEGACY:
-        return _foreign({name: value.contiguous() for name, value in _legacy(path).items()}, path, "legacy")
+        names = list(_legacy(path, mapped=True))
+        return _foreign(names, _in_turn(path, names), path, "legacy")
     tensors, header = read_tensors(path)
     if HEADER not in header:
-        return _foreign(tensors, path, "dense")
+        names = list(tensors)
+        return _foreign(names, ((name, tensors.pop(name)) for name in names), path, "dense")
     names, meta = _own_header(header[HEADER], path)
     entries: dict[str, Entry] = {}
     try:
@@ -185,13 +188,31 @@ def _legacy(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     return content
 
 
-def _foreign(tensors: dict[str, Tensor], path: Path, form: str) -> WeightDiff:
-    adapter = next((name for name in tensors if ".lora_" in name), None)
+def _in_turn(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a torch file, read a few at a time: the whole file never stands in memory, where its form allows that."""
+    few = FEW if zipfile.is_zipfile(path) else len(names)
+    for i in range(0, len(names), few):
+        held = _legacy(path, mapped=True)
+        if list(held) != names:
+            raise ValueError(f"{path}: was changed while it was read; read it again")
+        for name in names[i : i + few]:
+            yield name, held.pop(name).clone(memory_format=torch.contiguous_format)
+
+
+def _foreign(names: list[str], tensors: Iterable[tuple[str, Tensor]], path: Path, form: str) -> WeightDiff:
+    """A weight diff of dense tensors, each checked as it comes and let go once it has become factors."""
+    adapter = next((name for name in names if ".lora_" in name), None)
     if adapter:
         raise ValueError(f"{path}: holds one PEFT adapter ({adapter}); give the folders of a pair, pos and neg")
-    check_entries(tensors, str(path))
-    names = list(tensors)
-    entries, about = factorised((name, tensors.pop(name)) for name in names)  # what has become factors is let go
+    if not names:
+        check_entries({}, str(path))
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name, value in tensors:
+            check_entries({name: value}, str(path))
+            yield name, value
+
+    entries, about = factorised(checked())
     return WeightDiff(entries, {"source": path.name, "form": form, **about})
 
 

@@ -86,6 +86,7 @@ def explain(
         check_fits(lm.model, diff)
     check_nulls(lm, w, nulls, [str(one) if isinstance(one, (str, Path)) else "" for one in given])
     check_plain(lm.model)
+    lm = lm.at_rest()
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)

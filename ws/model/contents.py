@@ -70,6 +70,8 @@ class Fingerprint:
         check_plain(lm.model)
         if hooked(lm.model):
             return ""
+        if loaded is None:  # `LM.at_rest`
+            return given
         now = checksum(lm.model)
         return given if now == loaded else f"{given}+{now}"
 

@@ -53,6 +53,12 @@ class LM:
         """In words, what a reader must know of the chat template; "" for nothing special."""
         return template_note(self.tokenizer, self.template)
 
+    def at_rest(self) -> "LM":
+        """The same model with its fingerprint taken once, for a computation during which nobody changes its weights."""
+        found = replace(self, fingerprint="")
+        found.__dict__["_fingerprint"] = self.fingerprint, None
+        return found
+
     def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
         """The output of the decoder's body (no logits) on encoded texts, with positions that count from each text's first
         token: for what hooks and `more` record."""
