@@ -255,6 +255,9 @@ def _steered(module: nn.Module, args: tuple, kwargs: dict, output):
             for leaf, entry, alpha, _ in live.changes:
                 if leaf == "bias":
                     y = y + alpha * entry
+                elif isinstance(entry, LowRank) and not across:
+                    z = x.reshape(-1, x.shape[-1]) @ entry.A.T
+                    y = torch.addmm(y.reshape(-1, y.shape[-1]), z, entry.B.T, alpha=alpha).reshape(y.shape)
                 else:
                     factors = parts(entry) if across else [part.T for part in reversed(parts(entry))]
                     y = y + alpha * reduce(torch.matmul, factors, x)

@@ -235,9 +235,9 @@ def write_away(G: Float[Tensor, "d d"], F: Basis, k: int, noise: Noise = NONE) -
     noise: of M."""
     G, Q = G.double(), F.B.to(G.device).double()
     GQ = G @ Q
-    left = G - GQ @ Q.T - Q @ GQ.T + Q @ (Q.T @ GQ) @ Q.T
+    part = (GQ - Q @ (Q.T @ GQ) / 2) @ Q.T  # G P - P G P / 2: with its transpose all that goes
     away = F.turn * float(G.trace().clamp(min=0)) ** 0.5
-    return gram_basis((left + left.T) / 2, k, noise=replace(noise, norm=away, most=max(noise.most, F.most)))
+    return gram_basis(G - part - part.T, k, noise=replace(noise, norm=away, most=max(noise.most, F.most)))
 
 
 def complement(F: Float[Tensor, "d r"], k: int) -> Float[Tensor, "d k"]:
