@@ -86,7 +86,7 @@ def check_words(lm: LM, behavior: Behavior) -> None:
 
 
 def answer_scores(
-    lm: LM, texts: list[str], yes: list[int], no: list[int], batch_size: int = 32, padding_side: str = "right"
+    lm: LM, texts: list[str], yes: list[int], no: list[int], batch_size: int = 64, padding_side: str = "right"
 ) -> Answers:
     """Answers at the last token of texts that are already rendered by the chat template."""
     ratios, masses = [], []
