@@ -50,12 +50,15 @@ def run(name: str, arguments: list[str], folder: Path) -> list[dict]:
 
 
 def worse(rows: list[dict], committed: dict[str, float]) -> list[str]:
-    """A line for every ratio that is more than WORSE below the committed one."""
+    """A line for every ratio that is more than WORSE below the committed one, or is not told any more."""
+    now = {f"{row['bench']}: {row['name']}": row["ratio"] for row in rows}
+    ran = {row["bench"] for row in rows}
     found = []
-    for row in rows:
-        key = f"{row['bench']}: {row['name']}"
-        if key in committed and row["ratio"] < (1 - WORSE) * committed[key]:
-            found.append(f"{key}: ratio {row['ratio']:.2f}, committed {committed[key]:.2f}")
+    for key, before in committed.items():
+        if key.split(":")[0] in ran and not now.get(key, 0.0) >= (1 - WORSE) * before:
+            found.append(
+                f"{key}: ratio {now[key]:.2f}, committed {before:.2f}" if key in now else f"{key}: not told any more"
+            )
     return found
 
 

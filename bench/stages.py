@@ -1,11 +1,11 @@
 """Where the time of a sweep goes, stage by stage, on one device or on two that are compared.
 
-.venv/bin/python bench/stages.py MODEL W [--protocol v7] [--devices cpu cuda] [--seeds 2] [--others] [--out FILE]
+.venv/bin/python bench/stages.py MODEL W [W ...] [--protocol v7] [--devices cpu cuda] [--others] [--out FILE]
 
 MODEL and W as bench/models.py writes them, or any model and weight difference. Of every stage its own seconds, without those
 of the stages it calls; whole is the time from loading to the last file. With two devices the scores of every candidate at
-every layer are compared where neither side calls its basis ill-conditioned. --seeds 2: the sweep of a second w on the same
-model, whose bases are kept. --others: delta SVD, theta fit of the shipped users, gradients of training pairs, 30 steps of
+every layer are compared where neither side calls its basis ill-conditioned. A further W is swept on the same model, whose
+bases are kept. --others: delta SVD, theta fit of the shipped users, gradients of training pairs, 30 steps of
 training, stacked variants and calibration too. Peak memory is of this process, in GiB; on a GPU that of the device beside it.
 """
 
@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,8 +31,7 @@ STAGES = {  # what is timed: where a caller looks it up
     "load the model": "ws.model.lm.load_lm",
     "load w": "ws.explanation.explain.load_diff",
     "base passes": "ws.subspaces.kept.capture_base",
-    "sums over layers": "ws.subspaces.materials.Materials._global",
-    "bases": "ws.subspaces.kept.build",
+    "Grams and bases": "ws.subspaces.kept.build",
     "keeping bases": "ws.subspaces.kept.made",
     "steered passes": "ws.explanation.explain.capture_steered",
     "ceilings": "ws.explanation.explain.build",
@@ -90,9 +88,7 @@ def timed_stages(clock: Clock):
             except ModuleNotFoundError:
                 module, _, kind = where.rpartition(".")
                 owner = getattr(importlib.import_module(module), kind)
-            if isinstance(one := vars(owner)[attribute], cached_property):
-                owner, attribute, one = one, "func", one.func
-            stack.enter_context(patch.object(owner, attribute, clock.timed(name, one)))
+            stack.enter_context(patch.object(owner, attribute, clock.timed(name, vars(owner)[attribute])))
         yield
 
 
@@ -125,12 +121,13 @@ def largest_difference(a, b) -> tuple[float, str, int]:
     """Between two per-layer tables: the largest relative difference of a score, where, and how many rows are well determined
     on both sides."""
     both = a.join(b, on=["layer", "subspace"], suffix="_b")
+    assert len(both) == len(a) == len(b), "a candidate is missing on one side"
     both = both.filter(~both["ill_conditioned"] & ~both["ill_conditioned_b"])
     worst, where = 0.0, ""
     for name in ("conc_act", "conc_block", "conc_w_combined"):
         x, y = both[name].to_numpy(), both[f"{name}_b"].to_numpy()
         off = np.abs(x - y) / np.maximum(np.abs(x), 1e-3)
-        off = np.where(np.isnan(x) & np.isnan(y), 0.0, off)
+        off = np.where(np.isnan(x) & np.isnan(y), 0.0, np.where(np.isnan(off), np.inf, off))
         if len(off) and off.max() > worst:
             i = int(off.argmax())
             worst, where = float(off[i]), f"{name} of {both['subspace'][i]} at layer {both['layer'][i]}"

@@ -33,6 +33,9 @@ def test_a_ratio_that_is_more_than_thirty_percent_below_the_committed_one_is_wor
     ]
     committed = {"b: same": 4.0, "b: less": 4.0, "b: gone": 4.0}
     assert ratios.worse(rows, committed) == ["b: gone: ratio 2.70, committed 4.00"]
+    rows = [{"bench": "b", "name": "same", "ratio": float("nan")}]
+    untold = {"b: same": 1.0, "b: other": 1.0, "c: of a bench that was not run": 1.0}
+    assert ratios.worse(rows, untold) == ["b: same: ratio nan, committed 1.00", "b: other: not told any more"]
 
 
 def test_every_bench_of_speed_is_there_and_tells_ratios():

@@ -10,7 +10,7 @@ from ws.diff import LowRank, WeightDiff
 from ws.model.lm import load_lm
 from ws.subspaces import algebra as S
 from ws.subspaces.build import build, candidates
-from ws.subspaces.candidate import candidate, get
+from ws.subspaces.candidate import Candidate, candidate, get
 from ws.subspaces.captures import capture_base
 from ws.subspaces.from_activations import common_suffix, kmeans
 from ws.subspaces.from_weights import repeat
@@ -373,3 +373,16 @@ def test_what_is_built_on_the_way_over_the_layers_is_what_each_layer_gives(mater
     for c in chosen:
         for l in range(fresh.n_layers):
             assert torch.equal(found[c.name][l].B, materials.build(c, l).B), (c.name, l)
+
+
+def test_a_candidate_that_catches_errors_gets_what_all_layers_add_up_to(materials):
+    def cautious(m, l):
+        try:
+            return m.read_broad.B[:, :4]
+        except Exception:
+            return torch.eye(m.d)[:, :4]
+
+    fresh = Materials(materials.decoder, materials.base, 2)
+    own = Candidate("cautious", "own", "own", False, ("weights",), cautious)
+    found = build(fresh, [get("global_read"), own], False)
+    assert all(torch.equal(basis.B, materials.read_broad.B[:, :4]) for basis in found["cautious"])

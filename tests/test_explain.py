@@ -207,3 +207,19 @@ def test_a_null_diff_is_another_diff_of_the_same_modules(given, parity_folder):
     few = ws.WeightDiff({name: other[name] for name in list(other.entries)[:1]})
     with pytest.raises(ValueError, match="null diff 1 lacks .*which w changes"):
         given(candidates=["write"], null=[few])
+
+
+def test_nothing_is_kept_for_a_model_that_a_candidate_of_ones_own_changed(tmp_path):
+    """In float32 a candidate is shown the model's own weights."""
+    w, clean = ws.load_diff("tiny"), ws.load_lm("tiny")
+    more = {"protocol": "v7", "candidates": ["write"], "cache": tmp_path, "progress": False}
+
+    def careless(m, l):
+        W = m.layer(l).up
+        W -= W.mean(dim=1, keepdim=True)
+        return ws.left_svd(W.T, 4)
+
+    ws.explain(ws.load_lm("tiny"), w, extra=[careless], **more)
+    again = ws.explain(clean, w, **more).per_layer["conc_act"]
+    fresh = ws.explain(clean, w, **(more | {"cache": tmp_path / "other"})).per_layer["conc_act"]
+    assert again.to_list() == fresh.to_list()

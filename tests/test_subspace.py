@@ -183,3 +183,23 @@ def test_all_eigenvalues_and_some_eigenvectors_come_from_one_tridiagonal_form(d)
         assert torch.allclose(few, values[first : last + 1]) and (same.T @ vectors).abs().diagonal().min() > 1 - 1e-9
     norm = float(torch.linalg.matrix_norm(M, ord=2))
     assert all(abs(spectral_norm(X) / norm - 1) < 1e-5 for X in (M.float(), M.T.float()))
+
+
+def test_eigenvalues_that_are_all_but_equal_and_matrices_of_zeros_and_extremes():
+    Q = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    for G in (
+        Q @ Q.T,
+        torch.eye(130, dtype=torch.float64),
+        torch.ones(128, 128, dtype=torch.float64),
+        torch.zeros(120, 120).double(),
+    ):
+        d = len(G)
+        values, vectors = eigenpairs(G, d - 9, d - 1, every=True)
+        assert torch.allclose(values, torch.linalg.eigvalsh(G), atol=1e-9)
+        assert torch.allclose(vectors.T @ vectors, torch.eye(9, dtype=torch.float64), atol=1e-9)
+        assert (G @ vectors - vectors * values[d - 9 :]).abs().max() < 1e-9
+    assert spectral_norm(torch.zeros(300, 200)) == spectral_norm(torch.zeros(0, 5)) == 0.0
+    M = torch.randn(150, 300, generator=torch.Generator().manual_seed(1))
+    for scale in (1e-30, 1e-12, 1.0, 1e12, 1e30):
+        expected = float(torch.linalg.matrix_norm(M.double(), ord=2)) * scale
+        assert abs(spectral_norm((M.double() * scale).float()) / expected - 1) < 1e-5

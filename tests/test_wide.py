@@ -177,3 +177,17 @@ def test_an_error_inside_a_block_leaves_no_block_wide():
     handle.remove()
     assert [(x.data_ptr(), x.dtype) for x in tensors(model)] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_contexts_of_both_kinds_nest_and_what_is_wide_already_stays():
+    model, ids = random_model("qwen3", layers=2).bfloat16(), torch.arange(3, 20)[None]
+    w = diff_for(model, 0.05)
+    before = [(x.data_ptr(), x.dtype) for x in tensors(model)]
+    with torch.no_grad():
+        with widened(model), weight_steer(model, w, 1.0):
+            expected = model(ids).logits
+        with widened(model, by_block=True), widened(model), weight_steer(model, w, 1.0):
+            assert torch.equal(model(ids).logits, expected)
+        with widened(model), widened(model, by_block=True), weight_steer(model, w, 1.0):
+            assert torch.equal(model(ids).logits, expected)
+    assert [(x.data_ptr(), x.dtype) for x in tensors(model)] == before

@@ -17,6 +17,7 @@ from ws.diff.core import Entry, LowRank
 
 TOLERANCE = 1e-6
 BLOCKS = (8, 32, 64, 128, 256)  # columns that the sketch grows by: 8, 40, 104, 232, 488 in all
+MOST = 8  # matrices at a time, each held in float32 beside itself
 ROWS = 256  # that are held in float64 at a time
 
 
@@ -26,6 +27,7 @@ def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], 
     the largest `|M - B A|_F / |M|_F` among them; empty where there was none. All else is passed on as it is."""
     out: dict[str, Entry] = {}
     matrices, residuals, threads = 0, [], torch.get_num_threads()
+    workers = min(threads, MOST)
     waiting: deque[tuple[str, Entry, Future | None]] = deque()
 
     def settle() -> None:
@@ -35,17 +37,20 @@ def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], 
         residuals.extend([] if found is None else [found[1]])
 
     try:  # a matrix per thread: several threads bring little to one of them
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name, entry in entries:
                 dense = not isinstance(entry, LowRank) and entry.ndim == 2
                 matrices += dense
                 waiting.append((name, entry, pool.submit(factors, entry) if dense else None))
                 del entry
-                if len(waiting) > threads:
+                if len(waiting) > workers:
                     settle()
             while waiting:
                 settle()
     finally:
+        for _, _, made in waiting:
+            if made:
+                made.cancel()
         torch.set_num_threads(threads)
     about = {"of": matrices, "largest_residual": max(residuals, default=0.0), "tolerance": TOLERANCE}
     return out, {"factorised": {"matrices": len(residuals), **about}} if residuals else {}

@@ -86,7 +86,6 @@ def explain(
         check_fits(lm.model, diff)
     check_nulls(lm, w, nulls, [str(one) if isinstance(one, (str, Path)) else "" for one in given])
     check_plain(lm.model)
-    lm = lm.at_rest()
     if cut := check_texts(lm, behavior, protocol):
         log.warning("%d texts are longer than MAX_LENGTH = %d tokens and lose their end", cut, protocol.max_length)
     layers = rows.lora_layers(w, lm.decoder.n_layers, list(layers) if layers else None)
@@ -117,6 +116,8 @@ def explain(
     if sets and sets.trained(w) is False:  # they see pairs, and not those of the adapters
         everyone = [replace(c, sees=tuple("other pairs" if s == "pairs" else s for s in c.sees)) for c in everyone]
 
+    if all(c.shipped for c in a_side):  # a function of one's own may change the weights it is shown
+        lm = lm.at_rest()
     shelf = make_shelf(lm, behavior, protocol, k, k_broad, cache, sets)
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
     bases = shelf.bases(list(wanted.values()), progress)

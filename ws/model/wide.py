@@ -55,18 +55,23 @@ class _Widened(Guarded):
 
 
 class _Turn:
-    """Widens a module when it begins to run and puts its tensors back when it is over."""
+    """Widens a module when it begins to run and puts its tensors back when it is over; what is wide already stays."""
 
     def __init__(self, module: nn.Module):
-        self.narrow = [(x, x.data) for x in (*module.parameters(), *module.buffers()) if x.dtype in NARROW]
+        self.every = [*module.parameters(), *module.buffers()]
+        self.before: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, *_) -> None:
-        for x, data in self.narrow:
-            x.data = data.float()
+        for x in self.every:
+            if x.dtype in NARROW:
+                self.before.append((x, x.data))
+                x.data = x.data.float()
 
     def over(self, *_) -> None:
-        for x, data in self.narrow:
+        while self.before:
+            x, data = self.before[-1]
             x.data = data
+            self.before.pop()
 
 
 def _put(x: Tensor, data: Tensor) -> None:

@@ -40,8 +40,8 @@ class LayerWeights:
 
     def __getattr__(self, name: str) -> Tensor:
         if name in SUMS:
-            made = sum(getattr(self, part) for part in SUMS[name])
-        elif name in ROLES:
+            return sum(getattr(self, part) for part in SUMS[name])
+        if name in ROLES:
             made = self._decoder.weight(self._l, name)
             if self._fold and name in ("o", "down"):
                 made = output_gain(self._decoder, self._l, name).to(made.device)[:, None] * made
@@ -71,7 +71,7 @@ class LayerWeights:
     def thin(self, needed: bool) -> None:
         """Let all go but, where it is needed again, `write_gram`."""
         kept = {"write_gram": self.write_gram} if needed else {}
-        for name in (*ROLES, *GRAMS, *SUMS):
+        for name in (*ROLES, *GRAMS, "write_gram"):
             self.__dict__.pop(name, None)
         self.__dict__.update(kept)
 

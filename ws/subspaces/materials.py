@@ -16,15 +16,16 @@ from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
 from ws.subspaces.check import as_basis
 from ws.subspaces.eigen import spectral_norm
-from ws.subspaces.grams import GRAMS, SUMS, LayerWeights, left_gram, weight_eps, weight_noise
+from ws.subspaces.grams import GRAMS, LayerWeights, left_gram, weight_eps, weight_noise
 from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, Noise, rounding
 
 Captures = BaseCaptures | Callable[[], BaseCaptures] | None
 GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyond it they are computed twice
 
 
-class TooEarly(Exception):
-    """What all layers add up to was asked for while they are still being added up."""
+class TooEarly(BaseException):
+    """What all layers add up to was asked for while they are still being added up. Beyond what a candidate's own `except
+    Exception` takes."""
 
 
 def check_widths(k: int, k_broad: int, d: int) -> None:
@@ -122,7 +123,7 @@ class Materials:
     def layer(self, l: int) -> LayerWeights:
         """Weights and Grams of block l. One block's weights are held at a time, Grams up to a budget."""
         if l not in self._layers:
-            if (len(self._layers) + 1) * len((*GRAMS, *SUMS)) * self.d * self.d * 8 > GRAM_BUDGET:
+            if (len(self._layers) + 1) * len(GRAMS) * self.d * self.d * 8 > GRAM_BUDGET:
                 self._layers.clear()
             self._layers[l] = LayerWeights(self.decoder, l, self._fold)
         if self._at_work not in (None, self._layers[l]):
