@@ -48,9 +48,6 @@ def factorised(entries: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], 
             while waiting:
                 settle()
     finally:
-        for _, _, made in waiting:
-            if made:
-                made.cancel()
         torch.set_num_threads(threads)
     about = {"of": matrices, "largest_residual": max(residuals, default=0.0), "tolerance": TOLERANCE}
     return out, {"factorised": {"matrices": len(residuals), **about}} if residuals else {}
