@@ -26,10 +26,8 @@ from ws.model.text import encode, last_index, position_ids
 from ws.model.wide import widened
 from ws.steer.weights import check_fits
 
-TOKENS, HELD = (
-    2048,
-    16384,
-)  # of a pass, stack included: read, and held with what all texts begin with; more leave the cache
+# tokens of a pass, stack included: read (more leave the cache), and held with what all texts begin with
+TOKENS, HELD = 2048, 16384
 LEAST, PASS = 4, 32  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
 Read = Callable[

@@ -154,6 +154,11 @@ class WeightDiff(Mapping):
         """Sorted layer indices found in the names."""
         return sorted({l for l in map(layer_of, self.names) if l is not None})
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every parameter is of a decoder's block: none that embeds, unembeds or comes last."""
+        return all(layer_of(name) is not None for name in self.names)
+
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             near = ", ".join(difflib.get_close_matches(str(name), self.entries, 3)) or "none"

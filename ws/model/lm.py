@@ -63,11 +63,11 @@ class LM:
         """The output of the decoder's body (no logits) on encoded texts, with positions that count from each text's first
         token: for what hooks and `more` record."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-        adapters = getattr(self.model, "peft_config", None) or {}
-        prompts = any(
-            getattr(one, "is_prompt_learning", False) for one in adapters.values()
-        )  # learned tokens go before
-        body = self.model if prompts else self.decoder.body
+        adapters = (getattr(self.model, "peft_config", None) or {}).values()
+        learned = any(
+            getattr(one, "is_prompt_learning", False) for one in adapters
+        )  # tokens that only the whole puts first
+        body = self.model if learned else self.decoder.body
         return body(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
 
     def __repr__(self) -> str:

@@ -20,7 +20,6 @@ from ws.cache.made import kept
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.diff.core import layer_of
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.prefix import logits_at
@@ -112,8 +111,8 @@ def kept_answers(
     turns = [chat_text(lm.tokenizer, text) for text in texts]
 
     def measure() -> list[list[float]]:
-        in_blocks = all(layer_of(name) is not None for name in w or ())
-        with widened(lm.model, by_block=in_blocks), weight_steer(lm.model, w or WeightDiff({}), alpha):
+        steering = w or WeightDiff({})
+        with widened(lm.model, by_block=steering.in_blocks), weight_steer(lm.model, steering, alpha):
             answers = answer_scores(lm, turns, yes, no)
         return [answers.logratio.tolist(), answers.pmass.tolist()]
 

@@ -11,7 +11,6 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.diff.core import layer_of
 from ws.model.decoder import Decoder
 from ws.model.guard import check_plain
 from ws.model.lm import LM
@@ -75,8 +74,7 @@ def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
                 found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {sign:+.0f}", **more))
         return found
 
-    in_blocks = all(layer_of(name) is not None for name in w)  # what embeds and unembeds is wide only while it runs
-    with widened(lm.model, by_block=in_blocks):
+    with widened(lm.model, by_block=w.in_blocks):
         (plus, *plus_fit), (minus, *minus_fit) = read(1.0), read(-1.0)
     return SteeredDiffs(
         eval=plus.resid - minus.resid,
