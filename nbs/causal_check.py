@@ -118,7 +118,7 @@ display(embedded(found.conclusion()), headline(found.headline()))
 # %%
 display(show(found.forest(14), run.folder / "causal_forest_top", key=True))
 if len(found.names) > 14:
-    display(show(found.forest(), run.folder / "causal_forest"))
+    display(show(found.forest(), run.folder / "causal_forest", folded="more of them"))
 
 # %% [markdown]
 # The line from each point ends at what its controls keep on the same energy.

@@ -101,20 +101,22 @@ display(show(draw.oracle_overlap_figure(found.subspaces), run.folder / "v7b_orac
 #
 # Two intervals for every score: a bootstrap that resamples seeds, wordings and topics independently, and a t interval over
 # seeds. With few seeds the second is the honest one (its simulated coverage is in docs/method.md). The hollow diamond is the
-# geometric mean over null diffs: training on the same texts with shuffled labels.
+# geometric mean over null diffs: training on the same texts with shuffled labels. Families stand together; a candidate marked
+# with a circle has its v7 form, hollow, on the same line.
 
 # %%
-few = draw.forest_plot(found.summary, found.per_seed, found.verdict.winner, most=20)
-display(show(few, run.folder / "v7b_forest_top", key=True))
-
-# %% [markdown]
-# All of them:
+lines = {
+    "families": {c["name"]: c["family"] for c in next(iter(sweeps.values())).candidates},
+    "twins": corrections.MENDED,
+}
+tables = found.summary, found.per_seed, found.verdict.winner
+display(show(draw.forest_plot(*tables, most=20, **lines), run.folder / "v7b_forest_top", key=True))
+display(
+    show(draw.forest_plot(*tables, **lines), run.folder / "v7b_forest", folded="all candidates, controls and ceilings")
+)
 
 # %%
-display(show(draw.forest_plot(found.summary, found.per_seed, found.verdict.winner), run.folder / "v7b_forest"))
-
-# %%
-display(show(draw.bump_chart(found.per_seed, found.summary), run.folder / "v7b_ranks"))
+display(show(draw.bump_chart(found.per_seed, found.summary, **lines), run.folder / "v7b_ranks"))
 
 # %% [markdown]
 # The best by the rank-honest joint score, the geometric mean of two shares: of what the best subspace of the same rank holds

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from looks import check_looks
 
 import ws
 import ws.use.outcome
@@ -265,6 +266,7 @@ def test_the_persona_prompt_is_a_target_and_what_cannot_meet_it_has_a_row(lm, be
     assert "not reached" in rows["stuck"]["refused"] and np.isnan(rows["stuck"]["effect"])
     assert "stuck: a KL of" in found.text() and "(what the persona prompt moves the model by)" in found.text()
     assert len(found.figure().axes) == 2
+    check_looks(found.figure())
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_measured(lm, behavior, tmp_path):

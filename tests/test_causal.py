@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from looks import check_looks
 
 import ws
 from ws.causal import parts
@@ -340,6 +341,7 @@ def test_a_check_is_written_and_read_back(checked, tmp_path):
         checked.cloud_figure(),
     ):
         assert figure.axes and all(axis.get_title() for axis in figure.axes)
+        check_looks(figure)
     with pytest.raises(FileNotFoundError, match="run the causal_check"):
         CausalCheck.load(tmp_path)
     (folder / "causal_where.tsv").write_text("part\n")

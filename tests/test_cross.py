@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from matplotlib.figure import Figure
+from looks import check_looks
 from scipy import stats
 from test_statements import ALIKE, rows, written
 
@@ -175,7 +175,7 @@ def test_a_stopped_matrix_goes_on_where_it_was(two, tmp_path, monkeypatch):
     found.save(tmp_path / "saved")
     names = {"cross_statements.csv", "cross_matrix.tsv", "cross_moves.tsv", "cross_cosines.tsv", "cross_conclusion.md"}
     assert {p.name for p in (tmp_path / "saved").iterdir()} == names
-    assert isinstance(heat_maps(found.matrix, found.moves), Figure)
+    check_looks(heat_maps(found.matrix, found.moves))
 
 
 def test_what_makes_no_matrix_is_refused(two, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from looks import check_looks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -656,6 +657,7 @@ def test_figures_show_every_layer(folder, tmp_path):
         "capture": draw.capture(captures, rows, 6, 128),
     }
     for name, figure in made.items():
+        check_looks(figure)
         ax = figure.axes[0]
         assert ax.get_xlabel() == "layer", name
         assert ax.get_ylabel(), name

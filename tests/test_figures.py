@@ -1,7 +1,11 @@
 """Figures: what is drawn is what the table says; labels are there; files are whole and repeatable."""
 
+import itertools
+
+import matplotlib
 import numpy as np
 import polars as pl
+from looks import check_looks
 from matplotlib.figure import Figure
 
 from ws.diff import figures as diff
@@ -29,6 +33,7 @@ def drawn(axis) -> set[tuple[float, float]]:
 
 def test_scatter_puts_every_candidate_in_its_panel():
     figure = sweep.joint_scatter(summary(), "title")
+    check_looks(figure)
     left, right = figure.axes
     assert drawn(left) == {(2.0, 3.0), (1.5, 1.1), (4.0, 9.0)}
     assert drawn(right) == {(0.5, 0.9), (4.0, 9.0)}
@@ -57,10 +62,14 @@ def test_alpha_curves_norm_map_spectra_and_layers():
     rows = [(s, a, a * 2.0, 0.5, 0.9, 12) for s in ("false", "true") for a in (-1.0, 0.0, 1.0)]
     columns = ["set", "alpha", "mean_logratio", "sd_logratio", "mean_pmass", "n"]
     figure = alpha_curves(pl.DataFrame(rows, schema=columns, orient="row"))
+    check_looks(figure)
+    apart = [c.lines[0].get_xdata() for c in figure.axes[0].containers]
+    assert all((abs(a - b) > 0.01).all() for a, b in itertools.pairwise(apart))  # the same values, neither hidden
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.9] * 3
     norms = pl.DataFrame(
         [(2, "q", 1.0), (3, "q", 2.0), (2, "o", 3.0)], schema=["layer", "module", "norm"], orient="row"
     )
+    check_looks(diff.norm_map(norms))
     grid = np.asarray(diff.norm_map(norms).axes[0].images[0].get_array())
     assert grid[0].tolist() == [1.0, 2.0] and grid[1][0] == 3.0
     line = diff.spectra({"q": [np.array([2.0, 1.0]), np.array([4.0, 1.0])]}).axes[0].lines[0]
@@ -72,6 +81,15 @@ def test_alpha_curves_norm_map_spectra_and_layers():
     )
     figure = sweep.recovery_by_layer(table, ["write"], [1, 2])
     assert figure.axes[0].lines[0].get_ydata().tolist() == [1.0, 2.0, 3.0]
+    check_looks(figure)
+
+
+def test_a_figure_leaves_the_users_own_style_alone():
+    before = dict(matplotlib.rcParams)
+    figure = sweep.joint_scatter(summary())
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 20, "xtick.labelsize": 20}):  # drawn by a user with a style of their own
+        check_looks(figure)
 
 
 def test_a_figure_is_described_by_what_it_shows():

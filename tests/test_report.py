@@ -13,6 +13,8 @@ from ws.cache import keys, made
 from ws.cache.places import PACKAGE
 from ws.runs import html as report
 from ws.runs import index as index_of
+from ws.show.figures import TYPE
+from ws.show.notebook import PIXELS
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -242,6 +244,7 @@ def test_the_reports_that_are_shown_open_with_their_verdict_and_can_be_read_by_a
     levels = [int(level) for level in re.findall(r"<h([1-6])", main)]
     assert levels[0] == 1 and all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert not re.search(r"<t[dh][^>]*>\s*(nan|NaN|None|True|False)\s*</t", main)
+    assert not re.search(r"<th[^>]*>\s*</th>", main)  # a column without a name says nothing to a screen reader
     shown = re.sub(r"<[^>]+>", " ", re.sub(r"<(details|pre)\b.*?</\1>", "", main, flags=re.DOTALL))
     assert "/cache/" not in shown
     loads = Loads()
@@ -253,7 +256,7 @@ def test_the_reports_that_are_shown_open_with_their_verdict_and_can_be_read_by_a
 def test_tables_sort_and_the_index_filters_in_a_browser(tmp_path):
     rows = "".join(
         f"<tr><td>{name}</td><td>{value}</td></tr>"
-        for name, value in (("b", "2.5"), ("a", "-"), ("c", "11"), ("d", "-3"))
+        for name, value in (("b", "2.5"), ("a", "-"), ("c", "+11 (9 to 13)"), ("d", "-3 [-4, -2]"))
     )
     table = f"<table><thead><tr><th>name</th><th>score</th></tr></thead><tbody>{rows}</tbody></table>"
     entries = "".join(
@@ -280,3 +283,16 @@ def test_tables_sort_and_the_index_filters_in_a_browser(tmp_path):
         )
         assert page.js("[...document.querySelectorAll('.entry')].map(e => e.hidden).join()") == "true,false"
         assert page.js("document.getElementById('seen').textContent") == "1 of 2"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+@pytest.mark.parametrize("name", ["v7_sweep", "v7b_stability", "causal_check"])
+def test_letters_of_figures_are_nine_pixels_and_more_on_a_screen_of_1280(name, tmp_path):
+    inch = 2 * PIXELS  # of the PNG
+    with open_page(tmp_path / "profile") as page:
+        page.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        page.open((PACKAGE.parent / "docs" / "reports" / f"{name}.html").as_uri())
+        page.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        scales = page.js("[...document.images].map(i => i.getBoundingClientRect().width / i.naturalWidth)")
+        assert scales and all(TYPE / 72 * inch * scale >= 9 for scale in scales), scales
+        assert page.js("document.documentElement.scrollWidth") <= 1280

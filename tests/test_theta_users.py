@@ -5,6 +5,7 @@ from dataclasses import replace
 import polars as pl
 import pytest
 import torch
+from looks import check_looks
 
 from tests.harm import HARMS
 from ws.cache.made import made
@@ -258,3 +259,5 @@ def test_sweeps_and_figures(planted, found):
         draw.sweep_curves(beta, "beta", 0.05, heads),
     ]
     assert all(axis.get_ylabel() or axis.get_xlabel() for figure in figures for axis in figure.axes)
+    for figure in figures:
+        check_looks(figure)

@@ -7,13 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ws.explanation.figures import CHANCE, family_styles, spread_labels
-from ws.show.figures import PALETTE, plain
+from ws.show.figures import PALETTE, TEXT, beside, legend_below, plain, styled
 
 MOST = 40  # candidates that a forest shows
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 NAMED = 8
 
 
+@styled
 def forest(table: pl.DataFrame, most: int = MOST) -> Figure:
     """Excess of so many candidates in nats, the highest first: 95 % interval over claims, filled where max-T over all is under
     .05; grey bar: the 95 % range of its own controls; hollow diamond: by forward passes."""
@@ -21,18 +22,18 @@ def forest(table: pl.DataFrame, most: int = MOST) -> Figure:
         table[2:].filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null()).sort("excess", descending=True)
     )
     shown = rows.head(most)
-    figure = Figure(figsize=(9, 1.6 + 0.24 * max(len(shown), 3)), layout="constrained")
+    figure = Figure(figsize=(TEXT, 1.1 + 0.16 * max(len(shown), 3)), layout="constrained")
     axis = figure.subplots()
     for y, row in enumerate(shown.iter_rows(named=True)):
         low, high = row["control_low"] - row["control"], row["control_high"] - row["control"]
-        axis.plot([low, high], [y, y], color="0.85", lw=7, solid_capstyle="butt", zorder=1)
+        axis.plot([low, high], [y, y], color="0.85", lw=5, solid_capstyle="butt", zorder=1)
         sure = row["p_max"] is not None and row["p_max"] < 0.05
-        axis.plot([row["excess_low"], row["excess_high"]], [y, y], color=PALETTE[0], lw=1.4, zorder=2)
-        axis.plot(row["excess"], y, "o", color=PALETTE[0], mfc=PALETTE[0] if sure else "white", ms=6, zorder=3)
+        axis.plot([row["excess_low"], row["excess_high"]], [y, y], color=PALETTE[0], zorder=2)
+        axis.plot(row["excess"], y, "o", color=PALETTE[0], mfc=PALETTE[0] if sure else "white", ms=4.5, zorder=3)
         if np.isfinite(row["excess_forward"] if row["excess_forward"] is not None else np.nan):
-            axis.plot(row["excess_forward"], y, "D", color=PALETTE[1], mfc="none", ms=5, zorder=4)
+            axis.plot(row["excess_forward"], y, "D", color=PALETTE[1], mfc="none", ms=3.5, zorder=4)
     axis.axvline(0, **CHANCE)
-    axis.set_yticks(range(len(shown)), [plain(name) for name in shown["subspace"]], fontsize=9)
+    axis.set_yticks(range(len(shown)), [plain(name) for name in shown["subspace"]])
     axis.invert_yaxis()
     axis.set_xlabel("excess over controls of equal energy (nats); filled: max-T p < .05; diamond: by forward passes")
     more = f", the {most} highest of {len(rows)}" if len(rows) > most else ""
@@ -41,39 +42,42 @@ def forest(table: pl.DataFrame, most: int = MOST) -> Figure:
     return figure
 
 
+@styled
 def energy_scatter(table: pl.DataFrame, whole: float) -> Figure:
     """Retention against captured input-weighted energy; the line from each point ends at the mean of its controls."""
     rows = table[2:].filter(pl.col("energy").is_not_nan() & pl.col("retention").is_not_nan())
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(TEXT, 4.8), layout="constrained")
     axis = figure.subplots()
     styles = family_styles(sorted(set(rows["family"].drop_nulls())))
     for (family,), part in rows.group_by("family", maintain_order=True):
         axis.scatter(
-            part["energy"], part["retention"], s=42, edgecolors="white", linewidths=0.5, zorder=3, **styles[family]
+            part["energy"], part["retention"], s=26, edgecolors="white", linewidths=0.4, zorder=3, **styles[family]
         )
     for row in rows.iter_rows(named=True):
         if row["control"] is not None and np.isfinite(row["control"]) and whole:
             axis.plot([row["energy"]] * 2, [row["retention"], row["control"] / whole], color="0.8", lw=0.8, zorder=1)
-            axis.plot(row["energy"], row["control"] / whole, "_", color="0.4", ms=9, zorder=2)
+            axis.plot(row["energy"], row["control"] / whole, "_", color="0.4", ms=6, zorder=2)
     _named(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"))
     axis.set(
         xlabel="captured share of the writers' input-weighted energy",
         ylabel="retention: effect of P w over that of w's writers",
     )
     axis.set_title("Effect kept against energy kept (bar: controls of equal energy)")
-    axis.legend(fontsize=8, loc="upper left")
+    legend_below(figure, axis)
     axis.grid(True, alpha=0.2)
     return figure
 
 
+@styled
 def where_bars(where: pl.DataFrame) -> Figure:
     """Effect (with its 95 % interval) beside the share of `|w|^2`, by module role and by layer alone."""
     by = {row["part"]: row for row in where.iter_rows(named=True)}
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, width_ratios=(9, max(sum(n.startswith("layer") for n in by), 4)))
+    figure = Figure(figsize=(TEXT, 2.8), layout="constrained")
     groups = [["w", "writers", "readers", *(r for r in ROLES if r in by)], [n for n in by if n.startswith("layer")]]
+    wide = [max(len(names), 4) for names in groups if names]
+    axes = figure.subplots(1, len(wide), width_ratios=wide, squeeze=False)[0]
     whole = by["w"]["effect"]
-    for axis, names, title in zip(axes, groups, ("by module", "each layer alone"), strict=True):
+    for axis, names, title in zip(axes, groups, ("by module", "each layer alone"), strict=False):
         names = [n for n in names if n in by]
         x = np.arange(len(names))
         e = np.array([by[n]["effect"] for n in names])
@@ -86,21 +90,23 @@ def where_bars(where: pl.DataFrame) -> Figure:
             color="0.75",
             label="share of $|w|^2$, times w's effect",
         )
-        axis.set_xticks(x, [n.removeprefix("layer ") for n in names], rotation=45 if len(names) > 12 else 0, fontsize=9)
+        axis.set_xticks(x, [n.removeprefix("layer ") for n in names], rotation=45 if len(names) > 9 else 0)
         axis.axhline(0, color="0.3", lw=0.8)
         axis.set_title(f"Where w acts, {title}")
     axes[0].set_ylabel("effect on held-out claims (nats)")
-    axes[0].legend(fontsize=8)
+    legend_below(figure, axes[0])
     return figure
 
 
+@styled
 def rank_curves(ranks: pl.DataFrame) -> Figure:
     """Retention of the ceilings by rank: w's own directions, and those of another seed's weight difference."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(TEXT, 2.9), layout="constrained")
     axis = figure.subplots()
-    for i, ((of, whose), part) in enumerate(ranks.group_by("of", "whose", maintain_order=True)):
+    curves = [*ranks.group_by("of", "whose", maintain_order=True)]
+    for i, ((of, whose), part) in enumerate(curves):
         axis.plot(
-            part["rank"],
+            beside(part["rank"], i, len(curves), log=True),
             part["retention"],
             "o-" if "own" in whose else "s--",
             color=PALETTE[i % len(PALETTE)],
@@ -111,18 +117,19 @@ def rank_curves(ranks: pl.DataFrame) -> Figure:
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.axhline(1, **CHANCE)
     axis.set(xlabel="rank", ylabel="retention", title="What the ceilings keep of the writers' effect, by rank")
-    axis.legend(fontsize=8)
+    legend_below(figure, axis, 2)
     axis.grid(True, alpha=0.2)
     return figure
 
 
+@styled
 def cloud_scatter(points: pl.DataFrame, beyond: pl.DataFrame) -> Figure:
     """First-order effect against what three overlap scores expect of it: the blind subspaces of the cloud, and the
     candidates."""
     X = points.select("energy_frobenius", "energy", "R_act").to_numpy()
     A = np.c_[np.ones(len(X)), X]
     fitted = A @ np.linalg.lstsq(A, points["linear"].to_numpy(), rcond=None)[0]
-    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    figure = Figure(figsize=(TEXT, 4.4), layout="constrained")
     axis = figure.subplots()
     axis.scatter(fitted, points["linear"], s=14, color="0.7", label="blind subspaces", zorder=2)
     axis.scatter(beyond["expected"], beyond["linear"], s=26, color=PALETTE[1], label="candidates", zorder=3)
@@ -132,7 +139,7 @@ def cloud_scatter(points: pl.DataFrame, beyond: pl.DataFrame) -> Figure:
     _named(axis, far.select("subspace", "expected", "linear"))
     axis.set(xlabel="expected of energy, input-weighted energy and R_act (nats)", ylabel="first-order effect (nats)")
     axis.set_title("Do overlap scores say what a subspace does?")
-    axis.legend(fontsize=8)
+    legend_below(figure, axis)
     axis.grid(True, alpha=0.2)
     return figure
 
@@ -149,4 +156,4 @@ def _named(axis: Axes, points: pl.DataFrame) -> None:
     placed = spread_labels(points.to_series(2).to_list(), low + gap, high - gap, gap)
     line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
     for (name, x, y), at in zip(points.rows(), placed, strict=True):
-        axis.annotate(plain(name), (x, y), (column, at), fontsize=9, va="center", zorder=2, arrowprops=line)
+        axis.annotate(plain(name), (x, y), (column, at), va="center", zorder=2, arrowprops=line)

@@ -6,20 +6,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ws.delta.phases import RANK, bands, expected_cos
-from ws.show.figures import PALETTE, plain, plain_log_ticks
+from ws.show.figures import COLUMN, PALETTE, TEXT, plain, plain_log_ticks, styled
 
 BAND = {"A": "#56B4E9", "B": "#E69F00", "C": "#009E73", "D": "#CC79A7", "E": "#D55E00", "tail": "#7F7F7F"}
 
 
-def _axes(y: str, width: float = 9.0, height: float = 3.4) -> tuple[Figure, Axes]:
+def _axes(y: str, width: float = TEXT, height: float = 2.4) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot(xlabel="layer", ylabel=y)
 
 
 def _finished(figure: Figure, ax: Axes, n_layers: int, title: str | None = None) -> Figure:
     """With bands of phases, and the legend beside the axes: inside them it would hide some layer's point."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False, title=title, title_fontsize=8)
-    named = dict(transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=title)
+    named = dict(transform=ax.get_xaxis_transform(), ha="center", va="bottom")
     for name, first, last in bands(n_layers):
         ax.axvspan(first - 0.5, last + 0.5, color=BAND[name], alpha=0.13, linewidth=0)
         ax.text((first + last) / 2, 1.01, name, **named)
@@ -33,6 +33,7 @@ def _log_scale(ax: Axes) -> None:
     plain_log_ticks(ax.yaxis)
 
 
+@styled
 def rel_step(layers: pl.DataFrame) -> Figure:
     """Mean relative step per layer, with one standard deviation over tokens."""
     figure, ax = _axes("relative step |delta| / |h|")
@@ -48,6 +49,7 @@ def rel_step(layers: pl.DataFrame) -> Figure:
     return _finished(figure, ax, len(layers))
 
 
+@styled
 def eff_rank(layers: pl.DataFrame) -> Figure:
     """Effective rank of each layer's update, with the 95 % interval over passages where there is one."""
     figure, ax = _axes("effective rank (directions)")
@@ -64,6 +66,7 @@ def _with_interval(ax: Axes, x: np.ndarray, table: pl.DataFrame, column: str, co
     ax.plot(x, y, "o-", color=color, markersize=4, label=label)
 
 
+@styled
 def top_spectrum(layers: pl.DataFrame) -> Figure:
     """Share of the update's energy in each of the top singular directions, per layer: `s_i^2 / |delta|_F^2`."""
     figure, ax = _axes("share of the energy")
@@ -76,6 +79,7 @@ def top_spectrum(layers: pl.DataFrame) -> Figure:
     return _finished(figure, ax, len(layers), "singular value")
 
 
+@styled
 def parallel(layers: pl.DataFrame, d: int) -> Figure:
     """Part of the update along the stream itself: mean |cos(delta, h)| and mean cos, beside chance."""
     figure, ax = _axes("cosine of update and stream")
@@ -87,22 +91,24 @@ def parallel(layers: pl.DataFrame, d: int) -> Figure:
     return _finished(figure, ax, len(layers))
 
 
+@styled
 def cos_heatmap(cos: np.ndarray, d: int) -> Figure:
     """|cos| between the layers' top-1 directions; lines part the phases."""
-    figure, ax = _axes("layer", 5.2, 4.4)
+    figure, ax = _axes("layer", COLUMN, 2.7)
     n_layers = len(cos)
     image = ax.imshow(np.abs(cos), vmin=0, vmax=1, cmap="viridis", origin="lower")
     for name, first, last in bands(n_layers):
         if first:
             ax.axhline(first - 0.5, color="white", linewidth=0.8)
             ax.axvline(first - 0.5, color="white", linewidth=0.8)
-        ax.text((first + last) / 2, n_layers - 0.4, name, ha="center", va="bottom", fontsize=8)
+        ax.text((first + last) / 2, n_layers - 0.4, name, ha="center", va="bottom")
     for axis in (ax.xaxis, ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=ax, label=f"|cos| of top-1 directions (chance {expected_cos(d):.3f})")
     return figure
 
 
+@styled
 def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: int) -> Figure:
     """Share of each layer's top-1 direction in its phase's rank-8 space, itself in it and left out, and by chance."""
     figure, ax = _axes("share of top-1 direction in\nthe phase's rank-8 space")
@@ -114,15 +120,16 @@ def capture(captures: pl.DataFrame, phase_rows: pl.DataFrame, n_layers: int, d: 
             style = dict(color=PALETTE[0], linestyle="--", linewidth=0.9, label=label)
             ax.hlines(row["chance_capture"], first - 0.5, last + 0.5, **style)
             label = None
-    ax.plot(captures["layer"], captures["capture"], "o", color=PALETTE[0], markersize=5, label="itself included")
-    ax.plot(captures["layer"], captures["left_out"], "s", color=PALETTE[1], markersize=5, label="left out")
+    ax.plot(captures["layer"], captures["capture"], "o", color=PALETTE[0], markersize=4, label="itself included")
+    ax.plot(captures["layer"], captures["left_out"], "s", color=PALETTE[1], markersize=4, label="left out")
     ax.set_ylim(0, 1.02)
     return _finished(figure, ax, n_layers)
 
 
+@styled
 def comparison(table: pl.DataFrame) -> Figure:
     """rel_step and eff_rank of several models against relative depth, with the intervals of eff_rank."""
-    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(TEXT, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, model in enumerate(table["model"].unique(maintain_order=True)):
         part, color = table.filter(pl.col("model") == model), PALETTE[i % len(PALETTE)]
@@ -132,5 +139,5 @@ def comparison(table: pl.DataFrame) -> Figure:
     for ax, label in (left, "relative step |delta| / |h|"), (right, "effective rank (directions)"):
         _log_scale(ax)
         ax.set(xlabel="relative depth (layer / layers)", xlim=(0, 1), ylabel=label)
-        ax.legend(fontsize=7)
+        ax.legend()
     return figure

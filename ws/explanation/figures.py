@@ -5,10 +5,10 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws.show.figures import MARKERS, PALETTE, plain, plain_log_ticks
+from ws.show.figures import MARKERS, PALETTE, TEXT, legend_below, plain, plain_log_ticks, styled
 
 ACT, W = "mean_conc_act", "mean_conc_w_combined"
-POINTS_SHARE = 0.66  # of the width of a panel; names stand in the rest
+POINTS_SHARE = 0.7  # of the width of a panel; names stand in the rest
 CHANCE = {"ls": "--", "c": "0.5", "lw": 1}
 
 
@@ -36,8 +36,9 @@ def spread_labels(ys: list[float], low: float, high: float, gap: float) -> list[
     return placed[np.argsort(order)].tolist()
 
 
+@styled
 def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
-    """Activation recovery against weight recovery, write and mixed candidates left, read ones right. summary:
+    """Activation recovery against weight recovery, write and mixed candidates above, read ones below. summary:
     `ws.explanation.summary.summarise`. The ten best by joint score of each panel are named, ceilings are in both. A
     candidate with an undefined or non-positive score is not drawn and counted."""
     x, y = pl.col(ACT), pl.col(W)
@@ -45,8 +46,8 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     ceilings = shown.filter(pl.col("kind") == "ceiling")
     rest = shown.filter(pl.col("kind") != "ceiling")
     styles = family_styles(sorted(rest["family"]))
-    figure = Figure(figsize=(13.5, 6.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure = Figure(figsize=(TEXT, 8.2), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True, sharey=True)
     for column, setter, share in ((ACT, axes[0].set_xlim, POINTS_SHARE), (W, axes[0].set_ylim, 0.96)):
         if len(shown):  # the limits hold every point and the chance lines, with room for names on the right
             low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
@@ -54,8 +55,8 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     for axis, name, kinds in zip(axes, ("write and mixed", "read"), (["write", "mixed"], ["read"]), strict=True):
         part = rest.filter(pl.col("axis_kind").is_in(kinds)).sort("joint_score", descending=True)
         for (family,), of in part.group_by("family", maintain_order=True):
-            axis.scatter(of[ACT], of[W], s=42, edgecolors="white", linewidths=0.5, zorder=3, **styles[family])
-        axis.scatter(ceilings[ACT], ceilings[W], c="black", marker="*", s=150, label="ceiling", zorder=4)
+            axis.scatter(of[ACT], of[W], s=26, edgecolors="white", linewidths=0.4, zorder=3, **styles[family])
+        axis.scatter(ceilings[ACT], ceilings[W], c="black", marker="*", s=80, label="ceiling", zorder=4)
         axis.axhline(1, zorder=1, **CHANCE)
         axis.axvline(1, zorder=1, **CHANCE)
         _name_points(axis, pl.concat([part.head(10), ceilings]))
@@ -63,9 +64,10 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
         plain_log_ticks(axis.xaxis)
         plain_log_ticks(axis.yaxis)
         axis.set_xlabel("activation recovery R_act (1 = chance)")
-        axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
+        axis.set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
         axis.grid(True, which="major", alpha=0.2)
-    axes[0].set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
+    named = {label: drawn for axis in axes for drawn, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend([*named.values()], [*named], loc="outside lower center", ncols=4)
     hidden = len(summary) - len(shown)
     note = f"; {hidden} with an undefined score not drawn" if hidden else ""
     figure.suptitle((plain(title) or "What each subspace recovers, mean over the LoRA layers") + note)
@@ -77,18 +79,19 @@ def _name_points(axis: Axes, points: pl.DataFrame) -> None:
     if points.is_empty():
         return
     low, high = np.log(axis.get_ylim())
-    gap = (high - low) / 30
+    gap = (high - low) / 26
     placed = spread_labels(np.log(points[W].to_numpy()).tolist(), low + gap, high - gap, gap)
     left, right = np.log(axis.get_xlim())
     column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
     line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
     for (name, x, y), at in zip(points.select("subspace", ACT, W).rows(), np.exp(placed), strict=True):
-        axis.annotate(plain(name), (x, y), (column, at), fontsize=7, va="center", zorder=2, arrowprops=line)
+        axis.annotate(plain(name), (x, y), (column, at), va="center", zorder=2, arrowprops=line)
 
 
+@styled
 def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) -> Figure:
     """R_act and R_w (combined) of the named candidates by layer; LoRA layers shaded, chance dashed."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(TEXT, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
     columns = (("conc_act", "activation recovery R_act"), ("conc_w_combined", "weight recovery R_w"))
     for axis, (column, label) in zip(axes, columns, strict=True):
@@ -96,12 +99,12 @@ def recovery_by_layer(table: pl.DataFrame, names: list[str], layers: list[int]) 
             part = table.filter(pl.col("subspace") == name).sort("layer")
             style = {"c": "black", "ls": ":"} if part["kind"][0] == "ceiling" else {"c": PALETTE[i % len(PALETTE)]}
             values = np.where(part[column] > 0, part[column], np.nan)
-            axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.3, label=plain(name), **style)
+            axis.plot(part["layer"], values, marker=MARKERS[i % len(MARKERS)], ms=3, label=plain(name), **style)
         if layers:
             axis.axvspan(min(layers) - 0.5, max(layers) + 0.5, color="0.93", zorder=0)
         axis.axhline(1, **CHANCE)
         axis.set(xlabel="layer (shaded: LoRA layers)", ylabel=f"{label} (1 = chance)", yscale="log")
         plain_log_ticks(axis.yaxis)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    legend_below(figure, axes[0], 3)
     return figure

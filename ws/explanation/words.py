@@ -90,7 +90,7 @@ def setting_table(f: dict) -> str:
         ("null diffs", f"{len(f['nulls'])}"),
         ("means over", f"layers {', '.join(map(str, f['layers']))}"),
     ]
-    return "\n".join(["| | |", "|---|---|", *[f"| {k} | {literal(v)} |" for k, v in rows]])
+    return "\n".join(["| setting | value |", "|---|---|", *[f"| {k} | {literal(v)} |" for k, v in rows]])
 
 
 def left_out(f: dict) -> str:

@@ -1,3 +1,4 @@
 """How things look: tables, figures, notebooks; knows no science."""
 
-HEADLINE, KEY = "headline", "key_figure"  # in the metadata of a notebook's outputs: what its report opens with
+# in the metadata of a notebook's outputs: what its report opens with, what it folds away
+HEADLINE, KEY, FOLDED = "headline", "key_figure", "folded"

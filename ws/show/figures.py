@@ -1,13 +1,18 @@
-"""What all figures share: the Okabe-Ito palette (families stay apart in print and for colour-blind readers), files.
+"""What all figures share: the widths and the type of a two-column page, the Okabe-Ito palette (families stay apart in print
+and for colour-blind readers), files.
 
 One function per figure, which takes tables and returns the Figure.
 """
 
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import polars as pl
+from jaxtyping import Float
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -22,6 +27,44 @@ from ws.cache.files import atomic_file  # noqa: E402
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B", "#BCBD22", "#17BECF"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
+COLUMN, TEXT = 3.25, 6.75  # inches: a column of two, and both; a figure is put into a paper as it is, not scaled
+TYPE = 7.0  # points, of the smallest text
+STYLE = {
+    "font.size": TYPE, "axes.titlesize": 8, "axes.labelsize": 7.5, "xtick.labelsize": TYPE, "ytick.labelsize": TYPE,
+    "legend.fontsize": TYPE, "legend.title_fontsize": TYPE, "figure.titlesize": 8.5, "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2, "lines.markersize": 4, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "legend.frameon": False, "legend.handlelength": 1.6, "axes.xmargin": 0.03,
+}  # fmt: skip
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A figure's function in the style of all; what a caller's own matplotlib is set to stays as it is."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+        for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+            if "labelsize" not in axis.get_tick_params():  # ticks are made when they are drawn, out of this style
+                axis.set_tick_params(labelsize=TYPE)
+        return figure
+
+    return drawn
+
+
+def beside(x: pl.Series, i: int, n: int, log: bool = False) -> Float[np.ndarray, " k"]:
+    """Places along x for the i-th of n series, a little apart, so that none hides another of the same values."""
+    u = x.to_numpy().astype(float)
+    u = np.log(u) if log else u
+    u = u + 0.025 * (i - (n - 1) / 2) * (np.ptp(u) or 1.0)
+    return np.exp(u) if log else u
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 4, **more) -> None:
+    """One legend for all panels, under them, of what `axes` names."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), **more)
 
 
 FORMATS = {

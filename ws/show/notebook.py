@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from ws.cache.files import settled
 from ws.cache.places import logs_folder
-from ws.show import HEADLINE, KEY
+from ws.show import FOLDED, HEADLINE, KEY
 from ws.show.figures import described, save
 from ws.show.tables import as_text
+
+PIXELS = 135  # of a screen, an inch of a figure: both columns of a page fill a report
 
 
 def start_log(notebook: str, folder: Path) -> logging.Logger:
@@ -32,18 +34,19 @@ def start_log(notebook: str, folder: Path) -> logging.Logger:
     return log
 
 
-def show(figure: Figure, stem: Path | None = None, key: bool = False):
-    """A figure as a notebook displays it: a PNG at twice the resolution, no plotting backend involved, with its description as
-    alternative text. stem: where it is saved too (`ws.show.figures.save`). key: it stands beside the headline of the report,
-    and for the run in the index."""
+def show(figure: Figure, stem: Path | None = None, key: bool = False, folded: str = ""):
+    """A figure as a notebook displays it: a PNG at twice the resolution of a screen, no plotting backend involved, with its
+    description as alternative text. stem: where it is saved too (`ws.show.figures.save`). key: it stands beside the headline
+    of the report, and for the run in the index. folded: what a report says instead, until one opens it."""
     from IPython.display import Image
 
     if stem is not None:
         save(figure, stem)
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=170, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=2 * PIXELS, metadata={"Software": None})
     told = {KEY: f"{stem.name}.png"} if key and stem is not None else {}
-    width = int(figure.get_figwidth() * 85)
+    told |= {FOLDED: folded} if folded else {}
+    width = int(figure.get_figwidth() * PIXELS)
     return Image(buffer.getvalue(), format="png", width=width, alt=described(figure), metadata=told)
 
 

@@ -291,4 +291,4 @@ def training_text(training: dict) -> str:
     rows = (
         f"| {literal(key.replace('_', ' '))}{meant.get(key, '')} | {literal(said)} |" for key, said in short.items()
     )
-    return "\n".join(["| | |", "|---|---|", *rows])
+    return "\n".join(["| quantity | value |", "|---|---|", *rows])

@@ -23,7 +23,7 @@ from scipy.spatial.distance import squareform
 from ws.cache.files import write_text
 from ws.cache.places import out_folder
 from ws.diff.algebra import cosines, grams
-from ws.show.figures import plain, save
+from ws.show.figures import TEXT, plain, save, styled
 from ws.show.tables import literal, write_table
 from ws.use.bands import random_cosines
 from ws.use.library import Known, read_library
@@ -156,23 +156,24 @@ class Atlas:
                 ends.append(float(np.quantile(np.abs(random_cosines(u, [w], names, draws, 0)), 0.95)))
         return max(ends, default=float("nan"))
 
+    @styled
     def figure(self) -> Figure:
         """A heat map, its colours by the root of |cosine|, the diagonal grey; lines part behaviours, a thick one null
         diffs."""
         n, recipes = len(self.entries), len({e.adapter for e in self.entries}) > 1
-        figure = Figure(figsize=(0.21 * n + 4, 0.21 * n + 2.4), layout="constrained")
+        figure = Figure(figsize=(max(TEXT, 0.16 * n + 2.6), max(TEXT, 0.16 * n + 2.6) - 0.8), layout="constrained")
         axes, grid = figure.subplots(), np.where(np.eye(n, dtype=bool), np.nan, self.cos)
         top = max(np.nan_to_num(np.abs(grid)).max(), 1e-6)
         image = axes.imshow(grid, cmap="RdBu_r", norm=FuncNorm(ROOT, -top, top), interpolation="nearest")
         axes.set_facecolor("0.8")
         labels = [f"{e.behavior} {f'{e.adapter} ' * recipes}{e.seed}{' null' * e.null}" for e in self.entries]
-        axes.set_xticks(range(n), [plain(x) for x in labels], rotation=90, fontsize=8)
-        axes.set_yticks(range(n), [plain(x) for x in labels], fontsize=8)
+        axes.set_xticks(range(n), [plain(x) for x in labels], rotation=90)
+        axes.set_yticks(range(n), [plain(x) for x in labels])
         for i, (a, b) in enumerate(zip(self.entries, self.entries[1:], strict=False)):
             if (a.null, a.behavior) != (b.null, b.behavior):
                 for line in (axes.axhline, axes.axvline):
                     line(i + 0.5, c="k", lw=1.6 if a.null != b.null else 0.5)
-        axes.set_title(f"Cosines between weight differences of {plain(self.model)}", fontsize=10)
+        axes.set_title(f"Cosines between weight differences of {plain(self.model)}")
         ticks = [s * top * f for s in (-1, 1) for f in (1, 0.25, 0.05)]
         figure.colorbar(image, ax=axes, label="cosine", shrink=0.8, ticks=[*ticks, 0], format="{x:.2g}")
         return figure

@@ -4,17 +4,18 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from ws.show.figures import MARKERS, PALETTE, plain
+from ws.show.figures import MARKERS, PALETTE, TEXT, plain, styled
 
 PANELS = {"effect": "effect, nats (bars: 95 %)", "surgical": "surgical informedness (bars: 95 %)"}
 
 
+@styled
 def effects_figure(table: pl.DataFrame) -> Figure:
     """One row per method, one mark per dose: the effect and, beside it, surgical informedness, with their intervals over
     items. What a method could not meet is not drawn."""
     names = table["method"].unique(maintain_order=True).to_list()
     doses = table["dose"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(11, 1.4 + 0.36 * len(names)), layout="constrained")
+    figure = Figure(figsize=(TEXT, 1.2 + 0.28 * len(names)), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
         for i, dose in enumerate(doses):
             part = table.filter(pl.col("dose") == dose, pl.col("refused") == "")
@@ -23,12 +24,12 @@ def effects_figure(table: pl.DataFrame) -> Figure:
             low, high = (np.nan_to_num(np.abs(part[f"{column}_{end}"].to_numpy() - value)) for end in ("low", "high"))
             nats = table.filter(pl.col("dose") == dose)["target"][0]
             said = dose if np.isnan(nats) else f"{nats:.3g} nats{' (as the persona)' * (dose == 'persona')}"
-            style = {"fmt": MARKERS[i % len(MARKERS)], "c": PALETTE[i % len(PALETTE)], "ms": 5, "lw": 1.2}
+            style = {"fmt": MARKERS[i % len(MARKERS)], "c": PALETTE[i % len(PALETTE)], "ms": 3.5, "lw": 1}
             axes.errorbar(value, at, xerr=[low, high], label=said, **style)
         axes.axvline(0, ls="--", c="0.5", lw=1)
         axes.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), map(plain, names))
         axes.grid(axis="y", c="0.92")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, title="KL per token", loc="outside lower center", ncols=len(doses))
+    figure.legend(handles, labels, title="KL per token", loc="outside lower center", ncols=len(doses))
     return figure

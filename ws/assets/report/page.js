@@ -1,6 +1,7 @@
 "use strict";
 // Tables sort by a click on a column's head; a table that scrolls can be reached by the keyboard; the index has a filter.
-const number = (text) => (/^[\s+\-\u2212]*[\d.,]+(e[+\-]?\d+)?\s*[%xs]?$/i.test(text) ? parseFloat(text.replace(/,/g, "").replace("\u2212", "-")) : NaN);
+// a cell sorts by the number that it begins with, alone or with its unit, its range or what it is a part of
+const number = (text) => (/^[\s+\-\u2212]*[\d.,]+(e[+\-]?\d+)?\s*([%xs]|nats)?(\s*([(\[\u00b1]|\+-|of\s).*)?$/i.test(text) ? parseFloat(text.replace(/,/g, "").replace("\u2212", "-")) : NaN);
 const before = (a, b) => {
   const [x, y] = [number(a), number(b)];
   if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1;
