@@ -153,7 +153,7 @@ display(HTML(as_text(report.gains(summary), style="html")))
 
 # %%
 figure = draw.heldout_gain(summary)
-display(notebook.show(figure, folder / "theta_heldout_gain", key=True))
+display(notebook.show(figure, folder / "theta_heldout_gain"))
 
 # %% [markdown]
 # ## One head, chosen on other texts
@@ -172,7 +172,8 @@ display(HTML(as_text(choice.gains, style="html")), Markdown(f"`{choice.head}`, c
 # %% [markdown]
 # ## Whose theta is it?
 #
-# Theta of user i on the held-out texts of user j. If a theta holds its user, the diagonal is the best of its column.
+# Theta of user i on the held-out texts of user j, at the matched scale. If a theta holds its user, the diagonal is the best of its
+# column, which is framed. Shown are the heads that edit the hidden state; the table has all.
 
 # %%
 cross = pl.concat([default.cross, matched.cross], how="vertical_relaxed")
@@ -192,8 +193,8 @@ display(notebook.show(figure, folder / "theta_cosines"))
 # %% [markdown]
 # ## Worn weaker, worn stronger, held closer to the base
 #
-# The thetas fitted at the matched scale, worn at other `gamma` than the one they were fitted for; and fitted again with
-# other `beta`, the price of leaving the base.
+# The thetas fitted at the matched scale, worn at other `gamma` (the share of a head's effect that is added to the logits) than the one
+# they were fitted for; and fitted again with other `beta`, the price of leaving the base.
 
 # %%
 by_gamma = report.gamma_sweep(matched, shown, [replace(cfg, gamma=float(g)) for g in GAMMAS])
@@ -221,6 +222,10 @@ gains = verdict.controls(train, matched, chosen, PERMUTATIONS, SEED, cache / "co
 control = verdict.control_table(heldout, gains)
 write_table(control, folder / "theta_control.tsv")
 display(HTML(as_text(control, style="html")))
+
+# %%
+figure = draw.heldout_gain(summary.filter(pl.col("scale") == "matched"), control)
+display(notebook.show(figure, folder / "theta_gain_and_control", key=True))
 
 # %% [markdown]
 # ## Samples

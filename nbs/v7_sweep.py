@@ -88,7 +88,7 @@ log = start_log("v7_sweep", run.folder)
 # recovery on the EVAL probes, weight recovery on `o_proj` and `down_proj`, z-scores against the closed-form null. The
 # summary is the mean over the LoRA layers; `joint` is the geometric mean of the two recoveries. `on null`: the geometric mean
 # over null diffs, the same training with shuffled labels, which is the control for every score. `% best`: the share of what
-# the best subspace of the same rank holds.
+# the best subspace of the same rank holds, a dash where there is none, since the rank is larger than the number of EVAL rows.
 
 # %%
 found = ws.explain(
@@ -113,7 +113,7 @@ display(HTML(found.top(20, "html")))
 
 # %% [markdown]
 # The differences of one wording of the probe are nearly one vector, so `R_act` is mostly that of their mean. `varying`: R_act
-# of the rows minus their mean; `claim`: where v7b reads the claim's tokens; `without 3 coordinates`: without the three
+# of the rows minus their mean; `claim` (under v7b alone): the mean over the claim's tokens; `without 3 coordinates`: without the three
 # coordinates of the residual stream that hold most of the differences, which in a trained model may be massive at any token.
 
 # %%

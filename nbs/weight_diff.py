@@ -129,8 +129,8 @@ display(Markdown(training_text(training | ({"chat_template": lm.chat} if lm.chat
 # %% [markdown]
 # ## What w looks like
 #
-# Norms by layer and module, and the spectrum of each matrix. An effective rank far under the adapter's says that few
-# directions carry the difference.
+# Norms by layer and module, and the singular values of w (line: median over layers, band: all layers). An effective rank far under
+# the adapter's says that few directions carry the difference.
 
 # %%
 norms = diff_norms(w)
@@ -203,5 +203,6 @@ if not NULL_DIFF:
 # %%
 write_json(folder / "weight_diff.json", {"training": training, "steering": verdict, "margin": margin})
 log.info("done: %s", folder)
-display(Markdown(f"{verdict['text']}{tables.literal(verdict['wordings'])} {tables.literal(margin['text'])}"))
+said = verdict["text"], tables.literal(verdict["wordings"]), tables.literal(margin["text"])
+display(Markdown(" ".join(filter(None, said))))
 display(notebook.headline(evaluate.headline(sweep, verdict, margin, NULL_DIFF)))

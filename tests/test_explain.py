@@ -223,3 +223,10 @@ def test_nothing_is_kept_for_a_model_that_a_candidate_of_ones_own_changed(tmp_pa
     again = ws.explain(clean, w, **more).per_layer["conc_act"]
     fresh = ws.explain(clean, w, **(more | {"cache": tmp_path / "other"})).per_layer["conc_act"]
     assert again.to_list() == fresh.to_list()
+
+
+def test_what_is_told_to_be_quiet_draws_no_bar(given, tmp_path, capfd):
+    given(cache=tmp_path / "empty", progress=False)
+    assert "it/s" not in "".join(capfd.readouterr())
+    given(cache=tmp_path / "other", progress=True)
+    assert "bases" in capfd.readouterr().err  # and the next one is heard again

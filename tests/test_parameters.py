@@ -160,6 +160,8 @@ def test_everything_wrong_is_told_at_once_and_a_path_that_is_none(tmp_path):
     for given, told in (
         ({"MODEL_ID": "./none"}, "weight_diff: MODEL_ID: ./none: no such model folder"),
         ({"MODEL_ID": "a/b/c"}, "MODEL_ID: a/b/c: no such model folder"),
+        ({"MODEL_ID": "tinny"}, "MODEL_ID: tinny: no model of this project.*did you mean tiny?"),
+        ({"MODEL_ID": "SmolLM2"}, "did you mean smollm2?"),
         ({"MODEL_ID": "folder"}, "not a model folder, config.json is missing"),
         ({"MODEL_ID": "w.pt"}, "not a model folder"),
         ({"BEHAVIOR": "flattery"}, "BEHAVIOR: 'flattery' is neither a shipped behaviour"),

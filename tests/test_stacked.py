@@ -53,6 +53,17 @@ def test_a_stack_is_what_weight_steer_makes_of_each(model_folder, family, tokens
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
 
 
+def test_a_long_text_is_read_to_its_end(model_folder):
+    lm = ws.load_lm(str(model_folder("llama")))
+    w, turn, found = diff_of(lm, [1], ("down",)), "cats can fly and " * 1050 + "rats", []
+    ids = torch.tensor([lm.tokenizer(turn, add_special_tokens=False)["input_ids"]])
+    stacked(lm, [(w, 1.0)], [turn], lambda x, at: found.append(x[0, 0]))
+    with torch.no_grad(), weight_steer(lm.model, w, 1.0):
+        want, cut = (lm.model(input_ids=x, logits_to_keep=1).logits[0, -1] for x in (ids, ids[:, :4096]))
+    assert ids.shape[1] > 4096 and torch.allclose(found[0], want, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(want, cut, atol=1e-3)
+
+
 def test_what_cannot_be_stacked_is_refused_or_run_alone(tmp_path):
     lm, b = ws.load_lm("tiny"), ws.load_behavior("sycophancy")
     w = diff_of(lm, [3], ("o", "down"))

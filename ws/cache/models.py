@@ -7,6 +7,7 @@ a .gguf file            one file, quantised or not
 anything else           a hub id, owner/name
 """
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -52,6 +53,15 @@ PACKAGED = {
 def shipped(model_id: str) -> bool:
     """Whether a MODEL_ID is a name that this project gives, whatever lies in the current folder."""
     return model_id == "tiny" or model_id in PACKAGED
+
+
+def near(model_id: str) -> str:
+    """The name that this project gives a model and that a MODEL_ID, which is no folder and no owner/name, all but spells; ""
+    for none."""
+    known = ["tiny", *PACKAGED]
+    if shipped(model_id) or "/" in model_id or model_path(model_id):
+        return ""
+    return next(iter(difflib.get_close_matches(model_id.lower(), known, n=1, cutoff=0.75)), "")
 
 
 def gguf_parts(model_id: str) -> list[Path]:

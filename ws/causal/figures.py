@@ -3,10 +3,10 @@
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws.explanation.figures import CHANCE, family_styles, spread_labels
+from ws.causal.retention import TIED
+from ws.explanation.figures import CHANCE, family_styles, name_beside
 from ws.show.figures import PALETTE, TEXT, beside, legend_below, plain, styled
 
 MOST = 40  # candidates that a forest shows
@@ -17,7 +17,8 @@ NAMED = 8
 @styled
 def forest(table: pl.DataFrame, most: int = MOST) -> Figure:
     """Excess of so many candidates in nats, the highest first: 95 % interval over claims, filled where max-T over all is under
-    .05; grey bar: the 95 % range of its own controls; hollow diamond: by forward passes."""
+    .05; grey bar: the 95 % range of its own controls; hollow diamond: by forward passes. Grey names are in no ranking: controls,
+    and what holds the score's own slope."""
     rows = (
         table[2:].filter(pl.col("excess").is_not_nan() & pl.col("excess").is_not_null()).sort("excess", descending=True)
     )
@@ -33,10 +34,17 @@ def forest(table: pl.DataFrame, most: int = MOST) -> Figure:
         if np.isfinite(row["excess_forward"] if row["excess_forward"] is not None else np.nan):
             axis.plot(row["excess_forward"], y, "D", color=PALETTE[1], mfc="none", ms=3.5, zorder=4)
     axis.axvline(0, **CHANCE)
+    out = [
+        row["kind"] == "control" or (row["slope"] or 0) > TIED
+        for row in shown.select("kind", "slope").iter_rows(named=True)
+    ]
     axis.set_yticks(range(len(shown)), [plain(name) for name in shown["subspace"]])
+    for label, unranked in zip(axis.get_yticklabels(), out, strict=True):
+        label.set_color("0.5" if unranked else "black")
     axis.invert_yaxis()
     axis.set_xlabel("excess over controls of equal energy (nats); filled: max-T p < .05; diamond: by forward passes")
     more = f", the {most} highest of {len(rows)}" if len(rows) > most else ""
+    more += "\n(grey names are in no ranking: controls, the score's own slope)" if any(out) else ""
     axis.set_title(f"Effect beyond what the captured energy explains{more}")
     axis.grid(True, axis="x", alpha=0.2)
     return figure
@@ -57,7 +65,7 @@ def energy_scatter(table: pl.DataFrame, whole: float) -> Figure:
         if row["control"] is not None and np.isfinite(row["control"]) and whole:
             axis.plot([row["energy"]] * 2, [row["retention"], row["control"] / whole], color="0.8", lw=0.8, zorder=1)
             axis.plot(row["energy"], row["control"] / whole, "_", color="0.4", ms=6, zorder=2)
-    _named(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"))
+    name_beside(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"), 24)
     axis.set(
         xlabel="captured share of the writers' input-weighted energy",
         ylabel="retention: effect of P w over that of w's writers",
@@ -136,24 +144,9 @@ def cloud_scatter(points: pl.DataFrame, beyond: pl.DataFrame) -> Figure:
     ends = [min(fitted.min(), beyond["expected"].min() or 0), max(fitted.max(), beyond["expected"].max() or 0)]
     axis.plot(ends, ends, zorder=1, **CHANCE)
     far = beyond.sort(pl.col("residual").abs(), descending=True).head(NAMED)
-    _named(axis, far.select("subspace", "expected", "linear"))
+    name_beside(axis, far.select("subspace", "expected", "linear"), 24)
     axis.set(xlabel="expected of energy, input-weighted energy and R_act (nats)", ylabel="first-order effect (nats)")
     axis.set_title("Do overlap scores say what a subspace does?")
     legend_below(figure, axis)
     axis.grid(True, alpha=0.2)
     return figure
-
-
-def _named(axis: Axes, points: pl.DataFrame) -> None:
-    """Names (first column) beside points (x, y), pushed apart, with a thin line to each."""
-    if points.is_empty():
-        return
-    low, high = axis.get_ylim()
-    right = axis.get_xlim()[0] + 1.36 * (axis.get_xlim()[1] - axis.get_xlim()[0])
-    column = axis.get_xlim()[1]
-    axis.set_xlim(axis.get_xlim()[0], right)
-    gap = (high - low) / 24
-    placed = spread_labels(points.to_series(2).to_list(), low + gap, high - gap, gap)
-    line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-    for (name, x, y), at in zip(points.rows(), placed, strict=True):
-        axis.annotate(plain(name), (x, y), (column, at), va="center", zorder=2, arrowprops=line)

@@ -25,14 +25,17 @@ def headline(found) -> str:
             f"{said}. **No candidate is ranked**: the answer words hold less than half of the probability (pmass {mass:.2f}"
             " in the base model), or the log-ratio is beyond 12 nats."
         )
-    if (rows := ranked.filter(pl.col("slope") <= TIED)).is_empty():
+    rows = ranked.filter(pl.col("slope") <= TIED)
+    if rows.is_empty():
         return f"{said}. What is ranked holds the score's own slope, so that it carries the behaviour by construction."
     sure = rows.filter(exceeds() & ~unconfirmed()).sort("excess", descending=True)
     open_ = rows.filter(pl.col("p_max").is_nan()).height
     most = [f"{code(r['subspace'])} {around(r, 'excess')}" for r in sure.head(2).iter_rows(named=True)]
     led = f", most of all {' and '.join(most)} nats (95 % over claims)" if most else ""
+    tied = [code(name) for name in ranked.filter(pl.col("slope") > TIED)["subspace"]]
+    out = f"; {' and '.join(tied)} left out, which hold{'s' * (len(tied) == 1)} the score's own slope" if tied else ""
     return (
         f"{said}. **{len(sure)} of {len(rows)} candidates carry more of the behaviour than subspaces of equal energy**"
-        f" (max-T, p < .05{f'; {open_} undecided' if open_ else ''}){led}. One seed; the report over"
+        f" (max-T, p < .05{f'; {open_} undecided' if open_ else ''}{out}){led}. One seed; the report over"
         " seeds has the interval for others."
     )

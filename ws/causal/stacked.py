@@ -97,7 +97,7 @@ def stacked(lm: LM, rows: Sequence[Row], turns: Sequence[str], read: Read) -> No
 
 def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str], read: Read) -> None:
     """The same of a model as it is, with what is added per parameter to S rows of a stack."""
-    ids, mask = encode(lm.tokenizer, list(turns), False, 4096)
+    ids, mask = encode(lm.tokenizer, list(turns), False, max_length=1 << 20)
     lengths = mask.sum(dim=1).tolist()
     share = unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1])
     order = sorted(range(len(turns)), key=lambda i: lengths[i])

@@ -172,6 +172,7 @@ def _shared(c: Phase, eff_ranks: list[float], d: int) -> str:
         said = "not supported: the layers' top directions lie in each other's space no more than random ones do"
     elif c.left_out < 0.5:
         said = "supported in part: a common part above chance, under half of a left-out layer's top direction"
+        said += ", and the space holds the layers outside the phase at least as well" * (c.outside >= c.left_out)
     elif c.outside >= c.left_out:
         said = "supported in part: the space is shared, but it holds the layers outside the phase at least as well"
     else:

@@ -14,6 +14,7 @@ from ws.explanation.rows import CLEAN
 from ws.gradient.sets import gradient_sets
 from ws.model.guard import check_plain
 from ws.model.lm import LM
+from ws.show.bars import heard
 from ws.steer.effect import check_null_diffs, effects
 from ws.steer.weights import check_fits
 from ws.subspaces.algebra import Basis, empty
@@ -33,6 +34,7 @@ from ws.train.record import other_base
 log = logging.getLogger(__name__)
 
 
+@heard
 def explain(
     lm: LM,
     w: WeightDiff | Path | str,

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from ws.show.figures import MARKERS, PALETTE, TEXT, legend_below, plain, plain_log_ticks, styled
 
 ACT, W = "mean_conc_act", "mean_conc_w_combined"
-POINTS_SHARE = 0.7  # of the width of a panel; names stand in the rest
+NAMES = 24  # lines of names beside a panel
 CHANCE = {"ls": "--", "c": "0.5", "lw": 1}
 
 
@@ -46,23 +46,25 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     ceilings = shown.filter(pl.col("kind") == "ceiling")
     rest = shown.filter(pl.col("kind") != "ceiling")
     styles = family_styles(sorted(rest["family"]))
-    figure = Figure(figsize=(TEXT, 8.2), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True, sharey=True)
-    for column, setter, share in ((ACT, axes[0].set_xlim, POINTS_SHARE), (W, axes[0].set_ylim, 0.96)):
-        if len(shown):  # the limits hold every point and the chance lines, with room for names on the right
-            low, high = min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.1
-            setter(low, low * (high / low) ** (1 / share))
-    for axis, name, kinds in zip(axes, ("write and mixed", "read"), (["write", "mixed"], ["read"]), strict=True):
+    sides = [("write and mixed", ["write", "mixed"]), ("read", ["read"])]
+    sides = [side for side in sides if rest["axis_kind"].is_in(side[1]).any()] or sides[:1]
+    figure = Figure(figsize=(TEXT, 1.4 + 3.4 * len(sides)), layout="constrained")
+    axes = figure.subplots(len(sides), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for column, setter in ((ACT, axes[0].set_xlim), (W, axes[0].set_ylim)):
+        if len(shown):  # the limits hold every point and the chance lines
+            setter(min(float(shown[column].min()), 1.0) / 1.25, max(float(shown[column].max()), 1.0) * 1.25)
+    for axis, (name, kinds) in zip(axes, sides, strict=True):
         part = rest.filter(pl.col("axis_kind").is_in(kinds)).sort("joint_score", descending=True)
         for (family,), of in part.group_by("family", maintain_order=True):
             axis.scatter(of[ACT], of[W], s=26, edgecolors="white", linewidths=0.4, zorder=3, **styles[family])
         axis.scatter(ceilings[ACT], ceilings[W], c="black", marker="*", s=80, label="ceiling", zorder=4)
         axis.axhline(1, zorder=1, **CHANCE)
         axis.axvline(1, zorder=1, **CHANCE)
-        _name_points(axis, pl.concat([part.head(10), ceilings]))
         axis.set(xscale="log", yscale="log", title=f"{name} ({len(part)} candidates)")
         plain_log_ticks(axis.xaxis)
         plain_log_ticks(axis.yaxis)
+        name_beside(axis, pl.concat([part.head(10), ceilings]).select("subspace", ACT, W), NAMES)
+        axis.tick_params(labelbottom=True)
         axis.set_xlabel("activation recovery R_act (1 = chance)")
         axis.set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
         axis.grid(True, which="major", alpha=0.2)
@@ -74,18 +76,18 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def _name_points(axis: Axes, points: pl.DataFrame) -> None:
-    """Names in a column right of all points, pushed apart vertically, with a thin line to the point."""
+def name_beside(axis: Axes, points: pl.DataFrame, most: int) -> None:
+    """Names (first column) of points (x, y) in a column right of the panel, which has room for `most` of them, with a thin
+    line to each."""
     if points.is_empty():
         return
-    low, high = np.log(axis.get_ylim())
-    gap = (high - low) / 26
-    placed = spread_labels(np.log(points[W].to_numpy()).tolist(), low + gap, high - gap, gap)
-    left, right = np.log(axis.get_xlim())
-    column = float(np.exp(left + (POINTS_SHARE + 0.03) * (right - left)))
+    scale = (np.log, np.exp) if axis.get_yscale() == "log" else (np.asarray, np.asarray)
+    low, high = scale[0](axis.get_ylim())
+    placed = spread_labels(list(scale[0](points.to_series(2).to_numpy())), low, high, (high - low) / most)
     line = {"arrowstyle": "-", "color": "0.75", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-    for (name, x, y), at in zip(points.select("subspace", ACT, W).rows(), np.exp(placed), strict=True):
-        axis.annotate(plain(name), (x, y), (column, at), va="center", zorder=2, arrowprops=line)
+    where = {"xycoords": "data", "textcoords": axis.get_yaxis_transform(), "annotation_clip": False}
+    for (name, x, y), at in zip(points.rows(), scale[1](placed), strict=True):
+        axis.annotate(plain(name), (x, y), (1.02, at), va="center", zorder=2, arrowprops=line, **where)
 
 
 @styled

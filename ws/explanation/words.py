@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from ws.show.tables import as_text, code, literal, sort_nan_last
+from ws.show.tables import as_text, code, literal, shown_of, sort_nan_last
 from ws.steer.effect import Steering
 from ws.subspaces.candidate import RACES
 from ws.subspaces.captures import N_PROBES
@@ -272,13 +272,14 @@ def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
     """The head of the summary as text, the columns a reader compares first; the caller's own candidates in any case. Every
     score stands beside what null diffs score, and beside its share of the best subspace of the same rank."""
     columns = {
-        "#": "#", "subspace": "subspace", "family": "family", "sees": "sees", "mean_conc_act": "R_act", "R_act_null": "on null",
-        "mean_conc_w_combined": "R_w", "R_w_null": "on null ", "joint_score": "joint", "act": "% best act",
-        "w": "% best w", "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
+        "#": "#", "subspace": "subspace", "family": "family", "sees": "sees",
+        "mean_conc_act": "R_act", "R_act_null": "R_act on null", "mean_conc_w_combined": "R_w", "R_w_null": "R_w on null",
+        "joint_score": "joint", "act": "% best act", "w": "% best w", "mean_z_act": "z_act", "mean_z_w_combined": "z_w",
     }  # fmt: skip
     best = {"act": 100 * pl.col("mean_pct_oracle_act"), "w": 100 * pl.col("mean_pct_oracle_combined")}
     shown = pct.with_row_index("#", 1).filter((pl.col("#") <= rows) | (pl.col("source") == "own")).with_columns(**best)
-    return as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items() if c in shown.columns]), style=style)
+    text = as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items() if c in shown.columns]), style=style)
+    return f"{text}\n{shown_of(len(shown), len(pct))}" if style == "html" and len(shown) < len(pct) else text
 
 
 def positions(pct: pl.DataFrame) -> dict[str, str]:

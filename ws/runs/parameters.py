@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ws.cache.models import shipped
+from ws.cache.models import near, shipped
 from ws.cache.places import ASSETS, root, shipped_pairs
 from ws.runs import rules
 from ws.runs.notebooks import MAYBE_PATHS, Params, path_names, protocol_file
@@ -150,6 +150,10 @@ def _absent(values: Params) -> list[str]:
             found.append(f"MODEL_ID: {model}: not a model folder, and no .gguf file")
         elif path.is_dir() and not (path / "config.json").is_file():
             found.append(f"MODEL_ID: {model}: not a model folder, config.json is missing")
+    elif meant := near(model):
+        found.append(
+            f"MODEL_ID: {model}: no model of this project, no folder, no hub id owner/name; did you mean {meant}?"
+        )
     if behavior and not (ASSETS / f"{behavior}.json").is_file() and not Path(behavior).is_file():
         found.append(f"BEHAVIOR: {shown(behavior)} is neither a shipped behaviour (sycophancy) nor a file")
     for key, others in (("PAIRS", ()), ("GRADIENTS", GRADIENTS)):

@@ -5,15 +5,21 @@ this package's and those of the libraries that load models, go to stdout.
 """
 
 import contextlib
+import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import wraps
 
 from tqdm import tqdm as _tqdm
 
 # Of libraries that a notebook uses through this package, and nothing that its reader could change.
 warnings.filterwarnings("ignore", message="IProgress not found")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+_SHOWN = ContextVar("shown", default=True)
 
 
 def in_kernel() -> bool:
@@ -27,7 +33,24 @@ class tqdm(_tqdm):
 
     def __init__(self, *args, **options):
         plain = {"file": sys.stdout, "position": 0, "ncols": 90} if in_kernel() else {}
-        super().__init__(*args, **plain | options)
+        hidden = {} if _SHOWN.get() else {"disable": True}
+        super().__init__(*args, **plain | options | hidden)
+
+
+def heard(function: Callable) -> Callable:
+    """A function whose `progress=False` silences all bars of this package within it, whoever draws them."""
+
+    usual = inspect.signature(function).parameters["progress"].default
+
+    @wraps(function)
+    def run(*args, progress: bool = usual, **options):
+        before = _SHOWN.set(_SHOWN.get() and progress)
+        try:
+            return function(*args, progress=progress, **options)
+        finally:
+            _SHOWN.reset(before)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import PathCollection
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Transform
 
 matplotlib.use("Agg", force=False)
@@ -165,7 +165,9 @@ def plain(text: str) -> str:
 
 
 def plain_log_ticks(axis: Axis) -> None:
-    """Names 1, 2, 5, 10, 20 and so on as plain numbers on an axis (`ax.xaxis`, `ax.yaxis`) of log scale."""
+    """Names 1, 2, 5, 10, 20 and so on as plain numbers on an axis (`ax.xaxis`, `ax.yaxis`) of log scale, with small ticks
+    between them."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+    axis.set_minor_locator(LogLocator(subs=range(1, 10)))
+    axis.set_minor_formatter(NullFormatter())

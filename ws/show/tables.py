@@ -97,7 +97,7 @@ def as_text(
     digits: int = 3,
 ) -> str:
     """The table as text: numbers to 3 significant digits, `-` for what is not defined. style: `csv` or a tabulate format, such
-    as `html` for notebooks."""
+    as `html` for notebooks, where it is said below how many rows are not shown."""
     from tabulate import tabulate
 
     part = table.select(columns) if columns else table
@@ -113,7 +113,13 @@ def as_text(
         if style.startswith("latex") and shown
         else None
     )
-    return tabulate(shown, headers=part.columns, tablefmt=style, disable_numparse=True, colalign=ends)
+    more = f"\n{shown_of(len(part), len(table))}" if style == "html" and len(part) < len(table) else ""
+    return tabulate(shown, headers=part.columns, tablefmt=style, disable_numparse=True, colalign=ends) + more
+
+
+def shown_of(some: int, whole: int) -> str:
+    """What stands below a table that is cut, HTML."""
+    return f"<p>{some:,} of {whole:,} rows</p>"
 
 
 def _cell(value: object, digits: int) -> object:

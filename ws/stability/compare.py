@@ -13,6 +13,7 @@ from ws.explanation.summary import folded
 from ws.explanation.words import left_out
 from ws.gradient.sets import GradientSets
 from ws.model.lm import LM
+from ws.show.bars import heard
 from ws.show.tables import Told, write_table
 from ws.stability import overlap, words
 from ws.stability.blind import blind_scores
@@ -35,8 +36,8 @@ DATA = ("prompts", "pairs", "other pairs")  # what a basis may be undetermined b
 # what a reader compares first: column of the summary -> heading
 LEADING = {
     "candidate": "candidate", "sees": "sees", "mean_rank": "rank", "honest_geomean": "honest joint",
-    "H_act_geomean": "H_act", "H_w_geomean": "H_w", "R_act_geomean": "R_act", "R_act_null_diff": "on null",
-    "R_act_varying_geomean": "varying", "R_act_claim_geomean": "claim", "R_w_geomean": "R_w", "R_w_null_diff": "on null ",
+    "H_act_geomean": "H_act", "H_w_geomean": "H_w", "R_act_geomean": "R_act", "R_act_null_diff": "R_act on null",
+    "R_act_varying_geomean": "varying", "R_act_claim_geomean": "claim", "R_w_geomean": "R_w", "R_w_null_diff": "R_w on null",
     "q_R_w": "q of R_w",
 }  # fmt: skip
 
@@ -108,6 +109,7 @@ class Stability(Told):
         return folder
 
 
+@heard
 def compare_seeds(
     folders: Mapping[int, Path | str | Explanation],
     lm: LM | None = None,

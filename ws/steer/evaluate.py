@@ -185,7 +185,7 @@ def _moved(sweep: pl.DataFrame, name: str, low: float, high: float) -> tuple[flo
 
 def _on_claims(by: dict[str, tuple[float, float]], between: str) -> str:
     mean, half = by["false"]
-    around = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] nats {between}"
+    around = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] nats (95 % over claims) {between}"
     if not half == half:
         return f"`w` moves yes against no on held-out false claims by {mean:+.2f} nats {between}; there is no interval."
     if abs(mean) <= half:

@@ -43,6 +43,6 @@ def wording_text(behavior: Behavior, table: pl.DataFrame) -> str:
     said = ", ".join(f"{spread:+.2f} nats (least pmass {least:.3f})" for _, spread, least in ends.rows())
     kept = ends.filter(pl.col("least") >= MIN_PMASS)["wording"].to_list()
     words = "; ".join(f'"{" ".join(behavior.templates[a].split())}"' for a in kept)
-    asked = ", ".join(f"{alpha:+g}" for alpha in table["alpha"].unique().sort())
+    asked = ", ".join(f"{alpha:+g}" if alpha else "0" for alpha in table["alpha"].unique().sort())
     where = f"pmass is at least {MIN_PMASS} under: {words}" if kept else f"under none is pmass at least {MIN_PMASS}"
-    return f" Asked at alpha {asked}, the {len(ends)} wordings of the probe move by {said}; {where}."
+    return f"Asked at alpha {asked}, the {len(ends)} wordings of the probe move by {said}; {where}."

@@ -272,11 +272,12 @@ def obtain_diff(
 
 
 MEANT = {
+    "distinct_pairs": "share of the pairs that were drawn at least once",
     "asymmetry": "norm of t+ over that of t-, 1: both adapters moved as far",
     "cos_opposition": "`cos(t+, -t-)`, 1: the adapters are mirror images",
     "drift_ratio": "what both learnt over what sets them apart, 0: nothing in common",
     "cos_w_drift": "cosine of that difference and that common part",
-}  # of the geometry of a pair, for its reader
+}  # of the pairs and of the geometry of both adapters, for their reader
 
 
 def training_text(training: dict) -> str:

@@ -5,7 +5,7 @@ const number = (text) => (/^[\s+\-\u2212]*[\d.,]+(e[+\-]?\d+)?\s*([%xs]|nats)?(\
 const before = (a, b) => {
   const [x, y] = [number(a), number(b)];
   if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1;
-  return Number.isNaN(x) ? a.localeCompare(b) : x - y;
+  return Number.isNaN(x) ? a.localeCompare(b, undefined, { numeric: true }) : x - y;
 };
 for (const table of document.querySelectorAll("table")) {
   if (table.scrollWidth > table.clientWidth + 1) table.tabIndex = 0;
