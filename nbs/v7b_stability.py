@@ -106,7 +106,7 @@ display(show(draw.oracle_overlap_figure(found.subspaces), run.folder / "v7b_orac
 
 # %%
 lines = {
-    "families": {c["name"]: c["family"] for c in next(iter(sweeps.values())).candidates},
+    "families": found.runs.families,
     "twins": corrections.MENDED,
 }
 tables = found.summary, found.per_seed, found.verdict.winner

@@ -22,12 +22,13 @@ from ws.subspaces.candidate import race_of
 @dataclass(frozen=True)
 class SeedRuns:
     """scores: what `ws.stability.scores` works on. geometry: what blind copies are drawn of, its candidates those of
-    `scores.tested`. oracles: per side ("act", "weight") and seed, one basis per LoRA layer. steering: whether w steers."""
+    `scores.tested`. oracles: per side ("act", "weight") and seed, one basis per LoRA layer. steering: whether w steers. families: of the candidates, by name."""
 
     scores: SeedScores
     geometry: Geometry
     oracles: dict[str, dict[str, list[Basis]]]
     steering: Steering
+    families: dict[str, str]
 
 
 def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
@@ -77,7 +78,7 @@ def load_seeds(found: Mapping[int, Explanation], depend: Collection[str] = ()) -
     }
     effects = [run.setting["effects"] for run in every]
     steers = steering(effects, some.setting["null_effects"], some.setting.get("score", "log-ratio"))
-    return SeedRuns(scores, geometry, oracles, steers)
+    return SeedRuns(scores, geometry, oracles, steers, {c["name"]: c["family"] for c in some.candidates})
 
 
 def layers_of(found: Mapping[int, Explanation]) -> list[int]:
