@@ -22,7 +22,8 @@ from ws.subspaces.candidate import race_of
 @dataclass(frozen=True)
 class SeedRuns:
     """scores: what `ws.stability.scores` works on. geometry: what blind copies are drawn of, its candidates those of
-    `scores.tested`. oracles: per side ("act", "weight") and seed, one basis per LoRA layer. steering: whether w steers. families: of the candidates, by name."""
+    `scores.tested`. oracles: per side ("act", "weight") and seed, one basis per LoRA layer. steering: whether w steers.
+    families: of the candidates, by name."""
 
     scores: SeedScores
     geometry: Geometry
