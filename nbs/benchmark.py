@@ -94,8 +94,12 @@ display(show(found.figure(), run.folder / "benchmark_effects", key=True))
 # %% [markdown]
 # ## All of it
 #
+# `effect`: between both ends, nats, on the `n` items to which the two ends want different answers; `effect_yes`, `effect_no`: its halves, where
+# yes and where no is wanted at +. `control`: the same on the `n_control` items to which both want the same answer, 0 where they are left alone.
 # `surgical`: `(fixed - 2 broken) / n` over items that were wrong, or right, before, times pmass squared; `surgical_most`: what it could reach
-# here. Intervals are t intervals over items, of one seed.
+# here; `wrong_way`: the share of items that move against the behaviour. `kl`: to the base model along given texts, `said_kl` along the method's
+# own continuations, nats per token; `perplexity`: on neutral passages, over the base model's; `repeats`: of the continuations; `facts`: accuracy
+# on unrelated yes/no items. `off_target`: mean |effect| on other behaviours' statements, `off_bias`: of it a push to yes or no. Intervals are t intervals over items, of one seed.
 
 # %%
 display(show_table(found.table, rows=40))

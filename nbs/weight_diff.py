@@ -203,6 +203,5 @@ if not NULL_DIFF:
 # %%
 write_json(folder / "weight_diff.json", {"training": training, "steering": verdict, "margin": margin})
 log.info("done: %s", folder)
-said = verdict["text"], tables.literal(verdict["wordings"]), tables.literal(margin["text"])
-display(Markdown(" ".join(filter(None, said))))
+display(Markdown(f"{verdict['text']} {tables.literal(verdict['wordings'])} {tables.literal(margin['text'])}"))
 display(notebook.headline(evaluate.headline(sweep, verdict, margin, NULL_DIFF)))

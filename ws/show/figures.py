@@ -33,7 +33,7 @@ STYLE = {
     "font.size": TYPE, "axes.titlesize": 8, "axes.labelsize": 7.5, "xtick.labelsize": TYPE, "ytick.labelsize": TYPE,
     "legend.fontsize": TYPE, "legend.title_fontsize": TYPE, "figure.titlesize": 8.5, "axes.linewidth": 0.6,
     "lines.linewidth": 1.2, "lines.markersize": 4, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-    "legend.frameon": False, "legend.handlelength": 1.6, "axes.xmargin": 0.03,
+    "legend.frameon": False, "legend.handlelength": 1.6,
 }  # fmt: skip
 
 

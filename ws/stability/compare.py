@@ -14,7 +14,7 @@ from ws.explanation.words import left_out
 from ws.gradient.sets import GradientSets
 from ws.model.lm import LM
 from ws.show.bars import heard
-from ws.show.tables import Told, write_table
+from ws.show.tables import Told, sort_nan_last, write_table
 from ws.stability import overlap, words
 from ws.stability.blind import blind_scores
 from ws.stability.chance import chance_table, top_chance
@@ -73,9 +73,10 @@ class Stability(Told):
 
     @property
     def leading(self) -> pl.DataFrame:
-        """The summary as a reader sees it: LEADING, the shuffles of a control as one row."""
+        """The summary as a reader sees it: LEADING, the shuffles of a control as one row at the place of their mean."""
         known = [column for column in LEADING if column in self.summary.columns]
-        return folded(self.summary.select(known), "candidate").rename({column: LEADING[column] for column in known})
+        whole = sort_nan_last(folded(self.summary.select(known), "candidate"), "honest_geomean")
+        return whole.rename({column: LEADING[column] for column in known})
 
     def conclusion(self) -> str:
         """The verdict and every claim beside its chance level (Markdown)."""

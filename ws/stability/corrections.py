@@ -67,7 +67,7 @@ def capture_corrections(
         top = [set(both.sort(column, descending=True)["subspace"][:5]) for column in joint]
         rho = float(spearmanr(*(both[column].to_numpy() for column in joint)).statistic)
         sizes = float(np.median(np.abs(shift))), float(np.abs(shift).max())
-        moved = both["subspace"][most] if name != "v7" else ""
+        moved = both["subspace"][most] if shift[most] else "none"
         rows.append((name, rho, *sizes, moved, float(shift[most]), len(top[0] & top[1])))
     scores = pl.concat([t.with_columns(pl.lit(name).alias("variant")) for name, t in tables.items()])
     return pl.DataFrame(rows, MOVED, orient="row"), scores

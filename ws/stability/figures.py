@@ -15,7 +15,7 @@ from ws.show.figures import TEXT, legend_below, plain, styled
 AXIS_COLOURS = {"write": "#0b6e99", "mixed": "#c8641e", "read": "#5a7d2a", "ceiling": "#222222"}
 OTHER = "#777777"
 GRID = {"color": "#e4e4e4", "linewidth": 0.6, "zorder": 0}
-HIGHLIGHTS = "#0b6e99 #c8641e #5a7d2a #8a3b8f #b3212c #2b2f77 #947600 #00796b #a04a78 #4d4d4d".split()
+HIGHLIGHTS = "#8a3b8f #b3212c #2b2f77 #947600 #00796b #d0589a #4d4d4d #00a3b4 #a67c52".split()  # none of the above
 CLIP = 1.5  # a panel of the forest plot spans the data times this
 BAND = {"linewidth": 2.6, "alpha": 0.35}  # crossed bootstrap
 DIAMOND = {"marker": "D", "color": "white", "linestyle": ""}  # null diff
@@ -129,7 +129,7 @@ def forest_plot(
             panel.axhspan(count - ends[i] - 0.5, count - first - 0.5, color="#f3f3f3", zorder=0, linewidth=0)
         _forest_panel(panel, summary, score, per_seed, places, older)
         panel.set_title(title, loc="left")
-        panel.set_xlabel("concentration (1 = random subspace)")
+        panel.set_xlabel("1 = random subspace")
         _plain(panel)
     first, last = axes
     label = {line[0]: winner if winner in line else line[0] for line in lines}
@@ -198,12 +198,19 @@ def bump_chart(
         older = best[i] < whole[lines[i][0]]  # where the v7 form ranks higher
         for some, face in ((~older, style["color"]), (older, "white")):
             axes.plot(x[some], ranks[i][some], "o", markersize=4 if leads else 2.2, markerfacecolor=face, **style)
-    for at, shift, side in ((0, -7, "right"), (last, 7, "left")):
+    for at, shift, side in ((0, -0.02, "right"), (last, 1.02, "left")):
         heights = _spread([ranks[i][at] for i in range(named)], LABEL)
         for i, y in enumerate(heights):
             style = {"color": colours[of_line[i]], "ha": side, "va": "center", "annotation_clip": False}
+            style["arrowprops"] = {
+                "arrowstyle": "-",
+                "color": colours[of_line[i]],
+                "lw": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 3,
+            }
             text = plain(lines[i][0]) + " ○" * (len(lines[i]) > 1)
-            axes.annotate(text, (at, y), (shift, 0), textcoords="offset points", **style)
+            axes.annotate(text, (at, ranks[i][at]), (shift, y), textcoords=axes.get_yaxis_transform(), **style)
     axes.set_xticks(x, [f"seed {k}" for k in seeds])
     axes.set_xlim(-0.15, last + 0.15)
     axes.set_ylim(count + 0.8, 0.2)
@@ -211,11 +218,7 @@ def bump_chart(
     axes.grid(axis="x", **GRID)
     _plain(axes, "left", "bottom")
     more = f", {count - named} without a name" if count > named else ""
-    forms = (
-        "; ○ stands for both its forms, hollow where the v7 form is ahead"
-        if any(len(line) > 1 for line in lines)
-        else ""
-    )
+    forms = "; ○: both forms, hollow where v7's is ahead" if any(len(line) > 1 for line in lines) else ""
     axes.set_title(
         f"Rank by the rank-honest joint score on each seed, 1 at the top\n({len(lines)} lines{more}{forms})", loc="left"
     )

@@ -28,6 +28,7 @@ def effects_figure(table: pl.DataFrame) -> Figure:
             axes.errorbar(value, at, xerr=[low, high], label=said, **style)
         axes.axvline(0, ls="--", c="0.5", lw=1)
         axes.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
+        axes.margins(x=0.08)  # a mark at the most that can be reached is no frame
         axes.set_yticks(range(len(names)), map(plain, names))
         axes.grid(axis="y", c="0.92")
     handles, labels = figure.axes[0].get_legend_handles_labels()
