@@ -153,8 +153,8 @@ display(show_table(found.where, rows=12))
 # The same from the right, `w P` on q, k, v, gate and up; without energy-matched controls.
 
 # %%
-if len(found.read):
-    display(show_table(found.read.sort("effect", descending=True), rows=10))
+unasked = Markdown("Left out of this run (`SECTIONS`).")
+display(show_table(found.read.sort("effect", descending=True), rows=10) if len(found.read) else unasked)
 
 # %% [markdown]
 # ## Ceilings by rank, and further controls
@@ -162,8 +162,7 @@ if len(found.read):
 # A ceiling of `w`'s own directions keeps what it is cut from; that of another LoRA seed has to find the same place again.
 
 # %%
-if len(found.ranks):
-    display(show(found.rank_figure(), run.folder / "causal_ranks"))
+display(show(found.rank_figure(), run.folder / "causal_ranks") if len(found.ranks) else unasked)
 if len(found.controls):
     display(show_table(found.controls))
 
@@ -174,8 +173,7 @@ if len(found.controls):
 # held-out probes and neutral passages by `KL_TARGET` nats, beside a random direction of the writers' norms (`mag_only`).
 
 # %%
-if len(found.dose):
-    display(show_table(found.dose.sort("subspace", "dose"), rows=15))
+display(show_table(found.dose.sort("subspace", "dose"), rows=15) if len(found.dose) else unasked)
 if len(found.matched):
     display(show_table(found.matched.drop("why")))
 

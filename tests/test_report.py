@@ -261,7 +261,7 @@ def test_tables_sort_and_the_index_filters_in_a_browser(tmp_path):
     table = f"<table><thead><tr><th>name</th><th>score</th></tr></thead><tbody>{rows}</tbody></table>"
     entries = "".join(
         f'<div class="entry" data-find="{words}">{words}</div>'
-        for words in ("tiny seed 0 done", "smollm2 seed 0 failed")
+        for words in ("tiny seed 1 done", "smollm2 seed 10 failed 2026-11-01")
     )
     body = f'<input id="filter"><span id="seen"></span><section class="group">{entries}</section>{table}'
     (tmp_path / "page.html").write_text(report.page("T", body))
@@ -283,6 +283,10 @@ def test_tables_sort_and_the_index_filters_in_a_browser(tmp_path):
         )
         assert page.js("[...document.querySelectorAll('.entry')].map(e => e.hidden).join()") == "true,false"
         assert page.js("document.getElementById('seen').textContent") == "1 of 2"
+        page.js(
+            "(f => { f.value = 'seed 1'; f.dispatchEvent(new Event('input')); })(document.getElementById('filter'))"
+        )
+        assert page.js("[...document.querySelectorAll('.entry')].map(e => e.hidden).join()") == "false,true"
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")

@@ -123,6 +123,7 @@ def rank_curves(ranks: pl.DataFrame) -> Figure:
     axis.set_xscale("log", base=2)
     ticks = sorted(set(ranks["rank"]))
     axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.set_xlim(ticks[0] / 1.6, ticks[-1] * 1.6)
     axis.axhline(1, **CHANCE)
     axis.set(xlabel="rank", ylabel="retention", title="What the ceilings keep of the writers' effect, by rank")
     legend_below(figure, axis, 2)

@@ -31,6 +31,7 @@ def _finished(figure: Figure, ax: Axes, n_layers: int, title: str | None = None)
 def _log_scale(ax: Axes) -> None:
     ax.set_yscale("log")
     plain_log_ticks(ax.yaxis)
+    ax.set_ylabel(f"{ax.get_ylabel()}, log scale")
 
 
 @styled

@@ -241,7 +241,7 @@ def caveats(pct: pl.DataFrame, table: pl.DataFrame, facts: dict, ranked: list[st
     part = table.filter(pl.col("layer").is_in(facts["layers"]))
     doubtful = part.filter(pl.col("ill_conditioned")).unique("subspace", keep="first", maintain_order=True)
     for name, note in doubtful.select("subspace", "note").rows():
-        place = f" (rank {ranked.index(name) + 1} by joint score)" if name in ranked else ""
+        place = f" (rank {ranked.index(name) + 1} by joint score of those that write)" if name in ranked else ""
         out += [f"{code(name)}{place} is not determined by its data: {literal(note)}."]
     over = pct.filter((pl.col("kind") == "A-hypothesis") & (pl.col("pct_act_ceiling") > 100))["subspace"].to_list()
     if over:

@@ -56,7 +56,7 @@ def beside(x: pl.Series, i: int, n: int, log: bool = False) -> Float[np.ndarray,
     """Places along x for the i-th of n series, a little apart, so that none hides another of the same values."""
     u = x.to_numpy().astype(float)
     u = np.log(u) if log else u
-    u = u + 0.025 * (i - (n - 1) / 2) * (np.ptp(u) or 1.0)
+    u = u + 0.025 * (i - (n - 1) / 2) * (np.ptp(u) or 3.0)
     return np.exp(u) if log else u
 
 

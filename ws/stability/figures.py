@@ -155,7 +155,11 @@ def forest_plot(
     figure.legend(handles, list(styles), loc="outside lower center", ncols=4)
     said = f"winner: {plain(winner)}" if winner else "no winner"
     said += f"; the first {count} of {whole} lines" if count < whole else ""
-    figure.suptitle(f"Concentration over {S} seeds, sorted by the rank-honest joint score\n({said})", x=0.01, ha="left")
+    figure.suptitle(
+        f"Concentration over {S} seeds, families by their best member's rank-honest joint score\n({said})",
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 

@@ -19,7 +19,11 @@ def effects_figure(table: pl.DataFrame) -> Figure:
     for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
         for i, dose in enumerate(doses):
             part = table.filter(pl.col("dose") == dose, pl.col("refused") == "")
-            at = np.array([names.index(name) for name in part["method"]]) + 0.16 * (i - (len(doses) - 1) / 2)
+            mine = [
+                table.filter(method=name, refused="")["dose"].to_list() for name in part["method"]
+            ]  # the doses of a row
+            at = np.array([names.index(name) for name in part["method"]], dtype=float)
+            at += [0.16 * (some.index(dose) - (len(some) - 1) / 2) for some in mine]
             value = part[column].to_numpy()
             low, high = (np.nan_to_num(np.abs(part[f"{column}_{end}"].to_numpy() - value)) for end in ("low", "high"))
             nats = table.filter(pl.col("dose") == dose)["target"][0]

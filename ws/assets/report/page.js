@@ -35,8 +35,9 @@ if (filter) {
   const all = [...document.querySelectorAll("[data-find]")];
   const seen = document.getElementById("seen");
   const look = () => {
-    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-    for (const one of all) one.hidden = !words.every((word) => one.dataset.find.includes(word));
+    const whole = (text) => ` ${text.toLowerCase()} `.replace(/\bseeds?[ _](\d+)(?=\s)/g, "seed#$1#"); // seed 1 is not seed 10
+    const words = whole(filter.value).split(/\s+/).filter(Boolean);
+    for (const one of all) one.hidden = !words.every((word) => whole(one.dataset.find).includes(word));
     for (const group of document.querySelectorAll("section.group")) {
       const found = group.querySelectorAll("[data-find]:not([hidden])");
       group.hidden = !found.length;
