@@ -119,7 +119,7 @@ def test_only_what_makes_a_thing_makes_it_anew(package, kinds, kind):
     assert kinds[kind]() == first and kinds[kind]() == again
     for module in ("train/lora.py", "train/pairs.py", "model/generate.py", "theta/states.py", "theta/fit.py"):
         package(module, "\nimport ", "\n# a remark\n\nimport ")
-    package("theta/figures.py", "figsize=(13, 3.8)", "figsize=(12, 3.8)")
+    package("theta/figures.py", "scale of the heads", "scale of all heads")
     package("theta/verdict.py", "beats each of", "wins against each of")
     package("train/difference.py", "How w came about", "What w came from")
     package("theta/states.py", "A user's training texts", "The training texts of a user")
