@@ -288,7 +288,7 @@ def test_theta_fit(tmp_path):
     summary = read_table(tmp_path / "run" / "theta_summary.tsv")
     assert len(summary) > 0 and (tmp_path / "run" / "theta_cross.csv").stat().st_size > 0
     assert len(list((tmp_path / "run").glob("theta_*.safetensors"))) >= 2
-    assert (tmp_path / "run" / "theta_fit.html").read_text().count("data:image/png") == 8
+    assert (tmp_path / "run" / "theta_fit.html").read_text().count("data:image/png") == 9
 
 
 def test_a_wrong_model_and_a_missing_difference_are_named(tmp_path):
