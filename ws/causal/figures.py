@@ -65,7 +65,7 @@ def energy_scatter(table: pl.DataFrame, whole: float) -> Figure:
         if row["control"] is not None and np.isfinite(row["control"]) and whole:
             axis.plot([row["energy"]] * 2, [row["retention"], row["control"] / whole], color="0.8", lw=0.8, zorder=1)
             axis.plot(row["energy"], row["control"] / whole, "_", color="0.4", ms=6, zorder=2)
-    name_beside(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"), 24)
+    name_beside(axis, rows.sort("retention", descending=True).head(NAMED).select("subspace", "energy", "retention"))
     axis.set(
         xlabel="captured share of the writers' input-weighted energy",
         ylabel="retention: effect of P w over that of w's writers",
@@ -145,7 +145,7 @@ def cloud_scatter(points: pl.DataFrame, beyond: pl.DataFrame) -> Figure:
     ends = [min(fitted.min(), beyond["expected"].min() or 0), max(fitted.max(), beyond["expected"].max() or 0)]
     axis.plot(ends, ends, zorder=1, **CHANCE)
     far = beyond.sort(pl.col("residual").abs(), descending=True).head(NAMED)
-    name_beside(axis, far.select("subspace", "expected", "linear"), 24)
+    name_beside(axis, far.select("subspace", "expected", "linear"))
     axis.set(xlabel="expected of energy, input-weighted energy and R_act (nats)", ylabel="first-order effect (nats)")
     axis.set_title("Do overlap scores say what a subspace does?")
     legend_below(figure, axis)

@@ -63,7 +63,7 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
         axis.set(xscale="log", yscale="log", title=f"{name} ({len(part)} candidates)")
         plain_log_ticks(axis.xaxis)
         plain_log_ticks(axis.yaxis)
-        name_beside(axis, pl.concat([part.head(10), ceilings]).select("subspace", ACT, W), NAMES)
+        name_beside(axis, pl.concat([part.head(10), ceilings]).select("subspace", ACT, W))
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("activation recovery R_act (1 = chance)")
         axis.set_ylabel("weight recovery R_w, o_proj and down_proj (1 = chance)")
@@ -76,7 +76,7 @@ def joint_scatter(summary: pl.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def name_beside(axis: Axes, points: pl.DataFrame, most: int) -> None:
+def name_beside(axis: Axes, points: pl.DataFrame, most: int = NAMES) -> None:
     """Names (first column) of points (x, y) in a column right of the panel, which has room for `most` of them, with a thin
     line to each."""
     if points.is_empty():

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from ws.show.tables import as_text, code, literal, shown_of, sort_nan_last
+from ws.show.tables import as_text, code, literal, sort_nan_last
 from ws.steer.effect import Steering
 from ws.subspaces.candidate import RACES
 from ws.subspaces.captures import N_PROBES
@@ -278,8 +278,8 @@ def top_table(pct: pl.DataFrame, rows: int = 12, style: str = "github") -> str:
     }  # fmt: skip
     best = {"act": 100 * pl.col("mean_pct_oracle_act"), "w": 100 * pl.col("mean_pct_oracle_combined")}
     shown = pct.with_row_index("#", 1).filter((pl.col("#") <= rows) | (pl.col("source") == "own")).with_columns(**best)
-    text = as_text(shown.select([pl.col(c).alias(n) for c, n in columns.items() if c in shown.columns]), style=style)
-    return f"{text}\n{shown_of(len(shown), len(pct))}" if style == "html" and len(shown) < len(pct) else text
+    part = shown.select([pl.col(c).alias(n) for c, n in columns.items() if c in shown.columns])
+    return as_text(part, style=style, of=len(pct))
 
 
 def positions(pct: pl.DataFrame) -> dict[str, str]:

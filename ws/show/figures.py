@@ -60,11 +60,11 @@ def beside(x: pl.Series, i: int, n: int, log: bool = False) -> Float[np.ndarray,
     return np.exp(u) if log else u
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 4, **more) -> None:
+def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
     """One legend for all panels, under them, of what `axes` names."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), **more)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
 FORMATS = {

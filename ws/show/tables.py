@@ -95,9 +95,10 @@ def as_text(
     rows: int | None = None,
     style: str = "github",
     digits: int = 3,
+    of: int | None = None,
 ) -> str:
     """The table as text: numbers to 3 significant digits, `-` for what is not defined. style: `csv` or a tabulate format, such
-    as `html` for notebooks, where it is said below how many rows are not shown."""
+    as `html` for notebooks, where it is said below how many of the rows are shown. of: rows of the whole, default the table's."""
     from tabulate import tabulate
 
     part = table.select(columns) if columns else table
@@ -113,13 +114,9 @@ def as_text(
         if style.startswith("latex") and shown
         else None
     )
-    more = f"\n{shown_of(len(part), len(table))}" if style == "html" and len(part) < len(table) else ""
+    whole = of or len(table)
+    more = f"\n<p>{len(part):,} of {whole:,} rows</p>" if style == "html" and len(part) < whole else ""
     return tabulate(shown, headers=part.columns, tablefmt=style, disable_numparse=True, colalign=ends) + more
-
-
-def shown_of(some: int, whole: int) -> str:
-    """What stands below a table that is cut, HTML."""
-    return f"<p>{some:,} of {whole:,} rows</p>"
 
 
 def _cell(value: object, digits: int) -> object:
