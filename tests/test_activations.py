@@ -54,6 +54,7 @@ def test_padding_side_and_batch_size_change_nothing(lm, side, batch):
     other = R.read_texts(lm, TEXTS, True, detail=True, batch_size=batch, padding_side=side, mean_of=places)
     for name in ("resid", "embed", "up_in", "tokens", "attn", "claim"):
         a, b = getattr(reference, name), getattr(other, name)
+        a, b = (a.dense(), b.dense()) if name == "tokens" else (a, b)
         assert a.shape == b.shape and torch.allclose(a, b, atol=2e-5), name
     assert reference.ids == other.ids
 

@@ -34,7 +34,7 @@ def read(model):
 )
 def test_logits_and_gradients_are_those_of_each_text_alone(family, window, monkeypatch):
     model = random_model(family, **({"sliding_window": window} if window else {}))
-    monkeypatch.setattr("ws.model.prefix.hooked", lambda _: False)  # the counter below is a hook
+    monkeypatch.setattr("ws.model.prefix.hooked", lambda *_: False)  # the counter below is a hook
     seen, (ids, mask) = read(model), batch()
     rows, at = torch.tensor([0, 0, 1, 2]), torch.tensor([len(LEAD), len(LEAD) + 2, len(LEAD) + 1, len(LEAD) + 4])
     together = logits_at(model, ids, mask, rows, at)

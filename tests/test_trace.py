@@ -88,7 +88,7 @@ def deltas(lm) -> list[torch.Tensor]:
 
 def captures(lm) -> list[torch.Tensor]:
     acts = read_texts(lm, TEXTS, True, detail=True)
-    return [acts.resid, acts.embed, acts.up_in, acts.tokens, acts.attn, *deltas(lm)]
+    return [acts.resid, acts.embed, acts.up_in, acts.tokens.dense(), acts.attn, *deltas(lm)]
 
 
 # --- both classes ----------------------------------------------------------------------------------------------------

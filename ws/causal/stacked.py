@@ -8,13 +8,11 @@ touched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache
 
 from ws.diff import WeightDiff
 from ws.diff.core import LowRank, layer_of
@@ -22,13 +20,13 @@ from ws.model.decoder import unembeds_some
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.prefix import reads_each
-from ws.model.text import encode, last_index, position_ids
+from ws.model.text import encode
+from ws.model.together import last_logits, passes, together
 from ws.model.wide import widened
 from ws.steer.weights import check_fits
 
 # tokens of a pass, stack included: read (more leave the cache), and held with what all texts begin with
 TOKENS, HELD = 2048, 16384
-LEAST, PASS = 4, 32  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
 Read = Callable[
     [Float[Tensor, "S k V"], list[int]], None
@@ -98,9 +96,7 @@ def stacked(lm: LM, rows: Sequence[Row], turns: Sequence[str], read: Read) -> No
 def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str], read: Read) -> None:
     """The same of a model as it is, with what is added per parameter to S rows of a stack."""
     ids, mask = encode(lm.tokenizer, list(turns), False, max_length=1 << 20)
-    lengths = mask.sum(dim=1).tolist()
-    share = unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1])
-    order = sorted(range(len(turns)), key=lambda i: lengths[i])
+    groups = together(ids, mask, unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1]))
     with torch.no_grad(), ExitStack() as stack:
         for name, one in added.items():
             module = lm.model.get_submodule(name.removesuffix(".weight"))
@@ -109,66 +105,16 @@ def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str
         rows = [1]
         for block in lm.decoder.blocks[lowest:]:
             stack.callback(block.register_forward_pre_hook(_spread(S, rows), with_kwargs=True).remove)
-        for first, those in _together(ids, mask, order) if share else [(0, order)]:
-            rows[0] = 1
-            lead = _inputs(lm, ids[those[:1], :first], mask[those[:1], :first])
-            cache = lm.model(**lead, use_cache=True, logits_to_keep=1).past_key_values if first else None
-            start = 0
-            while start < len(those):
-                few = 1
-                for i in those[start + 1 :]:
-                    if (few + 1) * S * max((lengths[i] - first) / TOKENS, lengths[i] / HELD) > 1:
-                        break
-                    few += 1
-                places = those[start : start + few]
-                width, rows[0] = lengths[places[-1]], few
-                read(_logits(lm, S, ids[places, :width], mask[places, :width], first, cache), places)
-                start += few
 
+        def fits(n: int, T: int, first: int) -> bool:
+            return n * S * max((T - first) / TOKENS, T / HELD) <= 1
 
-def _inputs(lm: LM, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> dict[str, Tensor]:
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-    return {name: x.to(next(lm.model.parameters()).device) for name, x in inputs.items()}
-
-
-def _logits(
-    lm: LM, S: int, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], first: int, lead: Cache | None
-) -> Float[Tensor, "S n V"]:
-    """Logits after each text's last token; lead: keys and values of the first tokens of all, `(S or 1, ...)`."""
-    n, inputs = len(ids), _inputs(lm, ids, mask)
-    if lead is not None:
-        cache = deepcopy(lead)
-        cache.batch_repeat_interleave(n)
-        inputs |= {key: inputs[key][:, first:] for key in ("input_ids", "position_ids")} | {"past_key_values": cache}
-    some, device = unembeds_some(lm.model), inputs["input_ids"].device
-    wanted, place = (last_index(mask) - first).unique(return_inverse=True)
-    keep = {"logits_to_keep": wanted.to(device)} if some else {}
-    logits = lm.model(**inputs, use_cache=lead is not None, **keep).logits
-    logits = (logits if some else logits[:, wanted.to(device)]).unflatten(0, (S, n))
-    return logits[:, torch.arange(n, device=device), place.to(device)].float()
-
-
-def _together(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int]) -> list[tuple[int, list[int]]]:
-    """Texts that go together, and how many tokens they begin with alike: parted wherever that leaves fewer tokens to read."""
-    first = _alike(ids[those], mask[those]) if len(those) > 1 else 0
-    whole = [(first if first >= LEAST else 0, those)]
-    if len(those) <= 2:
-        return whole
-    parts: dict[int, list[int]] = {}
-    for i in those:
-        parts.setdefault(int(ids[i, first]), []).append(i)
-    parted = [more for part in parts.values() for more in _together(ids, mask, part)] if len(parts) > 1 else whole
-
-    def cost(groups: list[tuple[int, list[int]]]) -> int:
-        return sum(PASS + k + int(mask[some].sum()) - k * len(some) for k, some in groups)
-
-    return min(whole, parted, key=cost)
-
-
-def _alike(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> int:
-    """How many tokens all texts begin with, before the last of any."""
-    same = ((ids == ids[:1]) & (mask != 0)).all(dim=0)
-    return min(int(last_index(mask).min()), int(same.int().cumprod(dim=0).sum()))
+        for part in passes(ids, mask, groups, fits, S):
+            rows[0] = len(part.ids)
+            if part.leads:
+                part.run(lm.decoder.body, lm.device)
+            else:
+                read(last_logits(part, lm.decoder, S), part.places)
 
 
 def _spread(S: int, n: list[int]) -> Callable:

@@ -136,10 +136,12 @@ def mark(module: nn.Module, by: int) -> None:
         del module.__dict__["_ws_worn"]
 
 
-def hooked(model: nn.Module) -> bool:
-    """Whether somebody set a forward hook, which may change what the model computes; the libraries' own do not."""
+def hooked(model: nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Whether somebody set a forward hook, which may change what the model computes; the libraries' own do not. but: modules
+    whose hooks do not count."""
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(getattr(getattr(h, "func", h), "__module__", "").split(".")[0] not in LIBRARIES for h in hooks)
+    whose = {getattr(getattr(h, "func", h), "__module__", "") for h in hooks}
+    return any(name.split(".")[0] not in LIBRARIES for name in whose - set(but))
 
 
 def compiled(model: nn.Module) -> bool:

@@ -59,16 +59,18 @@ class LM:
         found.__dict__["_fingerprint"] = self.fingerprint, None
         return found
 
-    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
-        """The output of the decoder's body (no logits) on encoded texts, with positions that count from each text's first
-        token: for what hooks and `more` record."""
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+    @property
+    def body(self) -> nn.Module:
+        """The decoder's body (no logits), or the whole model where only it puts learned tokens first."""
         adapters = (getattr(self.model, "peft_config", None) or {}).values()
-        learned = any(
-            getattr(one, "is_prompt_learning", False) for one in adapters
-        )  # tokens that only the whole puts first
-        body = self.model if learned else self.decoder.body
-        return body(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
+        learned = any(getattr(one, "is_prompt_learning", False) for one in adapters)
+        return self.model if learned else self.decoder.body
+
+    def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
+        """The output of the body on encoded texts, with positions that count from each text's first token: for what hooks
+        and `more` record."""
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+        return self.body(**{name: x.to(self.device) for name, x in inputs.items()}, use_cache=False, **more)
 
     def __repr__(self) -> str:
         d, kind = self.decoder, type(self.model).__name__

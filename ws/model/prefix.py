@@ -13,6 +13,7 @@ from ws.model.guard import hooked
 from ws.model.text import position_ids
 
 LEAST = 16  # tokens; what is saved by fewer is not worth a second pass
+BY_TOKEN = ("ws.model.wide", "ws.steer.weights")  # whose hooks do with a token what they do wherever it stands
 
 
 def shared(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"]) -> int:
@@ -32,7 +33,7 @@ def reads_each(model: nn.Module, tokens: int) -> bool:
     units = (m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in parts)
     drawn = model.training and (any(units) or any(getattr(m, "gradient_checkpointing", False) for m in parts))
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
-    return hooked(model) or drawn or tokens > most
+    return hooked(model, BY_TOKEN) or drawn or tokens > most
 
 
 def logits_at(

@@ -5,8 +5,11 @@
 
 import json
 import warnings
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache as cache_once
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +23,17 @@ from ws.cache.made import kept
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
+from ws.model.decoder import unembeds_some
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.prefix import logits_at
-from ws.model.text import chat_text, encode, last_index
+from ws.model.prefix import reads_each
+from ws.model.text import chat_text, encode
+from ws.model.together import Once, last_logits, passes, together
 from ws.model.wide import widened
-from ws.steer.weights import weight_steer
+from ws.steer.weights import untouched, weight_steer
 
 SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
+TOKENS = 2048  # of a pass
 
 
 @dataclass(frozen=True)
@@ -88,16 +94,21 @@ def answer_scores(
     lm: LM, texts: list[str], yes: list[int], no: list[int], batch_size: int = 64, padding_side: str = "right"
 ) -> Answers:
     """Answers at the last token of texts that are already rendered by the chat template."""
-    ratios, masses = [], []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = encode(lm.tokenizer, texts[start : start + batch_size], False, 4096, padding_side)
-        with torch.no_grad():
-            logits = logits_at(lm.model, ids, mask, torch.arange(len(ids)), last_index(mask))
-        logp = logits.float().log_softmax(dim=-1).cpu()
-        log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
-        ratios.append(log_yes - log_no)
-        masses.append(log_yes.exp() + log_no.exp())
-    return Answers(torch.cat(ratios), torch.cat(masses))
+    ids, mask = encode(lm.tokenizer, texts, False, 4096, padding_side)
+    share = padding_side == "right" and unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1])
+    found = Answers(torch.zeros(len(ids)), torch.zeros(len(ids)))
+    with torch.no_grad():
+        for part in passes(
+            ids, mask, together(ids, mask, share), lambda n, T, first: n <= batch_size and n * (T - first) <= TOKENS
+        ):
+            if part.leads:
+                part.run(lm.decoder.body, lm.device)
+                continue
+            logp = last_logits(part, lm.decoder)[0].log_softmax(dim=-1).cpu()
+            log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
+            found.logratio[part.places] = log_yes - log_no
+            found.pmass[part.places] = log_yes.exp() + log_no.exp()
+    return found
 
 
 def kept_answers(
@@ -106,20 +117,44 @@ def kept_answers(
     """Log-ratio (nats) and pmass of each user turn under `alpha w` (None: of the base model), read in float32 whatever the
     model's dtype. cache: a folder (of this model) to keep them in. The model is the same before and after. ValueError inside a
     steered model, and for answer words that are no tokens."""
+    return answers_of(lm, behavior, [texts], w or WeightDiff({}), [alpha], cache)[0, 0]
+
+
+def answers_of(
+    lm: LM, behavior: Behavior, sets: list[list[str]], w: WeightDiff, alphas: list[float], cache: Path | None
+) -> Float[np.ndarray, "A s 2 n"]:
+    """`kept_answers` of s sets of as many texts at A alphas, each kept by itself; w is put on once for each alpha, and blocks
+    that it leaves alone run for the first alone."""
     check_plain(lm.model)
     yes, no = answer_tokens(lm.tokenizer, behavior)
-    turns = [chat_text(lm.tokenizer, text) for text in texts]
+    turns = [[chat_text(lm.tokenizer, text) for text in texts] for texts in sets]
+    once, model = Once(lm.model, untouched(w, lm.decoder.n_layers) if len(alphas) > 1 else 0), lm.fingerprint
 
-    def measure() -> list[list[float]]:
-        steering = w or WeightDiff({})
-        with widened(lm.model, by_block=steering.in_blocks), weight_steer(lm.model, steering, alpha):
-            answers = answer_scores(lm, turns, yes, no)
+    def steered(alpha: float, stack: ExitStack) -> None:
+        stack.enter_context(widened(lm.model, by_block=w.in_blocks))
+        stack.enter_context(weight_steer(lm.model, w, alpha))
+
+    def measure(some: list[str], put_on: Callable[[], None]) -> list[list[float]]:
+        put_on()
+        with once(repr(some)):
+            answers = answer_scores(lm, some, yes, no)
         return [answers.logratio.tolist(), answers.pmass.tolist()]
 
-    if cache is None or not (model := lm.fingerprint):
-        return np.array(measure())
-    params = {"model": model, "w": w.fingerprint if w else "", "alpha": float(alpha), "words": [yes, no]}
-    key = stage_key(params | {"texts": digest(repr(turns).encode())}, code=["ws.steer.answers.answer_scores"])
-    path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
-    write, read = lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
-    return np.array(kept(path, key, write, read))
+    def one(some: list[str], alpha: float, put_on: Callable[[], None]) -> list[list[float]]:
+        if cache is None or not model:
+            return measure(some, put_on)
+        params = {"model": model, "w": w.fingerprint if len(w) else "", "alpha": float(alpha), "words": [yes, no]}
+        key = stage_key(params | {"texts": digest(repr(some).encode())}, code=["ws.steer.answers.answer_scores"])
+        path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
+        write, read = (
+            lambda to: write_text(to, json.dumps(measure(some, put_on))),
+            lambda at: json.loads(at.read_text("utf-8")),
+        )
+        return kept(path, key, write, read)
+
+    found = []
+    for alpha in alphas:
+        with ExitStack() as stack:
+            put_on = cache_once(partial(steered, alpha, stack))  # where something has to be read
+            found.append([one(some, alpha, put_on) for some in turns])
+    return np.array(found)

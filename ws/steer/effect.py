@@ -21,7 +21,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.diff.algebra import cosines, grams
 from ws.model.lm import LM
-from ws.steer.answers import kept_answers
+from ws.steer.answers import answers_of
 from ws.steer.statements import MOST_ASKED, halves
 
 LEVEL = 0.95
@@ -59,10 +59,7 @@ def effects(
     `ws.steer.answers.kept_answers`."""
     claims, sides = asked(behavior)
     by_wording = [[behavior.probe_text(claim, a) for claim in claims] for a in range(templates)]
-    up, down = (
-        np.mean([kept_answers(lm, behavior, texts, w, alpha, cache)[0] for texts in by_wording], axis=0)
-        for alpha in (1.0, -1.0)
-    )
+    up, down = answers_of(lm, behavior, by_wording, w, [1.0, -1.0], cache)[:, :, 0].mean(axis=1)
     return (up - down) * sides
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ws.diff.core import Entry, LowRank, WeightDiff, dims, parts
+from ws.diff.core import Entry, LowRank, WeightDiff, dims, layer_of, parts
 from ws.model.guard import Guarded, compiled
 from ws.model.wide import NARROW
 
@@ -52,6 +52,12 @@ def weight_steer(model: nn.Module, w: WeightDiff, alpha: float | int) -> Guarded
         0.5
     """
     return _Steering(model, w, alpha)
+
+
+def untouched(w: WeightDiff, n_layers: int) -> int:
+    """How many of a decoder's first blocks w leaves as they are; 0 where it changes what embeds, or may."""
+    layers = [layer_of(name) for name in w.names]
+    return 0 if None in layers else min(layers, default=n_layers)
 
 
 class _Steering(Guarded):

@@ -21,7 +21,7 @@ from ws.model.lm import LM
 from ws.model.text import chat_text, encode
 from ws.model.wide import widened
 from ws.subspaces.protocol import Protocol
-from ws.subspaces.reading import TextActs, read_texts
+from ws.subspaces.reading import TextActs, TokenStates, read_texts
 
 N_PROBES = 32
 MOST_BYTES = 1 << 30  # of one text set's token states; more is read again where it is needed, not kept
@@ -112,11 +112,13 @@ class TextSet:
 
 def _save(acts: TextActs, path: Path) -> None:
     tensors = {f.name: getattr(acts, f.name) for f in fields(acts) if isinstance(getattr(acts, f.name), Tensor)}
+    tensors |= {"states": acts.tokens.states, "at": acts.tokens.at}
     save_file({n: x.contiguous() for n, x in tensors.items()}, path, metadata={"ids": json.dumps(acts.ids)})
 
 
 def _load(path: Path) -> TextActs:
     tensors, about = read_safetensors(path)
+    tensors["tokens"] = TokenStates(tensors.pop("states"), tensors.pop("at"))
     return TextActs(ids=tuple(map(tuple, json.loads(about["ids"]))), **tensors)
 
 
@@ -262,9 +264,8 @@ def capture_base(lm: LM, behavior: Behavior, protocol: Protocol, cache: Path | N
 
 def _last_normed(lm: LM, acts: TextActs) -> TextActs:
     """Token states with the last layer's after the final norm, as v7 reads them."""
-    norm, states = lm.decoder.final_norm, acts.tokens[-1]
+    norm, states = lm.decoder.final_norm, acts.tokens.states
     with torch.no_grad():
         weight = next(norm.parameters())
-        normed = norm(states.to(weight.device, weight.dtype)).float().cpu()
-    acts.tokens[-1] = normed * (states.abs().sum(dim=-1, keepdim=True) > 0)
+        states[-1] = norm(states[-1].to(weight.device, weight.dtype)).float().cpu()
     return acts

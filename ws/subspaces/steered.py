@@ -14,8 +14,9 @@ from ws.diff import WeightDiff
 from ws.model.decoder import Decoder
 from ws.model.guard import check_plain
 from ws.model.lm import LM
+from ws.model.together import Once
 from ws.model.wide import widened
-from ws.steer.weights import weight_steer
+from ws.steer.weights import untouched, weight_steer
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.captures import TextSet, count_cut, eval_set, probe_set, probes
@@ -66,9 +67,11 @@ def capture_steered(
 
 
 def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
+    once = Once(lm.model, untouched(w, lm.decoder.n_layers))
+
     def read(sign: float) -> list[TextActs]:
         found = []
-        with weight_steer(lm.model, w, sign):
+        with weight_steer(lm.model, w, sign), once:
             for s in sets:
                 more = {"max_length": s.max_length, "mean_of": s.claim_tokens(lm)}
                 found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {sign:+.0f}", **more))

@@ -1,0 +1,107 @@
+"""Texts read together are as read alone, and blocks that two readings have in common run once."""
+
+import numpy as np
+import pytest
+import torch
+
+import ws
+from tests.conftest import FAMILIES
+from ws.diff.algebra import random_as
+from ws.model.prefix import reads_each
+from ws.model.text import chat_text, encode, last_index
+from ws.model.together import Once, last_logits, passes, together
+from ws.steer.answers import answers_of, kept_answers
+from ws.steer.weights import untouched, weight_steer
+
+TEXTS = (
+    "cats can fly",
+    "the moon is made of green cheese and rats",
+    "two and two are four",
+    "ice is hot",
+    "ice is not hot",
+)
+
+
+def turns(lm):
+    return [chat_text(lm.tokenizer, f"I think that {text}. Am I right?") for text in TEXTS] + ["Is ice hot?", "Is ice?"]
+
+
+def read(lm, share=True):
+    ids, mask = encode(lm.tokenizer, turns(lm), False)
+    found, tokens = {}, 0
+    with torch.no_grad():
+        for one in passes(ids, mask, together(ids, mask, share), lambda n, _T, _first: n <= 3):
+            tokens += int((one.mask[:, one.first :]).sum())
+            if one.leads:
+                one.run(lm.body, lm.device)
+            else:
+                found |= dict(zip(one.places, last_logits(one, lm.decoder)[0], strict=True))
+    assert sorted(found) == list(range(len(ids)))
+    return torch.stack([found[i] for i in range(len(ids))]), tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_read_together_are_as_read_alone(model_folder, family, monkeypatch):
+    lm = ws.load_lm(str(model_folder(family)))
+    monkeypatch.setattr("ws.model.together.PASS", 8)
+    (shared, few), (each, many) = read(lm), read(lm, share=False)
+    assert few < many and torch.allclose(shared, each, atol=2e-5 * float(each.abs().max()))
+    for row, text in zip(shared, turns(lm), strict=True):
+        with torch.no_grad():
+            alone = lm.model(torch.tensor([lm.tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+        assert torch.allclose(row, alone.float(), atol=2e-5 * float(alone.abs().max()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_below_w_run_once(model_folder, family):
+    lm = ws.load_lm(str(model_folder(family)))
+    n = lm.decoder.n_layers - 1
+    w = random_as(
+        ws.WeightDiff({name: lm.model.get_parameter(name).detach() for name in [lm.decoder.param_name(n, "o")]}), 0
+    )
+    assert untouched(w, lm.decoder.n_layers) == n and untouched(ws.WeightDiff({}), 3) == 3
+    assert untouched(ws.WeightDiff({"model.norm.weight": torch.ones(lm.decoder.d)}), 3) == 0
+    ran, once = [], Once(lm.model, n)
+    block = lm.decoder.blocks[0]
+    handle = block.mlp.register_forward_hook(lambda *_: ran.append(1))
+    for alpha in (1.0, -1.0):
+        with weight_steer(lm.model, w, alpha):
+            want, _ = read(lm)
+            before = len(ran)
+            with once("these texts"):
+                found, _ = read(lm)
+        assert torch.equal(found, want) and "forward" not in block.__dict__
+        assert len(ran) == before if alpha < 0 else len(ran) == 2 * before
+    handle.remove()
+    assert list(once.given) == ["these texts"]
+
+
+def test_somebodys_hook_has_each_text_alone():
+    lm = ws.load_lm("tiny")
+    assert not reads_each(lm.model, 10)
+    with weight_steer(lm.model, ws.load_diff("tiny"), 1.0):
+        assert not reads_each(lm.model, 10)
+    handle = lm.decoder.blocks[0].register_forward_hook(lambda *_: None)
+    assert reads_each(lm.model, 10)
+    handle.remove()
+
+
+def test_answers_of_several_sets_are_those_of_each_and_kept_ones_are_not_read(tmp_path, monkeypatch):
+    lm, b, w = ws.load_lm("tiny"), ws.load_behavior("sycophancy"), ws.load_diff("tiny")
+    sets, ends = [[b.probe_text(claim, a) for claim in b.heldout_claims[:6]] for a in range(3)], [1.0, -1.0]
+    want = np.array([[kept_answers(lm, b, texts, w, alpha, None) for texts in sets] for alpha in ends])
+    kept_answers(lm, b, sets[1], w, -1.0, tmp_path)  # so that the ends are not read alike
+    for folder in (tmp_path, None):
+        assert np.allclose(answers_of(lm, b, sets, w, ends, folder), want, atol=1e-4)
+    assert len(list((tmp_path / "answers").glob("sycophancy_*.json"))) == 6
+    monkeypatch.setattr("ws.steer.answers.weight_steer", None)  # a pass that is not kept fails
+    assert np.allclose(answers_of(lm, b, sets, w, ends, tmp_path), want, atol=1e-4)
+
+
+def test_padding_is_cut_where_it_costs_most():
+    lengths = [3] * 20 + [50] * 20
+    mask = (torch.arange(50)[None] < torch.tensor(lengths)[:, None]).long()
+    ids = torch.arange(40)[:, None] * 1000 + torch.arange(50)[None]
+    got = list(passes(ids, mask, together(ids, mask), lambda *_: True))
+    assert [one.ids.shape for one in got] == [(20, 50), (20, 3)] and int(last_index(got[1].mask)[0]) == 2

@@ -1,0 +1,160 @@
+"""Texts read in few tokens: what several begin with goes through the model once (`ws.model.prefix`), texts of like length go
+together, and blocks that two readings have in common run in the first of them alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache
+
+from ws.model.decoder import Decoder
+from ws.model.guard import Guarded, compiled
+from ws.model.text import last_index, position_ids
+
+LEAST, PASS = 4, 64  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
+Group = tuple[int, list[int]]  # how many tokens texts begin with alike, and which they are
+
+
+@dataclass
+class Pass:
+    """One pass: of the texts at `places` what follows their first `first` tokens, or (`leads`) these tokens of all of them as
+    one row. ids, mask: `(n, T)`, from the first token on; cache: keys and values of the first tokens, once the lead has run."""
+
+    places: list[int]
+    ids: Int[Tensor, "n T"]
+    mask: Int[Tensor, "n T"]
+    first: int = 0
+    lead: "Pass | None" = None
+    leads: bool = False
+    cache: Cache | None = None
+
+    @property
+    def last(self) -> Int[Tensor, " n"]:
+        """Index of each text's last token among those that are read."""
+        return last_index(self.mask) - self.first
+
+    def run(self, module: nn.Module, device: torch.device, **more):
+        """The output of a model, or of its body, on the tokens that are read."""
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": position_ids(self.mask)}
+        inputs = {name: x[:, 0 if name == "attention_mask" else self.first :].to(device) for name, x in inputs.items()}
+        if self.lead:
+            inputs["past_key_values"] = deepcopy(self.lead.cache)
+            inputs["past_key_values"].batch_repeat_interleave(len(self.ids))
+        output = module(**inputs, use_cache=self.leads or self.lead is not None, **more)
+        self.cache = output.past_key_values if self.leads else None
+        return output
+
+
+def together(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], share: bool = True) -> list[Group]:
+    """Texts that are padded on the right, shortest first, in groups that are read together. share: whether what several begin
+    with may be read once; else all are one group that begins with nothing."""
+    order = mask.sum(dim=1).argsort(stable=True).tolist()
+    return _parted(ids, mask, order) if share else [(0, order)]
+
+
+def passes(
+    ids: Int[Tensor, "n T"],
+    mask: Int[Tensor, "n T"],
+    groups: Sequence[Group],
+    fits: Callable[[int, int, int], bool],
+    stack: int = 1,
+) -> Iterator[Pass]:
+    """The passes that read texts in `groups`, each lead before what it serves, cut where that leaves the least padding.
+    `fits(few, length, first)`: whether so many texts of at most that length may go together; stack: rows of each. What is
+    yielded must be run before the next is asked for."""
+    lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).tolist()
+    for first, those in groups:
+        lead = Pass(those, ids[those[:1], :first], mask[those[:1], :first], leads=True) if first else None
+        if lead:
+            yield lead
+        best = [(0, 0)]  # of the first texts: what reading them costs, and where their last pass begins
+        for end, width in enumerate((lengths[i] for i in those), 1):
+            starts = [i for i in range(end) if i == end - 1 or fits(end - i, width, first)]
+            best.append(min((best[i][0] + PASS + stack * (end - i) * (width - first), i) for i in starts))
+        cuts = [len(those)]
+        while cuts[-1]:
+            cuts.append(best[cuts[-1]][1])
+        for end, start in pairwise(cuts):
+            places, width = those[start:end], lengths[those[end - 1]]
+            yield Pass(places, ids[places, :width], mask[places, :width], first, lead)
+
+
+def last_logits(one: Pass, decoder: Decoder, stack: int = 1) -> Float[Tensor, "S n V"]:
+    """Logits after each text's last token, of `stack` rows for each text, float32: nothing else is unembedded."""
+    head, model = decoder.logits_module(), decoder.model
+
+    def pick(_module, args):
+        rows, last = torch.arange(len(args[0])), one.last.repeat(stack)
+        return args[0][rows.to(args[0].device), last.to(args[0].device)][:, None], *args[1:]
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        return one.run(model, decoder.embed_tokens.weight.device).logits[:, 0].unflatten(0, (stack, -1)).float()
+    finally:
+        handle.remove()
+
+
+def _parted(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int]) -> list[Group]:
+    """Texts that go together, and how many tokens they begin with alike: parted wherever that leaves fewer tokens to read."""
+    first = _alike(ids[those], mask[those]) if len(those) > 1 else 0
+    whole = [(first if first >= LEAST else 0, those)]
+    if len(those) <= 2:
+        return whole
+    parts: dict[int, list[int]] = {}
+    for i in those:
+        parts.setdefault(int(ids[i, first]), []).append(i)
+    parted = [more for part in parts.values() for more in _parted(ids, mask, part)] if len(parts) > 1 else whole
+
+    def cost(groups: list[Group]) -> int:
+        return sum(PASS + k + int(mask[some].sum()) - k * len(some) for k, some in groups)
+
+    return min(whole, parted, key=cost)
+
+
+def _alike(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> int:
+    """How many tokens all texts begin with, before the last of any."""
+    same = ((ids == ids[:1]) & (mask != 0)).all(dim=0)
+    return min(int(last_index(mask).min()), int(same.int().cumprod(dim=0).sum()))
+
+
+class Once(Guarded):
+    """A context in which the first `n` blocks of a decoder run once for each reading: `with once(about):` remembers what they
+    give, pass after pass, and gives it again when it is opened about the same, which must make the same passes. A compiled
+    model's are run each time."""
+
+    def __init__(self, model: nn.Module, n: int):
+        super().__init__(model)
+        self.blocks, self.about, self.given, self.turn = Decoder(model).blocks[:n] if n else [], "", {}, None
+
+    def __call__(self, about: str) -> "Once":
+        self.about = about
+        return self
+
+    def start(self) -> None:
+        self.turn = iter(self.given[self.about]) if self.about in self.given else None
+        self.given.setdefault(self.about, [])
+        for block in self.blocks if not compiled(self.value) else ():
+            before = block.__dict__.get("forward")
+            self.undo.append(partial(_put_back, block, before))
+            block.forward = partial(self._run, block.forward, block.self_attn)
+
+    def _run(self, forward: Callable, attention: nn.Module, hidden: Tensor, *args, **kwargs):
+        if self.turn is None:
+            self.given[self.about].append(forward(hidden, *args, **kwargs))
+            return self.given[self.about][-1]
+        cache = kwargs.get("past_key_values")
+        if cache is not None:  # as long as the others' are, since masks are made by it
+            blank = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(blank, blank, attention.layer_idx)
+        return next(self.turn)
+
+
+def _put_back(block: nn.Module, before: Callable | None) -> None:
+    block.__dict__.pop("forward", None)
+    if before is not None:
+        block.forward = before
