@@ -101,7 +101,8 @@ def last_logits(one: Pass, decoder: Decoder, stack: int = 1) -> Float[Tensor, "S
 
 def _parted(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int]) -> list[Group]:
     """Texts that go together, and how many tokens they begin with alike: parted wherever that leaves fewer tokens to read."""
-    first = _alike(ids[those], mask[those]) if len(those) > 1 else 0
+    same = ((ids[those] == ids[those[:1]]) & (mask[those] != 0)).all(dim=0).int().cumprod(dim=0).sum()
+    first = min(int(last_index(mask[those]).min()), int(same)) if len(those) > 1 else 0
     whole = [(first if first >= LEAST else 0, those)]
     if len(those) <= 2:
         return whole
@@ -114,12 +115,6 @@ def _parted(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int])
         return sum(PASS + k + int(mask[some].sum()) - k * len(some) for k, some in groups)
 
     return min(whole, parted, key=cost)
-
-
-def _alike(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"]) -> int:
-    """How many tokens all texts begin with, before the last of any."""
-    same = ((ids == ids[:1]) & (mask != 0)).all(dim=0)
-    return min(int(last_index(mask).min()), int(same.int().cumprod(dim=0).sum()))
 
 
 class Once(Guarded):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache as cache_once
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,31 +129,25 @@ def answers_of(
     turns = [[chat_text(lm.tokenizer, text) for text in texts] for texts in sets]
     once, model = Once(lm.model, untouched(w, lm.decoder.n_layers) if len(alphas) > 1 else 0), lm.fingerprint
 
-    def steered(alpha: float, stack: ExitStack) -> None:
-        stack.enter_context(widened(lm.model, by_block=w.in_blocks))
-        stack.enter_context(weight_steer(lm.model, w, alpha))
+    def kept_at(alpha: float, some: list[str], put_on: Callable[[], object]) -> list[list[float]]:
+        def measure() -> list[list[float]]:
+            put_on()
+            with once(repr(some)):
+                answers = answer_scores(lm, some, yes, no)
+            return [answers.logratio.tolist(), answers.pmass.tolist()]
 
-    def measure(some: list[str], put_on: Callable[[], None]) -> list[list[float]]:
-        put_on()
-        with once(repr(some)):
-            answers = answer_scores(lm, some, yes, no)
-        return [answers.logratio.tolist(), answers.pmass.tolist()]
-
-    def one(some: list[str], alpha: float, put_on: Callable[[], None]) -> list[list[float]]:
         if cache is None or not model:
-            return measure(some, put_on)
+            return measure()
         params = {"model": model, "w": w.fingerprint if len(w) else "", "alpha": float(alpha), "words": [yes, no]}
         key = stage_key(params | {"texts": digest(repr(some).encode())}, code=["ws.steer.answers.answer_scores"])
         path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
-        write, read = (
-            lambda to: write_text(to, json.dumps(measure(some, put_on))),
-            lambda at: json.loads(at.read_text("utf-8")),
-        )
+        write, read = lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
         return kept(path, key, write, read)
 
     found = []
     for alpha in alphas:
         with ExitStack() as stack:
-            put_on = cache_once(partial(steered, alpha, stack))  # where something has to be read
-            found.append([one(some, alpha, put_on) for some in turns])
+            wide, steered = widened(lm.model, by_block=w.in_blocks), weight_steer(lm.model, w, alpha)
+            put_on = cache_once(lambda both=(wide, steered), to=stack: [to.enter_context(one) for one in both])
+            found.append([kept_at(alpha, some, put_on) for some in turns])
     return np.array(found)

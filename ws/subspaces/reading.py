@@ -2,7 +2,7 @@
 goes through the model once. (method section 3)"""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ws.model.lm import LM
 from ws.model.prefix import reads_each
-from ws.model.text import encode, last_index
-from ws.model.together import Pass, passes, together
+from ws.model.text import encode
+from ws.model.together import Group, Pass, passes, together
 from ws.model.trace import hidden, recorded
 from ws.show.bars import tqdm
 
@@ -106,100 +106,73 @@ def read_texts(
     lengths = mask.sum(dim=1)
     for i, (places, length) in enumerate(zip(mean_of or [], lengths.tolist(), strict=mean_of is not None)):
         if not places or not 0 <= min(places) <= max(places) < length:
-            raise ValueError(
-                f"text {i}: has {length} tokens, none or others are to be averaged: {list(places)[:3]} ..."
-            )
-    width = int(lengths.max())
+            told = f"has {length} tokens, none or others are to be averaged"
+            raise ValueError(f"text {i}: {told}: {list(places)[:3]} ...")
+    width, shape = int(lengths.max()), (lm.decoder.n_layers, len(ids), lm.decoder.d)
     window = getattr(lm.decoder.body.config, "sliding_window", None) or width + 1  # beyond it a cache forgets
     groups = together(ids, mask, padding_side == "right" and window > width and not reads_each(lm.model, width))
-    found = _Recording(lm, mask, groups, mean_of, detail)
+    found = {name: torch.zeros(shape) for name in ["resid", *["up_in"] * detail, *["claim"] * bool(mean_of)]}
+    found |= {"embed": torch.zeros(shape[1:])} | ({"attn": torch.zeros(*shape[:2], width)} if detail else {})
+    found |= {"tokens": _nothing_yet(groups, lengths.tolist(), lm)} if detail else {}
+    quiet = not label or len(texts) <= batch_size
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if detail:
-            stack.enter_context(eager_attention(lm.model))
-        bar = stack.enter_context(
-            tqdm(total=len(texts), desc=label, disable=not label or len(texts) <= batch_size, leave=False)
-        )
+        stack.enter_context(eager_attention(lm.model) if detail else nullcontext())
+        bar = stack.enter_context(tqdm(total=len(texts), desc=label, disable=quiet, leave=False))
         for one in passes(ids, mask, groups, lambda n, _T, _first: n <= batch_size):
-            found.read(one)
+            _record(lm, one, lengths[one.places], found, [mean_of[i] for i in one.places] if mean_of else [])
             bar.update(0 if one.leads else len(one.places))
-    unpadded = tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True))
-    return TextActs(ids=unpadded, **found.kept())
+    return TextActs(ids=tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True)), **found)
 
 
-class _Recording:
-    """What is kept of texts; every layer is reduced to it as a pass reaches it."""
+def _nothing_yet(groups: Sequence[Group], lengths: list[int], lm: LM) -> TokenStates:
+    """Room for the states of all tokens, and which is whose."""
+    at, many = torch.full((len(lengths), max(lengths)), -1), 0
+    for first, those in groups:
+        shared, many = torch.arange(many, many + first), many + first
+        for i in those:
+            own = torch.arange(many, many + lengths[i] - first)
+            at[i, -lengths[i] :], many = torch.cat([shared, own]), many + len(own)
+    return TokenStates(torch.zeros(lm.decoder.n_layers, many, lm.decoder.d), at.where(at >= 0, torch.tensor(many)))
 
-    def __init__(self, lm: LM, mask: Int[Tensor, "n T"], groups: list, mean_of: object, detail: bool):
-        self.lm, self.detail, decoder, n = lm, detail, lm.decoder, len(mask)
-        self.start, lengths = mask.argmax(dim=1), mask.sum(dim=1).tolist()
-        shape = (decoder.n_layers, n, decoder.d)
-        self.resid, self.embed = torch.zeros(shape), torch.zeros(shape[1:])
-        # only real tokens are gathered, what fills a row up has no weight: what padding holds moves nothing
-        self.mean_of, most = mean_of, max(map(len, mean_of or [()]))
-        self.chosen = torch.tensor([[*places, *[places[0]] * (most - len(places))] for places in mean_of or []])
-        self.weight = torch.tensor([[1 / len(p)] * len(p) + [0.0] * (most - len(p)) for p in mean_of or []])
-        self.claim = torch.zeros(shape) if mean_of else None
-        self.up_in = self.tokens = self.attn = None
-        if detail:
-            # of each text, from its first token on, which state is whose; moved to the right edge in the end
-            width, self.own, many = max(lengths), torch.full(mask.shape, -1), 0
-            for first, those in groups:
-                self.own[those, :first] = many + torch.arange(first)
-                many += first
-                for i in those:
-                    self.own[i, first : lengths[i]] = many + torch.arange(lengths[i] - first)
-                    many += lengths[i] - first
-            self.up_in, self.attn = torch.zeros(shape), torch.zeros(decoder.n_layers, n, width)
-            at = torch.full((n, width), many)
-            for i, length in enumerate(lengths):
-                at[i, width - length :] = self.own[i, :length]
-            self.tokens = TokenStates(torch.zeros(decoder.n_layers, many, decoder.d), at)
 
-    def kept(self) -> dict:
-        return {name: getattr(self, name) for name in ("resid", "embed", "up_in", "tokens", "attn", "claim")}
+def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of: list) -> None:
+    """One pass: every layer is reduced to what is kept as the pass reaches it."""
+    decoder, last, own = lm.decoder, one.last[:, None], None
+    # only real tokens are gathered, what fills a row up has no weight: what padding holds moves nothing
+    most, begin = max(map(len, mean_of or [()])), one.mask.argmax(dim=1)
+    chosen = torch.tensor([[*places, *[places[0]] * (most - len(places))] for places in mean_of])
+    weight = torch.tensor([[1 / len(p)] * len(p) + [0.0] * (most - len(p)) for p in mean_of])
+    if "tokens" in found:
+        starts = (found["tokens"].at.shape[1] - lengths).tolist()
+        rows = zip(one.places[: len(one.ids)], starts, strict=False)
+        own = torch.cat([found["tokens"].at[i, k + one.first : k + one.ids.shape[1]] for i, k in rows])
 
-    def read(self, one: Pass) -> None:
-        """One pass, recorded."""
-        decoder, at = self.lm.decoder, {}
-        for l in range(decoder.n_layers):
-            at[f"{decoder.prefix}.{l}"] = partial(self._lead if one.leads else self._block, one, l)
-            if self.detail and not one.leads:
-                at[decoder.param_name(l, "up").removesuffix(".weight")] = partial(self._up, one, l)
-        if one.leads and not self.detail:
-            one.run(self.lm.body, self.lm.device)
-            return
-        with recorded(self.lm.model, at):
-            output = one.run(self.lm.body, self.lm.device, output_attentions=self.detail)
-        if self.detail and not one.leads:
-            rows, width = torch.arange(len(one.ids)), self.attn.shape[2]
-            for l, weights in enumerate(output.attentions):
-                row = weights[rows.to(weights.device), :, one.last.to(weights.device)].float().mean(dim=1).cpu()
-                for i, values, start, stop in zip(one.places, row, *self._span(one), strict=True):
-                    self.attn[l, i, width - (stop - start) :] = values[start:stop]
-
-    def _span(self, one: Pass) -> tuple[list[int], list[int]]:
-        """First column of each text and the one after its last."""
-        return one.mask.argmax(dim=1).tolist(), (last_index(one.mask) + 1).tolist()
-
-    def _lead(self, one: Pass, l: int, output, _inputs) -> None:
-        self.tokens.states[l, self.own[one.places[0], : one.ids.shape[1]]] = hidden(output)[0].float().cpu()
-
-    def _up(self, one: Pass, l: int, _output, inputs) -> None:
-        self.up_in[l, one.places] = _picked(inputs[0], one.last[:, None])[:, 0]
-
-    def _block(self, one: Pass, l: int, output, inputs) -> None:
+    def at_block(l, output, inputs):
         states = hidden(output)
-        if l == 0:
-            self.embed[one.places] = _picked(inputs[0], one.last[:, None])[:, 0]
-        self.resid[l, one.places] = _picked(states, one.last[:, None])[:, 0]
-        if self.mean_of:
-            columns = self.chosen[one.places] + self.start[one.places, None] - one.first
-            self.claim[l, one.places] = (_picked(states, columns) * self.weight[one.places, :, None]).sum(dim=1)
-        if self.detail:
-            real = one.mask[:, one.first :] > 0
-            own = torch.cat([self.own[i, one.first : int(m.sum())] for i, m in zip(one.places, one.mask, strict=True)])
-            self.tokens.states[l, own] = states.float().cpu()[real]
+        if l == 0 and not one.leads:
+            found["embed"][one.places] = _picked(inputs[0], last)[:, 0]
+        if not one.leads:
+            found["resid"][l, one.places] = _picked(states, last)[:, 0]
+        if mean_of and not one.leads:
+            columns = chosen + begin[:, None] - one.first
+            found["claim"][l, one.places] = (_picked(states, columns) * weight[:, :, None]).sum(dim=1)
+        if own is not None:
+            found["tokens"].states[l, own] = states.float().cpu()[one.mask[:, one.first :] > 0]
+
+    def at_up(l, _output, inputs):
+        found["up_in"][l, one.places] = _picked(inputs[0], last)[:, 0]
+
+    at = {f"{decoder.prefix}.{l}": partial(at_block, l) for l in range(decoder.n_layers)}
+    if "up_in" in found and not one.leads:
+        at |= {decoder.param_name(l, "up").removesuffix(".weight"): partial(at_up, l) for l in range(decoder.n_layers)}
+    with recorded(lm.model, at):
+        output = one.run(lm.body, lm.device, **({"output_attentions": True} if own is not None else {}))
+    for l, weights in enumerate(output.attentions if own is not None and not one.leads else ()):
+        at_last = weights[torch.arange(len(weights), device=weights.device), :, one.last.to(weights.device)]
+        row = at_last.float().mean(dim=1).cpu()
+        for i, values, start, length in zip(one.places, row, begin.tolist(), lengths.tolist(), strict=True):
+            found["attn"][l, i, -length:] = values[start : start + length]
 
 
 def _picked(states: Float[Tensor, "n T d"], columns: Int[Tensor, "n k"]) -> Float[Tensor, "n k d"]:
