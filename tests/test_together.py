@@ -9,7 +9,7 @@ from tests.conftest import FAMILIES
 from ws.diff.algebra import random_as
 from ws.model.prefix import reads_each
 from ws.model.text import chat_text, encode, last_index
-from ws.model.together import Once, last_logits, passes, together
+from ws.model.together import Once, passes, read_last, together
 from ws.steer.answers import answers_of, kept_answers
 from ws.steer.weights import untouched, weight_steer
 
@@ -28,16 +28,24 @@ def turns(lm):
 
 def read(lm, share=True):
     ids, mask = encode(lm.tokenizer, turns(lm), False)
-    found, tokens = {}, 0
-    with torch.no_grad():
-        for one in passes(ids, mask, together(ids, mask, share), lambda n, _T, _first: n <= 3):
-            tokens += int((one.mask[:, one.first :]).sum())
-            if one.leads:
-                one.run(lm.body, lm.device)
-            else:
-                found |= dict(zip(one.places, last_logits(one, lm.decoder)[0], strict=True))
+    found, seen = {}, [0]
+    count = lm.decoder.embed_tokens.register_forward_pre_hook(lambda _m, x: seen.append(x[0].numel()))
+    try:
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ws.model.together.reads_each", lambda *_: False)  # the counter is a hook
+            read_last(
+                lm,
+                ids,
+                mask,
+                lambda n, _T, _first: n <= 3,
+                lambda x, at: found.update(zip(at, x[0], strict=True)),
+                1,
+                share,
+            )
+    finally:
+        count.remove()
     assert sorted(found) == list(range(len(ids)))
-    return torch.stack([found[i] for i in range(len(ids))]), tokens
+    return torch.stack([found[i] for i in range(len(ids))]), sum(seen)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,5 +111,5 @@ def test_padding_is_cut_where_it_costs_most():
     lengths = [3] * 20 + [50] * 20
     mask = (torch.arange(50)[None] < torch.tensor(lengths)[:, None]).long()
     ids = torch.arange(40)[:, None] * 1000 + torch.arange(50)[None]
-    got = list(passes(ids, mask, together(ids, mask), lambda *_: True))
+    got = passes(ids, mask, together(ids, mask), lambda *_: True)
     assert [one.ids.shape for one in got] == [(20, 50), (20, 3)] and int(last_index(got[1].mask)[0]) == 2

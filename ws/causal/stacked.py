@@ -2,9 +2,8 @@
 section 8)
 
 The stack lies along the batch: what S weight differences make of n texts is one pass of `S n` rows, in which a hook adds each
-row's own product of factors. Below the first layer that any of them changes all rows are alike, so these layers run on n
-rows; what all texts begin with runs on S. A factor A that all of them share is applied once to all rows. Weights are not
-touched."""
+row's own product of factors. Below the first layer that any of them changes all rows are alike, so these layers run on n rows;
+what all texts begin with runs on S. A factor A that all of them share is applied once to all rows. Weights are not touched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,21 +15,16 @@ from torch import Tensor, nn
 
 from ws.diff import WeightDiff
 from ws.diff.core import LowRank, layer_of
-from ws.model.decoder import unembeds_some
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.prefix import reads_each
 from ws.model.text import encode
-from ws.model.together import last_logits, passes, together
+from ws.model.together import Read, read_last
 from ws.model.wide import widened
 from ws.steer.weights import check_fits
 
 # tokens of a pass, stack included: read (more leave the cache), and held with what all texts begin with
 TOKENS, HELD = 2048, 16384
 Row = tuple[WeightDiff, float]  # a weight difference and its alpha
-Read = Callable[
-    [Float[Tensor, "S k V"], list[int]], None
-]  # of logits after the last token, and which texts they are of
 
 
 @dataclass(frozen=True)
@@ -96,25 +90,17 @@ def stacked(lm: LM, rows: Sequence[Row], turns: Sequence[str], read: Read) -> No
 def logits_of(lm: LM, added: Mapping[str, "_Added"], S: int, turns: Sequence[str], read: Read) -> None:
     """The same of a model as it is, with what is added per parameter to S rows of a stack."""
     ids, mask = encode(lm.tokenizer, list(turns), False, max_length=1 << 20)
-    groups = together(ids, mask, unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1]))
     with torch.no_grad(), ExitStack() as stack:
         for name, one in added.items():
             module = lm.model.get_submodule(name.removesuffix(".weight"))
             stack.callback(module.register_forward_hook(lambda m, x, y, one=one: one(x[0], y, S)).remove)
         lowest = min((layer_of(name) for name in added), default=lm.decoder.n_layers - 1)
-        rows = [1]
+        rows = [1]  # of the pass at hand
+        counts = lm.decoder.embed_tokens.register_forward_pre_hook(lambda m, x: rows.insert(0, len(x[0])))
+        stack.callback(counts.remove)
         for block in lm.decoder.blocks[lowest:]:
             stack.callback(block.register_forward_pre_hook(_spread(S, rows), with_kwargs=True).remove)
-
-        def fits(n: int, T: int, first: int) -> bool:
-            return n * S * max((T - first) / TOKENS, T / HELD) <= 1
-
-        for part in passes(ids, mask, groups, fits, S):
-            rows[0] = len(part.ids)
-            if part.leads:
-                part.run(lm.decoder.body, lm.device)
-            else:
-                read(last_logits(part, lm.decoder, S), part.places)
+        read_last(lm, ids, mask, lambda n, T, first: n * S * max((T - first) / TOKENS, T / HELD) <= 1, read, S)
 
 
 def _spread(S: int, n: list[int]) -> Callable:

@@ -22,10 +22,9 @@ def unembeds_some(model: nn.Module) -> bool:
 
 
 class Decoder:
-    """A read-only view of a causal LM's decoder by role. Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H),
-    `n_kv` (K), `head_dim` (e), `vocab` (V), `body` (all but the unembedding), `blocks` (the ModuleList), `final_norm`,
-    `embed_tokens`, `act` (the MLP's activation function). Raises ValueError naming the missing module when the architecture
-    is not served."""
+    """A read-only view of a causal LM's decoder by role. Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H), `n_kv` (K),
+    `head_dim` (e), `vocab` (V), `body` (all but the unembedding), `blocks` (the ModuleList), `final_norm`, `embed_tokens`, `act`
+    (the MLP's activation function). Raises ValueError naming the missing module when the architecture is not served."""
 
     def __init__(self, model: nn.Module):
         self.model = model

@@ -1,6 +1,5 @@
-"""What a model writes: sampled or greedy answers to prompts that the chat template has rendered, until the end of the turn:
-`p_t ~ softmax(z_t / temperature)` cut to the nucleus of mass `top_p`; at temperature 0 the most probable token. (method
-section 1)"""
+"""What a model writes: sampled or greedy answers to prompts that the chat template has rendered, until the end of the turn: `p_t
+~ softmax(z_t / temperature)` cut to the nucleus of mass `top_p`; at temperature 0 the most probable token. (method section 1)"""
 
 import torch
 

@@ -13,7 +13,11 @@ from ws.model.guard import hooked
 from ws.model.text import position_ids
 
 LEAST = 16  # tokens; what is saved by fewer is not worth a second pass
-BY_TOKEN = ("ws.model.wide", "ws.steer.weights")  # whose hooks do with a token what they do wherever it stands
+BY_TOKEN = (
+    "ws.model.wide",
+    "ws.steer.weights",
+    "ws.causal.stacked",
+)  # whose hooks change nothing of this
 
 
 def shared(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], at: Int[Tensor, " k"]) -> int:

@@ -1,23 +1,26 @@
 """Texts read in few tokens: what several begin with goes through the model once (`ws.model.prefix`), texts of like length go
 together, and blocks that two readings have in common run in the first of them alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from ws.model.decoder import Decoder
+from ws.model.decoder import Decoder, unembeds_some
 from ws.model.guard import Guarded, compiled
+from ws.model.lm import LM
+from ws.model.prefix import reads_each
 from ws.model.text import last_index, position_ids
 
 LEAST, PASS = 4, 64  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
 Group = tuple[int, list[int]]  # how many tokens texts begin with alike, and which they are
+Fits = Callable[[int, int, int], bool]
+Read = Callable[[Float[Tensor, "S k V"], list[int]], object]
 
 
 @dataclass
@@ -58,45 +61,53 @@ def together(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], share: bool = Tr
 
 
 def passes(
-    ids: Int[Tensor, "n T"],
-    mask: Int[Tensor, "n T"],
-    groups: Sequence[Group],
-    fits: Callable[[int, int, int], bool],
-    stack: int = 1,
-) -> Iterator[Pass]:
-    """The passes that read texts in `groups`, each lead before what it serves, cut where that leaves the least padding.
-    `fits(few, length, first)`: whether so many texts of at most that length may go together; stack: rows of each. What is
-    yielded must be run before the next is asked for."""
-    lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).tolist()
+    ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], groups: Sequence[Group], fits: Fits, stack: int = 1
+) -> list[Pass]:
+    """The passes that read texts in `groups`, in order: each lead before what it serves, cut where that leaves the least padding.
+    `fits(few, length, first)`: whether so many texts of at most that length may go together; stack: rows of each."""
+    lengths, found = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).tolist(), []
     for first, those in groups:
         lead = Pass(those, ids[those[:1], :first], mask[those[:1], :first], leads=True) if first else None
-        if lead:
-            yield lead
         best = [(0, 0)]  # of the first texts: what reading them costs, and where their last pass begins
         for end, width in enumerate((lengths[i] for i in those), 1):
             starts = [i for i in range(end) if i == end - 1 or fits(end - i, width, first)]
             best.append(min((best[i][0] + PASS + stack * (end - i) * (width - first), i) for i in starts))
-        cuts = [len(those)]
-        while cuts[-1]:
-            cuts.append(best[cuts[-1]][1])
-        for end, start in pairwise(cuts):
-            places, width = those[start:end], lengths[those[end - 1]]
-            yield Pass(places, ids[places, :width], mask[places, :width], first, lead)
+        end, found = len(those), found + [lead] * bool(lead)
+        while end:
+            start, width = best[end][1], lengths[those[end - 1]]
+            places, end = those[start:end], start
+            found.append(Pass(places, ids[places, :width], mask[places, :width], first, lead))
+    return found
 
 
-def last_logits(one: Pass, decoder: Decoder, stack: int = 1) -> Float[Tensor, "S n V"]:
-    """Logits after each text's last token, of `stack` rows for each text, float32: nothing else is unembedded."""
-    head, model = decoder.logits_module(), decoder.model
+def read_last(
+    lm: LM,
+    ids: Int[Tensor, "n T"],
+    mask: Int[Tensor, "n T"],
+    fits: Fits,
+    read: Read,
+    stack: int = 1,
+    share: bool = True,
+) -> None:
+    """`read(logits, places)` for pass after pass: float32 logits `(stack, k, V)` after the last token of the texts at `places`,
+    of `stack` rows for each; nothing else is unembedded. share: unless somebody's hook may tell, what texts begin with is read
+    once."""
+    groups = together(ids, mask, share and unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1]))
+    for one in passes(ids, mask, groups, fits, stack):
+        if one.leads:
+            one.run(lm.decoder.body, lm.device)
+            continue
+        handle = lm.decoder.logits_module().register_forward_pre_hook(partial(_pick, one.last.repeat(stack)))
+        try:
+            logits = one.run(lm.model, lm.device).logits[:, 0]
+        finally:
+            handle.remove()
+        read(logits.unflatten(0, (stack, -1)).float(), one.places)
 
-    def pick(_module, args):
-        rows, last = torch.arange(len(args[0])), one.last.repeat(stack)
-        return args[0][rows.to(args[0].device), last.to(args[0].device)][:, None], *args[1:]
 
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        return one.run(model, decoder.embed_tokens.weight.device).logits[:, 0].unflatten(0, (stack, -1)).float()
-    finally:
-        handle.remove()
+def _pick(last: Int[Tensor, " n"], _module: nn.Module, args: tuple) -> tuple:
+    rows = torch.arange(len(last), device=args[0].device)
+    return args[0][rows, last.to(args[0].device)][:, None], *args[1:]
 
 
 def _parted(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int]) -> list[Group]:

@@ -49,9 +49,8 @@ def _modules(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def find_trace_dict() -> tuple[type, str]:
-    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why. Only the
-    package's `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it was
-    built for."""
+    """baukit's TraceDict, or the own one where that is not to be had, and a line that says which and why. Only the package's
+    `nethook.py` is run: its `__init__` imports torchvision, which fails beside another torch than it was built for."""
     try:
         package = importlib.util.find_spec("baukit")
         if package is None:

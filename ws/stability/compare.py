@@ -44,13 +44,12 @@ LEADING = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stability(Told):
-    """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which
-    candidates their own data determine. significance: every score against blind copies; chance: every count over candidates
-    and seeds against them; nulls: how many scores lie above the null diffs' spread. verdict: the winner, or why there is
-    none; races: the same by what candidates see (`ws.stability.verdict.races`). bases: a sentence on whether the seeds share
-    their A-side bases; pairs: on whether they share their training pairs. assessed: whether anybody looked at A-side
-    stability. A candidate whose bases depend on the seed though its data determine them is of kind `seed-dependent` in every
-    table, and in no ranking."""
+    """What the sweeps of several seeds say together: the tables of docs/method.md section 7 and more. a_side: which candidates
+    their own data determine. significance: every score against blind copies; chance: every count over candidates and seeds
+    against them; nulls: how many scores lie above the null diffs' spread. verdict: the winner, or why there is none; races: the
+    same by what candidates see (`ws.stability.verdict.races`). bases: a sentence on whether the seeds share their A-side bases;
+    pairs: on whether they share their training pairs. assessed: whether anybody looked at A-side stability. A candidate whose
+    bases depend on the seed though its data determine them is of kind `seed-dependent` in every table, and in no ranking."""
 
     runs: SeedRuns
     summary: pl.DataFrame
@@ -126,12 +125,11 @@ def compare_seeds(
 ) -> Stability:
     """The stability report of several LoRA seeds' sweeps.
 
-    folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default theirs)
-    every candidate that sees prompts is built again from half of them and from one persona pair at a time: one that its data
-    do not determine cannot win, nor one whose bases differ between the seeds. own: the caller's candidates among those swept.
-    boot, n_null, seed: draws of the bootstrap, blind copies of the candidates, generator. more: further columns of the
-    summary, by `candidate`. Raises FileNotFoundError / ValueError naming the run that is missing or does not fit.
-    (docs/method.md section 7)
+    folders: seed -> folder of `Explanation.save`, or the Explanation itself. With `lm` (and the behaviour, default theirs) every
+    candidate that sees prompts is built again from half of them and from one persona pair at a time: one that its data do not
+    determine cannot win, nor one whose bases differ between the seeds. own: the caller's candidates among those swept. boot,
+    n_null, seed: draws of the bootstrap, blind copies of the candidates, generator. more: further columns of the summary, by
+    `candidate`. Raises FileNotFoundError / ValueError naming the run that is missing or does not fit. (docs/method.md section 7)
 
     Examples:
         >>> import torch, ws

@@ -82,9 +82,8 @@ def _mean_logs(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def basis_corrections(per_seed: pl.DataFrame) -> pl.DataFrame:
-    """Each v7 candidate beside the form that mends it, in the same v7b runs. per_seed:
-    `ws.stability.scores.per_seed_table`. For R_act and R_w: geometric means over seeds and the log2 ratio (v7b over
-    v7)."""
+    """Each v7 candidate beside the form that mends it, in the same v7b runs. per_seed: `ws.stability.scores.per_seed_table`. For
+    R_act and R_w: geometric means over seeds and the log2 ratio (v7b over v7)."""
 
     def mean(name: str, column: str) -> float:
         values = per_seed.filter(pl.col("candidate") == name)[column].to_numpy()

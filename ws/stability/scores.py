@@ -115,8 +115,7 @@ make_scores = SeedScores
 
 
 def seed_values(scores: SeedScores) -> dict[str, Float[np.ndarray, "S C"]]:
-    """R_act, R_w, joint, H_act, H_w, honest and specific of every seed and candidate; NaN where any LoRA layer is
-    undefined."""
+    """R_act, R_w, joint, H_act, H_w, honest and specific of every seed and candidate; NaN where any LoRA layer is undefined."""
     r_act, r_w = scores.act.mean(axis=(2, 3)), scores.w.mean(axis=2)
     with np.errstate(divide="ignore", invalid="ignore"):
         h_act = (scores.act.mean(axis=3) / scores.best_act.mean(axis=3)).mean(axis=2)
@@ -156,8 +155,7 @@ def undefined_reason(scores: SeedScores) -> list[list[str]]:
 
 
 def ranks_per_seed(scores: SeedScores) -> Float[np.ndarray, "S C"]:
-    """Rank by the rank-honest joint score within each seed, 1 = highest, ties share their mean; NaN where it takes no
-    part."""
+    """Rank by the rank-honest joint score within each seed, 1 = highest, ties share their mean; NaN where it takes no part."""
     logs = np.where(scores.ranked, log_values(scores)["honest"], np.nan)
     return stats.rankdata(-logs, axis=1, nan_policy="omit")
 

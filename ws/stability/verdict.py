@@ -34,10 +34,9 @@ RIVALS |= {"mean_rank": pl.Float64, "told_apart": pl.Boolean}
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """winner: the named candidate, or None. leader: the best stable contender (None where w is not seen to steer), rank: its
-    mean rank. tied: leader
-    and the rivals not told apart from it (empty with a winner). reasons: why there is none. undefined: contenders without
-    a score. rivals: one row per rival (see `verdict`), empty without a leader; parts: their standard errors
+    """winner: the named candidate, or None. leader: the best stable contender (None where w is not seen to steer), rank: its mean
+    rank. tied: leader and the rivals not told apart from it (empty with a winner). reasons: why there is none. undefined:
+    contenders without a score. rivals: one row per rival (see `verdict`), empty without a leader; parts: their standard errors
     (`ws.stability.intervals.crossed_parts`).
     """
 
@@ -86,12 +85,11 @@ def verdict(
 ) -> Verdict:
     """Name a winner among the contenders (A-hypotheses of axis kind write or mixed), or say why there is none.
 
-    unstable: candidates flagged by A-side stability; they cannot win, but must be beaten. unseen: those of which nobody
-    looked whether their data determine them; they cannot be named. q_w: Benjamini-Hochberg adjusted p of R_w > 1 in the
-    order of `scores`. steers: whether w does at all; None: not asked. `rivals`, closest first: log_ratio of the honest
-    joint, leader over rival (natural log), with its 95 % t interval over seeds and the crossed one over seeds, templates
-    and topics, which one template or one topic leaves undefined. A contender that is undefined on some seeds only must be
-    beaten on the others.
+    unstable: candidates flagged by A-side stability; they cannot win, but must be beaten. unseen: those of which nobody looked
+    whether their data determine them; they cannot be named. q_w: Benjamini-Hochberg adjusted p of R_w > 1 in the order of
+    `scores`. steers: whether w does at all; None: not asked. `rivals`, closest first: log_ratio of the honest joint, leader over
+    rival (natural log), with its 95 % t interval over seeds and the crossed one over seeds, templates and topics, which one
+    template or one topic leaves undefined. A contender that is undefined on some seeds only must be beaten on the others.
     """
     names, logs = scores.candidates, log_values(scores)["honest"]
     defined = ~np.isnan(logs).any(axis=0)

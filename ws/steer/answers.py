@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache as cache_once
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,10 @@ from ws.cache.made import kept
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.model.decoder import unembeds_some
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.prefix import reads_each
 from ws.model.text import chat_text, encode
-from ws.model.together import Once, last_logits, passes, together
+from ws.model.together import Once, read_last
 from ws.model.wide import widened
 from ws.steer.weights import untouched, weight_steer
 
@@ -94,19 +93,16 @@ def answer_scores(
 ) -> Answers:
     """Answers at the last token of texts that are already rendered by the chat template."""
     ids, mask = encode(lm.tokenizer, texts, False, 4096, padding_side)
-    share = padding_side == "right" and unembeds_some(lm.model) and not reads_each(lm.model, ids.shape[1])
     found = Answers(torch.zeros(len(ids)), torch.zeros(len(ids)))
+
+    def read(logits: Float[Tensor, "1 k V"], places: list[int]) -> None:
+        logp = logits[0].log_softmax(dim=-1).cpu()
+        log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
+        found.logratio[places], found.pmass[places] = log_yes - log_no, log_yes.exp() + log_no.exp()
+
     with torch.no_grad():
-        for part in passes(
-            ids, mask, together(ids, mask, share), lambda n, T, first: n <= batch_size and n * (T - first) <= TOKENS
-        ):
-            if part.leads:
-                part.run(lm.decoder.body, lm.device)
-                continue
-            logp = last_logits(part, lm.decoder)[0].log_softmax(dim=-1).cpu()
-            log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
-            found.logratio[part.places] = log_yes - log_no
-            found.pmass[part.places] = log_yes.exp() + log_no.exp()
+        right = padding_side == "right"
+        read_last(lm, ids, mask, lambda n, T, first: n <= batch_size and n * (T - first) <= TOKENS, read, share=right)
     return found
 
 
@@ -147,7 +143,11 @@ def answers_of(
     found = []
     for alpha in alphas:
         with ExitStack() as stack:
-            wide, steered = widened(lm.model, by_block=w.in_blocks), weight_steer(lm.model, w, alpha)
-            put_on = cache_once(lambda both=(wide, steered), to=stack: [to.enter_context(one) for one in both])
+            put_on = cache_once(partial(_put_on, stack, lm, w, alpha))  # where something has to be read
             found.append([kept_at(alpha, some, put_on) for some in turns])
     return np.array(found)
+
+
+def _put_on(stack: ExitStack, lm: LM, w: WeightDiff, alpha: float) -> None:
+    stack.enter_context(widened(lm.model, by_block=w.in_blocks))
+    stack.enter_context(weight_steer(lm.model, w, alpha))

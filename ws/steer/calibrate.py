@@ -1,5 +1,4 @@
-"""How strongly to steer: alpha at which a quantile of KL(steered || base) over tokens meets a target. (docs/method.md section
-8)
+"""How strongly to steer: alpha at which a quantile of KL(steered || base) over tokens meets a target. (docs/method.md section 8)
 
     alpha:  max over the signs s of  Q_q { KL(p(. | x, s alpha) || p(. | x)) : x a position }  =  target
 

@@ -1,5 +1,4 @@
-"""Plain prose and plain questions that no behaviour is about: what steering costs is measured on them. (docs/method.md section
-8)
+"""Plain prose and plain questions that no behaviour is about: what steering costs is measured on them. (docs/method.md section 8)
 
 The passages and the questions are this project's own and stand in no training text. A passage is read as the answer to a
 request for it, so that a persona, which is a system prompt, can act on it as well.

@@ -1,9 +1,8 @@
 """Weight steering: inside `with weight_steer(model, w, alpha)` every parameter named by w acts as `W + alpha w`.
 
-float32 and wider: `alpha w` is added to the weights and, on exit, the saved copies are put back, so every bit returns.
-Lower precision: the weights stay as they are. Adding to them, or to an already rounded `W x`, has a dead zone of half
-an ulp that swallows a small w; a hook on the module computes `W x + b + alpha B (A x)` in float32 and rounds once.
-(docs/method.md section 2)
+float32 and wider: `alpha w` is added to the weights and, on exit, the saved copies are put back, so every bit returns. Lower
+precision: the weights stay as they are. Adding to them, or to an already rounded `W x`, has a dead zone of half an ulp that
+swallows a small w; a hook on the module computes `W x + b + alpha B (A x)` in float32 and rounds once. (docs/method.md section 2)
 """
 
 import copy

@@ -118,10 +118,9 @@ def read_texts(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager_attention(lm.model) if detail else nullcontext())
-        bar = stack.enter_context(tqdm(total=len(texts), desc=label, disable=quiet, leave=False))
-        for one in passes(ids, mask, groups, lambda n, _T, _first: n <= batch_size):
+        every = passes(ids, mask, groups, lambda n, _T, _first: n <= batch_size)
+        for one in tqdm(every, label, disable=quiet, leave=False):
             _record(lm, one, lengths[one.places], found, [mean_of[i] for i in one.places] if mean_of else [])
-            bar.update(0 if one.leads else len(one.places))
     return TextActs(ids=tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True)), **found)
 
 
