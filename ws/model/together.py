@@ -36,11 +36,6 @@ class Pass:
     leads: bool = False
     cache: Cache | None = None
 
-    @property
-    def last(self) -> Int[Tensor, " n"]:
-        """Index of each text's last token among those that are read."""
-        return last_index(self.mask) - self.first
-
     def run(self, module: nn.Module, device: torch.device, **more):
         """The output of a model, or of its body, on the tokens that are read."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": position_ids(self.mask)}
@@ -97,7 +92,8 @@ def read_last(
         if one.leads:
             one.run(lm.decoder.body, lm.device)
             continue
-        handle = lm.decoder.logits_module().register_forward_pre_hook(partial(_pick, one.last.repeat(stack)))
+        last = (last_index(one.mask) - one.first).repeat(stack)
+        handle = lm.decoder.logits_module().register_forward_pre_hook(partial(_pick, last))
         try:
             logits = one.run(lm.model, lm.device).logits[:, 0]
         finally:

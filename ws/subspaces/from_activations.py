@@ -80,16 +80,13 @@ def _centred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
 
 
 def _token_contrast(m: Materials, l: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`D = pos - neg` per token `(n, T, d)`, both attention rows `(n, T)`, aligned at the right edge, and what rounding of
-    D is measured by: `sqrt(|pos|^2 + |neg|^2)` per token."""
-    held = vars(m.base)  # several candidates look at a layer, one after the other
+    """`D = pos - neg` per token `(n, T, d)`, attention rows `(n, T)` at the right edge, `sqrt(|pos|^2 + |neg|^2)` per token."""
+    held, sides = vars(m.base), (m.base.pos, m.base.neg)  # several candidates look at a layer, one after the other
     if held.get("contrast", (None,))[0] != l:
-        width = max(m.base.pos.tokens.shape[2], m.base.neg.tokens.shape[2])
-        sides = [(acts, width - acts.tokens.shape[2]) for acts in (m.base.pos, m.base.neg)]
-        pos, neg = (pad(acts.tokens[l].double(), (0, 0, missing, 0)) for acts, missing in sides)
-        size = (pos.square().sum(dim=2) + neg.square().sum(dim=2)).sqrt()
-        rows = (pad(acts.attn[l].double(), (missing, 0)) for acts, missing in sides)
-        held["contrast"] = l, (pos - neg, *rows, size)
+        missing = [max(acts.tokens.shape[2] for acts in sides) - acts.tokens.shape[2] for acts in sides]
+        pos, neg = (pad(acts.tokens[l].double(), (0, 0, k, 0)) for acts, k in zip(sides, missing, strict=True))
+        rows = (pad(acts.attn[l].double(), (k, 0)) for acts, k in zip(sides, missing, strict=True))
+        held["contrast"] = l, (pos - neg, *rows, (pos.square().sum(dim=2) + neg.square().sum(dim=2)).sqrt())
     return held["contrast"][1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ws.model.lm import LM
 from ws.model.prefix import reads_each
-from ws.model.text import encode
+from ws.model.text import encode, last_index
 from ws.model.together import Group, Pass, passes, together
 from ws.model.trace import hidden, recorded
 from ws.show.bars import tqdm
@@ -137,7 +137,7 @@ def _nothing_yet(groups: Sequence[Group], lengths: list[int], lm: LM) -> TokenSt
 
 def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of: list) -> None:
     """One pass: every layer is reduced to what is kept as the pass reaches it."""
-    decoder, last, own = lm.decoder, one.last[:, None], None
+    decoder, last, own = lm.decoder, (last_index(one.mask) - one.first)[:, None], None
     # only real tokens are gathered, what fills a row up has no weight: what padding holds moves nothing
     most, begin = max(map(len, mean_of or [()])), one.mask.argmax(dim=1)
     chosen = torch.tensor([[*places, *[places[0]] * (most - len(places))] for places in mean_of])
@@ -168,7 +168,7 @@ def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of:
     with recorded(lm.model, at):
         output = one.run(lm.body, lm.device, **({"output_attentions": True} if own is not None else {}))
     for l, weights in enumerate(output.attentions if own is not None and not one.leads else ()):
-        at_last = weights[torch.arange(len(weights), device=weights.device), :, one.last.to(weights.device)]
+        at_last = weights[torch.arange(len(weights), device=weights.device), :, last[:, 0].to(weights.device)]
         row = at_last.float().mean(dim=1).cpu()
         for i, values, start, length in zip(one.places, row, begin.tolist(), lengths.tolist(), strict=True):
             found["attn"][l, i, -length:] = values[start : start + length]
