@@ -21,6 +21,12 @@ def unembeds_some(model: nn.Module) -> bool:
     return "logits_to_keep" in signature(model.forward).parameters
 
 
+def prompted(model: nn.Module) -> bool:
+    """Whether learned tokens stand before every text, which the whole model alone puts there (peft)."""
+    adapters = (getattr(model, "peft_config", None) or {}).values()
+    return any(getattr(one, "is_prompt_learning", False) for one in adapters)
+
+
 class Decoder:
     """A read-only view of a causal LM's decoder by role. Attributes: `n_layers` (L), `d` (d_model), `n_heads` (H), `n_kv` (K),
     `head_dim` (e), `vocab` (V), `body` (all but the unembedding), `blocks` (the ModuleList), `final_norm`, `embed_tokens`, `act`

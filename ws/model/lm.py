@@ -11,7 +11,7 @@ from ws.cache.given import first_line
 from ws.cache.models import folder_hash, model_name, model_slug
 from ws.cache.syntax import digest
 from ws.model.contents import Fingerprint, checksum
-from ws.model.decoder import SERVED, Decoder
+from ws.model.decoder import SERVED, Decoder, prompted
 from ws.model.gguf import check_loaded
 from ws.model.source import available, read_config, read_tokenizer, source_of, template_text, whole_weights
 from ws.model.text import position_ids, template_note
@@ -62,9 +62,7 @@ class LM:
     @property
     def body(self) -> nn.Module:
         """The decoder's body (no logits), or the whole model where only it puts learned tokens first."""
-        adapters = (getattr(self.model, "peft_config", None) or {}).values()
-        learned = any(getattr(one, "is_prompt_learning", False) for one in adapters)
-        return self.model if learned else self.decoder.body
+        return self.model if prompted(self.model) else self.decoder.body
 
     def run(self, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], **more):
         """The output of the body on encoded texts, with positions that count from each text's first token: for what hooks

@@ -8,7 +8,7 @@ the same function in other sums, gradients included.
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ws.model.decoder import unembeds_some
+from ws.model.decoder import prompted, unembeds_some
 from ws.model.guard import hooked
 from ws.model.text import position_ids
 
@@ -37,7 +37,7 @@ def reads_each(model: nn.Module, tokens: int) -> bool:
     units = (m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in parts)
     drawn = model.training and (any(units) or any(getattr(m, "gradient_checkpointing", False) for m in parts))
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
-    return hooked(model, BY_TOKEN) or drawn or tokens > most
+    return prompted(model) or hooked(model, BY_TOKEN) or drawn or tokens > most
 
 
 def logits_at(

@@ -18,6 +18,7 @@ from ws.model.prefix import reads_each
 from ws.model.text import last_index, position_ids
 
 LEAST, PASS = 4, 64  # tokens of a beginning that is worth a pass of its own; and what a pass costs beside its tokens
+Ids = Int[Tensor, "n T"]
 Group = tuple[int, list[int]]  # how many tokens texts begin with alike, and which they are
 Fits = Callable[[int, int, int], bool]
 Read = Callable[[Float[Tensor, "S k V"], list[int]], object]
@@ -29,8 +30,8 @@ class Pass:
     one row. ids, mask: `(n, T)`, from the first token on; cache: keys and values of the first tokens, once the lead has run."""
 
     places: list[int]
-    ids: Int[Tensor, "n T"]
-    mask: Int[Tensor, "n T"]
+    ids: Ids
+    mask: Ids
     first: int = 0
     lead: "Pass | None" = None
     leads: bool = False
@@ -48,16 +49,14 @@ class Pass:
         return output
 
 
-def together(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], share: bool = True) -> list[Group]:
+def together(ids: Ids, mask: Ids, share: bool = True) -> list[Group]:
     """Texts that are padded on the right, shortest first, in groups that are read together. share: whether what several begin
     with may be read once; else all are one group that begins with nothing."""
     order = mask.sum(dim=1).argsort(stable=True).tolist()
     return _parted(ids, mask, order) if share else [(0, order)]
 
 
-def passes(
-    ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], groups: Sequence[Group], fits: Fits, stack: int = 1
-) -> list[Pass]:
+def passes(ids: Ids, mask: Ids, groups: Sequence[Group], fits: Fits, stack: int = 1) -> list[Pass]:
     """The passes that read texts in `groups`, in order: each lead before what it serves, cut where that leaves the least padding.
     `fits(few, length, first)`: whether so many texts of at most that length may go together; stack: rows of each."""
     lengths, found = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).tolist(), []
@@ -75,15 +74,7 @@ def passes(
     return found
 
 
-def read_last(
-    lm: LM,
-    ids: Int[Tensor, "n T"],
-    mask: Int[Tensor, "n T"],
-    fits: Fits,
-    read: Read,
-    stack: int = 1,
-    share: bool = True,
-) -> None:
+def read_last(lm: LM, ids: Ids, mask: Ids, fits: Fits, read: Read, stack: int = 1, share: bool = True) -> None:
     """`read(logits, places)` for pass after pass: float32 logits `(stack, k, V)` after the last token of the texts at `places`,
     of `stack` rows for each; nothing else is unembedded. share: unless somebody's hook may tell, what texts begin with is read
     once."""
@@ -106,7 +97,7 @@ def _pick(last: Int[Tensor, " n"], _module: nn.Module, args: tuple) -> tuple:
     return args[0][rows, last.to(args[0].device)][:, None], *args[1:]
 
 
-def _parted(ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"], those: list[int]) -> list[Group]:
+def _parted(ids: Ids, mask: Ids, those: list[int]) -> list[Group]:
     """Texts that go together, and how many tokens they begin with alike: parted wherever that leaves fewer tokens to read."""
     same = ((ids[those] == ids[those[:1]]) & (mask[those] != 0)).all(dim=0).int().cumprod(dim=0).sum()
     first = min(int(last_index(mask[those]).min()), int(same)) if len(those) > 1 else 0
