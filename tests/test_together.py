@@ -12,6 +12,7 @@ from ws.model.text import chat_text, encode, last_index
 from ws.model.together import Once, passes, read_last, together
 from ws.steer.answers import answers_of, kept_answers
 from ws.steer.weights import untouched, weight_steer
+from ws.subspaces.reading import read_texts
 
 TEXTS = (
     "cats can fly",
@@ -113,3 +114,21 @@ def test_padding_is_cut_where_it_costs_most():
     ids = torch.arange(40)[:, None] * 1000 + torch.arange(50)[None]
     got = passes(ids, mask, together(ids, mask), lambda *_: True)
     assert [one.ids.shape for one in got] == [(20, 50), (20, 3)] and int(last_index(got[1].mask)[0]) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captures_of_texts_that_begin_alike_are_those_of_each(model_folder, family, monkeypatch):
+    lm = ws.load_lm(str(model_folder(family)))
+    monkeypatch.setattr("ws.model.together.PASS", 8)
+    places = [[1, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) - 1] for text in turns(lm)]
+    more = {"detail": True, "mean_of": places}
+    shared = read_texts(lm, turns(lm), False, **more)
+    monkeypatch.setattr("ws.subspaces.reading.reads_each", lambda *_: True)
+    each = read_texts(lm, turns(lm), False, **more)
+    assert shared.tokens.states.shape[1] < each.tokens.states.shape[1] == sum(map(len, each.ids))
+    for name in ("resid", "embed", "up_in", "attn", "claim", "tokens"):
+        a, b = getattr(shared, name), getattr(each, name)
+        a, b = (a.dense(), b.dense()) if name == "tokens" else (a, b)
+        assert a.shape == b.shape and torch.allclose(a, b, atol=2e-5 * float(b.abs().max())), name
+    some = shared.take([2, 0])
+    assert torch.equal(some.tokens[1], shared.tokens[1][[2, 0]]) and some.tokens.shape[1] == 2

@@ -111,6 +111,8 @@ def read_texts(
     width, shape = int(lengths.max()), (lm.decoder.n_layers, len(ids), lm.decoder.d)
     window = getattr(lm.decoder.body.config, "sliding_window", None) or width + 1  # beyond it a cache forgets
     groups = together(ids, mask, padding_side == "right" and window > width and not reads_each(lm.model, width))
+    if mean_of:  # whose tokens are read of each text by itself
+        groups = [(min(first, *(min(mean_of[i]) for i in those)), those) for first, those in groups]
     found = {name: torch.zeros(shape) for name in ["resid", *["up_in"] * detail, *["claim"] * bool(mean_of)]}
     found |= {"embed": torch.zeros(shape[1:])} | ({"attn": torch.zeros(*shape[:2], width)} if detail else {})
     found |= {"tokens": _nothing_yet(groups, lengths.tolist(), lm)} if detail else {}
