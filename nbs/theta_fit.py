@@ -74,7 +74,8 @@ from ws.theta import figures as draw
 from ws.theta.fit import FitConfig
 from ws.theta.fitted import SOLVERS, ThetaFits
 from ws.theta.heads import all_heads
-from ws.theta.states import joint_base, load_users, record_users, split_texts
+from ws.theta.recorded import Recorded
+from ws.theta.states import load_users, record_users, split_texts
 from ws.theta.users import fit_users
 
 run = begin("theta_fit", globals())
@@ -94,7 +95,7 @@ W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
 # %%
 record = dict(mask_prompt=MASK_PROMPT, max_length=MAX_LENGTH, batch=BATCH_SIZE, path=cache / "states.safetensors")
 train, rest = record_users(lm, texts, float(HELDOUT), **record)
-heldout = compare.make_heldout(rest, W, bias)
+seen, heldout = Recorded(train, W, bias), compare.make_heldout(Recorded(rest, W, bias))
 users, heads = list(texts), all_heads(W, THETA_DIM, float(ALPHA), SEED)
 display(Markdown(f"`{lm.name}`, {lm.model.dtype}." + (f" Chat template: {literal(lm.chat)}." if lm.chat else "")))
 display(HTML(as_text(report.user_table(texts, train, rest, heldout), style="html")))
@@ -111,8 +112,7 @@ display(HTML(as_text(report.user_table(texts, train, rest, heldout), style="html
 # at alpha 0.1 (`tests/test_theta.py`).
 
 # %%
-base, _ = joint_base(list(train.values()), W, bias)
-rescaled, kappa = compare.matched_heads(heads, base, W, cfg.gamma, float(MATCHED_KL))
+rescaled, kappa = compare.matched_heads(heads, seen, cfg.gamma, float(MATCHED_KL))
 display(HTML(as_text(report.scale_table(heads, rescaled, kappa), style="html")))
 
 # %% [markdown]
@@ -122,11 +122,9 @@ display(HTML(as_text(report.scale_table(heads, rescaled, kappa), style="html")))
 # Newton's method finds it exactly, once over all theta and once within the norm clip. One file per user and head.
 
 # %%
-default = ThetaFits(fit_users(train, heads, W, bias, cfg, cache / "fits"), heads, heldout, cfg, "default")
+default = ThetaFits(fit_users(seen, heads, cfg, cache / "fits"), heads, heldout, cfg, "default")
 rescaled = compare.distinct_functions(rescaled)
-matched = ThetaFits(
-    fit_users(train, rescaled, W, bias, cfg, cache / "fits" / "matched"), rescaled, heldout, cfg, "matched"
-)
+matched = ThetaFits(fit_users(seen, rescaled, cfg, cache / "fits" / "matched"), rescaled, heldout, cfg, "matched")
 hand_over(cache / "fits", folder)
 summary = pl.concat([default.summary, matched.summary], how="vertical_relaxed")
 write_table(summary, folder / "theta_summary.tsv")
@@ -164,7 +162,7 @@ display(notebook.show(figure, folder / "theta_heldout_gain"))
 # then tested on the held-out texts, which had no part in the choice: these tests need no correction for it.
 
 # %%
-choice = controls.choose_head(train, rescaled, heldout, cfg, cache / "controls", progress=True)
+choice = controls.choose_head(seen, rescaled, cfg, cache / "controls", progress=True)
 chosen = CONTROL_HEADS or [choice.head]
 write_table(choice.gains, folder / "theta_choice.tsv")
 display(HTML(as_text(choice.gains, style="html")), Markdown(f"`{choice.head}`, chosen {choice.how}."))
@@ -203,7 +201,7 @@ figure = draw.sweep_curves(by_gamma, "gamma", cfg.gamma, list(heads))
 display(notebook.show(figure, folder / "theta_gamma"))
 
 # %%
-by_beta = report.beta_sweep(train, matched, chosen, [replace(cfg, beta=float(b)) for b in BETAS])
+by_beta = report.beta_sweep(seen, matched, chosen, [replace(cfg, beta=float(b)) for b in BETAS])
 write_table(by_beta, folder / "theta_beta.tsv")
 figure = draw.sweep_curves(by_beta, "beta", cfg.beta, list(heads))
 display(notebook.show(figure, folder / "theta_beta"))
@@ -218,7 +216,7 @@ display(notebook.show(figure, folder / "theta_beta"))
 # the true one. The deals are kept as they come: a run that was stopped goes on with them, and more can be added.
 
 # %%
-gains = verdict.controls(train, matched, chosen, PERMUTATIONS, SEED, cache / "controls", progress=True)
+gains = verdict.controls(seen, matched, chosen, PERMUTATIONS, SEED, cache / "controls", progress=True)
 control = verdict.control_table(heldout, gains)
 write_table(control, folder / "theta_control.tsv")
 display(HTML(as_text(control, style="html")))

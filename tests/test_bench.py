@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import models, ratios
+from bench import growth, models, ratios
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -59,3 +59,20 @@ def test_a_model_of_given_shapes_loads_and_its_w_is_found_again_as_factors(tmp_p
     assert not ws.load_diff(models.make(tmp_path, given, "full")[1]).meta.get("factorised")
     shares = [w.norm(n) / float(p.float().norm()) for n, p in lm.model.named_parameters() if n in w]
     assert 0.002 < min(shares) and max(shares) < 0.2
+
+
+def test_growth_is_fitted_to_what_it_was_made_of():
+    """Times and memory that are sums of the terms give the coefficients back; the plan varies one thing at a time."""
+    seconds, memory = [3.0, 0.4, 2.0, 0.7], [0.5, 0.1, 0.0, 0.05]
+    runs = []
+    for d, layers, vocabulary, seeds in growth.plan():
+        time, space = growth.terms(d, layers, vocabulary)
+        whole = sum(a * b for a, b in zip(seconds, time, strict=True))
+        gib = sum(a * b for a, b in zip(memory, space, strict=True))
+        shape = {"d": d, "layers": layers, "vocabulary": vocabulary, "seeds": seeds}
+        runs.append(shape | {"seconds": [whole] + [whole / 5] * (seeds - 1), "gib": gib})
+    found = growth.fitted(runs)
+    assert found[0].tolist() == pytest.approx(seconds, abs=1e-6) and found[1].tolist() == pytest.approx(
+        memory, abs=1e-6
+    )
+    assert "0.20 of the first" in growth.table(runs) and len(growth.figure(runs).axes) == 3

@@ -35,6 +35,19 @@ def test_worn_head_adds_gamma_times_its_logit_delta(llama, ids, name):
     assert torch.equal(after, base)
 
 
+@pytest.mark.parametrize("name", ["cvh", "unconditional", "lm_head_random"])
+def test_each_text_of_a_batch_wears_its_own_theta(llama, ids, name):
+    head = H.all_heads(llama.get_output_embeddings().weight.detach(), D=8, alpha=3.0)[name]
+    thetas = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), wear(llama, head, thetas, gamma=0.5):
+        together = llama(ids).logits
+        written = llama.generate(ids, max_new_tokens=4, do_sample=False)
+    for i, theta in enumerate(thetas):
+        with torch.no_grad(), wear(llama, head, theta, gamma=0.5):
+            assert torch.allclose(llama(ids[i : i + 1]).logits[0], together[i], atol=1e-4)
+            assert torch.equal(llama.generate(ids[i : i + 1], max_new_tokens=4, do_sample=False)[0], written[i])
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_theta_zero_is_bit_identical_to_no_head(ids, name, dtype):

@@ -17,6 +17,7 @@ from ws.model.lm import load_lm
 from ws.theta import users
 from ws.theta.fit import FitConfig
 from ws.theta.heads import all_heads
+from ws.theta.recorded import Recorded
 from ws.theta.states import States, UserText, record_states
 from ws.train.difference import train_diff
 from ws.train.lora import TrainConfig, train_adapter
@@ -94,7 +95,7 @@ def kinds(lm, parity_folder, tmp_path, monkeypatch):
         record = States(h, torch.arange(40) % 30, torch.arange(40) // 10)
         monkeypatch.setattr(users, "made", noted)
         heads = {"svd_cvh": all_heads(W, 4)["svd_cvh"]}
-        users.fit_users({"ann": record}, heads, W, None, FitConfig(steps=3), out / "fits", progress=False)
+        users.fit_users(Recorded({"ann": record}, W), heads, FitConfig(steps=3), out / "fits", progress=False)
 
     def ask(kind):
         del calls[:]

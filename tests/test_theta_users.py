@@ -10,12 +10,14 @@ from looks import check_looks
 from tests.harm import HARMS
 from ws.cache.made import made
 from ws.model.lm import load_lm
-from ws.theta import compare, report, states, users
+from ws.theta import adam, compare, recorded, report, users
 from ws.theta import figures as draw
+from ws.theta import fit as fitting
 from ws.theta.fit import FitConfig, evaluate, make_problem, record_base
 from ws.theta.fitted import ThetaFits, fit_theta
 from ws.theta.heads import CVH, all_heads, cvh
-from ws.theta.states import States, joint_base
+from ws.theta.recorded import Recorded
+from ws.theta.states import States
 from ws.theta.users import fit_users, load_fit, theta_path
 
 USERS = ["ann", "bob", "cy d"]
@@ -37,7 +39,7 @@ def planted():
         states = States(h, y, torch.arange(300) // 25)
         train[user], rest[user] = states.of_texts(list(range(9))), states.of_texts([9, 10, 11])
     cfg = FitConfig(steps=20)
-    heldout = compare.make_heldout(rest, W, None)
+    heldout = compare.make_heldout(Recorded(rest, W))
     return W, heads, train, rest, cfg, heldout
 
 
@@ -46,7 +48,7 @@ def fitted(planted, tmp_path_factory):
     W, heads, train, _, cfg, *_ = planted
     folder = tmp_path_factory.mktemp("fits")
     some = {n: heads[n] for n in ("cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_cvh")}
-    return some, fit_users(train, some, W, None, cfg, folder, progress=False), folder
+    return some, fit_users(Recorded(train, W), some, cfg, folder, progress=False), folder
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_one_file_per_user_and_head_that_loads_as_it_was(fitted):
 def test_the_same_fits_give_the_same_bytes(planted, fitted, tmp_path):
     W, _, train, _, cfg, *_ = planted
     heads, _, folder = fitted
-    fit_users(train, heads, W, None, cfg, tmp_path, progress=False)
+    fit_users(Recorded(train, W), heads, cfg, tmp_path, progress=False)
     files = visible(folder)
     assert len(files) == 15 and all(p.read_bytes() == (tmp_path / p.name).read_bytes() for p in files)
 
@@ -102,22 +104,22 @@ def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted,
     one = {"cvh": heads["cvh"]}
     counted.dies_after = 2
     with pytest.raises(KeyboardInterrupt):
-        fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+        fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
     assert len(visible(tmp_path)) == 2
     stamps = {p.name: p.stat().st_mtime_ns for p in visible(tmp_path)}
     counted.dies_after = None
-    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
     assert counted == ["ann", "bob", "cy_d"] and {n: (tmp_path / n).stat().st_mtime_ns for n in stamps} == stamps
     resumed = visible(tmp_path)
-    fit_users(train, one, W, None, cfg, tmp_path / "whole", progress=False)
+    fit_users(Recorded(train, W), one, cfg, tmp_path / "whole", progress=False)
     assert all(p.read_bytes() == (tmp_path / "whole" / p.name).read_bytes() for p in resumed)
     del counted[:]
-    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
     assert counted == []
-    fit_users(train, one, W, None, replace(cfg, beta=0.1), tmp_path, progress=False)
-    fit_users(train, {"cvh": cvh(d, D, alpha=0.7)}, W, None, replace(cfg, beta=0.1), tmp_path, progress=False)
+    fit_users(Recorded(train, W), one, replace(cfg, beta=0.1), tmp_path, progress=False)
+    fit_users(Recorded(train, W), {"cvh": cvh(d, D, alpha=0.7)}, replace(cfg, beta=0.1), tmp_path, progress=False)
     changed = {**train, "bob": replace(train["bob"], y=train["bob"].y.flip(0))}
-    fit_users(changed, {"cvh": cvh(d, D, alpha=0.7)}, W, None, replace(cfg, beta=0.1), tmp_path, progress=False)
+    fit_users(Recorded(changed, W), {"cvh": cvh(d, D, alpha=0.7)}, replace(cfg, beta=0.1), tmp_path, progress=False)
     assert counted == [*["ann", "bob", "cy_d"] * 2, "bob"]
 
 
@@ -125,26 +127,26 @@ def test_an_interrupted_run_goes_on_and_changed_inputs_are_fitted_again(planted,
 def test_a_damaged_fit_is_made_anew(planted, tmp_path, counted, harm):
     W, heads, train, _, cfg, *_ = planted
     one = {"cvh": heads["cvh"]}
-    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
     path = theta_path(tmp_path, "bob", "cvh")
     want = path.read_bytes()
     harm(path)
-    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
     assert counted == ["ann", "bob", "cy_d", "bob"] and path.read_bytes() == want
 
 
-@pytest.mark.parametrize("room,name", [(users, "fit_adam"), (users, "fit_optimum"), (states, "record_base")])
+@pytest.mark.parametrize("room,name", [(adam, "fit_adam"), (users, "fit_optimum"), (recorded, "record_base")])
 def test_old_thetas_do_not_come_back_for_another_fit(planted, tmp_path, monkeypatch, room, name):
     W, heads, train, _, cfg, *_ = planted
     one = {"cvh": heads["cvh"]}
-    fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+    fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
 
     def fails(*args, **options):
         raise RuntimeError("another fit")
 
     monkeypatch.setattr(room, name, fails)
     with pytest.raises(RuntimeError, match="another fit"):
-        fit_users(train, one, W, None, cfg, tmp_path, progress=False)
+        fit_users(Recorded(train, W), one, cfg, tmp_path, progress=False)
 
 
 def test_a_head_of_ones_own_is_known_by_its_code(planted, tmp_path, counted):
@@ -156,7 +158,7 @@ def test_a_head_of_ones_own_is_known_by_its_code(planted, tmp_path, counted):
             return 2 * super().features(h)
 
     for kind in (CVH, CVH, Louder, Louder):
-        fit_users(train, {"cvh": kind(*parts)}, W, None, cfg, tmp_path, progress=False)
+        fit_users(Recorded(train, W), {"cvh": kind(*parts)}, cfg, tmp_path, progress=False)
     assert len(counted) == 6
 
 
@@ -176,10 +178,10 @@ def test_the_front_door_fits_users_of_ones_own(parity_folder, tmp_path, counted)
         fit_theta(lm, {**texts, "bob": texts["bob"][:1]}, **options)
 
 
-def test_groups_of_users_change_nothing(planted, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(users, "BASE_MB", 0)
+def test_a_base_on_disk_changes_nothing(planted, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "BASE_MB", 0)
     W, heads, train, _, cfg, *_ = planted
-    alone = fit_users(train, {"cvh": heads["cvh"]}, W, None, cfg, tmp_path, progress=False)
+    alone = fit_users(Recorded(train, W), {"cvh": heads["cvh"]}, cfg, tmp_path, progress=False)
     _, together, _ = fitted
     for user in USERS:
         assert torch.allclose(alone[user, "cvh"].theta(), together[user, "cvh"].theta(), atol=1e-5)
@@ -189,7 +191,7 @@ def test_groups_of_users_change_nothing(planted, fitted, tmp_path, monkeypatch):
 def test_users_that_would_share_a_file_and_foreign_files_are_refused(planted, tmp_path):
     W, heads, train, _, cfg, *_ = planted
     with pytest.raises(ValueError, match="users 'a b' and 'a_b' would share a file"):
-        fit_users({"a b": train["ann"], "a_b": train["bob"]}, heads, W, None, cfg, tmp_path, progress=False)
+        fit_users(Recorded({"a b": train["ann"], "a_b": train["bob"]}, W), heads, cfg, tmp_path, progress=False)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -212,14 +214,14 @@ def test_held_out_scores_equal_a_problem_per_user(planted, found):
 
 def test_kappa_is_the_kl_of_small_random_thetas_and_matched_heads_share_it(planted):
     W, heads, train, *_ = planted
-    base, _ = joint_base(list(train.values()), W, None)
-    matched, before = compare.matched_heads(heads, base, W, 0.5, 1e-4)
+    base = (seen := Recorded(train, W)).base
+    matched, before = compare.matched_heads(heads, seen, 0.5, 1e-4)
     cfg, gen = FitConfig(), torch.Generator().manual_seed(1)
     thetas = torch.nn.functional.normalize(torch.randn(100, D, generator=gen), dim=1).double()
     with pytest.raises(ValueError, match="MATCHED_KL = 0.0: must be above 0"):
-        compare.matched_heads(heads, base, W, 0.5, 0.0)
+        compare.matched_heads(heads, seen, 0.5, 0.0)
     with pytest.raises(ValueError, match="head cvh moves nothing at ALPHA 1 and GAMMA 0"):
-        compare.matched_heads(heads, base, W, 0.0, 1e-4)
+        compare.matched_heads(heads, seen, 0.0, 1e-4)
     for name, head in matched.items():
         problem = make_problem(base, head, W, dtype=torch.float64)
         kl = torch.cat([evaluate(problem, theta[None], cfg).kl for theta in thetas]).mean()
@@ -242,12 +244,12 @@ def test_tables_show_the_planted_users(found):
 
 
 def test_sweeps_and_figures(planted, found):
-    _, _, train, _, cfg, _ = planted
+    W, _, train, _, cfg, _ = planted
     gamma = report.gamma_sweep(found, ["cvh"], [replace(cfg, gamma=g) for g in (0.0, 0.5, 2.0)])
     assert gamma["gain"][0] == pytest.approx(0, abs=1e-6) and gamma["kl"][0] == pytest.approx(0, abs=1e-7)
     mine = found.summary.filter((pl.col("solver") == "adam") & (pl.col("head") == "cvh"))
     assert gamma["kl"].is_sorted() and gamma["gain"][1] == pytest.approx(mine["gain"].mean())
-    beta = report.beta_sweep(train, found, ["cvh"], [replace(cfg, beta=b) for b in (0.0, 1.0)])
+    beta = report.beta_sweep(Recorded(train, W), found, ["cvh"], [replace(cfg, beta=b) for b in (0.0, 1.0)])
     assert beta["kl"][1] < beta["kl"][0]
     heads = list(found.heads)
     figures = [

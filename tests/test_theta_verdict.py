@@ -14,7 +14,8 @@ from ws.theta.fit import FitConfig, fit_adam, make_problem
 from ws.theta.fitted import SOLVERS, ThetaFits
 from ws.theta.heads import all_heads
 from ws.theta.intervals import t_interval, user_variances
-from ws.theta.states import States, joint_base
+from ws.theta.recorded import Recorded
+from ws.theta.states import States
 from ws.theta.users import fit_users
 
 USERS = ["ann", "bob", "cy d"]
@@ -42,7 +43,7 @@ def planted():
         train,
         rest,
         FitConfig(steps=20),
-        compare.make_heldout(rest, W, None),
+        compare.make_heldout(Recorded(rest, W)),
     )
 
 
@@ -50,10 +51,10 @@ def planted():
 def judged(planted, tmp_path_factory):
     """Fits, choice, control of the planted head, and what `verdict` takes."""
     W, heads, train, _, cfg, heldout = planted
-    fits = fit_users(train, heads, W, None, cfg, tmp_path_factory.mktemp("fits"), progress=False)
+    fits = fit_users(Recorded(train, W), heads, cfg, tmp_path_factory.mktemp("fits"), progress=False)
     found = ThetaFits(fits, heads, heldout, cfg, "matched")
-    choice = choose_head(train, heads, heldout, cfg)
-    control = verdict.control_table(heldout, verdict.controls(train, found, ["unconditional"], 39, 0))
+    choice = choose_head(Recorded(train, W), heads, cfg)
+    control = verdict.control_table(heldout, verdict.controls(Recorded(train, W), found, ["unconditional"], 39, 0))
     return {s: found.text_gains(s) for s in SOLVERS}, control, report.diagonal(found.cross), choice
 
 
@@ -116,22 +117,18 @@ def test_one_text_has_no_spread_and_a_constant_no_width():
 
 
 def test_the_head_is_chosen_on_training_texts_alone(planted):
-    """The planted head is found; other held-out texts change nothing; each training text is judged by fits without it."""
+    """The planted head is found; no held-out text is asked; each training text is judged by fits without it."""
     W, heads, train, rest, cfg, heldout = planted
-    choice = choose_head(train, heads, heldout, cfg)
+    choice = choose_head(Recorded(train, W), heads, cfg)
     assert "unconditional" in choice.head and choice.gains["head"][0] == choice.head
     assert choice.gains["gain"].is_sorted(descending=True) and "4 folds" in choice.how
-    gen = torch.Generator().manual_seed(1)
-    others = {u: replace(s, y=torch.randint(V, s.y.shape, generator=gen)) for u, s in rest.items()}
-    again = choose_head(train, heads, compare.make_heldout(others, W, None), cfg)
-    assert again.gains.equals(choice.gains)
     total = 0.0  # by hand, for one head
     for user, states in train.items():
         ce = torch.zeros(2, dtype=torch.float64)
         for k in range(4):
-            base, owner = joint_base([s.of_texts([t for t in range(9) if t % 4 != k]) for s in train.values()], W, None)
-            theta = fit_adam(make_problem(base, heads["cvh"], W, owner), cfg)[USERS.index(user)].theta
-            left = compare.make_heldout({user: states.of_texts([t for t in range(9) if t % 4 == k])}, W, None)
+            others = {u: s.of_texts([t for t in range(9) if t % 4 != k]) for u, s in train.items()}
+            theta = fit_adam(Recorded(others, W).problem(heads["cvh"]), cfg)[USERS.index(user)].theta
+            left = compare.make_heldout(Recorded({user: states.of_texts([t for t in range(9) if t % 4 == k])}, W))
             after = compare.score(left, heads["cvh"], theta[None, None].expand(1, len(left.user), -1), cfg)[0][0]
             ce += torch.stack([((left.ce0 - after) * left.tokens).sum(), left.tokens.sum().double()])
         total += float(ce[0] / ce[1])
@@ -146,21 +143,21 @@ def test_a_head_that_only_fits_closely_is_not_chosen(planted):
     noise = {
         u: replace(s, y=torch.multinomial((s.h @ W.T).softmax(-1), 1, generator=gen)[:, 0]) for u, s in train.items()
     }
-    assert choose_head(noise, heads, heldout, cfg).gains["gain"].max() < 0.01
+    assert choose_head(Recorded(noise, W), heads, cfg).gains["gain"].max() < 0.01
     alone = {u: s.of_texts([0]) for u, s in noise.items()}
-    fitted = choose_head(alone, heads, heldout, cfg)
+    fitted = choose_head(Recorded(alone, W), heads, cfg)
     assert fitted.gains["gain"].min() > 0.05 and "the very texts it was fitted on" in fitted.how
 
 
 def test_users_with_few_texts_leave_each_out_or_do_not_vote(planted):
-    _, heads, train, _, cfg, heldout = planted
+    W, heads, train, _, cfg, heldout = planted
     some = {"cvh": heads["cvh"]}
     three = {u: s.of_texts([0, 1, 2]) for u, s in train.items()}
-    assert "each left out once" in choose_head(three, some, heldout, cfg).how
+    assert "each left out once" in choose_head(Recorded(three, W), some, cfg).how
     few = {"ann": train["ann"].of_texts([0, 1]), "bob": train["bob"].of_texts([0]), "cy d": train["cy d"]}
-    choice = choose_head(few, some, heldout, cfg)
+    choice = choose_head(Recorded(few, W), some, cfg)
     assert "those of the 2 of 3 users" in choice.how
-    without = choose_head({u: few[u] for u in ("ann", "cy d")}, some, heldout, cfg)
+    without = choose_head(Recorded({u: few[u] for u in ("ann", "cy d")}, W), some, cfg)
     assert without.gains.equals(choice.gains)
 
 
@@ -168,10 +165,10 @@ def test_deals_are_kept_and_more_can_be_added(planted, tmp_path, monkeypatch):
     """The deals of one generator, each a fit of the whole problem with mixed owners; a killed run goes on."""
     W, heads, train, _, cfg, heldout = planted
     head, fitted = heads["cvh"], []
-    free = permuted_thetas(train, head, heldout, cfg, 7, 3)
+    free = permuted_thetas(Recorded(train, W), head, cfg, 7, 3)
     number, home = compare.numbered_texts(train)
     gen = torch.Generator().manual_seed(3)
-    base, _ = joint_base(list(train.values()), W, None)
+    base = Recorded(train, W).base
     for draw in range(7):
         mixed = home[torch.randperm(len(home), generator=gen)][number]
         want = torch.stack([f.theta for f in fit_adam(make_problem(base, head, W, mixed), cfg)])
@@ -184,7 +181,7 @@ def test_deals_are_kept_and_more_can_be_added(planted, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(problem, cfg)
 
-    args = (train, head, heldout, cfg)
+    args = (Recorded(train, W), head, cfg)
     with monkeypatch.context() as patch:
         patch.setattr(controls, "adam_thetas", dies)
         patch.setattr(controls, "code_key", lambda *_: "the same code")
@@ -193,10 +190,10 @@ def test_deals_are_kept_and_more_can_be_added(planted, tmp_path, monkeypatch):
         assert torch.equal(permuted_thetas(*args, 7, 3, tmp_path), free) and len(fitted) == 6 + 2
         assert torch.equal(permuted_thetas(*args, 5, 3, tmp_path), free[:5]) and len(fitted) == 8
         assert torch.equal(permuted_thetas(*args, 10, 3, tmp_path)[:7], free) and len(fitted) == 8 + 5
-        permuted_thetas(train, head, heldout, replace(cfg, beta=0.2), 5, 3, tmp_path)
+        permuted_thetas(Recorded(train, W), head, replace(cfg, beta=0.2), 5, 3, tmp_path)
         assert len(fitted) == 18
         changed = {**train, "bob": replace(train["bob"], y=train["bob"].y.flip(0))}
-        permuted_thetas(changed, head, heldout, replace(cfg, beta=0.2), 5, 3, tmp_path)
+        permuted_thetas(Recorded(changed, W), head, replace(cfg, beta=0.2), 5, 3, tmp_path)
         assert len(fitted) == 23
 
 
@@ -263,7 +260,7 @@ def test_one_head_and_twins_are_no_contest(planted, judged):
 def test_one_held_out_text_claims_nothing_and_says_why(planted, judged):
     W, heads, train, rest, cfg, _ = planted
     _, _, diagonal, choice = judged
-    heldout = compare.make_heldout({**rest, "cy d": rest["cy d"].of_texts([9])}, W, None)
+    heldout = compare.make_heldout(Recorded({**rest, "cy d": rest["cy d"].of_texts([9])}, W))
     gain = {n: torch.full((7,), 0.3 - 0.01 * i, dtype=torch.float64) for i, n in enumerate(SHOWN)}
     control = verdict.control_table(heldout, {"cvh": torch.stack([gain["cvh"], *[0 * gain["cvh"]] * 39])})
     assert control["low"].is_nan().all() and control["p"][0] == 1 / 40
@@ -277,8 +274,8 @@ def test_thetas_of_no_user_are_not_called_real(planted):
     W, heads, train, _, cfg, heldout = planted
     gen = torch.Generator().manual_seed(4)
     noise = {u: replace(s, y=torch.randint(V, s.y.shape, generator=gen)) for u, s in train.items()}
-    own = permuted_thetas(noise, heads["unconditional"], heldout, cfg, 1, 7)[0]
-    permuted = permuted_thetas(noise, heads["unconditional"], heldout, cfg, 19, 0)
+    own = permuted_thetas(Recorded(noise, W), heads["unconditional"], cfg, 1, 7)[0]
+    permuted = permuted_thetas(Recorded(noise, W), heads["unconditional"], cfg, 19, 0)
     gains = verdict.control_gains(heldout, heads["unconditional"], cfg, own, permuted)
     table = verdict.control_table(heldout, {"unconditional": gains})
     row = table.row(0, named=True)

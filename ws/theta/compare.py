@@ -15,10 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws.theta.fit import Base, FitConfig, Problem, evaluate, lse_and_mean, make_problem, target_logp
+from ws.theta.adam import anchored
+from ws.theta.fit import FitConfig, Problem, ce_and_kl, evaluate, lse_and_mean, target_logp
 from ws.theta.heads import Head
 from ws.theta.intervals import Interval, t_interval
-from ws.theta.states import States, joint_base
+from ws.theta.recorded import Recorded, dealt
+from ws.theta.states import States
+
+ROWS = 50  # scored at once by an expansion
 
 # ---- scale -------------------------------------------------------------------------------------------------------
 
@@ -31,13 +35,13 @@ def random_kl(problem: Problem, gamma: float) -> float:
 
 
 def matched_heads(
-    heads: dict[str, Head], base: Base, W: Float[Tensor, "V d"], gamma: float, target: float
+    heads: dict[str, Head], train: Recorded, gamma: float, target: float
 ) -> tuple[dict[str, Head], dict[str, float]]:
     """The same heads with alpha such that `kappa` is `target` nats of KL per token; and kappa at the given alphas.
     ValueError for a target that is not above 0, and for a head that moves nothing (alpha or gamma is 0)."""
     if not target > 0:
         raise ValueError(f"MATCHED_KL = {target}: must be above 0")
-    before = {name: random_kl(make_problem(base, head, W), gamma) for name, head in heads.items()}
+    before = {name: random_kl(train.problem(head), gamma) for name, head in heads.items()}
     for name, kappa in before.items():
         if not kappa > 0:
             raise ValueError(f"head {name} moves nothing at ALPHA {heads[name].alpha:g} and GAMMA {gamma:g}")
@@ -54,12 +58,10 @@ def distinct_functions(heads: dict[str, Head]) -> dict[str, Head]:
 
 @dataclass(frozen=True, eq=False)
 class Heldout:
-    """Held-out tokens of all users: the base, its unembedding W and bias, each token's text, each text's user, number
-    of tokens, and cross-entropy per token under the base (nats)."""
+    """Held-out tokens of all users: their states, each token's text, each text's user, number of tokens, and cross-entropy per
+    token under the base (nats)."""
 
-    base: Base
-    W: Float[Tensor, "V d"]
-    bias: Float[Tensor, " V"] | None
+    rest: Recorded
     text: Int[Tensor, " T"]
     user: Int[Tensor, " texts"]
     tokens: Int[Tensor, " texts"]
@@ -75,21 +77,42 @@ def numbered_texts(states: dict[str, States]) -> tuple[Int[Tensor, " T"], Int[Te
     return number, texts[0]
 
 
-def make_heldout(states: dict[str, States], W: Float[Tensor, "V d"], bias: Tensor | None) -> Heldout:
+def make_heldout(rest: Recorded) -> Heldout:
     """Held-out texts of every user in one problem, one 'owner' per text."""
-    (base, _), (text, user) = joint_base(list(states.values()), W, bias), numbered_texts(states)
+    text, user = numbered_texts(rest.states)
     tokens = torch.bincount(text)
-    ce0 = torch.bincount(text, weights=-target_logp(base).double().cpu()) / tokens
-    return Heldout(base, W, bias, text, user, tokens, ce0, list(states))
+    ce0 = torch.bincount(text, weights=-target_logp(rest.base).double().cpu()) / tokens
+    return Heldout(rest, text, user, tokens, ce0, list(rest.states))
 
 
 def score(
     heldout: Heldout, head: Head, thetas: Float[Tensor, "rows texts D"], cfg: FitConfig
 ) -> tuple[Float[Tensor, "rows texts"], Float[Tensor, "rows texts"]]:
-    """CE and KL to the base per token (nats) of each held-out text under the theta that a row has for it."""
-    problem = make_problem(heldout.base, head, heldout.W, heldout.text)
-    terms = [evaluate(problem, row, cfg) for row in thetas]
-    return torch.stack([t.ce for t in terms]).cpu(), torch.stack([t.kl for t in terms]).cpu()
+    """CE and KL to the base per token (nats) of each held-out text under the theta that a row has for it, summed over the whole
+    vocabulary."""
+    problem, found = heldout.rest.problem(head, heldout.text, expand=False), []
+    for row in thetas:
+        X = cfg.gamma * problem.alpha * row.to(problem.phi)[problem.owner] * problem.phi
+        lse = lse_and_mean(problem.base.logp, X, problem.C, mean_too=False)[0] if X.any() else problem.lse0
+        found.append(torch.stack(ce_and_kl(problem, X, lse)))
+    ce, kl = torch.stack(found, dim=1).cpu()
+    return ce, kl
+
+
+def score_near(
+    heldout: Heldout, head: Head, own: Float[Tensor, "texts D"], thetas: Float[Tensor, "rows texts D"], cfg: FitConfig
+) -> Float[Tensor, "rows texts"]:
+    """CE as `score` has it; over a large vocabulary by an expansion that is anchored at the `own` thetas."""
+    if not heldout.rest.large:
+        return score(heldout, head, thetas, cfg)[0]
+    near, _ = anchored(heldout.rest.problem(head, heldout.text), own, cfg)
+    rows = [
+        evaluate(dealt(near, heldout.text.expand(len(some), -1), len(own)), some.flatten(0, 1), cfg).ce.unflatten(
+            0, (-1, len(own))
+        )
+        for some in thetas.split(ROWS)
+    ]
+    return torch.cat(rows).cpu()
 
 
 def by_user(heldout: Heldout, values: Float[Tensor, "*rows texts"]) -> Float[Tensor, "*rows users"]:

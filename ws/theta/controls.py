@@ -5,14 +5,15 @@ gains most on the texts left out, mean over users, is the one whose claims the h
 the training texts dealt to the users at random, fitted alike. docs/method.md section 10.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import polars as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,14 +21,16 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.cache.sources import code_key
 from ws.show.bars import tqdm
-from ws.theta.compare import Heldout, by_user, make_heldout, numbered_texts, score
-from ws.theta.fit import FitConfig, Problem, fit_adam, make_problem
+from ws.theta.adam import anchored
+from ws.theta.compare import by_user, make_heldout, numbered_texts, score
+from ws.theta.fit import FitConfig, Problem, fit_adam
 from ws.theta.heads import Head
-from ws.theta.states import States, joint_base
-from ws.theta.users import content_hash, head_identity
+from ws.theta.recorded import Recorded, dealt
+from ws.theta.users import head_identity
 
 FOLDS = 4  # of each user's training texts; a user with fewer texts has as many, each left out once
 CHUNK = 5  # deals in one kept file: what a killed run does again, at most
+TOGETHER = 50  # the same where deals are fitted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,39 +44,39 @@ class Choice:
 
 
 def choose_head(
-    train: dict[str, States],
+    train: Recorded,
     heads: dict[str, Head],
-    heldout: Heldout,
     cfg: FitConfig,
     folder: Path | None = None,
     progress: bool = False,
 ) -> Choice:
     """Which of `heads` (at one scale) gains most on training texts that its fit did not see: cross-validation over FOLDS
-    folds of each user's texts, leave-one-out for a user with fewer. Of `heldout` only the unembedding is used. Users
-    with one training text have nothing to leave out and do not vote; where all have one, the gain on the training texts
-    themselves decides, which favours the head that fits closest. Either way the held-out texts had no part in it. folder:
-    where the fits are kept."""
-    texts = {user: states.text.unique().tolist() for user, states in train.items()}
-    voters = {user: states for user, states in train.items() if len(texts[user]) > 1}
-    blind, voters = bool(voters), voters or train
+    folds of each user's texts, leave-one-out for a user with fewer. Users with one training text have nothing to leave out
+    and do not vote; where all have one, the gain on the training texts themselves decides, which favours the head that fits
+    closest. Either way the held-out texts had no part in it. folder: where the fits are kept."""
+    texts = {user: states.text.unique().tolist() for user, states in train.states.items()}
+    voters = {user: states for user, states in train.states.items() if len(texts[user]) > 1}
+    blind, voters = bool(voters), voters or train.states
     most = max(len(texts[user]) for user in voters)
     folds = min(FOLDS, most) if blind else 1
     fold = torch.tensor([i % folds for user in voters for i in range(len(texts[user]))])
-    judged = make_heldout(voters, heldout.W, heldout.bias)
-    thetas = {name: torch.zeros(len(fold), head.D) for name, head in heads.items()}
-    with tqdm(total=len(heads) * folds, desc="choice of a head", disable=not progress) as bar:
-        for k in range(folds):
-            left = {u: [t for i, t in enumerate(texts[u]) if not blind or i % folds != k] for u in voters}
-            seen, mine = [voters[u].of_texts(left[u]) for u in voters], (fold == k).nonzero()[:, 0]
-            base, about = cache(partial(joint_base, seen, heldout.W, heldout.bias)), {"states": _hashes(seen)}
-            for name, head in heads.items():
+    seen = train if len(voters) == len(train.states) else replace(train, states=voters)
+    judged = make_heldout(seen)
+    thetas: dict[str, Tensor] = {}
+    out = (
+        torch.stack([fold == k for k in range(folds)])[:, judged.text]
+        if blind
+        else torch.zeros(1, len(judged.text)).bool()
+    )
+    owners, users = torch.where(out, len(voters), seen.owner), len(voters) + blind  # what is left out is of a user more
+    for name, head in tqdm(heads.items(), "choice of a head", disable=not progress):
 
-                def fit(head: Head = head, base: Callable = base) -> Float[Tensor, "users D"]:
-                    return adam_thetas(make_problem(base()[0], head, heldout.W, base()[1]), cfg)
+        def fit(head: Head = head) -> Float[Tensor, "folds users D"]:
+            return refitted(seen.problem(head), owners, users, cfg)
 
-                found = _kept(folder, f"chosen_{name}_{k}", about, name, head, heldout, cfg, fit)
-                thetas[name][mine] = found[judged.user[mine]]
-                bar.update()
+        about = {"folds": fold.tolist(), "blind": blind, "users": list(voters)}
+        found = _kept(folder, f"chosen_{name}", about, name, head, train, cfg, fit)
+        thetas[name] = found[fold, judged.user]
     rows = []
     for name, head in heads.items():
         gain = by_user(judged, judged.ce0 - score(judged, head, thetas[name][None], cfg)[0])[0]
@@ -84,15 +87,14 @@ def choose_head(
     how = f"on training texts that its fits did not see (cross-validation, {parts})"
     if not blind:
         how = "by its gain on the very texts it was fitted on, since no user has two of them to leave one out"
-    elif len(voters) < len(train):
-        how += f", those of the {len(voters)} of {len(train)} users who have two or more"
+    elif len(voters) < len(train.states):
+        how += f", those of the {len(voters)} of {len(train.states)} users who have two or more"
     return Choice(gains["head"][0], gains, how)
 
 
 def permuted_thetas(
-    states: dict[str, States],
+    train: Recorded,
     head: Head,
-    heldout: Heldout,
     cfg: FitConfig,
     draws: int,
     seed: int,
@@ -102,40 +104,49 @@ def permuted_thetas(
     """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike. What
     such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains beyond
     it is the user's. The first deals of a seed are the same however many are drawn. folder: where they are kept, CHUNK
-    by CHUNK, so that a run that was stopped goes on, and one that asks for more adds to them."""
-    (number, home), gen = numbered_texts(states), torch.Generator().manual_seed(seed)
+    by CHUNK (over a large vocabulary TOGETHER, which are fitted at once, by an expansion that is anchored at the fit of all
+    texts as one user's), so that a run that was stopped goes on, and one that asks for more adds to them."""
+    (number, home), gen = numbered_texts(train.states), torch.Generator().manual_seed(seed)
     deals = [home[torch.randperm(len(home), generator=gen)] for _ in range(draws)]
-    about = {"states": _hashes(states.values())}
+    users, together = len(train.states), train.large
 
     @cache
     def problem() -> Problem:
-        base, _ = joint_base(list(states.values()), heldout.W, heldout.bias)
-        return make_problem(base, head, heldout.W, home[number])
+        found = train.problem(head)
+        if not together:
+            return found
+        pooled = train.problem(head, torch.zeros_like(train.owner))
+        return replace(found, quick=anchored(pooled, adam_thetas(pooled, cfg), cfg)[0].quick)
 
-    out = []
+    out, size = [], TOGETHER if together else CHUNK
     with tqdm(total=draws, desc=f"permuted users, {head.name}", disable=not progress) as bar:
-        for start in range(0, draws, CHUNK):
-            some = deals[start : start + CHUNK]
+        for start in range(0, draws, size):
+            some = deals[start : start + size]
 
             def fit(some: list[Tensor] = some) -> Float[Tensor, "deals users D"]:
-                fits = []
-                for deal in some:
-                    mixed = deal[number].to(problem().owner.device)
-                    n = torch.bincount(mixed, minlength=len(states))
-                    fits.append(adam_thetas(replace(problem(), owner=mixed, n=n), cfg))
-                    bar.update()
-                return torch.stack(fits)
+                return refitted(problem(), torch.stack([deal[number] for deal in some]), users, cfg, bar)
 
-            params = about | {"deals": [deal.tolist() for deal in some]}
-            out.append(
-                _kept(folder, f"permuted_{head.name}_{seed}_{start:04d}", params, head.name, head, heldout, cfg, fit)
-            )
-            bar.update(start + len(some) - bar.n)  # those that were kept
+            params = {"deals": [deal.tolist() for deal in some]}
+            file = f"permuted_{head.name}_{seed}_{start:04d}"
+            out.append(_kept(folder, file, params, head.name, head, train, cfg, fit))
+            bar.update(start + len(some) - bar.n)  # those that were kept, or fitted at once
     return torch.cat(out)
 
 
-def _hashes(states: Iterable[States]) -> list[str]:
-    return [content_hash(s.h, s.y, s.text) for s in states]
+def refitted(
+    problem: Problem, owners: Int[Tensor, "n T"], users: int, cfg: FitConfig, bar: tqdm | None = None
+) -> Float[Tensor, "n users D"]:
+    """Adam's thetas of the same tokens under other owners, all at once where the problem has an expansion."""
+    if problem.quick:
+        with suppress(ValueError):  # an exponential that overflowed, far out
+            return adam_thetas(dealt(problem, owners, users), cfg).unflatten(0, (len(owners), users))
+        problem = replace(problem, quick=None)
+    fits = []
+    for owner in owners.to(problem.owner.device):
+        fits.append(adam_thetas(replace(problem, owner=owner, n=torch.bincount(owner, minlength=users)), cfg))
+        if bar is not None:
+            bar.update()
+    return torch.stack(fits)
 
 
 def adam_thetas(problem: Problem, cfg: FitConfig) -> Float[Tensor, "users D"]:
@@ -144,15 +155,13 @@ def adam_thetas(problem: Problem, cfg: FitConfig) -> Float[Tensor, "users D"]:
 
 
 def _kept(
-    folder: Path | None, file: str, params: dict, name: str, head: Head, heldout: Heldout, cfg: FitConfig, fit: Callable
+    folder: Path | None, file: str, params: dict, name: str, head: Head, train: Recorded, cfg: FitConfig, fit: Callable
 ) -> Tensor:
-    """Thetas that `fit` makes, kept in `folder` under a key of `params`, unembedding, head, config and code."""
+    """Thetas that `fit` makes, kept in `folder` under a key of `params`, states, unembedding, head, config and code."""
     if folder is None:
         return fit()
-    about = {"unembedding": content_hash(heldout.W, heldout.bias), "config": asdict(cfg)}
-    code = code_key(
-        "ws.theta.controls.adam_thetas", "ws.theta.fit.make_problem", "ws.theta.states.joint_base", type(head)
-    )
+    about = {"states": train.hashes, "unembedding": train.unembedding, "config": asdict(cfg)}
+    code = code_key("ws.theta.controls.refitted", "ws.theta.adam.anchored", Recorded, type(head))
     key = stage_key({**about, **params, "head": head_identity(name, head)}, sources=code)
 
     def write(path: Path) -> None:

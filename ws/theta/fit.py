@@ -8,11 +8,12 @@ are `z_t = z0_t + c C (theta * phi_t)`, and
 
 Only `lse(z_t)` and `C^T p_t` change with theta: base log-probabilities, `C[y_t]` and `C^T p_base_t` are computed once.
 A step costs `T D V`, not `T d V`, and works through small blocks of tokens x vocabulary, so it never holds `T x V`
-beside the recorded base. Tokens of several users stand in one problem, each with its own theta. docs/method.md section
-10.
+beside the recorded base; over a large vocabulary Adam's steps ask the likeliest words and the moments of the others
+(`ws.theta.cumulants`). Tokens of several users stand in one problem, each with its own theta. docs/method.md section 10.
 """
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ws.theta.cumulants import Cumulants, unmap
 from ws.theta.heads import Head
 
 TOKENS = 512  # tokens per block
 WORDS = 1024  # vocabulary entries per block and thread, so that a block stays in its cache; threads meet once a block
-BASE_MB = 2048  # recorded base logits larger than this go to disk, memory-mapped
+BASE_MB = 512  # recorded base logits larger than this go to disk, memory-mapped
 SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no running maximum in float32
 
 
@@ -57,22 +59,39 @@ class Base:
 
 
 @dataclass(frozen=True, eq=False)
+class Readout:
+    """What a head's effect on the logits is read out by, and what that says of the base: m0 = C^T p_base; lse0 of the stored
+    logp (about 0); quick the expansion that stands for sums over the vocabulary, None where these are whole."""
+
+    C: Float[Tensor, "V D"]
+    lse0: Float[Tensor, " T"]
+    m0: Float[Tensor, "T D"]
+    quick: Cumulants | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
-    """The fit of one head to the tokens of one or more users. Cy = C[y]; m0 = C^T p_base; lse0 of the stored logp
-    (about 0); ce0 the base's cross-entropy; owner the user's index of each token; n the tokens of each user; alpha and
-    name the head's."""
+    """The fit of one head to the tokens of one or more users. C, lse0, m0, quick: its `Readout`; Cy = C[y]; ce0 the base's
+    cross-entropy; owner the user's index of each token; n the tokens of each user; alpha and name the head's."""
 
     base: Base
     phi: Float[Tensor, "T D"]
     C: Float[Tensor, "V D"]
-    Cy: Float[Tensor, "T D"]
-    m0: Float[Tensor, "T D"]
     lse0: Float[Tensor, " T"]
+    m0: Float[Tensor, "T D"]
+    quick: Cumulants | None
+    Cy: Float[Tensor, "T D"]
     ce0: Float[Tensor, " T"]
     owner: Int[Tensor, " T"]
     n: Int[Tensor, " users"]
     alpha: float
     name: str
+
+    def sums(self, X: Float[Tensor, "T D"]) -> tuple[Float[Tensor, " T"], Float[Tensor, "T D"]]:
+        """`lse(logp + X C^T)` and `C^T softmax(logp + X C^T)` of every token."""
+        if not X.any():
+            return self.lse0, self.m0
+        return self.quick(X) if self.quick else lse_and_mean(self.base.logp, X, self.C)
 
     @property
     def users(self) -> int:
@@ -114,40 +133,56 @@ def record_base(
         raise ValueError(f"{T} hidden states but {y.shape[0]} targets")
     if int(y.min()) < 0 or int(y.max()) >= V:
         raise ValueError(f"a target token ({int(y.min())}..{int(y.max())}) is outside the vocabulary of {V}")
-    if T * V * 4 <= BASE_MB * 2**20:
-        logp = torch.empty(T, V, dtype=torch.float32, device=W.device)
-    else:
-        with tempfile.TemporaryFile() as file:
-            logp = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(T, V)))
+    large = T * V * 4 > BASE_MB * 2**20
+    logp = None if large else torch.empty(T, V, dtype=torch.float32, device=W.device)
     h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
-    for start in range(0, T, TOKENS):
-        part = slice(start, min(start + TOKENS, T))
-        z = h[part] @ W.T if bias is None else torch.addmm(bias.to(W), h[part], W.T)
-        _finite(z, f"base logits of tokens {start}..{part.stop - 1}")
-        logp[part] = torch.log_softmax(z, dim=-1).to(logp.device)
+    step = TOKENS // 4 if large else TOKENS
+    with tempfile.TemporaryFile() if large else nullcontext() as file:
+        for start in range(0, T, step):
+            part = slice(start, min(start + step, T))
+            z = h[part] @ W.T if bias is None else torch.addmm(bias.to(W), h[part], W.T)
+            _finite(z, f"base logits of tokens {start}..{part.stop - 1}")
+            z = torch.log_softmax(z, dim=-1)
+            if large:
+                z.cpu().numpy().tofile(file)
+            else:
+                logp[part] = z
+        if large:
+            array = np.memmap(file, dtype=np.float32, mode="r+", shape=(T, V))
+            logp = torch.from_numpy(array)
+            logp.mapped = array._mmap
     return Base(logp, y, h)
 
 
 def target_logp(base: Base) -> Float[Tensor, " T"]:
     """The base's log-probability of each token's target."""
-    return base.logp.gather(1, base.y[:, None].to(base.logp.device))[:, 0].to(base.y.device)
+    found = base.logp.gather(1, base.y[:, None].to(base.logp.device))[:, 0].to(base.y.device)
+    unmap(base.logp)
+    return found
 
 
 def make_problem(
-    base: Base, head: Head, W: Float[Tensor, "V d"], owner: Tensor | None = None, dtype: torch.dtype = torch.float32
+    base: Base,
+    head: Head,
+    W: Float[Tensor, "V d"],
+    owner: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    read: Readout | None = None,
 ) -> Problem:
-    """The fit of `head` on recorded tokens, all arithmetic in `dtype`. owner `(T,)`: each token's user, 0.. users-1."""
+    """The fit of `head` on recorded tokens, all arithmetic in `dtype`. owner `(T,)`: each token's user, 0.. users-1. read: its
+    readout where it is known."""
     owner = torch.zeros_like(base.y) if owner is None else owner.to(base.y.device)
     n = torch.bincount(owner)
     if int(n.min()) == 0:
         raise ValueError(f"user {int(n.argmin())} of {n.shape[0]} has no tokens")
     phi = torch.cat([head.features(part.to(dtype)) for part in base.h.split(TOKENS)])
-    C = head.readout(W.to(dtype)).to(dtype).contiguous()
+    if read is None:
+        C = head.readout(W.to(dtype)).to(dtype).contiguous()
+        read = Readout(C, *lse_and_mean(base.logp, torch.zeros_like(phi), C))
     _finite(phi, f"features of head {head.name}")
-    _finite(C, f"readout of head {head.name}")
-    lse0, m0 = lse_and_mean(base.logp, torch.zeros_like(phi), C)
-    ce0 = lse0 - target_logp(base).to(dtype)
-    return Problem(base, phi, C, C[base.y], m0, lse0, ce0, owner, n, float(head.alpha), head.name)
+    _finite(read.C, f"readout of head {head.name}")
+    ce0 = read.lse0 - target_logp(base).to(dtype)
+    return Problem(base, phi, *vars(read).values(), read.C[base.y], ce0, owner, n, float(head.alpha), head.name)
 
 
 def _finite(x: Tensor, where: str) -> None:
@@ -155,7 +190,7 @@ def _finite(x: Tensor, where: str) -> None:
         raise ValueError(f"{where}: not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()} entries)")
 
 
-def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor, mean_too: bool = True) -> tuple[Tensor, Tensor]:
     """`lse(logp + X C^T)` `(T,)` and `C^T softmax(logp + X C^T)` `(T, D)`, without ever holding `(T, V)`. Per token the
     exponent is shifted by a bound of `|X C^T|` where that is large, so that nothing overflows; then the maximum is
     searched block by block (online softmax). Where the bound is small (|x||C_v| <= 30) no shift is needed: logp <= 0,
@@ -176,9 +211,11 @@ def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
                 z -= top[:, None]
             z.exp_()
             total += z.sum(dim=1)
-            m.addmm_(z, part)
+            if mean_too:
+                m.addmm_(z, part)
         lse[rows] = top + total.log()
         mean[rows] = m / total[:, None]
+        unmap(logp)
     return lse, mean
 
 
@@ -188,17 +225,21 @@ def per_user(problem: Problem, values: Float[Tensor, " T *more"]) -> Float[Tenso
     return out.index_add_(0, problem.owner, values)
 
 
+def ce_and_kl(problem: Problem, X: Float[Tensor, "T D"], lse: Float[Tensor, " T"]) -> tuple[Tensor, Tensor]:
+    """CE and KL to the base, per token of each user, where `lse` is that of `logp + X C^T`."""
+    rise, n = lse - problem.lse0, problem.n.double()
+    ce = per_user(problem, (problem.ce0 + rise - (X * problem.Cy).sum(1)).double()) / n
+    return ce, per_user(problem, (rise - (X * problem.m0).sum(1)).double()) / n
+
+
 def evaluate(problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig) -> Terms:
     """Loss, CE, KL and the loss's gradient at theta, one row per user. Raises ValueError naming the head, the user and
     the quantity when something is not finite."""
     theta = theta.to(problem.phi)
     c = cfg.gamma * problem.alpha
     X = c * theta[problem.owner] * problem.phi
-    lse, mean = lse_and_mean(problem.base.logp, X, problem.C)
-    rise = lse - problem.lse0
-    n = problem.n.to(X)
-    ce = per_user(problem, (problem.ce0 + rise - (X * problem.Cy).sum(1)).double()) / n.double()
-    kl = per_user(problem, (rise - (X * problem.m0).sum(1)).double()) / n.double()
+    lse, mean = problem.sums(X)
+    (ce, kl), n = ce_and_kl(problem, X, lse), problem.n.to(X)
     rows = problem.phi * ((1 + cfg.beta) * mean - problem.Cy - cfg.beta * problem.m0)
     grad = c * per_user(problem, rows) / n[:, None] + 2 * cfg.lam * theta
     loss = ce + cfg.beta * kl + cfg.lam * theta.double().square().sum(1)

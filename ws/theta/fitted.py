@@ -21,6 +21,7 @@ from ws.model.lm import LM
 from ws.theta.compare import Heldout, by_user, make_heldout, score
 from ws.theta.fit import FitConfig
 from ws.theta.heads import Head, all_heads
+from ws.theta.recorded import Recorded
 from ws.theta.states import UserText, load_users, record_users
 from ws.theta.users import UserFit, fit_users
 
@@ -141,5 +142,5 @@ def fit_theta(
     train, rest = record_users(lm, texts, heldout, path=folder / "states.safetensors", progress=progress)
     chosen = {name: known[name] for name in heads or known}
     config, bias = config or FitConfig(), lm.decoder.unembed_bias()
-    fits = fit_users(train, chosen, W, bias, config, folder, progress)
-    return ThetaFits(fits, chosen, make_heldout(rest, W, bias), config)
+    fits = fit_users(Recorded(train, W, bias), chosen, config, folder, progress)
+    return ThetaFits(fits, chosen, make_heldout(Recorded(rest, W, bias)), config)

@@ -50,14 +50,14 @@ class Head:
         W = at_least_float32(W)
         return W @ self.B.to(W)
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
-        """The edited hidden state `h'`."""
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "*#lead D"]) -> Float[Tensor, "*lead d"]:
+        """The edited hidden state `h'`; one theta, or one for each h."""
         x = at_least_float32(h)
         gated = theta.to(x) * self.features(x)
         return (x + self.alpha * (gated @ self.B.to(x).T)).to(h.dtype)
 
     def logit_delta(
-        self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"], W: Float[Tensor, "V d"]
+        self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "*#lead D"], W: Float[Tensor, "V d"]
     ) -> Float[Tensor, "*lead V"]:
         """What the head adds to the logits, `alpha (theta * phi(h)) C^T` (the unembedding's bias cancels)."""
         phi = self.features(h)
@@ -104,7 +104,7 @@ class LMHeadUpdate(Head):
 
     B = property(lambda self: self.C)
 
-    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, " D"]) -> Float[Tensor, "*lead d"]:
+    def apply(self, h: Float[Tensor, "*lead d"], theta: Float[Tensor, "*#lead D"]) -> Float[Tensor, "*lead d"]:
         return h
 
     def readout(self, W: Float[Tensor, "V d"]) -> Float[Tensor, "V D"]:

@@ -34,16 +34,19 @@ def check_plain_logits(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float = 1.0) -> Iterator[nn.Module]:
-    """A head on a live model: inside, the logits are `base + gamma delta`, in every forward pass and in generation. A
+def wear(model: nn.Module, head: Head, theta: Float[Tensor, "*rows D"], gamma: float = 1.0) -> Iterator[nn.Module]:
+    """A head on a live model: inside, the logits are `base + gamma delta`, in every forward pass and in generation. theta:
+    one, or one for each text of the batches that will be run. A
     hidden-state head edits the unembedding's input (`h + gamma (h' - h)`), an LM-head update its output. `theta = 0`
     hooks nothing, so it is bit-identical to no head; on exit, also by exception, the hook is gone. Computed in float32
     or better and rounded once. Raises ValueError when theta or the model's width does not fit the head, when theta is
     not finite, or when the model's logits are not `W h + b`."""
     module = check_plain_logits(model)
     V, d = module.weight.shape
-    if theta.shape != (head.D,):
-        raise ValueError(f"head {head.name}: theta has shape {tuple(theta.shape)}, expected ({head.D},)")
+    if theta.ndim not in (1, 2) or theta.shape[-1] != head.D:
+        raise ValueError(
+            f"head {head.name}: theta has shape {tuple(theta.shape)}, expected ({head.D},) or (texts, {head.D})"
+        )
     if not bool(torch.isfinite(theta).all()):
         raise ValueError(f"head {head.name}: theta is not finite")
     width = head.U.shape[0] if isinstance(head, Unconditional) else head.A.shape[1]
@@ -56,6 +59,7 @@ def wear(model: nn.Module, head: Head, theta: Float[Tensor, " D"], gamma: float 
         return
     placed = replace(to_device(head, module.weight.device), alpha=head.alpha * gamma)
     at = theta.to(module.weight.device)
+    at = at[:, None] if at.ndim == 2 else at
 
     def edit_input(_module, args):
         return (placed.apply(args[0], at), *args[1:])

@@ -11,19 +11,22 @@ of ten. docs/method.md section 10.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.theta.fit import FitConfig, Problem, evaluate, lse_and_mean
+from ws.theta.adam import anchored
+from ws.theta.fit import FitConfig, Problem, Terms, evaluate, lse_and_mean
 
 HESSIAN_TOKENS = 512  # tokens x vocabulary entries per block of the Hessian
 HESSIAN_WORDS = 2048
-ALL_WORDS = 16384  # vocabularies larger than this are cut: beyond the words that hold all but RARE of the probability, a token's
-RARE = 0.02  # probabilities are taken as its own rest times the words' shares of all rests
 TOLERANCE = 1e-7  # gradient norm relative to that at theta = 0
+NEARLY = 1e-5  # the same for an expansion, which is anchored anew until it is as exact as this,
+ROUNDS = 6  # so often at most
 ROUNDING = 1e-10  # of the loss: a change below this is none
 MAX_ITERATIONS = 60
 KEEP_HESSIAN = 0.1  # a stale Hessian stays while it shrinks the gradient at least this much per step
@@ -47,14 +50,15 @@ class Optimum:
     mu: float
 
 
-def as_float64(problem: Problem) -> Problem:
-    """The same problem with all arithmetic in float64 (its recorded base stays as stored)."""
+def as_float64(problem: Problem, start: tuple[Tensor, Tensor] | None = None) -> Problem:
+    """The same problem with all arithmetic in float64, over the whole vocabulary (its recorded base stays as stored). start: its
+    lse0 and m0 where they are known."""
     if problem.phi.dtype == torch.float64:
-        return problem
+        return replace(problem, quick=None)
     phi, C = problem.phi.double(), problem.C.double()
-    lse0, m0 = lse_and_mean(problem.base.logp, torch.zeros_like(phi), C)
+    lse0, m0 = start or lse_and_mean(problem.base.logp, torch.zeros_like(phi), C)
     ce0 = problem.ce0.double() - problem.lse0.double() + lse0
-    return replace(problem, phi=phi, C=C, Cy=C[problem.base.y], m0=m0, lse0=lse0, ce0=ce0)
+    return replace(problem, phi=phi, C=C, Cy=C[problem.base.y], m0=m0, lse0=lse0, ce0=ce0, quick=None)
 
 
 def hessian(
@@ -63,57 +67,38 @@ def hessian(
     """Hessian of one user's loss at theta, formed in `dtype`, returned in float64. The solver forms it in float32: it
     only steers the steps, the gradient that decides where they end is float64. `sum_tv p_tv (phi_t phi_t^T) * (C_v
     C_v^T)` is one product per block: `P^T F` with the upper-triangle products `F_t = phi_ti phi_tj`, weighted by `C_vi
-    C_vj`; half the work of a `D x D` product per token, and no `(T, V)` array. Of a large vocabulary only the words that hold
-    98 % of the probability are summed token by token."""
+    C_vj`; half the work of a `D x D` product per token, and no `(T, V)` array."""
     c, D = cfg.gamma * problem.alpha, problem.D
     C = (problem.C - problem.C.mean(dim=0)).to(dtype)  # logits are free up to a constant; centred columns cancel less
     i, j = torch.triu_indices(D, D, device=C.device)
     upper, spread = C.new_zeros(len(i)), C.new_zeros(D, D)
     mine = (problem.owner == user).nonzero()[:, 0]
-    parts, norms, mass = mine.split(HESSIAN_TOKENS), [], C.new_zeros(len(C))
-
-    def block(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for rows in mine.split(HESSIAN_TOKENS):
         phi = problem.phi[rows].to(dtype)
-        return phi, problem.base.logp[rows.to(problem.base.logp.device)], c * theta[user].to(phi) * phi
-
-    for rows in parts:
-        phi, logp, X = block(rows)
+        logp, X = problem.base.logp[rows.to(problem.base.logp.device)], c * theta[user].to(phi) * phi
         lse, m = lse_and_mean(logp, X, C)
-        gated = phi * m
+        gated, products = phi * m, phi[:, i] * phi[:, j]
         spread += gated.T @ gated
-        norms.append(lse)
-        for v in range(0, len(C) if len(C) > ALL_WORDS else 0, HESSIAN_WORDS):
-            mass[v : v + HESSIAN_WORDS] += _chances(logp, X, lse, C, slice(v, v + HESSIAN_WORDS)).sum(dim=0)
-    common, rare = _common(mass) if len(C) > ALL_WORDS else (torch.arange(len(C), device=C.device), None)
-    for rows, lse in zip(parts, norms, strict=True):
-        phi, logp, X = block(rows)
-        products, said = phi[:, i] * phi[:, j], torch.zeros_like(lse)
-        for words in common.split(HESSIAN_WORDS):
-            p, part = _chances(logp, X, lse, C, words), C[words]
+        for part, words in zip(C.split(HESSIAN_WORDS), logp.split(HESSIAN_WORDS, dim=1), strict=True):
+            p = torch.exp(torch.addmm(words.to(X), X, part.T) - lse[:, None])
             upper += ((p.T @ products) * (part[:, i] * part[:, j])).sum(0)
-            said += p.sum(dim=1)
-        if rare is not None:
-            weight = (mass[rare] / mass[rare].sum()).sqrt()[:, None] * C[rare]
-            left = (1 - said).clamp(min=0)[:, None] * phi
-            upper += ((left.T @ phi) * (weight.T @ weight))[i, j]
     H = torch.zeros_like(spread)
     H[i, j] = upper
     H = H + H.T - torch.diag(H.diagonal())
-    curvature = c**2 * (1 + cfg.beta) / len(mine) * (H - spread).double()
-    return curvature + 2 * cfg.lam * torch.eye(D, dtype=torch.float64, device=H.device)
+    return _of_loss((H - spread).double() / len(mine), c, cfg)
 
 
-def _chances(logp: Tensor, X: Tensor, lse: Tensor, C: Tensor, words: Tensor | slice) -> Float[Tensor, "T words"]:
-    """Probabilities of some words at every token."""
-    there = words if isinstance(words, slice) else words.to(logp.device)
-    return torch.exp(torch.addmm(logp[:, there].to(X), X, C[words].T) - lse[:, None])
+def quick_hessians(problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig) -> Float[Tensor, "users D D"]:
+    """Hessians of all users' losses at theta by the problem's expansion, in float64."""
+    c = cfg.gamma * problem.alpha
+    X = c * theta.to(problem.phi)[problem.owner] * problem.phi
+    H = problem.quick.curvature(X, problem.phi, problem.owner, problem.users)
+    return _of_loss(H / problem.n[:, None, None], c, cfg)
 
 
-def _common(mass: Float[Tensor, " V"]) -> tuple[Tensor, Tensor]:
-    """The fewest words that hold all but RARE of the probability, and the others."""
-    ordered, words = mass.sort(descending=True)
-    n = int((ordered.double().cumsum(0) < (1 - RARE) * float(mass.double().sum())).sum()) + 1
-    return words[:n].sort().values, words[n:]
+def _of_loss(curvature: Float[Tensor, "*users D D"], c: float, cfg: FitConfig) -> Float[Tensor, "*users D D"]:
+    identity = torch.eye(curvature.shape[-1], dtype=torch.float64, device=curvature.device)
+    return c**2 * (1 + cfg.beta) * curvature + 2 * cfg.lam * identity
 
 
 def _eigen(H: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -121,6 +106,14 @@ def _eigen(H: Tensor) -> tuple[Tensor, Tensor, float]:
     values, vectors = torch.linalg.eigh(H)
     condition = float(values[-1] / values[0].clamp(min=1e-300))
     return values.clamp(min=float(values[-1]) * 1e-14), vectors, condition
+
+
+def _secant(H: Tensor, step: Tensor, change: Tensor) -> Tensor:
+    """H with the curvature along a step that the gradient's change over it tells (BFGS)."""
+    along, there = H @ step, float(step @ change)
+    if there <= 0:
+        return H
+    return H - torch.outer(along, along) / (step @ along) + torch.outer(change, change) / there
 
 
 def _model_minimum(values: Tensor, vectors: Tensor, g: Tensor, theta: Tensor, radius: float) -> Tensor:
@@ -147,67 +140,130 @@ def _residual(g: Tensor, theta: Tensor, radius: float) -> tuple[Tensor, float]:
     return g + mu * theta, mu
 
 
+@dataclass(eq=False)
+class _Search:
+    """Where the search for the users' optima stands, and what it has cost each of them."""
+
+    theta: Float[Tensor, "users D"]
+    steps: list[int]
+    formed: list[int]
+    condition: list[float]
+
+
 def fit_optimum(
-    problem: Problem, cfg: FitConfig, max_norm: float = math.inf, first: Float[Tensor, "users D D"] | None = None
+    problem: Problem,
+    cfg: FitConfig,
+    max_norm: float = math.inf,
+    first: Float[Tensor, "users D D"] | None = None,
+    exact: Problem | None = None,
 ) -> list[Optimum]:
     """The optimum of every user of the problem, over all theta or over `|theta| <= max_norm`. `first`: the Hessians at
-    theta = 0 where they are known already. Raises ValueError when a value is not finite, or when a user has not come
-    within TOLERANCE after MAX_ITERATIONS."""
-    problem = as_float64(problem)
-    users, D = problem.users, problem.D
-    theta = problem.phi.new_zeros(users, D)
-    terms = evaluate(problem, theta, cfg)
-    start = terms.grad.norm(dim=1).clamp(min=1e-300)
+    theta = 0 where they are known already; exact: the problem in float64 where it is. A problem with an expansion is solved
+    by it first, anchored again at what is found; where the search ends is decided by the whole gradient in float64 either
+    way. Raises ValueError when a value is not finite, or when a user has not come within TOLERANCE after MAX_ITERATIONS."""
+    users, exact = problem.users, exact or as_float64(problem)
+    at = _Search(exact.phi.new_zeros(users, problem.D), *([value] * users for value in (0, 0, 1.0)))
+    if problem.quick:
+
+        def curve(theta: Tensor, active: list[int]) -> Tensor:
+            return quick_hessians(problem, theta, cfg)[active]
+
+        with suppress(ValueError):  # an exponential that overflowed, far out: the search goes on from where it was
+            near = problem
+            for _ in range(ROUNDS):
+                start = _Search(at.theta, *([value] * users for value in (0, 0, 1.0)))
+                theta = _newton(near, cfg, max_norm, start, curve, NEARLY / 3, near=True)[0].theta
+                near, off = anchored(near, theta, cfg)
+                at.theta = theta
+                if off <= NEARLY:
+                    break
+    else:
+
+        def curve(theta: Tensor, active: list[int]) -> list[Tensor]:
+            if first is not None and not theta.any():
+                return [first[u] for u in active]
+            return [hessian(exact, theta, cfg, u, torch.float32) for u in active]
+
+    at, terms, ratio, mu = _newton(exact, cfg, max_norm, at, curve, TOLERANCE, True, problem.quick is not None)
+    return [
+        Optimum(
+            at.theta[u].cpu(), float(terms.loss[u]), float(terms.ce[u]), float(terms.kl[u]), ratio[u], at.steps[u],
+            at.formed[u], at.condition[u], mu[u],
+        )
+        for u in range(users)
+    ]  # fmt: skip
+
+
+def _newton(
+    problem: Problem,
+    cfg: FitConfig,
+    radius: float,
+    at: _Search,
+    curve: Callable,
+    tolerance: float,
+    last: bool = False,
+    near: bool = False,
+) -> tuple[_Search, Terms, list[float], list[float]]:
+    """Newton's steps from where `at` stands until every user's gradient is within the tolerance: the search, the terms there,
+    gradient ratios and multipliers. curve: Hessians of some users at theta; near: those of an expansion, which are corrected
+    along the last step. Steps that lead no further end it, and raise where it is the last."""
+    users, theta = problem.users, at.theta
+
+    def look(theta: Tensor) -> Terms:
+        terms = evaluate(problem, theta, cfg)
+        return replace(terms, grad=terms.grad.double())
+
+    start = look(torch.zeros_like(theta)).grad.norm(dim=1).clamp(min=1e-300)
+    terms = look(theta)
     eigen: list[list[Tensor] | None] = [None] * users
-    steps, formed, condition = [0] * users, [0] * users, [1.0] * users
+    taken: dict[int, tuple[Tensor, Tensor]] = {}  # last step and what it did to the gradient
 
     def ratios(theta: Tensor, grad: Tensor) -> list[float]:
-        return [float(_residual(grad[u], theta[u], max_norm)[0].norm() / start[u]) for u in range(users)]
+        return [float(_residual(grad[u], theta[u], radius)[0].norm() / start[u]) for u in range(users)]
 
     ratio = ratios(theta, terms.grad)
-    while active := [u for u in range(users) if ratio[u] > TOLERANCE and float(terms.grad[u].norm()) > 0]:
-        if max(steps) == MAX_ITERATIONS:
+    while active := [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]:
+        if max(at.steps) == MAX_ITERATIONS:
             u = active[0]
             raise ValueError(
                 f"head {problem.name}, user {u}: no optimum after {MAX_ITERATIONS} Newton steps, gradient norm"
-                f" {ratio[u]:.1e} of that at theta = 0 (wanted {TOLERANCE:.0e}), condition number {condition[u]:.1e}"
+                f" {ratio[u]:.1e} of that at theta = 0 (wanted {TOLERANCE:.0e}), condition number {at.condition[u]:.1e}"
             )
-        goal = theta.clone()
+        goal, late = theta.clone(), [u for u in active if eigen[u] is None]
+        for u, H in zip(late, curve(theta, late) if late else [], strict=True):
+            *eigen[u], at.condition[u] = _eigen(_secant(H, *taken[u]) if u in taken else H)
+            at.formed[u] += 1
         for u in active:
-            if eigen[u] is None:
-                known = first is not None and steps[u] == 0
-                *eigen[u], condition[u] = _eigen(first[u] if known else hessian(problem, theta, cfg, u, torch.float32))
-                formed[u] += 1
-            goal[u] = _model_minimum(*eigen[u], terms.grad[u], theta[u], max_norm)
+            goal[u] = _model_minimum(*eigen[u], terms.grad[u], theta[u], radius)
         # Backtracking from the full step, each user with a step size of its own, until the loss falls enough (Armijo)
         # or the gradient shrinks at the same loss: near the optimum the loss's change is below what float64 resolves.
         # A smaller gradient alone is no progress: far out, where the softmax is saturated, it is small as well.
         size = torch.ones_like(terms.loss)
         slope = (terms.grad * (goal - theta)).sum(1)
-        for _ in range(40):
+        for _ in range(40 if last else 4):
             trial = theta + size[:, None] * (goal - theta)
-            new = evaluate(problem, trial, cfg)
+            new = look(trial)
             now = ratios(trial, new.grad)
             falls = new.loss <= terms.loss + 1e-4 * size * slope
             level = new.loss <= terms.loss + ROUNDING * terms.loss.abs()
+            level |= not last  # an anchored expansion's gradient is not quite that of its loss
             bad = [u for u in active if not falls[u] and not (level[u] and now[u] < ratio[u])]
             if not bad:
                 break
             size[bad] /= 2
         else:
+            if not last:
+                break
             raise ValueError(
                 f"head {problem.name}, user {bad[0]}: the line search found no better theta"
                 f" (slope {float(slope[bad[0]]):.1e})"
             )
+        if near:
+            taken = {u: (trial[u] - theta[u], new.grad[u] - terms.grad[u]) for u in active}
         for u in active:
-            steps[u] += 1
+            at.steps[u] += 1
             if float(size[u]) < 1 or now[u] > KEEP_HESSIAN * ratio[u]:
                 eigen[u] = None
         theta, terms, ratio = trial, new, now
-    return [
-        Optimum(
-            theta[u].cpu(), float(terms.loss[u]), float(terms.ce[u]), float(terms.kl[u]), ratio[u], steps[u], formed[u],
-            condition[u], _residual(terms.grad[u], theta[u], max_norm)[1],
-        )
-        for u in range(users)
-    ]  # fmt: skip
+    at.theta = theta
+    return at, terms, ratio, [_residual(terms.grad[u], theta[u], radius)[1] for u in range(users)]

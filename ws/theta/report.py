@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ws.model.generate import complete
 from ws.model.lm import LM
+from ws.theta.adam import adam
 from ws.theta.compare import Heldout, by_user, score
-from ws.theta.fit import FitConfig, fit_adam, make_problem
+from ws.theta.fit import FitConfig
 from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
 from ws.theta.live import wear
-from ws.theta.states import States, UserText, joint_base, prompt_text
+from ws.theta.recorded import Recorded
+from ws.theta.states import States, UserText, prompt_text
 
 
 def gains(table: pl.DataFrame) -> pl.DataFrame:
@@ -70,16 +72,16 @@ def gamma_sweep(found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl
     return pl.DataFrame(rows)
 
 
-def beta_sweep(train: dict[str, States], found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl.DataFrame:
+def beta_sweep(train: Recorded, found: ThetaFits, heads: list[str], cfgs: list[FitConfig]) -> pl.DataFrame:
     """Held-out gain and KL, mean over users, of thetas fitted by Adam at other betas (`cfgs` differ in beta)."""
-    held = found.heldout
-    (base, owner), rows = joint_base(list(train.values()), held.W, held.bias), []
-    for name in heads:
-        problem = make_problem(base, found.heads[name], held.W, owner)
-        for cfg in cfgs:
-            thetas = torch.stack([fit.theta for fit in fit_adam(problem, cfg)])
-            (ce,), (kl,) = score(held, found.heads[name], thetas[None, held.user], cfg)
-            rows.append({"head": name, "beta": cfg.beta} | _means(held, ce, kl))
+    held, rows = found.heldout, []
+    for name, cfg in product(heads, cfgs):
+        if cfg == found.config:  # fitted already
+            thetas = found.stacked(name)
+        else:
+            thetas = torch.stack([fit.theta for fit in adam(train.problem(found.heads[name]), cfg)[0]])
+        (ce,), (kl,) = score(held, found.heads[name], thetas[None, held.user], cfg)
+        rows.append({"head": name, "beta": cfg.beta} | _means(held, ce, kl))
     return pl.DataFrame(rows)
 
 
@@ -111,12 +113,10 @@ def samples(
     lm: LM, prompts: dict[str, str], found: ThetaFits, shown: list[str], gammas: list[float], max_new_tokens: int
 ) -> pl.DataFrame:
     """Greedy answers to a prompt of each user: of the base, then wearing the user's theta."""
-    rows = []
-    for user, prompt in prompts.items():
-        asked = [prompt_text(lm, prompt)]
-        row = {"user": user, "prompt": prompt, "base": complete(lm, asked, max_new_tokens)[0]}
-        for name, gamma in product(shown, gammas):
-            with wear(lm.model, found.heads[name], found.theta(user, name), gamma):
-                row[f"{name}, gamma {gamma:g}"] = complete(lm, asked, max_new_tokens)[0]
-        rows.append(row)
-    return pl.DataFrame(rows)
+    asked = [prompt_text(lm, prompt) for prompt in prompts.values()]
+    columns = {"user": list(prompts), "prompt": list(prompts.values()), "base": complete(lm, asked, max_new_tokens)}
+    for name, gamma in product(shown, gammas):
+        thetas = torch.stack([found.theta(user, name) for user in prompts])
+        with wear(lm.model, found.heads[name], thetas, gamma):
+            columns[f"{name}, gamma {gamma:g}"] = complete(lm, asked, max_new_tokens)
+    return pl.DataFrame(columns)

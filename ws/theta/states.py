@@ -29,7 +29,6 @@ from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
 from ws.show.bars import tqdm
-from ws.theta.fit import Base, record_base
 from ws.theta.live import check_plain_logits
 
 FIELDS = ("user", "prompt", "text")
@@ -168,12 +167,6 @@ def record_users(
         rest[user] = states.of_texts(list(range(kept_back, end)))
         start = end
     return train, rest
-
-
-def joint_base(states: list[States], W: Float[Tensor, "V d"], bias: Tensor | None) -> tuple[Base, Int[Tensor, " T"]]:
-    """Base logits of several records side by side, and which record each token is of."""
-    owner = torch.repeat_interleave(torch.tensor([len(s.y) for s in states]))
-    return record_base(torch.cat([s.h for s in states]), torch.cat([s.y for s in states]), W, bias), owner
 
 
 def _state_blocks(lm: LM, rows: list[tuple[list[int], int]], batch: int, progress: bool):

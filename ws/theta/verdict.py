@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.show.tables import literal
-from ws.theta.compare import Heldout, by_user, mean_interval, score
+from ws.theta.compare import Heldout, by_user, mean_interval, score, score_near
 from ws.theta.controls import Choice, permuted_thetas
 from ws.theta.fit import FitConfig
 from ws.theta.fitted import ThetaFits
 from ws.theta.heads import Head
-from ws.theta.states import States
+from ws.theta.recorded import Recorded
 
 PAIRS = (("cvh", "unconditional"), ("svd_cvh", "svd_unconditional"))
 SAME = 1e-4  # nats: two heads whose gains differ by less on every held-out text are one function
@@ -30,7 +30,7 @@ ENOUGH = 199  # deals; fewer give a coarse p
 
 
 def controls(
-    train: dict[str, States],
+    train: Recorded,
     found: ThetaFits,
     heads: list[str],
     draws: int,
@@ -42,7 +42,7 @@ def controls(
     permuted ones are kept."""
     held, cfg, gains = found.heldout, found.config, {}
     for name in heads:
-        permuted = permuted_thetas(train, found.heads[name], held, cfg, draws, seed, folder, progress)
+        permuted = permuted_thetas(train, found.heads[name], cfg, draws, seed, folder, progress)
         gains[name] = control_gains(held, found.heads[name], cfg, found.stacked(name), permuted)
     return gains
 
@@ -51,7 +51,9 @@ def control_gains(
     heldout: Heldout, head: Head, cfg: FitConfig, own: Float[Tensor, "users D"], permuted: Float[Tensor, "n users D"]
 ) -> Float[Tensor, "rows texts"]:
     """Gains of each held-out text: a row for the `own` thetas, then one for each draw of the permuted."""
-    return heldout.ce0 - score(heldout, head, torch.cat([own[None], permuted])[:, heldout.user], cfg)[0]
+    mine = own[heldout.user]
+    ce = score(heldout, head, mine[None], cfg)[0], score_near(heldout, head, mine, permuted[:, heldout.user], cfg)
+    return heldout.ce0 - torch.cat(ce)
 
 
 def control_table(heldout: Heldout, controls: dict[str, Float[Tensor, "rows texts"]]) -> pl.DataFrame:

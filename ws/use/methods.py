@@ -37,10 +37,11 @@ from ws.steer.calibrate import met
 from ws.steer.kl import Steering, Unreached, as_steering, token_kls, token_rows
 from ws.steer.stream import pushed
 from ws.subspaces.reading import read_texts
-from ws.theta.fit import FitConfig, fit_adam, make_problem
+from ws.theta.fit import FitConfig, fit_adam
 from ws.theta.heads import CVH, svd_basis
 from ws.theta.live import check_plain_logits, wear
-from ws.theta.states import UserText, joint_base, record_states
+from ws.theta.recorded import Recorded
+from ws.theta.states import UserText, record_states
 
 D_THETA = 64
 MOST_TOPICS, FEW = 20, 8  # training topics on which is chosen; of which KL is taken there
@@ -263,7 +264,7 @@ def theta_head(lm: LM, behavior: Behavior, cache: Path | None = None) -> Method:
     basis = svd_basis(W, min(D_THETA, lm.decoder.d))
     head = CVH(basis.T.contiguous(), basis, 0.1, "svd_cvh")
     with widened(lm.model):
-        base, _ = joint_base([record_states(lm, texts, path=path, progress=False)], W, bias)
-    theta = fit_adam(make_problem(base, head, W), FitConfig(gamma=1.0, beta=0.0, steps=60))[0].theta
+        train = Recorded({"all": record_states(lm, texts, path=path, progress=False)}, W, bias)
+    theta = fit_adam(train.problem(head, expand=False), FitConfig(gamma=1.0, beta=0.0, steps=60))[0].theta
     told = f"{len(theta)} numbers on the last hidden state, fitted on {len(texts)} training probes"
     return Method("theta head", told, lambda alpha: wear(lm.model, head, theta, alpha), _hash(theta))

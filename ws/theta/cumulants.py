@@ -1,0 +1,136 @@
+"""A token's log-partition function over a large vocabulary, from its likeliest words and two cumulants of the others.
+
+What a theta fit asks of the vocabulary is `lse_t(x) = log sum_v p_tv e^(x.C_v)` and its gradient, `x = c theta * phi_t` being
+D numbers (`ws.theta.fit`). With the LIKELIEST words L_t of each token exact, and the others a normal distribution of mass
+`e_t`, mean `mu_t`, covariance `S_t`,
+
+    e^lse_t(x) ~ sum_{v in L_t} p_tv e^(x.C_v) + e_t e^(x.mu_t + x^T S_t x/2)
+
+a step costs `T D (LIKELIEST + D)` instead of `T D V`, and many fits of the same tokens share one product per token. What is left
+out is of third order in x. `anchored` takes most of it in: where the exact value and gradient are known at some x_a, their
+differences from the above are added, as `s^3` and `s^2` times themselves, `s = x.x_a / |x_a|^2`. docs/method.md section 10.
+"""
+
+import mmap
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LARGE = 16384  # words; smaller vocabularies are summed whole
+LIKELIEST = 256  # words of a token that are summed one by one
+MOST = 1 << 21  # of them for all tokens together; more tokens have fewer words each, at least LEAST
+LEAST = 32
+TOKENS = 4096  # per block of the moments, and words
+WORDS = 1024
+BLOCK = 128  # tokens per block of a step
+
+
+@dataclass(frozen=True, eq=False)
+class Cumulants:
+    """Of T tokens: p `(T, K)` chances of the likeliest words and their readouts C `(T, K, D)`; mass, mean and covariance of the
+    other words' readouts. at, lift, turn: an anchor's x, and what is exact there beyond the expansion."""
+
+    p: Float[Tensor, "T K"]
+    C: Float[Tensor, "T K D"]
+    mass: Float[Tensor, " T"]
+    mean: Float[Tensor, "T D"]
+    cov: Float[Tensor, "T D D"]
+    at: Float[Tensor, "T D"] | None = None
+    lift: Float[Tensor, " T"] | None = None
+    turn: Float[Tensor, "T D"] | None = None
+
+    def __call__(self, X: Float[Tensor, "nT D"]) -> tuple[Float[Tensor, " nT"], Float[Tensor, "nT D"]]:
+        """`lse` and its gradient in x for n fits of the same T tokens, one after the other."""
+        T, D = self.mean.shape
+        x = X.view(-1, T, D).permute(1, 2, 0).contiguous()
+        lse, mean = x.new_empty(T, x.shape[2]), torch.empty_like(x)
+        for rows in _blocks(T, BLOCK):
+            e, rest, tilted, Z = self._parts(rows, x[rows])
+            lse[rows] = Z.log()
+            mean[rows] = (torch.bmm(self.C[rows].mT, e) + rest[:, None] * tilted) / Z[:, None]
+        if self.at is not None:
+            s = (x * self.at[..., None]).sum(1) / self.at.square().sum(1).clamp(min=1e-30)[:, None]
+            lse += s**3 * self.lift[:, None]
+            mean += (s * s)[:, None] * self.turn[..., None]
+        return lse.T.reshape(-1), mean.permute(2, 0, 1).reshape(-1, D)
+
+    def _parts(self, rows: slice, x: Float[Tensor, "t D n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Unnormalised chances of the likeliest words `(t, K, n)` and of the others together `(t, n)`, the others' mean
+        readout `(t, D, n)`, and the sum of all chances."""
+        e = torch.bmm(self.C[rows], x).exp_().mul_(self.p[rows, :, None])
+        spread, mean = torch.bmm(self.cov[rows], x), self.mean[rows, :, None]
+        rest = self.mass[rows, None] * (x * (mean + spread / 2)).sum(1).exp()
+        return e, rest, mean + spread, e.sum(1) + rest
+
+    def anchored(self, X: Float[Tensor, "T D"], lse: Float[Tensor, " T"], mean: Float[Tensor, "T D"]) -> "Cumulants":
+        """The same with the exact lse and gradient at X taken in."""
+        plain = replace(self, at=None)
+        had, was = plain(X)
+        return replace(plain, at=X, lift=lse.to(had) - had, turn=mean.to(was) - was)
+
+    def curvature(
+        self, X: Float[Tensor, "T D"], phi: Float[Tensor, "T D"], owner: Int[Tensor, " T"], users: int
+    ) -> Float[Tensor, "users D D"]:
+        """Per user `sum_t phi_t phi_t^T * Cov_t`, Cov_t the covariance of the readouts under the chances at X (the anchor has
+        no part in it), in float64."""
+        T, D = phi.shape
+        out = torch.zeros(users, D, D, dtype=torch.float64, device=phi.device)
+        for rows in _blocks(T, BLOCK):
+            e, rest, tilted, Z = (part[..., 0] for part in self._parts(rows, X[rows, :, None]))
+            e, rest, f = e / Z[:, None], rest / Z, phi[rows]
+            m = torch.bmm(self.C[rows].mT, e[..., None])[..., 0] + rest[:, None] * tilted
+            own = (e.sqrt()[..., None] * self.C[rows]) * f[:, None]
+            gated = rest.sqrt()[:, None] * tilted * f
+            away = m * f
+            sums = torch.bmm(own.mT, own) + rest[:, None, None] * self.cov[rows] * f[:, :, None] * f[:, None]
+            sums += gated[:, :, None] * gated[:, None] - away[:, :, None] * away[:, None]
+            out.index_add_(0, owner[rows], sums.double())
+        return out
+
+
+def _blocks(T: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def unmap(logp: Tensor) -> None:
+    """Let pages of a memory-mapped base go: they stay in the file's cache, which is no memory of the process."""
+    if mapped := getattr(logp, "mapped", None):
+        mapped.madvise(getattr(mmap, "MADV_DONTNEED", 4))
+
+
+def likeliest(logp: Float[Tensor, "T V"]) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """Chances and indices of each token's likeliest words."""
+    K, found = max(LEAST, min(LIKELIEST, MOST // len(logp))), []
+    for rows in _blocks(len(logp), 2 * BLOCK):
+        found.append(logp[rows].topk(K, dim=1, sorted=False))
+        unmap(logp)
+    return torch.cat([top.values for top in found]).exp(), torch.cat([top.indices for top in found])
+
+
+def moments(
+    logp: Float[Tensor, "T V"], words: Int[Tensor, "T K"], C: Float[Tensor, "V D"]
+) -> tuple[Float[Tensor, " T"], Float[Tensor, "T D"], Float[Tensor, "T D D"]]:
+    """Mass, mean and covariance of the readouts of all words but `words`: one product of the chances with the upper triangle of
+    each word's `C_v C_v^T`."""
+    T, D = len(logp), C.shape[1]
+    i, j = torch.triu_indices(D, D, device=C.device)
+    mass, mean, cov = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D, D)
+    for rows in _blocks(T, TOKENS):
+        likely, first, second = words[rows], mean[rows], C.new_zeros(rows.stop - rows.start, len(i))
+        for some in _blocks(len(C), WORDS):
+            c, p = C[some], logp[rows, some].to(C.device).exp()
+            t, k = ((likely >= some.start) & (likely < some.stop)).nonzero(as_tuple=True)
+            p[t, likely[t, k] - some.start] = 0
+            mass[rows] += p.sum(1)
+            first.addmm_(p, c)
+            second.addmm_(p, c[:, i] * c[:, j])
+            unmap(logp)
+        left = mass[rows].clamp(min=1e-30)[:, None]
+        first /= left
+        second /= left
+        cov[rows, i, j] = second
+        cov[rows, j, i] = second
+        cov[rows] -= first[:, :, None] * first[:, None]
+    return mass, mean, cov
