@@ -13,7 +13,7 @@ from ws.subspaces.build import build, candidates
 from ws.subspaces.candidate import Candidate, candidate, get
 from ws.subspaces.captures import capture_base
 from ws.subspaces.from_activations import common_suffix, kmeans
-from ws.subspaces.from_weights import repeat
+from ws.subspaces.from_weights import folded
 from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
@@ -247,9 +247,13 @@ def test_kmeans_finds_separated_clusters_and_keeps_empty_ones():
     assert still.abs().sum() == 0 and margin == 0
 
 
-def test_repeat_is_row_by_row():
-    M = torch.arange(4.0).reshape(2, 2)
-    assert repeat(M, 4)[:, 0].tolist() == [0, 0, 2, 2] and repeat(M, 3).shape == (3, 2)
+@pytest.mark.parametrize("columns", [2, 3, 4, 5])
+def test_columns_are_folded_as_rows_would_be_repeated(columns):
+    g = torch.Generator().manual_seed(0)
+    M, X = torch.randn(7, columns, generator=g).double(), torch.randn(2, 6, generator=g).double()
+    repeated = X.repeat_interleave(-(-columns // 2), dim=0)[:columns]
+    found, times = folded(M, 2)
+    assert torch.allclose(found @ X, M @ repeated) and times == -(-columns // 2)
 
 
 def test_rounding_noise_turns_neither_ill_conditioned_ones_nor_their_v7b_forms(lm, behavior):

@@ -170,14 +170,14 @@ def test_a_diff_that_does_not_fit_the_model_is_named(given, lm):
 
 def test_a_layers_copies_are_let_go(lm):
     """In a model of lower precision one block's float32 copies live at a time."""
-    from ws.model.decoder import Decoder
+    from ws.model.decoder import ROLES, Decoder
     from ws.subspaces.materials import Materials
 
     half = Decoder(__import__("copy").deepcopy(lm.model).to(torch.bfloat16))
     m = Materials(half, None, 0)
     for l in range(6):
         m.layer(l).read_gram, m.layer(l).write_gram  # noqa: B018
-    held = [r for w in m._layers.values() for r in w.__dict__ if r in ("q", "k", "v", "o", "gate", "up", "down")]
+    held = [r for w in m._layers.values() for r in w.__dict__ if r.removesuffix("_wide") in ROLES]
     assert len(held) == 7 and len(m._layers) == 6
 
 

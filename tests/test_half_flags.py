@@ -77,7 +77,7 @@ def test_in_float32_weights_have_no_noise_and_activations_that_of_float32(made):
         for gram in ("write_gram", "read_gram", "kv_gram", "up_gram"):
             a, b = m.top(l, gram), gram_basis(getattr(w, gram), 8)
             assert torch.equal(a.B, b.B) and a.turn == b.turn == 0 and a.most == MOST_TURN
-        assert w.noise("write_gram") == m.product_noise(w.o, w.v) == m.unembed_noise == NONE
+        assert w.noise("write_gram") == m.product_noise(l, "o", "v") == m.unembed_noise == NONE
         assert m.noise_of_all("readers_gram") == m.noise_of_all("writers_gram") == NONE
         x = m.base.clean.resid[l]
         assert m.rounding(x) == Noise(rounding(x)) and m.pca(x).turn == pca(x, 8).turn

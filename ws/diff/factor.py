@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,35 +59,36 @@ def factors(M: Float[Tensor, "out in_"]) -> tuple[LowRank, float] | None:
     """float32 factors of M at its numerical rank and their relative residual; None where M has no such factors. The
     sketch stays under half the smaller dimension n. It ends where four more random directions take too little off
     `|R|^2` for it to reach 0 within n / 3 columns at that pace: a noise floor costs a few passes over the matrix."""
-    if not M.any():
+    norm, n = _norm(M), min(M.shape)  # in float64
+    if norm == 0 and not M.any():
         return LowRank(torch.zeros(len(M), 0), torch.zeros(0, M.shape[1])), 0.0
-    R, norm, n = M.to(torch.float32, copy=True), _norm(M), min(M.shape)
     if not 1e-30 < norm < 1e30:  # float64 at the edge of what float32 holds
         return None
-    Q = R[:, :0]
+    R = M.float() / norm
+    Q, P = R[:, :0], R[:0]
     generator = torch.Generator().manual_seed(0)
     for width in BLOCKS:
         if Q.shape[1] + width > n // 2:
             return None
         new = torch.linalg.qr(R @ torch.randn(M.shape[1], width, generator=generator)).Q
         new = torch.linalg.qr(new - Q @ (Q.T @ new)).Q
-        R.addmm_(new, new.T @ R, alpha=-1)
-        Q, left = torch.cat([Q, new], 1), _norm(R)
-        if left <= TOLERANCE * norm:
+        part = new.T @ R
+        R.addmm_(new, part, alpha=-1)
+        Q, P, left = torch.cat([Q, new], 1), torch.cat([P, part]), _size(R)
+        if left <= TOLERANCE:
             break
         more = torch.linalg.qr(R @ torch.randn(M.shape[1], 4, generator=generator)).Q
-        if left**2 > _norm(more.T @ R) ** 2 / 4 * (min(n // 3, sum(BLOCKS)) - Q.shape[1]):
+        if left**2 > _size(more.T @ R) ** 2 / 4 * (min(n // 3, sum(BLOCKS)) - Q.shape[1]):
             return None
     else:
         return None
     del R
-    # the rows' space that Q leads to is nearer to M's own than Q is to its columns'
-    Z = torch.linalg.qr(sum(m.double().T @ q.double() for m, q in zip(M.split(ROWS), Q.split(ROWS), strict=True))).Q
+    Z = torch.linalg.qr(P.T.double()).Q  # M (1 - Z Z^T) = R (1 - Z Z^T)
     U, s, Vh = torch.linalg.svd(torch.cat([m.double() @ Z for m in M.split(ROWS)]), full_matrices=False)
     left = norm**2 - s.square().cumsum(0)  # energy after column i
     keep = int((left > (0.9 * TOLERANCE * norm) ** 2).sum()) + 1
     found = balanced(U[:, :keep], s[:keep], Vh[:keep] @ Z.T)
-    residual = _norm(found.dense().sub_(M)) / norm
+    residual = _size(found.dense().sub_(M).div_(norm))
     return (found, residual) if residual <= TOLERANCE else None
 
 
@@ -97,5 +99,11 @@ def balanced(U: Float[Tensor, "out r"], s: Float[Tensor, " r"], Vh: Float[Tensor
 
 
 def _norm(M: Tensor) -> float:
-    """Frobenius norm, summed in float64 a few rows at a time."""
-    return sum(float(rows.double().square().sum()) for rows in M.split(ROWS)) ** 0.5
+    """Frobenius norm."""
+    m = M.numpy() if M.dtype != torch.bfloat16 else M.float().numpy()
+    return float(np.einsum("ij,ij->", m, m, dtype=np.float64)) ** 0.5
+
+
+def _size(M: Tensor) -> float:
+    """The same to 1e-7, of what is not far from 1."""
+    return float(torch.linalg.vector_norm(M, dim=1).double().norm())

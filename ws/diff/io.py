@@ -227,9 +227,8 @@ def export_adapter(w: WeightDiff, folder: Path | str, alpha: float | int = 1.0) 
 def write_adapter(w: WeightDiff, folder: Path, base: str, revision: str | None = None) -> None:
     """Fill a folder with w as a PEFT LoRA of the base model of that name or path, and of no other module.
 
-    Scaling is 1 (`lora_alpha = r` for every module). Dense matrices are factored at their numerical rank. Embedding
-    weights are stored the way peft wants them, transposed. Raises ValueError naming a parameter that a LoRA cannot
-    hold (a bias, a norm).
+    Scaling is 1 (`lora_alpha = r` for every module). Dense matrices are factored at their numerical rank. Embedding weights are
+    stored the way peft wants them, transposed. Raises ValueError naming a parameter that a LoRA cannot hold (a bias, a norm).
     """
     from peft import LoraConfig
 

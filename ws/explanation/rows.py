@@ -16,6 +16,7 @@ from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.check import skew
 from ws.subspaces.steered import CeilingMaterials
+from ws.subspaces.threads import side_by_side
 
 CLEAN = "layer_clean_resid_pca"  # what specificity projects out
 LARGEST = 3  # coordinates of the residual stream without which R_act is told too
@@ -195,9 +196,8 @@ def bases_hash(rows: Sequence[Basis]) -> str:
 
 
 def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
-    """The run's own assertions, with their values: AssertionError (naming the check) where one fails. ceiling_r_w: mean
-    R_w of dW_left_basis_ceiling over `layers`, must exceed 1. combined_minus_mean: largest |R_combined - (R_o +
-    R_down)/2|."""
+    """The run's own assertions, with their values: AssertionError (naming the check) where one fails. ceiling_r_w: mean R_w of
+    dW_left_basis_ceiling over `layers`, must exceed 1. combined_minus_mean: largest |R_combined - (R_o + R_down)/2|."""
     ceiling = table.filter((pl.col("subspace") == "dW_left_basis_ceiling") & pl.col("layer").is_in(layers))
     r_w = ceiling["conc_w_combined"].drop_nans().mean()
     o, down, both = table.select(f"conc_w_{n}" for n in ("oproj", "downproj", "combined")).drop_nans().get_columns()
@@ -210,15 +210,19 @@ def self_checks(table: pl.DataFrame, layers: list[int]) -> dict[str, float]:
 
 
 def null_check(targets: dict[int, dict[str, sc.Target | None]], r: int, draws: int, seed: int = 0) -> pl.DataFrame:
-    """The closed-form null beside a Monte-Carlo one: mean (expected 1) and sd of R over `draws` random subspaces.
-    sd_ratio: drawn over closed form, whose own sampling error is about 1/sqrt(2 draws), more where the null is
-    skewed."""
-    rows = []
-    for l, by_name in targets.items():
-        for name, t in by_name.items():
-            if t is not None and t.trace > 0:
-                values = sc.monte_carlo_null(t, r, draws, f"layer {l}/{name}", seed)
-                rows.append((l, name, float(values.mean()), float(values.std()), sc.null_sd(t, r)))
+    """The closed-form null beside a Monte-Carlo one: mean (expected 1) and sd of R over `draws` random subspaces. sd_ratio:
+    drawn over closed form, whose own sampling error is about 1/sqrt(2 draws), more where the null is skewed."""
+
+    def row(one: tuple[int, str, sc.Target]) -> tuple:
+        l, name, t = one
+        values = sc.monte_carlo_null(t, r, draws, f"layer {l}/{name}", seed)
+        return l, name, float(values.mean()), float(values.std()), sc.null_sd(t, r)
+
+    every = [
+        (l, name, t) for l, by_name in targets.items() for name, t in by_name.items() if t is not None and t.trace > 0
+    ]
+    with side_by_side() as each:
+        rows = list(each(row, every))
     table = pl.DataFrame(rows, ["layer", "target", "mc_mean", "mc_sd", "closed_sd"], orient="row")
     return table.with_columns(sd_ratio=pl.col("mc_sd") / pl.col("closed_sd"))
 

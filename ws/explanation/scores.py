@@ -17,6 +17,7 @@ from ws.subspaces.algebra import Basis, project_away, random_basis
 
 EPS = 1e-12
 SPAN_TOLERANCE = 1e-2  # singular values of w above this fraction of the largest span it
+MOST_DRAWS = 64  # random subspaces that are held at a time
 NAN = float("nan")
 
 
@@ -140,9 +141,8 @@ def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
 
 
 def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
-    """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest). 1 where
-    B's share of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has
-    nothing in the span."""
+    """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest). 1 where B's share
+    of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has nothing in the span."""
     if target is None or basis.shape[1] == 0 or target.trace <= 0:
         return NAN
     L = target.axes[:, target.energies > SPAN_TOLERANCE**2 * target.energies[0]]
@@ -155,9 +155,11 @@ def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
 def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, " draws"]:
     """R of `draws` uniformly random rank-r subspaces; the seed is a stable hash of `label` and `seed`."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{label}/{r}/{seed}".encode()))
-    d = target.F.shape[0]
-    values = [energy(target, random_basis(d, r, generator).B) * target.dim / r for _ in range(draws)]
-    return torch.tensor(values, dtype=torch.float64)
+    d, values = target.F.shape[0], []
+    for few in torch.arange(draws).split(MOST_DRAWS):
+        B = torch.cat([random_basis(d, r, generator).B for _ in few], dim=1).double()
+        values.append((B.T @ target.F).square().reshape(len(few), -1).sum(dim=1) * target.dim / r)
+    return torch.cat(values)
 
 
 def without(X: Float[Tensor, "n d"], C: Basis) -> Target:

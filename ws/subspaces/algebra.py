@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.subspaces.eigen import SMALL, eigenpairs, top_eigh
+from ws.subspaces.eigen import SMALL, eigenpairs, gram, top_eigh
 from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NONE, Noise, as_noise, rounding
 
 QR_TOLERANCE = 1e-5  # columns of a QR with |R_ii| at or below this are dropped
@@ -129,8 +129,8 @@ def left_svd(M: Float[Tensor, "d m"], k: int, noise: float | Noise | None = None
     if min(d, m) <= SMALL:
         return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k, noise)
     if d <= m:
-        return gram_basis(M @ M.T, k, noise=noise)
-    values, V = top_eigh(M.T @ M, k, every=noise.needs_all)
+        return gram_basis(gram(M), k, noise=noise)
+    values, V = top_eigh(gram(M.T), k, every=noise.needs_all)
     s = values.clamp(min=0).sqrt()
     keep = s[:k] > 1e-7 * s[0]
     return _basis(torch.linalg.qr((M @ V)[:, keep] / s[:k][keep]).Q, s, k, noise)
@@ -235,9 +235,10 @@ def write_away(G: Float[Tensor, "d d"], F: Basis, k: int, noise: Noise = NONE) -
     noise: of M."""
     G, Q = G.double(), F.B.to(G.device).double()
     GQ = G @ Q
-    part = (GQ - Q @ (Q.T @ GQ) / 2) @ Q.T  # G P - P G P / 2: with its transpose all that goes
+    half = GQ - Q @ (Q.T @ GQ) / 2  # times Q^T, and with its transpose, all that goes
     away = F.turn * float(G.trace().clamp(min=0)) ** 0.5
-    return gram_basis(G - part - part.T, k, noise=replace(noise, norm=away, most=max(noise.most, F.most)))
+    left = torch.addmm(G, torch.cat([half, Q], 1), torch.cat([Q, half], 1).T, alpha=-1)
+    return gram_basis(left, k, noise=replace(noise, norm=away, most=max(noise.most, F.most)))
 
 
 def complement(F: Float[Tensor, "d r"], k: int) -> Float[Tensor, "d k"]:

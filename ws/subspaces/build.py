@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 from ws.show.bars import tqdm
@@ -10,6 +11,7 @@ from ws.subspaces.candidate import Candidate, registered
 from ws.subspaces.materials import Materials, TooEarly
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
+from ws.subspaces.threads import side_by_side
 
 # in the order of docs/method.md sections 5 and 12
 MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
@@ -41,16 +43,29 @@ def build(
 
     def at(l: int, last: bool) -> bool:
         """Builds what is missing at a layer; whether something has to wait."""
-        waits = False
-        for c in (c for c in chosen if l not in bases[c.name] and (last or not c.shared)):
-            try:
+
+        def one(c: Candidate) -> None:
+            with suppress(TooEarly):
                 bases[c.name][l] = materials.build(c, l)
                 bar.update()
-            except TooEarly:
-                waits = True
+
+        def missing() -> list[Candidate]:
+            return [c for c in chosen if l not in bases[c.name] and (last or not c.shared)]
+
+        for c in (c for c in missing() if c.shared):
+            one(c)
+        if whole and materials.decoder.embed_tokens.weight.is_cpu:
+            with side_by_side() as each:
+                materials.closed = True
+                try:
+                    list(each(one, [c for c in missing() if c.shipped]))
+                finally:
+                    materials.closed = False
+        for c in missing():
+            one(c)
         if whole:
             materials.forget(l)
-        return waits
+        return bool(missing())
 
     with tqdm(total=materials.n_layers * len(chosen), desc="bases", disable=not (progress and chosen)) as bar:
         try:

@@ -140,15 +140,15 @@ def up_proj_output_written_contrast(m: Materials, l: int) -> Basis:
 
 def _up_written(m: Materials, l: int) -> list[Tensor]:
     w = m.layer(l)
-    return [(x.to(w.up.device) @ w.up.T.double()) @ w.down.T.double() for x in _sides(m, l, "up_in")]
+    return [(x.to(w.up_wide) @ w.up_wide.T) @ w.down_wide.T for x in _sides(m, l, "up_in")]
 
 
 @candidate(family="act:MLP", source="external-v6-plan", sees=PROMPTS)
 def gate_active_written(m: Materials, l: int) -> Basis:
     """PCA over clean probes of what the MLP writes, (act(W_gate x) * (W_up x)) W_down^T."""
     w = m.layer(l)
-    x = m.base.clean.up_in[l].to(w.up.device).double()
-    return m.pca((m.decoder.act(x @ w.gate.T.double()) * (x @ w.up.T.double())) @ w.down.T.double())
+    x = m.base.clean.up_in[l].to(w.up_wide)
+    return m.pca((m.decoder.act(x @ w.gate_wide.T) * (x @ w.up_wide.T)) @ w.down_wide.T)
 
 
 @candidate(family="act:cluster", source="external-v6-plan", sees=PERSONAS)

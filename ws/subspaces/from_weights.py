@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ws.subspaces.algebra import Basis, cut_at_rank, gram_basis, left_svd, pca, project_away, union, write_away
 from ws.subspaces.candidate import candidate
@@ -97,32 +98,34 @@ def attn_qkv_read(m: Materials, l: int) -> Basis:
     return m.top(l, "qkv_gram")
 
 
-def repeat(M: Tensor, rows: int) -> Tensor:
-    """Each row of M repeated in place until there are `rows` rows: v7's stand-in for shared key/value heads."""
-    return M.repeat_interleave(-(-rows // M.shape[0]), dim=0)[:rows]
+def folded(M: Tensor, columns: int) -> tuple[Tensor, int]:
+    """So many neighbouring columns of M added up that `columns` are left, and how many: that times X is M times X with each row
+    repeated in place, v7's stand-in for shared key/value heads."""
+    times = -(-M.shape[1] // columns)
+    return pad(M, (0, times * columns - M.shape[1])).reshape(len(M), columns, times).sum(dim=2), times
 
 
 @candidate(family="W:OV", source="v5")
 def attn_ov_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_o repeat(W_v), the value rows repeated one by one to W_o's columns."""
-    w = m.layer(l)
-    v = repeat(w.v, w.o.shape[1])
-    return left_svd(w.o.double() @ v.double(), m.k, noise=m.product_noise(w.o, v))
+    v = m.layer(l).v_wide
+    o, times = folded(m.layer(l).o_wide, len(v))
+    return left_svd(o @ v, m.k, noise=m.product_noise(l, "o", "v", times))
 
 
 @candidate(family="W:MLP", source="v5")
 def mlp_roundtrip_write(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down W_up: the MLP with its gate held open."""
     w = m.layer(l)
-    return left_svd(w.down.double() @ w.up.double(), m.k, noise=m.product_noise(w.down, w.up))
+    return left_svd(w.down_wide @ w.up_wide, m.k, noise=m.product_noise(l, "down", "up"))
 
 
 @candidate(family="W:QK", source="external-v6-plan")
 def qk_circuit(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_q^T repeat(W_k), the key rows repeated one by one to W_q's rows."""
-    w = m.layer(l)
-    k = repeat(w.k, w.q.shape[0])
-    return left_svd(w.q.T.double() @ k.double(), m.k, noise=m.product_noise(w.q.T, k))
+    k = m.layer(l).k_wide
+    q, times = folded(m.layer(l).q_wide.T, len(k))
+    return left_svd(q @ k, m.k, noise=m.product_noise(l, "q", "k", times))
 
 
 @candidate(family="W:read", source="external-v6-plan")
@@ -141,8 +144,8 @@ def kv_super(m: Materials, l: int) -> Basis:
 def gate_kernel(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of W_down diag(g) W_up, g the mean activated gate over the clean probes."""
     w = m.layer(l)
-    gate = m.decoder.act(m.base.clean.up_in[l].to(w.gate.device).double() @ w.gate.T.double())
-    written = (w.down * gate.mean(dim=0)) @ w.up.double()
+    gate = m.decoder.act(m.base.clean.up_in[l].to(w.gate_wide) @ w.gate_wide.T)
+    written = (w.down_wide * gate.mean(dim=0)) @ w.up_wide
     return left_svd(written, m.k, m.rounding(written))
 
 
@@ -154,17 +157,16 @@ def attention_sink(m: Materials, l: int) -> Basis:
 
 def _sink_noise(m: Materials, l: int) -> Noise:
     """Of a head's write `W_o v`, `v = W_v e`: as of a product, times the embedding's norm, and the embedding's own."""
-    w, e = m.layer(l), m.decoder.embed_tokens.weight[m.sink_token].detach().double()
-    noise = m.product_noise(w.o, w.v)
+    e, noise = m.decoder.embed_tokens.weight[m.sink_token].detach().double(), m.product_noise(l, "o", "v")
     return replace(noise, sigma=noise.sigma * 2**0.5 * float(e.norm()))
 
 
 def _sink_writes(m: Materials, l: int) -> Tensor:
     """`W_o[:, h] (v[kv(h)] e)` for every head h, `(H, d)`."""
     w, dec = m.layer(l), m.decoder
-    e = dec.embed_tokens.weight[m.sink_token].detach().double().to(w.v.device)
-    values = (w.v.double() @ e).reshape(dec.n_kv, dec.head_dim)[_kv_of_heads(m)]
-    return torch.einsum("dhe,he->hd", w.o.double().reshape(m.d, dec.n_heads, dec.head_dim), values)
+    e = dec.embed_tokens.weight[m.sink_token].detach().to(w.v_wide)
+    values = (w.v_wide @ e).reshape(dec.n_kv, dec.head_dim)[_kv_of_heads(m)]
+    return torch.einsum("dhe,he->hd", w.o_wide.reshape(m.d, dec.n_heads, dec.head_dim), values)
 
 
 @candidate(family="W:write-not-read", source="external-v6-plan")
@@ -188,7 +190,7 @@ def attn_ov_heads(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the heads' OV maps side by side, key/value heads shared as the model shares them.
     Mends attn_ov_write, whose row-by-row repeat pairs a head with the wrong value rows."""
     w = m.layer(l)
-    return gram_basis(_heads_gram(m, w.o.T, w.v), m.k, noise=m.product_noise(w.o, w.v))
+    return gram_basis(_heads_gram(m, w.o_wide.T, w.v_wide), m.k, noise=m.product_noise(l, "o", "v"))
 
 
 @candidate(family="W:QK", source="v7b")
@@ -196,12 +198,12 @@ def qk_heads(m: Materials, l: int) -> Basis:
     """Top 8 left singular vectors of the heads' W_q^T W_k side by side, key heads shared as the model shares them.
     Mends qk_circuit, whose row-by-row repeat pairs a query with the wrong key rows."""
     w = m.layer(l)
-    return gram_basis(_heads_gram(m, w.q, w.k), m.k, noise=m.product_noise(w.q.T, w.k))
+    return gram_basis(_heads_gram(m, w.q_wide, w.k_wide), m.k, noise=m.product_noise(l, "q", "k"))
 
 
 def _heads_gram(m: Materials, own: Tensor, shared: Tensor) -> Tensor:
     """`sum_h M_h M_h^T` with `M_h = own_h^T shared_kv(h)`, both matrices' rows split by head; float64."""
-    a, b = (M.double().reshape(-1, m.decoder.head_dim, M.shape[1]) for M in (own, shared))
+    a, b = (M.reshape(-1, m.decoder.head_dim, M.shape[1]) for M in (own, shared))
     return sum(a[h].T @ (b[kv] @ b[kv].T) @ a[h] for h, kv in enumerate(_kv_of_heads(m)))
 
 

@@ -1,11 +1,15 @@
 """A block's weights in float32 and the float64 Grams of what candidates take singular vectors of. (docs/method.md section 4)"""
 
+from functools import reduce
+from threading import RLock
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ws.model.decoder import ROLES, Decoder
 from ws.model.wide import NARROW
+from ws.subspaces.eigen import gram, largest, spectral_norm
 from ws.subspaces.noise import FLOAT32_EPS, NARROW_TURN, Noise
 
 GRAMS = {"o_gram": "o", "kv_gram": "kv", "q_gram": "q"} | {f"{r}_gram": (r,) for r in ("down", "up", "gate")}
@@ -14,47 +18,56 @@ SUMS = {
     "qkv_gram": ("kv_gram", "q_gram"),
     "read_gram": ("qkv_gram", "up_gram", "gate_gram"),
 }
+WRITERS = ("o", "down")
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 
 
 def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
     """`sum M M^T` in float64."""
-    G = parts[0].new_zeros(len(parts[0]), len(parts[0]), dtype=torch.float64)
-    for columns in (c for M in parts for c in M.split(CHUNK, dim=1)):
-        block = columns.to(G.device).double()
-        # on the CPU numpy's product of a matrix with its own transpose does half the work
-        G += torch.from_numpy(block.numpy() @ block.numpy().T) if G.device.type == "cpu" else block @ block.T
-    return G
+    where = parts[0].device
+    return reduce(Tensor.add_, (gram(c.to(where).double()) for M in parts for c in M.split(CHUNK, dim=1)))
 
 
 class LayerWeights:
-    """One block's matrices, float32, by role (`q k v o gate up down`), and Grams `M M^T` of what they are made of.
+    """One block's matrices by role (`q k v o gate up down`), float32, as `o_wide` float64, their spectral norms `o_norm`, and
+    Grams `M M^T` of what they are made of.
 
     Grams: `o_gram`, `down_gram`, their sum `write_gram`; of the transposes `kv_gram`, `qkv_gram`, `up_gram`,
-    `gate_gram`, and `read_gram` = `S^T S`, `S = [q; k; v; up; gate]`. Made when first asked for; `release` lets the
-    matrices go (float32 copies where the model is of lower precision) and keeps the Grams.
+    `gate_gram`, and `read_gram` = `S^T S`, `S = [q; k; v; up; gate]`. Made when first asked for, by one thread at a time;
+    `release` lets the matrices go and keeps the rest.
     """
 
     def __init__(self, decoder: Decoder, l: int, fold_gain: bool):
-        self._decoder, self._l, self._fold = decoder, l, fold_gain
+        self._decoder, self._l, self._fold, self._lock = decoder, l, fold_gain, RLock()
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Tensor | float:
+        with self._lock:
+            if name not in self.__dict__:
+                self.__dict__[name] = self._made(name)
+            return self.__dict__[name]
+
+    def _made(self, name: str) -> Tensor | float:
+        role, _, what = name.partition("_")
         if name in SUMS:
-            return sum(getattr(self, part) for part in SUMS[name])
-        if name in ROLES:
-            made = self._decoder.weight(self._l, name)
-            if self._fold and name in ("o", "down"):
-                made = output_gain(self._decoder, self._l, name).to(made.device)[:, None] * made
-        elif name in GRAMS:
-            made = left_gram(*(getattr(self, r) if r in ("o", "down") else getattr(self, r).T for r in GRAMS[name]))
-        else:
+            first, second, *rest = (getattr(self, part) for part in SUMS[name])
+            return reduce(Tensor.add_, rest, first + second)
+        if name in GRAMS:
+            wide = {r: getattr(self, f"{r}_wide") for r in GRAMS[name]}
+            return left_gram(*(M if r in WRITERS else M.T for r, M in wide.items()))
+        if role not in ROLES or what not in ("", "wide", "norm"):
             raise AttributeError(name)
-        setattr(self, name, made)
-        return made
+        if what == "norm" and (own := f"{role}_gram") in GRAMS:
+            return largest(getattr(self, own)) ** 0.5
+        if what == "norm":
+            return spectral_norm(getattr(self, f"{role}_wide").float())
+        made = self._decoder.weight(self._l, role)
+        if self._fold and role in WRITERS:
+            made = output_gain(self._decoder, self._l, role).to(made.device)[:, None] * made
+        return made.double() if what else made
 
     def noise(self, gram: str) -> Noise:
         """Of what the named Gram is the Gram of."""
-        gains = [output_gain(self._decoder, self._l, role) for role in ("o", "down")] if self._fold else []
+        gains = [output_gain(self._decoder, self._l, role) for role in WRITERS] if self._fold else []
         gained = gram in ("o_gram", "down_gram", "write_gram") and any((g != 1).any() for g in gains)
         return weight_noise(self._decoder, getattr(self, gram).diagonal(), self.columns(gram), gained)
 
@@ -62,18 +75,16 @@ class LayerWeights:
         """Number of columns of what the named Gram is the Gram of."""
         if gram in SUMS:
             return sum(map(self.columns, SUMS[gram]))
-        return sum(self._decoder.linear(self._l, r).weight.shape[r in ("o", "down")] for r in GRAMS[gram])
+        return sum(self._decoder.linear(self._l, r).weight.shape[r in WRITERS] for r in GRAMS[gram])
 
     def release(self) -> None:
-        for role in ROLES:
-            self.__dict__.pop(role, None)
+        for name in (n for role in ROLES for n in (role, f"{role}_wide")):
+            self.__dict__.pop(name, None)
 
     def thin(self, needed: bool) -> None:
         """Let all go but, where it is needed again, `write_gram`."""
         kept = {"write_gram": self.write_gram} if needed else {}
-        for name in (*ROLES, *GRAMS, "write_gram"):
-            self.__dict__.pop(name, None)
-        self.__dict__.update(kept)
+        self.__dict__ = {name: x for name, x in self.__dict__.items() if name[0] == "_"} | kept
 
 
 def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:

@@ -4,7 +4,8 @@ weights live only while their layer is at work."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, partial
+from threading import RLock, local
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,7 @@ from ws.subspaces.algebra import Basis, gram_basis, pca
 from ws.subspaces.candidate import Candidate, get
 from ws.subspaces.captures import BaseCaptures
 from ws.subspaces.check import as_basis
-from ws.subspaces.eigen import spectral_norm
-from ws.subspaces.grams import GRAMS, LayerWeights, left_gram, weight_eps, weight_noise
+from ws.subspaces.grams import GRAMS, SUMS, LayerWeights, left_gram, weight_eps, weight_noise
 from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, Noise, rounding
 
 Captures = BaseCaptures | Callable[[], BaseCaptures] | None
@@ -24,8 +24,8 @@ GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyon
 
 
 class TooEarly(BaseException):
-    """What all layers add up to was asked for while they are still being added up. Beyond what a candidate's own `except
-    Exception` takes."""
+    """What all layers share was asked for while they are still being added up, or while candidates are built side by side.
+    Beyond what a candidate's own `except Exception` takes."""
 
 
 def check_widths(k: int, k_broad: int, d: int) -> None:
@@ -62,11 +62,10 @@ class Materials:
         self._layers: dict[int, LayerWeights] = {}
         self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
-        self._asking: list[Candidate] = []
-        self._downstream: dict[int, Basis] = {}  # while the pass over all layers is under way
-        self.visit: Callable[[int], bool] | None = (
-            None  # called when that pass is at a layer: whether it must come back
-        )
+        self._of_thread, self._locks = local(), {}
+        self._downstream: dict[int, Callable[[], Basis]] = {}  # while the pass over all layers is under way
+        self.closed = False  # what all share and is not there yet waits: it is made by all threads together
+        self.visit: Callable[[int], bool] | None = None  # called when that pass is at a layer: whether to come back
         self.asked: dict[str, set[str]] = {}  # candidate -> those it was composed of
 
     def __repr__(self) -> str:
@@ -79,13 +78,16 @@ class Materials:
         eps = weight_eps(self.decoder)
         return Noise(rounding(*parts, eps=eps), most=NARROW_TURN if eps > FLOAT32_EPS else MOST_TURN)
 
-    def product_noise(self, A: Tensor, B: Tensor) -> Noise:
-        """Of the product of two weight matrices: along any two directions `sqrt(sigma_A^2 |B|^2 + |A|^2 sigma_B^2)`."""
+    def product_noise(self, l: int, a: str, b: str, times: int = 1) -> Noise:
+        """Of the product of two of block l's matrices, of q the transpose, each row of the second so many times: along any two
+        directions `sqrt(sigma_A^2 |B|^2 + |A|^2 sigma_B^2)`."""
         if weight_eps(self.decoder) <= FLOAT32_EPS:
             return Noise()
-        a, b = (weight_noise(self.decoder, M.double().square().sum(dim=1), M.shape[1]) for M in (A, B))
-        size_a, size_b = map(spectral_norm, (A, B))
-        return Noise(sigma=((a.sigma * size_b) ** 2 + (b.sigma * size_a) ** 2) ** 0.5, most=NARROW_TURN)
+        w = self.layer(l)
+        A, B = w.q_wide.T if a == "q" else getattr(w, f"{a}_wide"), getattr(w, f"{b}_wide")
+        one, two = (weight_noise(self.decoder, torch.linalg.vector_norm(M, dim=1) ** 2, M.shape[1]) for M in (A, B))
+        size_a, size_b = getattr(w, f"{a}_norm"), getattr(w, f"{b}_norm") * times**0.5
+        return Noise(sigma=((one.sigma * size_b) ** 2 + (two.sigma * size_a) ** 2) ** 0.5, most=NARROW_TURN)
 
     def pca(self, X: Float[Tensor, "n d"], k: int | None = None) -> Basis:
         """Top `k` principal directions of activations of the model."""
@@ -97,6 +99,11 @@ class Materials:
         return gram_basis(getattr(w, gram), self.k, noise=w.noise(gram))
 
     @property
+    def _asking(self) -> list[Candidate]:
+        """What this thread is building, each asked for by the one before it."""
+        return self._of_thread.__dict__.setdefault("asking", [])
+
+    @property
     def base(self) -> BaseCaptures:
         """Captures of the unsteered model on the FIT probes: `clean`, and `pos`, `neg` under the personas. A candidate
         of one's own gets all three with the same probe in row i (a clean row once per persona pair)."""
@@ -106,6 +113,7 @@ class Materials:
         if self._base is None:
             raise ValueError("these materials hold no captures")
         if not isinstance(self._base, BaseCaptures):
+            self._open()
             self._base = self._base()
         return self._base.aligned if self._asking and not self._asking[-1].shipped else self._base
 
@@ -118,12 +126,17 @@ class Materials:
             )
         if self._gradients is None:
             raise ValueError("these materials hold no gradients: give `explain` the training pairs (pairs=...)")
+        self._open()
         return self._gradients(texts)
+
+    def _open(self) -> None:
+        if self.closed:
+            raise TooEarly
 
     def layer(self, l: int) -> LayerWeights:
         """Weights and Grams of block l. One block's weights are held at a time, Grams up to a budget."""
         if l not in self._layers:
-            if (len(self._layers) + 1) * len(GRAMS) * self.d * self.d * 8 > GRAM_BUDGET:
+            if (len(self._layers) + 1) * len(GRAMS | SUMS) * self.d * self.d * 8 > GRAM_BUDGET:
                 self._layers.clear()
             self._layers[l] = LayerWeights(self.decoder, l, self._fold)
         if self._at_work not in (None, self._layers[l]):
@@ -143,7 +156,9 @@ class Materials:
     def build(self, entry: Candidate, l: int) -> Basis:
         """A candidate's basis at layer l, built once, checked as it is made (`ws.subspaces.algebra.check_basis`)."""
         key = (entry.name, -1 if entry.shared else l)
-        if key not in self._composed:
+        with self._locks.setdefault(key, RLock()):  # the second to ask waits for the first
+            if key in self._composed:
+                return self._composed[key]
             self._asking.append(entry)
             try:
                 made = entry.build(self) if entry.shared else entry.build(self, l)
@@ -165,6 +180,7 @@ class Materials:
     @cached_property
     def unembed_gram(self) -> Tensor:
         """`W_lm^T W_lm`, accumulated over vocabulary chunks."""
+        self._open()
         return left_gram(self.decoder.logits_module().weight.detach().T)
 
     @property
@@ -174,27 +190,30 @@ class Materials:
     @cached_property
     def lm_broad(self) -> Basis:
         """lm64: top `k_broad` right singular vectors of the unembedding."""
+        self._open()
         return gram_basis(self.unembed_gram, self.k_broad, noise=self.unembed_noise)
 
     @cached_property
-    def _global(self) -> tuple[Tensor, Tensor, dict[int, Basis]]:
+    def _global(self) -> tuple[Tensor, Tensor, dict[int, Callable[[], Basis]]]:
         """One pass from the last layer down: all readers, all writers, readers downstream of each block."""
         if self._downstream:
             raise TooEarly
+        self._open()
         readers, columns = self.unembed_gram.clone(), self.decoder.vocab
-        writers, asking, self._asking = torch.zeros_like(readers), self._asking, []
+        writers, asking, self._of_thread = torch.zeros_like(readers), self._of_thread, local()
         try:
             for l in reversed(range(self.n_layers)):
-                noise = weight_noise(self.decoder, readers.diagonal(), columns)
-                self._downstream[l] = gram_basis(readers, self.k_broad, noise=noise)
-                columns += self.layer(l).columns("read_gram")
-                readers += self.layer(l).read_gram.to(readers.device)
-                writers += self.layer(l).write_gram.to(readers.device)
+                w, noise = self.layer(l), weight_noise(self.decoder, readers.diagonal(), columns)
+                read, write = w.read_gram.to(readers.device), w.write_gram.to(readers.device)
+                self._downstream[l] = cache(partial(gram_basis, readers, self.k_broad, noise=noise))
+                needed = self.visit and self.visit(l)
+                self._downstream[l]()  # before the sum goes on
+                columns, readers, writers = columns + w.columns("read_gram"), readers.add_(read), writers.add_(write)
                 if self.visit:
-                    self.layer(l).thin(needed=self.visit(l))
+                    w.thin(needed)
             return readers, writers, self._downstream
         finally:
-            self._asking, self._downstream = asking, {}
+            self._of_thread, self._downstream = asking, {}
 
     def noise_of_all(self, gram: str) -> Noise:
         """Of what `readers_gram` or `writers_gram` is the Gram of."""
@@ -216,9 +235,10 @@ class Materials:
 
     def downstream_broad(self, l: int) -> Basis:
         """down64(l): what the unembedding and the blocks after l read."""
-        return self._downstream[l] if l in self._downstream else self._global[2][l]
+        return (self._downstream if l in self._downstream else self._global[2])[l]()
 
     @cached_property
     def read_broad(self) -> Basis:
         """gr64: top `k_broad` eigenvectors of `readers_gram`."""
+        self._open()
         return gram_basis(self.readers_gram, self.k_broad, noise=self.noise_of_all("readers_gram"))
