@@ -100,7 +100,7 @@ def balanced(U: Float[Tensor, "out r"], s: Float[Tensor, " r"], Vh: Float[Tensor
 
 def _norm(M: Tensor) -> float:
     """Frobenius norm."""
-    m = M.numpy() if M.dtype != torch.bfloat16 else M.float().numpy()
+    m = (M.float() if M.dtype == torch.bfloat16 else M).numpy()
     return float(np.einsum("ij,ij->", m, m, dtype=np.float64)) ** 0.5
 
 

@@ -15,8 +15,8 @@ from ws.explanation import scores as sc
 from ws.subspaces.algebra import Basis, left_svd, principal_cos
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.check import skew
+from ws.subspaces.eigen import side_by_side
 from ws.subspaces.steered import CeilingMaterials
-from ws.subspaces.threads import side_by_side
 
 CLEAN = "layer_clean_resid_pca"  # what specificity projects out
 LARGEST = 3  # coordinates of the residual stream without which R_act is told too

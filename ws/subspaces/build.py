@@ -8,10 +8,10 @@ from functools import partial
 from ws.show.bars import tqdm
 from ws.subspaces.algebra import Basis
 from ws.subspaces.candidate import Candidate, registered
+from ws.subspaces.eigen import side_by_side
 from ws.subspaces.materials import Materials, TooEarly
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
-from ws.subspaces.threads import side_by_side
 
 # in the order of docs/method.md sections 5 and 12
 MODULES = ("from_weights", "from_activations", "compound", "from_gradients", "ceilings")
@@ -57,10 +57,8 @@ def build(
         if whole and materials.decoder.embed_tokens.weight.is_cpu:
             with side_by_side() as each:
                 materials.closed = True
-                try:
-                    list(each(one, [c for c in missing() if c.shipped]))
-                finally:
-                    materials.closed = False
+                list(each(one, [c for c in missing() if c.shipped]))
+                materials.closed = False
         for c in missing():
             one(c)
         if whole:
@@ -75,5 +73,5 @@ def build(
                 at(l, last=True)
         finally:
             if whole:
-                materials.visit = None
+                materials.visit, materials.closed = None, False
     return {name: [by_layer[l] for l in range(materials.n_layers)] for name, by_layer in bases.items()}

@@ -1,10 +1,16 @@
-"""Eigenpairs of symmetric matrices in float64: those that are asked for, and no others. (docs/method.md section 4)"""
+"""Eigenpairs of symmetric matrices in float64: those that are asked for, and no others (docs/method.md section 4). Several such
+problems take less time side by side, with one thread each, than one after the other with all threads."""
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
+from threading import Lock
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
 from scipy.linalg import LinAlgError, cython_lapack, eigh, eigh_tridiagonal, lapack
@@ -12,6 +18,37 @@ from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
+MOST = 4  # problems at a time
+ONE = Lock()  # the threads of a library are those of the whole process
+
+
+@cache
+def libraries() -> list[list[Callable]]:
+    """What tells and what sets the threads of the OpenBLAS of numpy and of scipy, where they bring one."""
+    files = [f for p in (np, scipy) for f in Path(p.__file__).parents[1].glob(f"{p.__name__}.libs/*openblas*")]
+    names = ["scipy_openblas_{}_num_threads" + "64_" * ("64_" in file.name) for file in files]
+    held = [(ctypes.CDLL(str(file)), name) for file, name in zip(files, names, strict=True)]
+    return [[getattr(x, n.format(do)) for do in ("get", "set")] for x, n in held if hasattr(x, n.format("set"))]
+
+
+@contextmanager
+def side_by_side() -> Iterator[Callable]:
+    """`map` by several threads, each with one thread for linear algebra; the usual one where there is one thread, or where a
+    library does not tell its threads."""
+    threads = torch.get_num_threads()
+    if threads < 2 or len(libraries()) < 2:
+        yield map
+        return
+    with ONE, ThreadPoolExecutor(min(threads, MOST), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        before = [(put, tell()) for tell, put in libraries()]
+        try:
+            for put, _ in before:
+                put(1)
+            yield pool.map
+        finally:
+            torch.set_num_threads(threads)
+            for put, n in before:
+                put(n)
 
 
 def eigenpairs(G: Tensor, first: int, last: int, every: bool = False) -> tuple[Tensor, Tensor]:
@@ -27,13 +64,10 @@ def eigenpairs(G: Tensor, first: int, last: int, every: bool = False) -> tuple[T
 @cache
 def _lapack(name: str):
     """A routine of LAPACK as scipy has it, called without the interpreter's lock: other threads go on meanwhile."""
-    held, api = cython_lapack.__pyx_capi__[name], ctypes.pythonapi
-    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    known = api.PyCapsule_GetName(held)
-    kinds = [ctypes.c_char_p if b"char" in part else ctypes.c_void_p for part in known.split(b",")]
-    return ctypes.CFUNCTYPE(None, *kinds)(api.PyCapsule_GetPointer(held, known))
+    held, api, of = cython_lapack.__pyx_capi__[name], ctypes.pythonapi, ctypes.py_object
+    known = ctypes.PYFUNCTYPE(ctypes.c_char_p, of)(("PyCapsule_GetName", api))(held)
+    where = ctypes.PYFUNCTYPE(ctypes.c_void_p, of, ctypes.c_char_p)(("PyCapsule_GetPointer", api))(held, known)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * (known.count(b",") + 1))(where)
 
 
 def _tridiagonal(G: np.ndarray, first: int, last: int, every: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -72,19 +106,15 @@ def gram(M: Float[Tensor, "a b"]) -> Float[Tensor, "a a"]:
 
 def spectral_norm(M: Float[Tensor, "a b"]) -> float:
     """Largest singular value in float32's precision, from the smaller Gram."""
-    size = float(M.abs().max()) if M.numel() else 0.0
-    if size == 0:
-        return 0.0
-    M = M / size  # squares of very small or large numbers leave float32
-    return size * largest(gram(M if M.shape[0] <= M.shape[1] else M.T)) ** 0.5
+    return largest(gram(M.double() if M.shape[0] <= M.shape[1] else M.double().T)) ** 0.5
 
 
 def largest(G: Float[Tensor, "d d"]) -> float:
     """Largest eigenvalue of a positive semidefinite matrix in float32's precision (Lanczos)."""
-    size = float(G.diagonal().max())
+    size = float(G.diagonal().max()) if len(G) else 0.0
     if size > 0 and G.device.type == "cpu" and len(G) > SMALL:
         start = np.random.default_rng(0).standard_normal(len(G)).astype(np.float32)
         with suppress(ArpackError):
             found = eigsh((G / size).float().numpy(), k=1, v0=start, tol=1e-5, return_eigenvectors=False)
             return size * max(float(found[0]), 0.0)
-    return max(float(torch.linalg.eigvalsh(G)[-1]), 0.0)
+    return max(float(torch.linalg.eigvalsh(G)[-1]), 0.0) if size > 0 else 0.0

@@ -56,10 +56,9 @@ class LayerWeights:
             return left_gram(*(M if r in WRITERS else M.T for r, M in wide.items()))
         if role not in ROLES or what not in ("", "wide", "norm"):
             raise AttributeError(name)
-        if what == "norm" and (own := f"{role}_gram") in GRAMS:
-            return largest(getattr(self, own)) ** 0.5
         if what == "norm":
-            return spectral_norm(getattr(self, f"{role}_wide").float())
+            own = f"{role}_gram"
+            return largest(getattr(self, own)) ** 0.5 if own in GRAMS else spectral_norm(getattr(self, f"{role}_wide"))
         made = self._decoder.weight(self._l, role)
         if self._fold and role in WRITERS:
             made = output_gain(self._decoder, self._l, role).to(made.device)[:, None] * made

@@ -129,8 +129,8 @@ class Materials:
         self._open()
         return self._gradients(texts)
 
-    def _open(self) -> None:
-        if self.closed:
+    def _open(self, also: bool = True) -> None:
+        if self.closed or not also:
             raise TooEarly
 
     def layer(self, l: int) -> LayerWeights:
@@ -190,15 +190,12 @@ class Materials:
     @cached_property
     def lm_broad(self) -> Basis:
         """lm64: top `k_broad` right singular vectors of the unembedding."""
-        self._open()
         return gram_basis(self.unembed_gram, self.k_broad, noise=self.unembed_noise)
 
     @cached_property
     def _global(self) -> tuple[Tensor, Tensor, dict[int, Callable[[], Basis]]]:
         """One pass from the last layer down: all readers, all writers, readers downstream of each block."""
-        if self._downstream:
-            raise TooEarly
-        self._open()
+        self._open(not self._downstream)
         readers, columns = self.unembed_gram.clone(), self.decoder.vocab
         writers, asking, self._of_thread = torch.zeros_like(readers), self._of_thread, local()
         try:
@@ -240,5 +237,4 @@ class Materials:
     @cached_property
     def read_broad(self) -> Basis:
         """gr64: top `k_broad` eigenvectors of `readers_gram`."""
-        self._open()
         return gram_basis(self.readers_gram, self.k_broad, noise=self.noise_of_all("readers_gram"))
