@@ -17,6 +17,7 @@ from ws.subspaces.algebra import MOST_TURN, Basis, bisector, compose, left_svd, 
 from ws.subspaces.build import build, candidates
 from ws.subspaces.candidate import get
 from ws.subspaces.captures import BaseCaptures, TextActs, capture_base
+from ws.subspaces.eigen import libraries, side_by_side
 from ws.subspaces.kept import make_shelf
 from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
@@ -34,6 +35,30 @@ def threads(n: int):
         torch.set_num_threads(before)
 
 
+def test_side_by_side_each_has_one_thread_and_afterwards_all_are_as_they_were():
+    def told() -> list[int]:
+        return [tell() for tell, _ in libraries()]
+
+    before = told()
+    try:
+        with threads(2):
+            for _, put in libraries():
+                put(2)
+            with side_by_side() as each:
+                assert list(each(abs, [-1, 2, -3])) == [1, 2, 3]
+                assert set(each(lambda _: torch.get_num_threads(), range(8))) <= ({1} if libraries() else {2}) and set(
+                    told()
+                ) <= {1}
+            with pytest.raises(ZeroDivisionError), side_by_side() as each:
+                list(each(lambda x: 1 / x, [1, 0, 2]))
+            assert set(told()) <= {2} and torch.get_num_threads() == 2
+        with threads(1), side_by_side() as each:
+            assert each is map
+    finally:
+        for (_, put), n in zip(libraries(), before, strict=True):
+            put(n)
+
+
 @pytest.fixture(scope="module")
 def lm():
     return load_lm("tiny", "float32", "cpu")
@@ -46,6 +71,20 @@ def behavior():
     topics = (*b.topics[:12], *b.topics[b.n_train_topics :])
     return replace(
         b, topics=topics, n_train_topics=12, personas_pos=b.personas_pos[:1], personas_neg=b.personas_neg[:1]
+    )
+
+
+def test_what_all_layers_share_is_made_once_whoever_asks_first(lm):
+    """Also where no shared candidate asks: the pass over all layers starts while a basis is on its way."""
+    names = ("write_not_global_read", "write", "write_not_downstream_read", "write_not_lm_head_read")
+    found = {}
+    for n in (1, 2):
+        with threads(n):
+            found[n] = build(Materials(lm.decoder, None, 0), [c for c in candidates("v7") if c.name in names], False)
+    assert all(
+        1 - same_span(a.B.double(), b.B.double()) < SAME
+        for name in names
+        for a, b in zip(found[1][name], found[2][name], strict=True)
     )
 
 

@@ -13,11 +13,8 @@ from ws.subspaces.eigen import gram, largest, spectral_norm
 from ws.subspaces.noise import FLOAT32_EPS, NARROW_TURN, Noise
 
 GRAMS = {"o_gram": "o", "kv_gram": "kv", "q_gram": "q"} | {f"{r}_gram": (r,) for r in ("down", "up", "gate")}
-SUMS = {
-    "write_gram": ("o_gram", "down_gram"),
-    "qkv_gram": ("kv_gram", "q_gram"),
-    "read_gram": ("qkv_gram", "up_gram", "gate_gram"),
-}
+SUMS = {"write_gram": ("o_gram", "down_gram"), "qkv_gram": ("kv_gram", "q_gram")}
+SUMS |= {"read_gram": ("qkv_gram", "up_gram", "gate_gram")}
 WRITERS = ("o", "down")
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
 

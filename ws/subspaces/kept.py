@@ -62,11 +62,7 @@ def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
     names = {other.name: other for other in registered()}
     read = ["ws.subspaces.captures.capture_base"] if "prompts" in c.sees else []
     if reads_gradients(c):
-        read += [
-            "ws.gradient.capture.pair_gradients",
-            "ws.gradient.capture.text_gradients",
-            "ws.gradient.sets.GradientSets",
-        ]
+        read += [f"ws.gradient.{x}" for x in ("capture.pair_gradients", "capture.text_gradients", "sets.GradientSets")]
     found, parts, todo = walk("ws.subspaces.materials.Materials", *read), {}, [c]
     while todo:
         one = todo.pop()

@@ -4,7 +4,7 @@ weights live only while their layer is at work."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from threading import RLock, local
 
 import torch
@@ -26,6 +26,17 @@ GRAM_BUDGET = 4 << 30  # bytes of per-layer Grams kept between the passes; beyon
 class TooEarly(BaseException):
     """What all layers share was asked for while they are still being added up, or while candidates are built side by side.
     Beyond what a candidate's own `except Exception` takes."""
+
+
+def once(make: Callable) -> property:
+    """A property made once per object. That of functools locks up to Python 3.11 what a thread would wait for."""
+
+    def get(self):
+        if make not in self.made:
+            self.made[make] = make(self)
+        return self.made[make]
+
+    return property(get, doc=make.__doc__)
 
 
 def check_widths(k: int, k_broad: int, d: int) -> None:
@@ -62,7 +73,7 @@ class Materials:
         self._layers: dict[int, LayerWeights] = {}
         self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
-        self._of_thread, self._locks = local(), {}
+        self._of_thread, self._locks, self.made = local(), {}, {}
         self._downstream: dict[int, Callable[[], Basis]] = {}  # while the pass over all layers is under way
         self.closed = False  # what all share and is not there yet waits: it is made by all threads together
         self.visit: Callable[[int], bool] | None = None  # called when that pass is at a layer: whether to come back
@@ -177,7 +188,7 @@ class Materials:
         """Let go what was built for layer l alone."""
         self._composed = {key: basis for key, basis in self._composed.items() if key[1] != l}
 
-    @cached_property
+    @once
     def unembed_gram(self) -> Tensor:
         """`W_lm^T W_lm`, accumulated over vocabulary chunks."""
         self._open()
@@ -187,12 +198,12 @@ class Materials:
     def unembed_noise(self) -> Noise:
         return weight_noise(self.decoder, self.unembed_gram.diagonal(), self.decoder.vocab)
 
-    @cached_property
+    @once
     def lm_broad(self) -> Basis:
         """lm64: top `k_broad` right singular vectors of the unembedding."""
         return gram_basis(self.unembed_gram, self.k_broad, noise=self.unembed_noise)
 
-    @cached_property
+    @once
     def _global(self) -> tuple[Tensor, Tensor, dict[int, Callable[[], Basis]]]:
         """One pass from the last layer down: all readers, all writers, readers downstream of each block."""
         self._open(not self._downstream)
@@ -234,7 +245,7 @@ class Materials:
         """down64(l): what the unembedding and the blocks after l read."""
         return (self._downstream if l in self._downstream else self._global[2])[l]()
 
-    @cached_property
+    @once
     def read_broad(self) -> Basis:
         """gr64: top `k_broad` eigenvectors of `readers_gram`."""
         return gram_basis(self.readers_gram, self.k_broad, noise=self.noise_of_all("readers_gram"))
