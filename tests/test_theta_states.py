@@ -88,6 +88,30 @@ def test_states_predict_the_user_s_own_words_and_nothing_else(lm, batch):
     assert len(every.y) > len(states.y) and lm.tokenizer.decode(every.y[every.text == 1]).endswith("No.")
 
 
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_a_prompt_that_several_answer_is_read_once(lm, monkeypatch, mask_prompt):
+    """The states are those of each text by itself, in the texts' order, in fewer tokens."""
+    prompt, answers = (
+        "Tell me about the weather in the mountains, please.",
+        ("It is mild.", "It", "Snow falls, I hear."),
+    )
+    items = [UserText("a", prompt, a) for a in answers] + [
+        UserText("b", "Hi", "Hello."),
+        UserText("b", prompt, "It snows."),
+    ]
+    read, body = [], lm.model.get_decoder()
+    forward = body.forward
+    monkeypatch.setattr(
+        body, "forward", lambda *args, **more: read.append(more["input_ids"].numel()) or forward(*args, **more)
+    )
+    together = record_states(lm, items, mask_prompt=mask_prompt, progress=False)
+    fewer = sum(read)
+    alone = [record_states(lm, [item], mask_prompt=mask_prompt, progress=False) for item in items]
+    assert torch.allclose(together.h, torch.cat([one.h for one in alone]), atol=1e-5)
+    assert torch.equal(together.y, torch.cat([one.y for one in alone]))
+    assert not mask_prompt or fewer < sum(read) - fewer - 20
+
+
 @pytest.fixture
 def passes(lm, monkeypatch):
     """One entry for every batch that goes through the model's body."""

@@ -10,8 +10,9 @@ and everything later works on these alone: the model is not run again. docs/meth
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ from ws.cache.made import kept
 from ws.cache.places import ASSETS
 from ws.model.guard import check_plain
 from ws.model.lm import LM
+from ws.model.prefix import reads_each
 from ws.model.text import chat_text, encode
+from ws.model.together import passes, together
 from ws.show.bars import tqdm
 from ws.theta.live import check_plain_logits
 
@@ -147,7 +150,10 @@ def record_states(
     y, index = torch.cat(targets), torch.repeat_interleave(torch.tensor([len(t) for t in targets]))
     blocks = _state_blocks(lm, rows, batch, progress)
     if path is None or not (model := lm.fingerprint):
-        return States(torch.cat(list(blocks)), y, index)
+        h = torch.empty(len(y), lm.decoder.d)
+        for start, part in blocks:
+            h[start : start + len(part)] = part
+        return States(h, y, index)
     params = {"model": model, "rows": rows, "batch": batch}
     key = stage_key(params, code=["ws.theta.states._state_blocks", "ws.theta.states._write_states"])
     h = kept(path, key, lambda target: _write_states(target, blocks, (len(y), lm.decoder.d)), _read_states)
@@ -169,20 +175,29 @@ def record_users(
     return train, rest
 
 
-def _state_blocks(lm: LM, rows: list[tuple[list[int], int]], batch: int, progress: bool):
-    """The kept states of each batch of texts, float32 on the CPU, in order."""
+def _state_blocks(
+    lm: LM, rows: list[tuple[list[int], int]], batch: int, progress: bool
+) -> Iterator[tuple[int, Float[Tensor, "t d"]]]:
+    """Of every text where its kept states begin in the record, and these, float32 on the CPU; what prompts begin with is read
+    once for all of them."""
     module, body = check_plain_logits(lm.model), lm.model.get_decoder()
-    for start in tqdm(range(0, len(rows), batch), "hidden states", disable=not progress):
-        part = rows[start : start + batch]
-        ids = [torch.tensor(row, device=lm.device) for row, _ in part]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        ids = pad_sequence(ids, batch_first=True)  # padded with 0, which is masked out
-        with torch.no_grad():
-            h = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            if start == 0:
-                logits = lm.model(input_ids=ids[:1], attention_mask=mask[:1], use_cache=False).logits
-                _check_logits(lm, module(h[:1]), logits)
-        yield torch.cat([h[i, first - 1 : len(row) - 1] for i, (row, first) in enumerate(part)]).float().cpu()
+    texts = [torch.tensor(ids) for ids, _ in rows]
+    mask = pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
+    ids = pad_sequence(texts, batch_first=True)  # padded with 0, which is masked out
+    starts = [0, *accumulate(len(own) - first for own, first in rows)]
+    width = ids.shape[1]
+    window = getattr(body.config, "sliding_window", None) or width + 1  # beyond it a cache forgets
+    groups = together(ids, mask, window > width and not reads_each(lm.model, width))
+    groups = [(min(first, *(rows[i][1] - 1 for i in those)), those) for first, those in groups]
+    every = passes(ids, mask, groups, lambda n, _length, _first: n <= batch)
+    with torch.no_grad():
+        alone = {"input_ids": texts[0][None].to(lm.device), "use_cache": False}
+        _check_logits(lm, module(body(**alone).last_hidden_state), lm.model(**alone).logits)
+        for one in tqdm(every, "hidden states", disable=not progress):
+            h = one.run(body, lm.device).last_hidden_state
+            for i, of_text in zip(() if one.leads else one.places, h, strict=False):
+                own, first = rows[i]
+                yield starts[i], of_text[first - 1 - one.first : len(own) - 1 - one.first].float().cpu()
 
 
 def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:
@@ -192,14 +207,15 @@ def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:
         raise ValueError(f"{type(lm.model).__name__}: {wrong}")
 
 
-def _write_states(path: Path, blocks: Iterable[Tensor], shape: tuple[int, int]) -> None:
-    """A safetensors file with one float32 tensor `h`, written block by block: it never stands in memory whole."""
+def _write_states(path: Path, blocks: Iterable[tuple[int, Tensor]], shape: tuple[int, int]) -> None:
+    """A safetensors file with one float32 tensor `h`, written text by text: it never stands in memory whole."""
     T, d = shape
     header = json.dumps({"h": {"dtype": "F32", "shape": [T, d], "data_offsets": [0, T * d * 4]}}).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for block in blocks:
+        for start, block in blocks:
+            file.seek(8 + len(header) + start * d * 4)
             file.write(np.ascontiguousarray(block.numpy()).tobytes())
 
 
