@@ -157,6 +157,10 @@ def test_fits_choice_and_deals_are_those_of_the_whole_vocabulary(states, large, 
     assert float((deals[0] - deals[1]).norm() / deals[1].norm()) < 1e-2
     kept = [controls.permuted_thetas(quick, heads["cvh"], cfg, n, 0, tmp_path / "deals") for n in (4, 4)]
     assert torch.equal(kept[0], kept[1]) and torch.allclose(kept[0], deals[0], atol=1e-6)
+    own, *same = controls.permuted_thetas(quick, heads["cvh"], cfg, 4, 0, own_too=True)
+    assert torch.allclose(torch.stack(same), deals[0], atol=1e-5)
+    fitted = torch.stack([fits[0][user, "cvh"].adam.theta for user in USERS])
+    assert 0 < float((own - fitted).norm() / fitted.norm()) < 1e-2
 
 
 def test_more_tokens_have_fewer_likeliest_words(states, monkeypatch):

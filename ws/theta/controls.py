@@ -100,14 +100,16 @@ def permuted_thetas(
     seed: int,
     folder: Path | None = None,
     progress: bool = False,
+    own_too: bool = False,
 ) -> Float[Tensor, "draws users D"]:
     """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike. What
     such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains beyond
     it is the user's. The first deals of a seed are the same however many are drawn. folder: where they are kept, CHUNK
     by CHUNK (over a large vocabulary TOGETHER, which are fitted at once, by an expansion that is anchored at the fit of all
-    texts as one user's), so that a run that was stopped goes on, and one that asks for more adds to them."""
+    texts as one user's), so that a run that was stopped goes on, and one that asks for more adds to them. own_too: before
+    the deals, as one more of them, each user's own texts, so that they are fitted as all others are."""
     (number, home), gen = numbered_texts(train.states), torch.Generator().manual_seed(seed)
-    deals = [home[torch.randperm(len(home), generator=gen)] for _ in range(draws)]
+    deals = [home] * own_too + [home[torch.randperm(len(home), generator=gen)] for _ in range(draws)]
     users, together = len(train.states), train.large
 
     @cache
@@ -119,8 +121,8 @@ def permuted_thetas(
         return replace(found, quick=anchored(pooled, adam_thetas(pooled, cfg), cfg)[0].quick)
 
     out, size = [], TOGETHER if together else CHUNK
-    with tqdm(total=draws, desc=f"permuted users, {head.name}", disable=not progress) as bar:
-        for start in range(0, draws, size):
+    with tqdm(total=len(deals), desc=f"permuted users, {head.name}", disable=not progress) as bar:
+        for start in range(0, len(deals), size):
             some = deals[start : start + size]
 
             def fit(some: list[Tensor] = some) -> Float[Tensor, "deals users D"]:

@@ -38,12 +38,15 @@ def controls(
     folder: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "rows texts"]]:
-    """Per head: `control_gains` of the fitted thetas and of `draws` permuted ones, both by Adam. folder: where the
-    permuted ones are kept."""
+    """Per head: `control_gains` of the users' own thetas and of `draws` permuted ones, both by Adam. folder: where the permuted
+    ones are kept."""
     held, cfg, gains = found.heldout, found.config, {}
     for name in heads:
-        permuted = permuted_thetas(train, found.heads[name], cfg, draws, seed, folder, progress)
-        gains[name] = control_gains(held, found.heads[name], cfg, found.stacked(name), permuted)
+        head, own = found.heads[name], found.stacked(name)
+        permuted = permuted_thetas(train, head, cfg, draws, seed, folder, progress, own_too=train.large)
+        if train.large:  # by an expansion all are fitted alike, so that nothing but the deal tells them apart
+            own, permuted = permuted[0], permuted[1:]
+        gains[name] = control_gains(held, head, cfg, own, permuted)
     return gains
 
 
