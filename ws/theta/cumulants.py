@@ -22,7 +22,7 @@ LARGE = 16384  # words; smaller vocabularies are summed whole
 LIKELIEST = 256  # words of a token that are summed one by one
 MOST = 1 << 21  # of them for all tokens together; more tokens have fewer words each, at least LEAST
 LEAST = 32
-TOKENS = 4096  # per block of the moments, and words
+TOKENS = 1280  # per block of the moments (so much of a base on disk is in memory at a time), and words
 WORDS = 1024
 BLOCK = 128  # tokens per block of a step
 
