@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.subspaces.algebra import Basis, project_away, random_basis
+from ws.subspaces.algebra import Basis, project_away
 
 EPS = 1e-12
 SPAN_TOLERANCE = 1e-2  # singular values of w above this fraction of the largest span it
@@ -157,8 +157,9 @@ def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int =
     generator = torch.Generator().manual_seed(zlib.crc32(f"{label}/{r}/{seed}".encode()))
     d, values = target.F.shape[0], []
     for few in torch.arange(draws).split(MOST_DRAWS):
-        B = torch.cat([random_basis(d, r, generator).B for _ in few], dim=1).double()
-        values.append((B.T @ target.F).square().reshape(len(few), -1).sum(dim=1) * target.dim / r)
+        X = torch.stack([torch.randn(d, r, generator=generator, dtype=torch.float64) for _ in few])
+        B = torch.linalg.qr(X).Q.float().double()  # as `random_basis` has it
+        values.append((B.mT @ target.F).square().sum(dim=(1, 2)) * target.dim / r)
     return torch.cat(values)
 
 
