@@ -167,7 +167,7 @@ def test_more_tokens_have_fewer_likeliest_words(states, monkeypatch):
     W, found = states
     logp = Recorded(found, W).base.logp
     p, words = likeliest(logp)
-    assert p.shape == words.shape == (480, 256) and torch.equal(logp.gather(1, words).exp(), p)
+    assert p.shape == words.shape == (480, 128) and torch.equal(logp.gather(1, words).exp(), p)
     monkeypatch.setattr(cumulants, "MOST", 480 * 40)
     assert likeliest(logp)[0].shape == (480, 40)
     monkeypatch.setattr(cumulants, "MOST", 100)

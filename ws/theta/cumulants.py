@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LARGE = 16384  # words; smaller vocabularies are summed whole
-LIKELIEST = 256  # words of a token that are summed one by one
-MOST = 1 << 21  # of them for all tokens together; more tokens have fewer words each, at least LEAST
+LIKELIEST = 128  # words of a token that are summed one by one
+MOST = 1 << 20  # of them for all tokens together; more tokens have fewer words each, at least LEAST
 LEAST = 32
 TOKENS = 1280  # per block of the moments (so much of a base on disk is in memory at a time), and words
 WORDS = 1024
@@ -117,6 +117,7 @@ def moments(
     T, D = len(logp), C.shape[1]
     i, j = torch.triu_indices(D, D, device=C.device)
     mass, mean, cov = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D, D)
+    squares = C.new_empty(WORDS, len(i))
     for rows in _blocks(T, TOKENS):
         likely, first, second = words[rows], mean[rows], C.new_zeros(rows.stop - rows.start, len(i))
         for some in _blocks(len(C), WORDS):
@@ -125,7 +126,7 @@ def moments(
             p[t, likely[t, k] - some.start] = 0
             mass[rows] += p.sum(1)
             first.addmm_(p, c)
-            second.addmm_(p, c[:, i] * c[:, j])
+            second.addmm_(p, _products(c, squares[: len(c)]))
             unmap(logp)
         left = mass[rows].clamp(min=1e-30)[:, None]
         first /= left
@@ -134,3 +135,12 @@ def moments(
         cov[rows, j, i] = second
         cov[rows] -= first[:, :, None] * first[:, None]
     return mass, mean, cov
+
+
+def _products(c: Float[Tensor, "v D"], out: Float[Tensor, "v q"]) -> Float[Tensor, "v q"]:
+    """Products of every two entries of each row, the upper triangle row by row."""
+    at, D = 0, c.shape[1]
+    for i in range(D):
+        torch.mul(c[:, i : i + 1], c[:, i:], out=out[:, at : at + D - i])
+        at += D - i
+    return out

@@ -88,10 +88,19 @@ class Problem:
     name: str
 
     def sums(self, X: Float[Tensor, "T D"]) -> tuple[Float[Tensor, " T"], Float[Tensor, "T D"]]:
-        """`lse(logp + X C^T)` and `C^T softmax(logp + X C^T)` of every token."""
-        if not X.any():
-            return self.lse0, self.m0
-        return self.quick(X) if self.quick else lse_and_mean(self.base.logp, X, self.C)
+        """`lse(logp + X C^T)` and `C^T softmax(logp + X C^T)` of every token; blocks of tokens whose X is 0 are known."""
+        if self.quick:
+            return self.quick(X) if X.any() else (self.lse0, self.m0)
+        moved = X.any(dim=1)
+        if moved.all():
+            return lse_and_mean(self.base.logp, X, self.C)
+        lse, mean = self.lse0.clone(), self.m0.clone()
+        for start in range(0, len(X), TOKENS):
+            rows = slice(start, start + TOKENS)
+            if moved[rows].any():
+                lse[rows], mean[rows] = lse_and_mean(self.base.logp[rows], X[rows], self.C)
+                unmap(self.base.logp)
+        return lse, mean
 
     @property
     def users(self) -> int:

@@ -209,9 +209,15 @@ def _newton(
     along the last step. Steps that lead no further end it, and raise where it is the last."""
     users, theta = problem.users, at.theta
 
-    def look(theta: Tensor) -> Terms:
-        terms = evaluate(problem, theta, cfg)
-        return replace(terms, grad=terms.grad.double())
+    def look(theta: Tensor, known: Terms | None = None, asked: list[int] | None = None) -> Terms:
+        """The terms at theta; asked: of these users only, who alone have moved, the others' being known."""
+        still = torch.ones(users, dtype=torch.bool, device=theta.device)
+        still[asked if asked is not None else slice(None)] = False
+        terms = evaluate(problem, theta.masked_fill(still[:, None], 0.0), cfg)  # at 0 nothing has to be summed
+        if known is None:
+            return replace(terms, grad=terms.grad.double())
+        pairs = ((getattr(known, k), getattr(terms, k)) for k in ("loss", "ce", "kl", "grad"))
+        return Terms(*(torch.where(still.view(-1, *[1] * (new.ndim - 1)), old, new.to(old)) for old, new in pairs))
 
     start = look(torch.zeros_like(theta)).grad.norm(dim=1).clamp(min=1e-300)
     terms = look(theta)
@@ -242,7 +248,7 @@ def _newton(
         slope = (terms.grad * (goal - theta)).sum(1)
         for _ in range(40 if last else 4):
             trial = theta + size[:, None] * (goal - theta)
-            new = look(trial)
+            new = look(trial, terms, active)
             now = ratios(trial, new.grad)
             falls = new.loss <= terms.loss + 1e-4 * size * slope
             level = new.loss <= terms.loss + ROUNDING * terms.loss.abs()
