@@ -46,6 +46,8 @@ def test_each_text_of_a_batch_wears_its_own_theta(llama, ids, name):
         with torch.no_grad(), wear(llama, head, theta, gamma=0.5):
             assert torch.allclose(llama(ids[i : i + 1]).logits[0], together[i], atol=1e-4)
             assert torch.equal(llama.generate(ids[i : i + 1], max_new_tokens=4, do_sample=False)[0], written[i])
+    with wear(llama, head, thetas), pytest.raises(ValueError, match="2 thetas for a batch of 1 texts"):
+        llama(ids[:1])
 
 
 @pytest.mark.parametrize("name", NAMES)

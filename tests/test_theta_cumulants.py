@@ -1,22 +1,27 @@
 """Large vocabularies: the expansion over the likeliest words and the moments of the others, and what is fitted by it."""
 
+import pickle
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from ws.theta import adam as adam_module
-from ws.theta import controls, cumulants, recorded
+from ws.theta import controls, cumulants, fit, recorded
 from ws.theta.adam import adam, anchored
 from ws.theta.compare import make_heldout
 from ws.theta.cumulants import Cumulants, likeliest, moments
 from ws.theta.fit import FitConfig, evaluate, fit_adam, lse_and_mean
+from ws.theta.fitted import ThetaFits
 from ws.theta.heads import all_heads
 from ws.theta.optimum import as_float64, fit_optimum, hessian, quick_hessians
 from ws.theta.recorded import Recorded, dealt
 from ws.theta.states import States
 from ws.theta.users import fit_users
-from ws.theta.verdict import control_gains
+from ws.theta.verdict import control_gains, control_table
+from ws.theta.verdict import controls as controls_of
 
 V, d, D, USERS = 700, 24, 8, ("ann", "bob", "cy")
 
@@ -185,3 +190,56 @@ def test_permuted_gains_are_those_of_the_whole_vocabulary(states, large):
     )
     assert torch.equal(got[0], want[0]) and got.shape == want.shape == (61, 24)
     assert float((got - want).mean(1).abs().max()) < 2e-3 * float(want.abs().mean())
+
+
+@pytest.mark.parametrize("name,alpha", [("cvh", 30.0), ("unconditional", 20.0), ("cvh", 300.0)])
+def test_far_from_the_base_fits_choice_and_deals_go_over_all_words(states, large, name, alpha):
+    """There Adam's way is another by the expansion, though it may end where the gradient agrees; or exponentials overflow."""
+    W, found = states
+    heads, cfg = {name: all_heads(W, D, alpha)[name]}, FitConfig()
+    quick, whole = Recorded(found, W), Recorded(found, W, expand=False)
+    fits, want = adam(quick.problem(heads[name]), cfg)[0], fit_adam(whole.problem(heads[name]), cfg)
+    for a, b in zip(fits, want, strict=True):
+        assert float((a.theta - b.theta).norm() / b.theta.norm()) < 1e-3
+    deals, exact = (controls.permuted_thetas(r, heads[name], cfg, 2, 0) for r in (quick, whole))
+    assert float((deals - exact).norm() / exact.norm()) < 1e-3
+    gains = [controls.choose_head(r, heads, cfg).gains["gain"][0] for r in (quick, whole)]
+    assert gains[0] == pytest.approx(gains[1], abs=1e-4)
+    rest = [make_heldout(Recorded(found, W, expand=e)) for e in (True, False)]
+    got, sure = (control_gains(held, heads[name], cfg, exact[0], exact) for held in rest)
+    assert torch.isfinite(sure).all() and torch.isfinite(got).all()
+
+
+def test_a_deal_that_is_the_own_again_is_a_tie(states, large):
+    """Two users of two texts each: six of 24 deals or so leave both users their own."""
+    W, found = states
+    two = {u: found[u].of_texts([0, 1]) for u in USERS[:2]}
+    rest = {u: found[u].of_texts([6, 7]) for u in USERS[:2]}
+    head, cfg, p = all_heads(W, D, 0.3)["unconditional"], FitConfig(), []
+    for expand in (True, False):
+        train, held = Recorded(two, W, expand=expand), make_heldout(Recorded(rest, W, expand=expand))
+        fits = ThetaFits(fit_users(train, {"h": head}, cfg, Path(tempfile.mkdtemp()), False), {"h": head}, held, cfg)
+        p.append(control_table(held, controls_of(train, fits, ["h"], 59, 3))["p"][0])
+    assert p[0] == p[1] > 0.1
+
+
+def test_keys_know_the_users_order_and_whether_it_is_an_expansion(states, large, tmp_path):
+    W, found = states
+    head, cfg = all_heads(W, D, 0.3)["cvh"], FitConfig(steps=5)
+    ways = Recorded(found, W), Recorded(dict(reversed(found.items())), W), Recorded(found, W, expand=False)
+    deals = [controls.permuted_thetas(r, head, cfg, 3, 0, tmp_path) for r in ways]
+    assert all(torch.equal(a, controls.permuted_thetas(r, head, cfg, 3, 0)) for a, r in zip(deals, ways, strict=True))
+    fits = [fit_users(r, {"cvh": head}, cfg, tmp_path, False)["ann", "cvh"].adam.theta for r in ways[::2]]
+    assert not torch.equal(*fits)
+
+
+def test_a_base_on_disk_is_copied_and_used_like_any_other(states, large, monkeypatch):
+    W, found = states
+    want = Recorded(found, W).problem(all_heads(W, D, 0.3)["cvh"])
+    monkeypatch.setattr(fit, "BASE_MB", 0)
+    train = Recorded(found, W)
+    base = pickle.loads(pickle.dumps(train.base))
+    assert torch.equal(base.logp, train.base.logp) and train.base.logp in cumulants.MAPPED
+    theta = torch.ones(3, D)
+    assert torch.equal(evaluate(train.problem(all_heads(W, D, 0.3)["cvh"]), theta, FitConfig()).grad,
+                       evaluate(want, theta, FitConfig()).grad)  # fmt: skip

@@ -73,7 +73,7 @@ class Materials:
         self._layers: dict[int, LayerWeights] = {}
         self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
-        self._of_thread, self._locks, self.made = local(), {}, {}
+        self._of_thread, self._locks, self._begun, self.made = local(), {}, set(), {}
         self._downstream: dict[int, Callable[[], Basis]] = {}  # while the pass over all layers is under way
         self.closed = False  # what all share and is not there yet waits: it is made by all threads together
         self.visit: Callable[[int], bool] | None = None  # called when that pass is at a layer: whether to come back
@@ -167,14 +167,19 @@ class Materials:
     def build(self, entry: Candidate, l: int) -> Basis:
         """A candidate's basis at layer l, built once, checked as it is made (`ws.subspaces.algebra.check_basis`)."""
         key = (entry.name, -1 if entry.shared else l)
+        if self.closed and key in self._begun:  # by who waits for this thread
+            raise TooEarly
         with self._locks.setdefault(key, RLock()):  # the second to ask waits for the first
             if key in self._composed:
                 return self._composed[key]
+            first = not self.closed and key not in self._begun
+            self._begun |= {key} if first else set()
             self._asking.append(entry)
             try:
                 made = entry.build(self) if entry.shared else entry.build(self, l)
             finally:
                 self._asking.pop()
+                self._begun -= {key} if first else set()
             made = as_basis(made, self.d, entry.name if entry.shared else f"{entry.name} at layer {l}")
             coarser = weight_eps(self.decoder) / FLOAT32_EPS
             if coarser > 1 and made.turn and made.most < NARROW_TURN:  # one's own, which spoke of float32's rounding

@@ -19,10 +19,8 @@ from ws.theta.adam import anchored
 from ws.theta.fit import FitConfig, Problem, ce_and_kl, evaluate, lse_and_mean, target_logp
 from ws.theta.heads import Head
 from ws.theta.intervals import Interval, t_interval
-from ws.theta.recorded import Recorded, dealt
+from ws.theta.recorded import Recorded, at_once, dealt
 from ws.theta.states import States
-
-ROWS = 50  # scored at once by an expansion
 
 # ---- scale -------------------------------------------------------------------------------------------------------
 
@@ -106,13 +104,14 @@ def score_near(
     if not heldout.rest.large:
         return score(heldout, head, thetas, cfg)[0]
     near, _ = anchored(heldout.rest.problem(head, heldout.text), own, cfg)
-    rows = [
-        evaluate(dealt(near, heldout.text.expand(len(some), -1), len(own)), some.flatten(0, 1), cfg).ce.unflatten(
-            0, (-1, len(own))
-        )
-        for some in thetas.split(ROWS)
-    ]
-    return torch.cat(rows).cpu()
+    found, texts = [], len(own)
+    for some in thetas.split(at_once(len(heldout.text))):
+        try:
+            problem = dealt(near, heldout.text.expand(len(some), -1), texts)
+            found.append(evaluate(problem, some.flatten(0, 1), cfg).ce.unflatten(0, (-1, texts)).cpu())
+        except ValueError:  # an exponential that overflowed, far out
+            found.append(score(heldout, head, some, cfg)[0])
+    return torch.cat(found)
 
 
 def by_user(heldout: Heldout, values: Float[Tensor, "*rows texts"]) -> Float[Tensor, "*rows users"]:

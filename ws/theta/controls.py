@@ -8,7 +8,7 @@ the training texts dealt to the users at random, fitted alike. docs/method.md se
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import polars as pl
@@ -21,16 +21,15 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.cache.sources import code_key
 from ws.show.bars import tqdm
-from ws.theta.adam import anchored
+from ws.theta.adam import anchored, near_fits
 from ws.theta.compare import by_user, make_heldout, numbered_texts, score
 from ws.theta.fit import FitConfig, Problem, fit_adam
 from ws.theta.heads import Head
-from ws.theta.recorded import Recorded, dealt
+from ws.theta.recorded import Recorded, at_once, dealt
 from ws.theta.users import head_identity
 
 FOLDS = 4  # of each user's training texts; a user with fewer texts has as many, each left out once
 CHUNK = 5  # deals in one kept file: what a killed run does again, at most
-TOGETHER = 50  # the same where deals are fitted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,22 +104,13 @@ def permuted_thetas(
     """Control: training texts dealt to the users at random (each keeps its number of texts), fitted by Adam alike. What
     such thetas gain on held-out texts is what any user's texts would teach; only what a user's own theta gains beyond
     it is the user's. The first deals of a seed are the same however many are drawn. folder: where they are kept, CHUNK
-    by CHUNK (over a large vocabulary TOGETHER, which are fitted at once, by an expansion that is anchored at the fit of all
+    by CHUNK (over a large vocabulary as many as are fitted at once, by an expansion that is anchored at the fit of all
     texts as one user's), so that a run that was stopped goes on, and one that asks for more adds to them. own_too: before
     the deals, as one more of them, each user's own texts, so that they are fitted as all others are."""
     (number, home), gen = numbered_texts(train.states), torch.Generator().manual_seed(seed)
     deals = [home] * own_too + [home[torch.randperm(len(home), generator=gen)] for _ in range(draws)]
-    users, together = len(train.states), train.large
-
-    @cache
-    def problem() -> Problem:
-        found = train.problem(head)
-        if not together:
-            return found
-        pooled = train.problem(head, torch.zeros_like(train.owner))
-        return replace(found, quick=anchored(pooled, adam_thetas(pooled, cfg), cfg)[0].quick)
-
-    out, size = [], TOGETHER if together else CHUNK
+    users, problem = len(train.states), cache(partial(pooled, train, head, cfg))
+    out, size = [], at_once(len(number)) if train.large else CHUNK
     with tqdm(total=len(deals), desc=f"permuted users, {head.name}", disable=not progress) as bar:
         for start in range(0, len(deals), size):
             some = deals[start : start + size]
@@ -135,13 +125,25 @@ def permuted_thetas(
     return torch.cat(out)
 
 
+def pooled(train: Recorded, head: Head, cfg: FitConfig) -> Problem:
+    """The users' problem; its expansion, where it has one, anchored at the fit of all texts as one user's."""
+    problem = train.problem(head)
+    if problem.quick:
+        one = train.problem(head, torch.zeros_like(train.owner))
+        with suppress(ValueError):  # too far for an expansion, and so will be the users'
+            thetas = torch.stack([fit.theta for fit in near_fits(one, cfg)])
+            return replace(problem, quick=anchored(one, thetas, cfg)[0].quick)
+    return replace(problem, quick=None)
+
+
 def refitted(
     problem: Problem, owners: Int[Tensor, "n T"], users: int, cfg: FitConfig, bar: tqdm | None = None
 ) -> Float[Tensor, "n users D"]:
     """Adam's thetas of the same tokens under other owners, all at once where the problem has an expansion."""
     if problem.quick:
-        with suppress(ValueError):  # an exponential that overflowed, far out
-            return adam_thetas(dealt(problem, owners, users), cfg).unflatten(0, (len(owners), users))
+        with suppress(ValueError):  # too far for an expansion
+            fits = near_fits(dealt(problem, owners, users), cfg)
+            return torch.stack([fit.theta for fit in fits]).unflatten(0, (len(owners), users))
         problem = replace(problem, quick=None)
     fits = []
     for owner in owners.to(problem.owner.device):
@@ -162,8 +164,9 @@ def _kept(
     """Thetas that `fit` makes, kept in `folder` under a key of `params`, states, unembedding, head, config and code."""
     if folder is None:
         return fit()
-    about = {"states": train.hashes, "unembedding": train.unembedding, "config": asdict(cfg)}
-    code = code_key("ws.theta.controls.refitted", "ws.theta.adam.anchored", Recorded, type(head))
+    about = {"states": list(train.hashes.items()), "unembedding": train.unembedding, "expanded": train.large}
+    about["config"] = asdict(cfg)
+    code = code_key("ws.theta.controls.refitted", "ws.theta.controls.pooled", Recorded, type(head))
     key = stage_key({**about, **params, "head": head_identity(name, head)}, sources=code)
 
     def write(path: Path) -> None:

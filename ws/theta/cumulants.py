@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LARGE = 16384  # words; smaller vocabularies are summed whole
 LIKELIEST = 128  # words of a token that are summed one by one
@@ -25,6 +26,7 @@ LEAST = 32
 TOKENS = 1280  # per block of the moments (so much of a base on disk is in memory at a time), and words
 WORDS = 1024
 BLOCK = 128  # tokens per block of a step
+MAPPED = WeakTensorKeyDictionary()  # base on disk -> its map
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +98,8 @@ def _blocks(T: int, size: int) -> list[slice]:
 
 def unmap(logp: Tensor) -> None:
     """Let pages of a memory-mapped base go: they stay in the file's cache, which is no memory of the process."""
-    if mapped := getattr(logp, "mapped", None):
-        mapped.madvise(getattr(mmap, "MADV_DONTNEED", 4))
+    if (mapped := MAPPED.get(logp)) and hasattr(mapped, "madvise"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def likeliest(logp: Float[Tensor, "T V"]) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:

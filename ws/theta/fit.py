@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws.theta.cumulants import Cumulants, unmap
+from ws.theta.cumulants import MAPPED, Cumulants, unmap
 from ws.theta.heads import Head
 
 TOKENS = 512  # tokens per block
@@ -159,7 +159,7 @@ def record_base(
         if large:
             array = np.memmap(file, dtype=np.float32, mode="r+", shape=(T, V))
             logp = torch.from_numpy(array)
-            logp.mapped = array._mmap
+            MAPPED[logp] = array._mmap
     return Base(logp, y, h)
 
 

@@ -62,9 +62,17 @@ def wear(model: nn.Module, head: Head, theta: Float[Tensor, "*rows D"], gamma: f
     at = at[:, None] if at.ndim == 2 else at
 
     def edit_input(_module, args):
+        _as_many(args[0])
         return (placed.apply(args[0], at), *args[1:])
 
+    def _as_many(h: Tensor) -> None:
+        if at.ndim == 3 and len(h) != len(at):
+            raise ValueError(
+                f"head {head.name}: {len(at)} thetas for a batch of {len(h)} texts; one for each is needed"
+            )
+
     def edit_output(_module, args, output):
+        _as_many(args[0])
         delta = placed.logit_delta(at_least_float32(args[0]), at, module.weight)
         return (at_least_float32(output) + delta).to(output.dtype)
 

@@ -171,7 +171,7 @@ def fit_optimum(
         with suppress(ValueError):  # an exponential that overflowed, far out: the search goes on from where it was
             near = problem
             for _ in range(ROUNDS):
-                start = _Search(at.theta, *([value] * users for value in (0, 0, 1.0)))
+                start = replace(at)  # which counts on in the same lists
                 theta = _newton(near, cfg, max_norm, start, curve, NEARLY / 3, near=True)[0].theta
                 near, off = anchored(near, theta, cfg)
                 at.theta = theta
@@ -229,7 +229,7 @@ def _newton(
 
     ratio = ratios(theta, terms.grad)
     while active := [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]:
-        if max(at.steps) == MAX_ITERATIONS:
+        if max(at.steps) >= MAX_ITERATIONS:
             u = active[0]
             raise ValueError(
                 f"head {problem.name}, user {u}: no optimum after {MAX_ITERATIONS} Newton steps, gradient norm"

@@ -90,15 +90,16 @@ class Recorded:
         """The head's readout and its content. Over a LARGE vocabulary without its mean over the words, which no chance depends
         on, but the rounding of sums does."""
         B, known = head.B, self._known
-        if id(B) not in known:
+        if (kind := (type(head), id(B))) not in known:
             C = head.readout(self.W)
             C = (C - C.mean(dim=0) if len(C) > LARGE else C).contiguous()
-            known[id(B)] = content_hash(C), C, B  # B is kept, so that no other matrix gets its id
-        return known[id(B)][:2]
+            known[kind] = content_hash(C), C, B  # B is kept, so that no other matrix gets its id
+        return known[kind][:2]
 
     @cached_property
     def _likeliest(self) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-        return likeliest(self.base.logp)
+        p, words = likeliest(self.base.logp)
+        return p.to(self.W.device), words.to(self.W.device)
 
     def _expansion(self, content: str, C: Float[Tensor, "V D"]) -> Cumulants:
         """Moments are taken once for all heads of the same readout; the words' readouts are put together anew: they are large,
@@ -107,6 +108,11 @@ class Recorded:
         if key not in self._known:
             self._known[key] = moments(self.base.logp, words, C)
         return Cumulants(p, C[words], *self._known[key])
+
+
+def at_once(tokens: int) -> int:
+    """How many problems of so many tokens `dealt` puts together: some 50 MB for each of its tensors."""
+    return max(1, min(50, (1 << 18) // tokens))
 
 
 def dealt(problem: Problem, owners: Int[Tensor, "n T"], users: int) -> Problem:

@@ -81,7 +81,7 @@ def head_identity(name: str, head: Head) -> list:
 
 def _keys(train: Recorded, heads: dict[str, Head], cfg: FitConfig) -> dict[tuple[str, str], Key]:
     """Key of every fit: all tensors that enter it, by content, and the code of the fit and of its head."""
-    common = {"unembedding": train.unembedding, "config": asdict(cfg)}
+    common = {"unembedding": train.unembedding, "config": asdict(cfg), "expanded": train.large}
     mine = {user: content_hash(s.h, s.y) for user, s in train.states.items()}
     keys = {}
     for name, head in heads.items():

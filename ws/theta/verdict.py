@@ -25,6 +25,7 @@ from ws.theta.recorded import Recorded
 
 PAIRS = (("cvh", "unconditional"), ("svd_cvh", "svd_unconditional"))
 SAME = 1e-4  # nats: two heads whose gains differ by less on every held-out text are one function
+TIED = 1e-5  # nats, of gains
 LEVEL = 0.05  # of p; intervals have 95 %
 ENOUGH = 199  # deals; fewer give a coarse p
 
@@ -62,12 +63,13 @@ def control_gains(
 def control_table(heldout: Heldout, controls: dict[str, Float[Tensor, "rows texts"]]) -> pl.DataFrame:
     """Per head: the excess of the own over the mean permuted gain with its 95 % interval over texts, the permutation p,
     then both gains and the largest permuted one (nats per token), and the deals N.
-    `p = (1 + #{permuted mean gain >= own}) / (1 + N)`: N deals cannot give less than 1 / (1 + N)."""
+    `p = (1 + #{permuted mean gain >= own}) / (1 + N)`: N deals cannot give less than 1 / (1 + N). A gain within TIED of the own
+    counts as equal: a deal that leaves each user's texts together is the own again, but for rounding."""
     rows = []
     for name, (own, *permuted) in controls.items():
         mine, control = by_user(heldout, own).mean(), by_user(heldout, torch.stack(permuted)).mean(dim=1)
         excess = mean_interval(heldout, own - torch.stack(permuted).mean(0))
-        p = (1 + int((control >= mine).sum())) / (1 + len(control))
+        p = (1 + int((control >= mine - TIED).sum())) / (1 + len(control))
         ends = (excess.mean, excess.low, excess.high)
         rows.append((name, *ends, p, *map(float, (mine, control.mean(), control.max())), len(control)))
     columns = ("head", "excess", "low", "high", "p", "own_gain", "permuted_gain", "largest_permuted", "deals")
