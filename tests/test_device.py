@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ws.causal.passes import Items, Passes
 from ws.data import load_behavior
 from ws.gradient.capture import pair_gradients
 from ws.model.lm import LM
+from ws.theta import fit, recorded
 from ws.theta.states import load_users
 from ws.train.lora import TrainConfig, train_adapter
 from ws.train.pairs import Pair
@@ -36,6 +38,12 @@ def fitted(lm: LM, folder: Path) -> list[float]:
     users = dict(list(load_users().items())[:2])
     found = ws.fit_theta(lm, users, heads=["cvh", "svd_cvh"], folder=folder, progress=False)
     return [*found.theta("mara", "cvh").tolist(), *found.theta("mara", "svd_cvh").tolist()]
+
+
+def fitted_large(lm: LM, folder: Path) -> list[float]:
+    """Where the vocabulary counts as a large one, and its base lies on disk."""
+    with patch.object(recorded, "LARGE", 300), patch.object(fit, "BASE_MB", 0):
+        return fitted(lm, folder)
 
 
 def stacks(lm: LM, folder: Path) -> list[float]:
@@ -65,7 +73,7 @@ def trained(lm: LM, folder: Path) -> list[float]:
     return train_adapter(lm, rows(6), "pos", 0, config, folder / "adapter", False)["loss_trace"]
 
 
-@pytest.mark.parametrize("stage", [explained, stretched, fitted, stacks, retained, gradients, trained])
+@pytest.mark.parametrize("stage", [explained, stretched, fitted, fitted_large, stacks, retained, gradients, trained])
 def test_a_stage_on_another_device_gives_the_numbers_of_the_cpu(stage, tmp_path):
     found = []
     for far in (False, True):
