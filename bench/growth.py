@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +38,27 @@ def plan(small: bool = False) -> list[tuple[int, int, int, int]]:
     return runs + [(512, 7, WORDS[1], 1)] + [(256, 7, WORDS[0], n) for n in SEEDS[1:]]
 
 
-def measure(d: int, layers: int, vocabulary: int, seeds: int) -> dict:
-    """Seconds of every seed's sweep in one process, by stage, and the peak of its memory."""
+def made(folder: Path, d: int, layers: int, vocabulary: int, seeds: int) -> None:
+    """A model and a w of each seed."""
     from models import config, make, make_diff, write_diff
 
     given = config(d=d, layers=layers, vocabulary=vocabulary)
+    make(folder, given, "factors")
+    for i in range(1, seeds):
+        (folder / str(i)).mkdir()
+        write_diff(folder / str(i), make_diff(given, seed=10 + i), "factors")
+
+
+def measure(d: int, layers: int, vocabulary: int, seeds: int) -> dict:
+    """Seconds of every seed's sweep in one process, by stage, and the peak of its memory."""
     with tempfile.TemporaryDirectory() as place:
-        folder, files = Path(place), []
-        model, first = make(folder, given, "factors")
-        for i in range(1, seeds):
-            (folder / str(i)).mkdir()
-            files.append(write_diff(folder / str(i), make_diff(given, seed=10 + i), "factors"))
-        out = folder / "found.json"
-        command = [sys.executable, HERE / "stages.py", model, first, *files, "--out", out]
+        folder, out = Path(place), Path(place) / "found.json"
+        # in a process of its own: what this one holds would count as the other's peak
+        maker = get_context("spawn").Process(target=made, args=(folder, d, layers, vocabulary, seeds))
+        maker.start()
+        maker.join()
+        files = [folder / "w.safetensors", *(folder / str(i) / "w.safetensors" for i in range(1, seeds))]
+        command = [sys.executable, HERE / "stages.py", folder / "model", *files, "--out", out]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
         found = json.loads(out.read_text(encoding="utf-8"))["cpu"]
     shape = {"d": d, "layers": layers, "vocabulary": vocabulary, "seeds": seeds}
