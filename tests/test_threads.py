@@ -113,8 +113,9 @@ def built(lm, behavior, tmp_path_factory):
 
     def noisy(acts: TextActs) -> TextActs:
         """Each number as wrong as two float32 computations of it are apart (docs/reliability.md)."""
-        shaken = {f: getattr(acts, f) for f in ("resid", "up_in", "tokens", "attn")}
-        return replace(acts, **{f: x * (1 + 4e-7 * torch.randn(x.shape, generator=g)) for f, x in shaken.items()})
+        shaken = {f: getattr(acts, f) for f in ("resid", "up_in", "attn")} | {"tokens": acts.tokens.states}
+        made = {f: x * (1 + 4e-7 * torch.randn(x.shape, generator=g)) for f, x in shaken.items()}
+        return replace(acts, **made | {"tokens": replace(acts.tokens, states=made["tokens"])})
 
     base = capture_base(lm, behavior, protocol, cache=shelves[1].cache)
     base = BaseCaptures(noisy(base.clean), noisy(base.pos), noisy(base.neg), base.n_pairs)
