@@ -123,7 +123,7 @@ def test_captures_of_texts_that_begin_alike_are_those_of_each(model_folder, fami
     places = [[1, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) - 1] for text in turns(lm)]
     more = {"detail": True, "mean_of": places}
     shared = read_texts(lm, turns(lm), False, **more)
-    monkeypatch.setattr("ws.subspaces.reading.reads_each", lambda *_: True)
+    monkeypatch.setattr("ws.model.together.reads_each", lambda *_: True)
     each = read_texts(lm, turns(lm), False, **more)
     assert shared.tokens.states.shape[1] < each.tokens.states.shape[1] == sum(map(len, each.ids))
     for name in ("resid", "embed", "up_in", "attn", "claim", "tokens"):

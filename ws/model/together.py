@@ -49,6 +49,12 @@ class Pass:
         return output
 
 
+def may_share(lm: LM, width: int) -> bool:
+    """Whether what texts of at most `width` tokens begin with may be read once: beyond a sliding window a cache forgets."""
+    window = getattr(lm.decoder.body.config, "sliding_window", None) or width + 1
+    return window > width and not reads_each(lm.model, width)
+
+
 def together(ids: Ids, mask: Ids, share: bool = True) -> list[Group]:
     """Texts that are padded on the right, shortest first, in groups that are read together. share: whether what several begin
     with may be read once; else all are one group that begins with nothing."""

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ws.model.lm import LM
-from ws.model.prefix import reads_each
 from ws.model.text import encode, last_index
-from ws.model.together import Group, Pass, passes, together
+from ws.model.together import Group, Pass, may_share, passes, together
 from ws.model.trace import hidden, recorded
 from ws.show.bars import tqdm
 
@@ -109,8 +108,7 @@ def read_texts(
             told = f"has {length} tokens, none or others are to be averaged"
             raise ValueError(f"text {i}: {told}: {list(places)[:3]} ...")
     width, shape = int(lengths.max()), (lm.decoder.n_layers, len(ids), lm.decoder.d)
-    window = getattr(lm.decoder.body.config, "sliding_window", None) or width + 1  # beyond it a cache forgets
-    groups = together(ids, mask, padding_side == "right" and window > width and not reads_each(lm.model, width))
+    groups = together(ids, mask, padding_side == "right" and may_share(lm, width))
     if mean_of:  # whose tokens are read of each text by itself
         groups = [(min(first, *(min(mean_of[i]) for i in those)), those) for first, those in groups]
     found = {name: torch.zeros(shape) for name in ["resid", *["up_in"] * detail, *["claim"] * bool(mean_of)]}

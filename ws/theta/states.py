@@ -28,9 +28,8 @@ from ws.cache.made import kept
 from ws.cache.places import ASSETS
 from ws.model.guard import check_plain
 from ws.model.lm import LM
-from ws.model.prefix import reads_each
 from ws.model.text import chat_text, encode
-from ws.model.together import passes, together
+from ws.model.together import may_share, passes, together
 from ws.show.bars import tqdm
 from ws.theta.live import check_plain_logits
 
@@ -185,9 +184,7 @@ def _state_blocks(
     mask = pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
     ids = pad_sequence(texts, batch_first=True)  # padded with 0, which is masked out
     starts = [0, *accumulate(len(own) - first for own, first in rows)]
-    width = ids.shape[1]
-    window = getattr(body.config, "sliding_window", None) or width + 1  # beyond it a cache forgets
-    groups = together(ids, mask, window > width and not reads_each(lm.model, width))
+    groups = together(ids, mask, may_share(lm, ids.shape[1]))
     groups = [(min(first, *(rows[i][1] - 1 for i in those)), those) for first, those in groups]
     every = passes(ids, mask, groups, lambda n, _length, _first: n <= batch)
     with torch.no_grad():
