@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import polars as pl
+
 from ws.cache.names import cache_folder
 from ws.data import Behavior, load_behavior
 from ws.diff import WeightDiff, load_diff
 from ws.explanation import rows
 from ws.explanation.result import Explanation
 from ws.explanation.rows import CLEAN
+from ws.explanation.summary import null_summary
 from ws.gradient.sets import gradient_sets
 from ws.model.guard import check_plain
 from ws.model.lm import LM
@@ -165,6 +168,26 @@ def explain(
         bases={c.name: rows.bases_hash(bases[c.name]) for c in everyone if c.kind != "ceiling"},
         sources={c.file.name: c.file.read_text(encoding="utf-8") for c in functions if c.file},
     )  # fmt: skip
+
+
+def plain_scores(
+    lm: LM, diffs: Sequence[WeightDiff], behavior: Behavior, protocol: Protocol, cache: Path | None = None
+) -> pl.DataFrame:
+    """What the summaries of `explain` say of R_act and R_w of the protocol's candidates, and nothing else: w (which of `diffs`),
+    subspace, kind, R_act, R_w, joint_score."""
+    everyone = [c for c in candidates_of(protocol) if c.works(bool(behavior.personas_pos))]
+    shelf = make_shelf(lm.at_rest(), behavior, protocol, cache=cache)
+    known, found = shelf.bases([c for c in everyone if c.kind != "ceiling"], progress=False), []
+    for i, w in enumerate(diffs):
+        check_fits(lm.model, w)
+        side, targets = _b_side(shelf, w, known[CLEAN])
+        bases = known | build(side, [c for c in everyone if c.kind == "ceiling"], progress=False)
+        scored = null_summary(rows.null_rows(everyone, bases, [targets]), rows.lora_layers(w, lm.decoder.n_layers))
+        found.append(scored.with_columns(pl.lit(i, pl.Int64).alias("null")))
+    kinds = pl.DataFrame({"subspace": [c.name for c in everyone], "kind": [c.kind for c in everyone]})
+    table = pl.concat(found).rename({"null": "w"}).join(kinds, on="subspace", maintain_order="left")
+    joint = (pl.col("R_act") * pl.col("R_w")).sqrt().alias("joint_score")
+    return table.select("w", "subspace", "kind", "R_act", "R_w", joint)
 
 
 def check_sizes(d: int, k: int, k_broad: int) -> None:

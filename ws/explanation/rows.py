@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ws.diff import WeightDiff
 from ws.explanation import scores as sc
-from ws.subspaces.algebra import Basis, left_svd, principal_cos
+from ws.subspaces.algebra import Basis, principal_cos
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.check import skew
 from ws.subspaces.eigen import side_by_side
@@ -56,9 +56,7 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
         F_o, F_down = ceiling.left_factor(l, "o"), ceiling.left_factor(l, "down")
         if (F_o is None) != (F_down is None):
             missing.append(f"layer {l}: {'o_proj' if F_o is None else 'down_proj'}")
-        factors = [F for F in (F_o, F_down) if F is not None]
-        dw = left_svd(torch.cat(factors, dim=1), ceiling.k).B if factors else torch.zeros(ceiling.d, 0)
-        steered = ceiling.steered
+        dw, steered = ceiling.dw_left(l).B, ceiling.steered
         X, block = steered.eval[l], sc.activation_target(steered.eval_block[l])
         weights = sc.weight_targets(F_o, F_down)
         more = {"act_varying": sc.activation_target(X - X.mean(dim=0))}
@@ -102,19 +100,20 @@ def _columns(s: sc.Score, target: str, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}{name}_{target}": value for name, value in vars(s).items()}
 
 
-def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
+def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis, f: dict[str, float]) -> dict:
+    """A row; f: what the basis holds of every target."""
     B = basis.B
     row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"rank": basis.rank}
-    row |= _columns(sc.score(t.act, B, sc.ZERO), "act")
+    row |= _columns(sc.score(t.act, B, sc.ZERO, f["act"]), "act")
     for name in WEIGHTS:
-        row |= _columns(sc.score(t.weights[name], B), f"w_{name}")
-    row |= {"cos_with_dW": principal_cos(B, t.dw_left), **_columns(sc.score(t.block, B, sc.ZERO), "block")}
+        row |= _columns(sc.score(t.weights[name], B, f=f.get(name)), f"w_{name}")
+    row |= {"cos_with_dW": principal_cos(B, t.dw_left), **_columns(sc.score(t.block, B, sc.ZERO, f["block"]), "block")}
     for name, of in (("act", t.act), ("block", t.block)):
-        row[f"pct_oracle_{name}"] = sc.oracle_fraction(of, B, rows=True)
+        row[f"pct_oracle_{name}"] = sc.oracle_fraction(of, B, True, f[name])
     for name in WEIGHTS:
-        row[f"pct_oracle_{name}"] = sc.oracle_fraction(t.weights[name], B)
-        row[f"span_score_{name}"] = sc.span_score(t.weights[name], B)
-    row |= {f"conc_{name}": sc.score(target, B, sc.ZERO).conc for name, target in t.more.items()}
+        row[f"pct_oracle_{name}"] = sc.oracle_fraction(t.weights[name], B, f=f.get(name))
+        row[f"span_score_{name}"] = sc.span_score(t.weights[name], B, f.get(name))
+    row |= {f"conc_{name}": sc.score(target, B, sc.ZERO, f[name]).conc for name, target in t.more.items()}
     row["conc_act_without_largest"] = sc.specific(t.without_largest, basis, t.largest)[0].conc
     row["largest_share_act"] = t.largest_share
     return row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "note": basis.note, "sees": c.race}
@@ -122,17 +121,26 @@ def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis) -> dict:
 
 def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
     """One row per layer and candidate: the columns of docs/method.md section 6, then block, oracle, span, gap columns."""
-    return pl.DataFrame([_row(*cell) for cell in _cells(candidates, bases, targets)], infer_schema_length=None)
+    rows = []
+    for l, t in enumerate(targets):
+        here = [bases[c.name][l] for c in candidates]
+        known = {"act": t.act, "block": t.block, **t.more, **{n: w for n, w in t.weights.items() if w}}
+        held = {name: sc.shares(here, target) for name, target in known.items()}
+        for i, (c, basis) in enumerate(zip(candidates, here, strict=True)):
+            rows.append(_row(l, t, c, basis, {name: values[i] for name, values in held.items()}))
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def null_rows(candidates: list[Candidate], bases: Bases, nulls: Sequence[Targets]) -> pl.DataFrame:
     """`v7_null_diffs.csv`: every candidate's scores on the targets of each null diff: null (from 0), layer, subspace,
     conc_act, conc_w_combined."""
     rows = []
-    for number, targets in enumerate(nulls):
-        for l, t, c, basis in _cells(candidates, bases, targets):
-            act, w = sc.score(t.act, basis.B, sc.ZERO).conc, sc.score(t.weights["combined"], basis.B).conc
-            rows.append((number, l, c.name, act, w))
+    for number, (l, t) in ((i, one) for i, targets in enumerate(nulls) for one in enumerate(targets)):
+        here, w = [bases[c.name][l] for c in candidates], t.weights["combined"]
+        held = [sc.shares(here, t.act), sc.shares(here, w) if w else [None] * len(here)]
+        for c, basis, f, f_w in zip(candidates, here, *held, strict=True):
+            scores = sc.score(t.act, basis, sc.ZERO, f), sc.score(w, basis, f=f_w)
+            rows.append((number, l, c.name, *(one.conc for one in scores)))
     return pl.DataFrame(rows, NULL_ROWS, orient="row")
 
 

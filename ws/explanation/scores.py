@@ -7,7 +7,9 @@ expectation for a uniformly random subspace. (docs/method.md section 6)
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -17,21 +19,39 @@ from ws.subspaces.algebra import Basis, project_away
 
 EPS = 1e-12
 SPAN_TOLERANCE = 1e-2  # singular values of w above this fraction of the largest span it
+FULL = 1e-2  # least part of a column that nothing else holds, from which on none is near being dropped
 MOST_DRAWS = 64  # random subspaces that are held at a time
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """What a subspace is scored on: `F (d, q)` float64 with `G = F F^T`, living in `dim` dimensions. `trace = tr G`,
     `square = tr G^2`, `energies` = eigenvalues of G, largest first, with their eigenvectors `axes`."""
 
     F: Float[Tensor, "d q"]
     dim: int
-    trace: float
-    square: float
-    energies: Float[Tensor, " p"]
-    axes: Float[Tensor, "d p"]
+
+    @cached_property
+    def trace(self) -> float:
+        return float(self.F.square().sum())
+
+    @cached_property
+    def square(self) -> float:
+        few = self.F if self.F.shape[0] < self.F.shape[1] else self.F.T
+        return float((few @ few.T).square().sum())
+
+    @cached_property
+    def _svd(self) -> tuple[Tensor, Tensor]:
+        return torch.linalg.svd(self.F, full_matrices=False)[:2]
+
+    @property
+    def energies(self) -> Float[Tensor, " p"]:
+        return self._svd[1].square()
+
+    @property
+    def axes(self) -> Float[Tensor, "d p"]:
+        return self._svd[0]
 
 
 @dataclass(frozen=True)
@@ -49,10 +69,7 @@ UNDEFINED = Score(NAN, NAN, NAN)
 
 def target(F: Float[Tensor, "d q"], dim: int | None = None) -> Target:
     """A target from its scaled factor; dim is d unless a subspace was projected out of everything."""
-    F = F.double().cpu()
-    U, s, _ = torch.linalg.svd(F, full_matrices=False)
-    energies = s.square()
-    return Target(F, dim or F.shape[0], float(energies.sum()), float(energies.square().sum()), energies, U)
+    return Target(F.double().cpu(), dim or F.shape[0])
 
 
 def activation_target(X: Float[Tensor, "n d"], dim: int | None = None) -> Target:
@@ -89,12 +106,22 @@ def null_sd(target: Target, r: int) -> float:
     return math.sqrt(2.0 * r * (d - r) / (d * d * (d - 1.0) * (d + 2.0)) * spread) * d / r
 
 
-def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score = UNDEFINED) -> Score:
+def shares(bases: Sequence[Basis], target: Target) -> list[float]:
+    """`energy` of many bases at once."""
+    B, ranks = torch.cat([b.B for b in bases], dim=1).double(), torch.tensor([b.rank for b in bases])
+    owner = torch.repeat_interleave(torch.arange(len(bases)), ranks)
+    return B.new_zeros(len(bases)).index_add_(0, owner, (B.T @ target.F).square().sum(dim=1)).tolist()
+
+
+def score(
+    target: Target | Tensor | None, basis: Basis | Tensor, missing: Score = UNDEFINED, f: float | None = None
+) -> Score:
     """How much of a target a subspace recovers: `conc` (R, 1 for a random subspace), `z`, `energy_frac`.
 
     target: a `Target` (`activation_target`, `weight_target`), or a `(d, m)` matrix that is taken as a weight difference.
-    basis: `(d, r)` with orthonormal columns. `missing` where there is no target, no signal or r = 0. Raises ValueError
-    where the columns are not orthonormal or the sizes differ. (docs/method.md section 6)
+    basis: `(d, r)` with orthonormal columns. `missing` where there is no target, no signal or r = 0. f: the energy fraction of
+    a basis that was looked at before. Raises ValueError where the columns are not orthonormal or the sizes differ.
+    (docs/method.md section 6)
 
     Examples:
         >>> import torch, ws
@@ -108,13 +135,14 @@ def score(target: Target | Tensor | None, basis: Basis | Tensor, missing: Score 
         target = weight_target(target)
     if target is None or r == 0 or target.trace <= 0:
         return missing
-    if B.shape[0] != target.F.shape[0]:
-        raise ValueError(f"the basis is {B.shape[0]} wide, the target {target.F.shape[0]}")
-    off = float((B.T @ B - torch.eye(r, dtype=B.dtype, device=B.device)).abs().max())
-    if not off <= 1e-3:
-        hint = "ws.subspaces.algebra.orthonormalize"
-        raise ValueError(f"the basis is not orthonormal: max |B^T B - I| = {off:.2g}; {hint}")
-    f = energy(target, B)
+    if f is None:
+        if B.shape[0] != target.F.shape[0]:
+            raise ValueError(f"the basis is {B.shape[0]} wide, the target {target.F.shape[0]}")
+        off = float((B.T @ B - torch.eye(r, dtype=B.dtype, device=B.device)).abs().max())
+        if not off <= 1e-3:
+            hint = "ws.subspaces.algebra.orthonormalize"
+            raise ValueError(f"the basis is not orthonormal: max |B^T B - I| = {off:.2g}; {hint}")
+        f = energy(target, B)
     conc = f * target.dim / r
     sd = null_sd(target, r)
     # rows that nearly vanish leave a trace under 1: the null is that of what is left
@@ -127,12 +155,15 @@ def topic_terms(target: Target, basis: Float[Tensor, "d r"]) -> Float[Tensor, " 
     return (basis.double().T @ target.F).square().sum(dim=0) * n * target.dim / max(r, 1)
 
 
-def oracle_fraction(target: Target | None, basis: Float[Tensor, "d r"], rows: bool = False) -> float:
-    """`f(B) / f(best subspace of the same rank)` in [0, 1]; with `rows` (an activation target) NaN where r >= n."""
+def oracle_fraction(
+    target: Target | None, basis: Float[Tensor, "d r"], rows: bool = False, f: float | None = None
+) -> float:
+    """`f(B) / f(best subspace of the same rank)` in [0, 1]; with `rows` (an activation target) NaN where r >= n. f: f(B), where
+    it is known."""
     r = basis.shape[1]
     if target is None or r == 0 or target.trace <= 0 or (rows and r >= target.F.shape[1]):
         return NAN
-    return min(energy(target, basis) / float(target.energies[:r].sum()), 1.0)
+    return min((energy(target, basis) if f is None else f) / float(target.energies[:r].sum()), 1.0)
 
 
 def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
@@ -140,7 +171,7 @@ def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
     return target.axes[:, : min(r, int((target.energies > 0).sum()))]
 
 
-def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
+def span_score(target: Target | None, basis: Float[Tensor, "d r"], f: float | None = None) -> float:
     """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest). 1 where B's share
     of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has nothing in the span."""
     if target is None or basis.shape[1] == 0 or target.trace <= 0:
@@ -149,7 +180,7 @@ def span_score(target: Target | None, basis: Float[Tensor, "d r"]) -> float:
     inside = float((L.T @ basis.double()).square().sum()) / L.shape[1]
     if L.shape[1] > target.F.shape[0] / 2 or inside < EPS:
         return NAN
-    return energy(target, basis) / inside
+    return (energy(target, basis) if f is None else f) / inside
 
 
 def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, " draws"]:
@@ -180,5 +211,12 @@ def largest_coordinates(target: Target, count: int) -> tuple[Basis, float]:
 
 def specific(target: Target, basis: Basis, C: Basis) -> tuple[Score, int]:
     """Score and rank of what B adds to C: `project_away(B, C)` on the target of `without(X, C)`."""
+    if basis.rank:
+        X, Q = basis.B.double(), C.B.double()
+        X = X - Q @ (Q.T @ X)
+        root, off = torch.linalg.cholesky_ex(X.T @ X)  # R^T of X's QR
+        if not off and float(root.diagonal().min()) > FULL:
+            f = float(torch.linalg.solve_triangular(root, X.T @ target.F, upper=False).square().sum())
+            return score(target, basis, ZERO, f), basis.rank
     left = project_away(basis, C)
     return score(target, left.B, ZERO), left.rank

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.explanation.explain import explain
+from ws.explanation.explain import plain_scores
 from ws.model.lm import LM
 from ws.show.bars import tqdm
 from ws.subspaces.protocol import V7, Protocol, load_protocol
@@ -51,12 +51,11 @@ def capture_corrections(
     """Every variant on the same seeds (seed -> w): a summary row per variant, and the scores behind it. spearman_joint:
     order of the A-hypotheses by mean log joint score against v7's. *_abs_log2_act, log2_change: change of R_act, the
     latter of the candidate moved_most."""
-    scored = {"R_act": "mean_conc_act", "R_w": "mean_conc_w_combined", "joint_score": "joint_score"}
     tables = {}
     for name, protocol in tqdm(variants().items(), "corrections of capture"):
-        found = {s: explain(lm, w, behavior, protocol=protocol, cache=cache, progress=False) for s, w in diffs.items()}
-        parts = {s: run.plain_summary.select("subspace", "kind", **scored) for s, run in found.items()}
-        tables[name] = pl.concat(part.select(pl.lit(s).alias("seed"), pl.all()) for s, part in parts.items())
+        tables[name] = plain_scores(lm, list(diffs.values()), behavior, protocol, cache).select(
+            pl.col("w").replace_strict(dict(enumerate(diffs))).alias("seed"), pl.exclude("w")
+        )
     logs = {name: _mean_logs(table) for name, table in tables.items()}
     rows = []
     for name, mean in logs.items():

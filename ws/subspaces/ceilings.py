@@ -1,8 +1,6 @@
 """The only candidates that see w: what a rank-8 subspace could explain if the answer were known. (sections 5 and 7)"""
 
-import torch
-
-from ws.subspaces.algebra import Basis, empty, left_svd, pca, uncentred
+from ws.subspaces.algebra import Basis, pca, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.steered import CeilingMaterials
 
@@ -16,10 +14,7 @@ def task_diff_lora(m: CeilingMaterials, l: int) -> Basis:
 @candidate(name="dW_left_basis_ceiling", family="ceiling", source="B-side", sees=("w",))
 def dw_left_basis(m: CeilingMaterials, l: int) -> Basis:
     """Top 8 left singular vectors of [w_o|w_down], side by side as they are; empty where w has neither."""
-    factors = [F for F in (m.left_factor(l, "o"), m.left_factor(l, "down")) if F is not None]
-    if not factors:
-        return empty(m.d, "w has no residual writer at this layer")
-    return left_svd(torch.cat(factors, dim=1), m.k)
+    return m.dw_left(l)
 
 
 @candidate(name="TaskDiff_lora_uncentred_ceiling", family="ceiling", source="v7b", sees=("w",))

@@ -8,6 +8,7 @@ candidate with one basis for all layers is stored once. (docs/method.md section 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,14 +57,18 @@ def reads_gradients(c: Candidate) -> bool:
     return c.source == GRADIENT or bool({"pairs", "other pairs"} & set(c.sees))
 
 
-def composed_of(c: Candidate) -> tuple[list[Candidate], str]:
+def composed_of(c: Candidate, walked: dict | None = None) -> tuple[list[Candidate], str]:
     """The candidates whose names stand in the code of `c` (transitively), and the hash of all that code, with that of the
-    captures where it sees them. Unkeyed where the code refers to a value that has no content hash."""
+    captures where it sees them. walked: what the walks of other candidates have in common, by where they start. Unkeyed where
+    the code refers to a value that has no content hash."""
     names = {other.name: other for other in registered()}
     read = ["ws.subspaces.captures.capture_base"] if "prompts" in c.sees else []
     if reads_gradients(c):
         read += [f"ws.gradient.{x}" for x in ("capture.pair_gradients", "capture.text_gradients", "sets.GradientSets")]
-    found, parts, todo = walk("ws.subspaces.materials.Materials", *read), {}, [c]
+    roots, walked, parts, todo = ("ws.subspaces.materials.Materials", *read), {} if walked is None else walked, {}, [c]
+    if roots not in walked:
+        walked[roots] = walk(*roots)
+    found = deepcopy(walked[roots])
     while todo:
         one = todo.pop()
         found.value(one.name, one.build)
@@ -106,17 +111,27 @@ class Shelf:
         check_plain(self.lm.model)
         prompts, model = prompts_key(self.lm, self.behavior, self.protocol), self.lm.fingerprint
         keys: dict[str, Key] = {}
-        parts: dict[str, set[str]] = {}
+        parts: dict[str, list[Candidate]] = {}
+        walked: dict = {}
         for c in chosen:
             try:
                 if model:
-                    found, code = composed_of(c)
-                    parts[c.name] = {part.name for part in found}
+                    parts[c.name], code = composed_of(c, walked)
                     keys[c.name] = self.key(c, prompts, model, code)
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
         folder = self.cache / "bases"
-        paths = {n: folder / f"{slug(n)}_{key.params[:8]}.safetensors" for n, key in keys.items()}
+
+        def at(name: str, key: Key) -> Path:
+            return folder / f"{slug(name)}_{key.params[:8]}.safetensors"
+
+        paths = {n: at(n, key) for n, key in keys.items()}
+
+        def known(todo: list[Candidate]) -> dict[str, list[Basis]]:
+            """Of what is composed of others, those that see weights alone and are kept."""
+            others = {part.name: part for c in todo for part in parts.get(c.name, []) if part.sees == ("weights",)}
+            of = {n: self.key(c, {}, model, composed_of(c, walked)[1]) for n, c in others.items() if c not in todo}
+            return {n: load_bases(at(n, key)) for n, key in of.items() if state(at(n, key), key) == "done"}
 
         def missing() -> list[Candidate]:
             return [c for c in chosen if c.name not in keys or state(paths[c.name], keys[c.name]) != "done"]
@@ -127,11 +142,11 @@ class Shelf:
                 todo = missing()
                 sink = self.lm.decoder.sink_token(self.lm.tokenizer)
                 widths = self.k, self.k_broad, self.protocol.fold_gain
-                materials = Materials(self.lm.decoder, self.base, sink, *widths, self.gradients)
+                materials = Materials(self.lm.decoder, self.base, sink, *widths, self.gradients, known(todo))
                 fresh = build(materials, todo, progress)
                 for c in (c for c in todo if c.name in keys):
                     # read back, not used as built: a cut basis lies otherwise in memory, and its last digits with it
-                    if materials.asked.get(c.name, set()) <= parts[c.name]:
+                    if materials.asked.get(c.name, set()) <= {part.name for part in parts[c.name]}:
                         made(paths[c.name], keys[c.name], lambda path, c=c: save_bases(fresh[c.name], path))
                         fresh[c.name] = load_bases(paths[c.name])
             if progress:

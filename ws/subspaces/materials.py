@@ -2,7 +2,7 @@
 one pass from the last layer to the first accumulates what reads downstream of each block. Float32 copies of a layer's
 weights live only while their layer is at work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from threading import RLock, local
@@ -53,7 +53,7 @@ class Materials:
     `of(name, l)` is another candidate's basis at layer l, for candidates composed of others. base: the captures, or a
     function that makes them when they are first looked at. A candidate that looks at what it does not say it `sees` is
     a ValueError: its kept bases would not follow what they depend on. gradients: a function from a set of texts to its
-    gradients (`ws.gradient.sets`).
+    gradients (`ws.gradient.sets`). known: bases by layer of candidates that are there already, for those composed of them.
     """
 
     def __init__(
@@ -65,11 +65,12 @@ class Materials:
         k_broad: int = 64,
         fold_gain: bool = False,
         gradients: Callable[[str], object] | None = None,
+        known: Mapping[str, Sequence[Basis]] | None = None,
     ):
         check_widths(k, k_broad, decoder.d)
         self.decoder, self.sink_token, self.d, self.n_layers = decoder, sink_token, decoder.d, decoder.n_layers
         self.k, self.k_broad = k, min(k_broad, decoder.d)
-        self._base, self._fold, self._gradients = base, fold_gain, gradients
+        self._base, self._fold, self._gradients, self._known = base, fold_gain, gradients, known or {}
         self._layers: dict[int, LayerWeights] = {}
         self._at_work: LayerWeights | None = None
         self._composed: dict[tuple[str, int], Basis] = {}
@@ -166,6 +167,8 @@ class Materials:
 
     def build(self, entry: Candidate, l: int) -> Basis:
         """A candidate's basis at layer l, built once, checked as it is made (`ws.subspaces.algebra.check_basis`)."""
+        if entry.name in self._known:
+            return self._known[entry.name][l]
         key = (entry.name, -1 if entry.shared else l)
         if self.closed and key in self._begun:  # by who waits for this thread
             raise TooEarly

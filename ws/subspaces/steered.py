@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from ws.model.lm import LM
 from ws.model.together import Once
 from ws.model.wide import widened
 from ws.steer.weights import untouched, weight_steer
-from ws.subspaces.algebra import Basis
+from ws.subspaces.algebra import Basis, empty, left_svd
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.captures import TextSet, count_cut, eval_set, probe_set, probes
 from ws.subspaces.check import as_basis
@@ -94,7 +95,7 @@ class CeilingMaterials:
         check_widths(k, 1, decoder.d)
         self.decoder, self.w, self.steered, self.k = decoder, w, steered, k
         self.d, self.n_layers = decoder.d, decoder.n_layers
-        self._fold = fold_gain
+        self._fold, self._dw = fold_gain, {}
 
     def __repr__(self) -> str:
         return f"CeilingMaterials({self.n_layers} layers, d {self.d}, k {self.k}; w and what it does)"
@@ -107,6 +108,14 @@ class CeilingMaterials:
         U, s, _ = self.w.svd(name)
         F = U * s
         return output_gain(self.decoder, l, role).double()[:, None] * F if self._fold else F
+
+    def dw_left(self, l: int) -> Basis:
+        """Top k left singular vectors of w's matrices of both writers, side by side as they are."""
+        if l not in self._dw:
+            factors = [F for F in (self.left_factor(l, "o"), self.left_factor(l, "down")) if F is not None]
+            nothing = empty(self.d, "w has no residual writer at this layer")
+            self._dw[l] = left_svd(torch.cat(factors, dim=1), self.k) if factors else nothing
+        return self._dw[l]
 
     def build(self, entry: Candidate, l: int) -> Basis:
         """A ceiling's basis at layer l."""

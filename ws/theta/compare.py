@@ -27,8 +27,12 @@ from ws.theta.states import States
 
 def random_kl(problem: Problem, gamma: float) -> float:
     """`kappa`: KL to the base, nats per token to second order, of a theta of norm 1 in a random direction."""
-    _, square = lse_and_mean(problem.base.logp, torch.zeros_like(problem.phi), problem.C.square())
-    spread = (problem.phi.square() * (square - problem.m0.square()).clamp(min=0)).sum(1)
+    if problem.quick:
+        variances = problem.quick.variances()
+    else:
+        _, square = lse_and_mean(problem.base.logp, torch.zeros_like(problem.phi), problem.C.square())
+        variances = square - problem.m0.square()
+    spread = (problem.phi.square() * variances.clamp(min=0)).sum(1)
     return float((gamma * problem.alpha) ** 2 / (2 * problem.D) * spread.double().mean())
 
 
@@ -91,7 +95,7 @@ def score(
     problem, found = heldout.rest.problem(head, heldout.text, expand=False), []
     for row in thetas:
         X = cfg.gamma * problem.alpha * row.to(problem.phi)[problem.owner] * problem.phi
-        lse = lse_and_mean(problem.base.logp, X, problem.C, mean_too=False)[0] if X.any() else problem.lse0
+        lse = heldout.rest.lse(head, X) if X.any() else problem.lse0
         found.append(torch.stack(ce_and_kl(problem, X, lse)))
     ce, kl = torch.stack(found, dim=1).cpu()
     return ce, kl

@@ -66,6 +66,16 @@ class Cumulants:
         rest = self.mass[rows, None] * (x * (mean + spread / 2)).sum(1).exp()
         return e, rest, mean + spread, e.sum(1) + rest
 
+    def variances(self) -> Float[Tensor, "T D"]:
+        """Of the readouts of all words under the base: exact."""
+        found = torch.empty_like(self.mean)
+        for rows in _blocks(len(found), BLOCK):
+            p, C, mean, mass = self.p[rows, None], self.C[rows], self.mean[rows], self.mass[rows, None]
+            first = torch.bmm(p, C)[:, 0] + mass * mean
+            second = torch.bmm(p, C.square())[:, 0] + mass * (self.cov[rows].diagonal(dim1=1, dim2=2) + mean.square())
+            found[rows] = second - first.square()
+        return found
+
     def anchored(self, X: Float[Tensor, "T D"], lse: Float[Tensor, " T"], mean: Float[Tensor, "T D"]) -> "Cumulants":
         """The same with the exact lse and gradient at X taken in."""
         plain = replace(self, at=None)

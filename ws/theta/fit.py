@@ -241,16 +241,18 @@ def ce_and_kl(problem: Problem, X: Float[Tensor, "T D"], lse: Float[Tensor, " T"
     return ce, per_user(problem, (rise - (X * problem.m0).sum(1)).double()) / n
 
 
-def evaluate(problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig) -> Terms:
-    """Loss, CE, KL and the loss's gradient at theta, one row per user. Raises ValueError naming the head, the user and
-    the quantity when something is not finite."""
+def evaluate(
+    problem: Problem, theta: Float[Tensor, "users D"], cfg: FitConfig, summed: torch.dtype | None = None
+) -> Terms:
+    """Loss, CE, KL and the loss's gradient at theta, one row per user. summed: the dtype in which tokens' gradients are added
+    up, default theirs. Raises ValueError naming the head, the user and the quantity when something is not finite."""
     theta = theta.to(problem.phi)
     c = cfg.gamma * problem.alpha
     X = c * theta[problem.owner] * problem.phi
     lse, mean = problem.sums(X)
     (ce, kl), n = ce_and_kl(problem, X, lse), problem.n.to(X)
     rows = problem.phi * ((1 + cfg.beta) * mean - problem.Cy - cfg.beta * problem.m0)
-    grad = c * per_user(problem, rows) / n[:, None] + 2 * cfg.lam * theta
+    grad = c * per_user(problem, rows.to(summed or rows.dtype)) / n[:, None] + 2 * cfg.lam * theta
     loss = ce + cfg.beta * kl + cfg.lam * theta.double().square().sum(1)
     for what, value in (("loss", loss[:, None]), ("gradient", grad)):
         for user in (~torch.isfinite(value)).any(1).nonzero()[:1, 0].tolist():

@@ -25,8 +25,10 @@ from ws.theta.fit import FitConfig, Problem, Terms, evaluate, lse_and_mean
 HESSIAN_TOKENS = 512  # tokens x vocabulary entries per block of the Hessian
 HESSIAN_WORDS = 2048
 TOLERANCE = 1e-7  # gradient norm relative to that at theta = 0
-NEARLY = 1e-5  # the same for an expansion, which is anchored anew until it is as exact as this,
-ROUNDS = 6  # so often at most
+# the same of an expansion, which is solved at little cost, and anchored anew until so much is expected of what comes next
+NEAR = TOLERANCE / 3
+STALLED = 1e-4  # under this, what no longer falls by half is rounding
+ROUNDS = 8  # of anchoring at most
 ROUNDING = 1e-10  # of the loss: a change below this is none
 MAX_ITERATIONS = 60
 KEEP_HESSIAN = 0.1  # a stale Hessian stays while it shrinks the gradient at least this much per step
@@ -169,14 +171,15 @@ def fit_optimum(
             return quick_hessians(problem, theta, cfg)[active]
 
         with suppress(ValueError):  # an exponential that overflowed, far out: the search goes on from where it was
-            near = problem
+            near, off, expected = problem, 1.0, 1.0
             for _ in range(ROUNDS):
                 start = replace(at)  # which counts on in the same lists
-                theta = _newton(near, cfg, max_norm, start, curve, NEARLY / 3, near=True)[0].theta
-                near, off = anchored(near, theta, cfg)
-                at.theta = theta
-                if off <= NEARLY:
+                at.theta = _newton(near, cfg, max_norm, start, curve, NEAR, near=True)[0].theta
+                if expected <= NEAR:
                     break
+                before = off
+                near, off = anchored(near, at.theta, cfg)
+                expected = off * off / before  # each time by the same factor less
     else:
 
         def curve(theta: Tensor, active: list[int]) -> list[Tensor]:
@@ -213,13 +216,14 @@ def _newton(
         """The terms at theta; asked: of these users only, who alone have moved, the others' being known."""
         still = torch.ones(users, dtype=torch.bool, device=theta.device)
         still[asked if asked is not None else slice(None)] = False
-        terms = evaluate(problem, theta.masked_fill(still[:, None], 0.0), cfg)  # at 0 nothing has to be summed
+        theta = theta.masked_fill(still[:, None], 0.0)  # where nothing has to be summed
+        terms = evaluate(problem, theta, cfg, torch.float64)
         if known is None:
-            return replace(terms, grad=terms.grad.double())
+            return terms
         pairs = ((getattr(known, k), getattr(terms, k)) for k in ("loss", "ce", "kl", "grad"))
         return Terms(*(torch.where(still.view(-1, *[1] * (new.ndim - 1)), old, new.to(old)) for old, new in pairs))
 
-    start = look(torch.zeros_like(theta)).grad.norm(dim=1).clamp(min=1e-300)
+    start = evaluate(problem, torch.zeros_like(theta), cfg, torch.float64).grad.norm(dim=1).clamp(min=1e-300)
     terms = look(theta)
     eigen: list[list[Tensor] | None] = [None] * users
     taken: dict[int, tuple[Tensor, Tensor]] = {}  # last step and what it did to the gradient
@@ -270,6 +274,9 @@ def _newton(
             at.steps[u] += 1
             if float(size[u]) < 1 or now[u] > KEEP_HESSIAN * ratio[u]:
                 eigen[u] = None
+        stalled = near and max(ratio) < STALLED and max(now) > max(ratio) / 2  # what is left is rounding
         theta, terms, ratio = trial, new, now
+        if stalled:
+            break
     at.theta = theta
     return at, terms, ratio, [_residual(terms.grad[u], theta[u], radius)[1] for u in range(users)]

@@ -82,6 +82,14 @@ class Recorded:
             self._known[key] = whole.lse0, whole.m0
         return as_float64(problem, self._known[key])
 
+    def lse(self, head: Head, X: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
+        """`lse(logp + X C^T)` of every token over all words, C the head's readout; the same is summed once."""
+        content, C = self._readout(head)
+        key = f"{content}, {content_hash(X)}"
+        if key not in self._known:
+            self._known[key] = lse_and_mean(self.base.logp, X, C, mean_too=False)[0]
+        return self._known[key]
+
     @cached_property
     def _known(self) -> dict:
         return {}

@@ -22,6 +22,8 @@ from ws.theta.live import wear
 from ws.theta.recorded import Recorded
 from ws.theta.states import States, UserText, prompt_text
 
+TOGETHER = 8  # users whose samples are written in one batch, at every strength
+
 
 def gains(table: pl.DataFrame) -> pl.DataFrame:
     """Mean over users of held-out gain, KL and |theta|, per head, scale and solver; highest gain first."""
@@ -113,10 +115,14 @@ def samples(
     lm: LM, prompts: dict[str, str], found: ThetaFits, shown: list[str], gammas: list[float], max_new_tokens: int
 ) -> pl.DataFrame:
     """Greedy answers to a prompt of each user: of the base, then wearing the user's theta."""
-    asked = [prompt_text(lm, prompt) for prompt in prompts.values()]
-    columns = {"user": list(prompts), "prompt": list(prompts.values()), "base": complete(lm, asked, max_new_tokens)}
-    for name, gamma in product(shown, gammas):
-        thetas = torch.stack([found.theta(user, name) for user in prompts])
-        with wear(lm.model, found.heads[name], thetas, gamma):
-            columns[f"{name}, gamma {gamma:g}"] = complete(lm, asked, max_new_tokens)
+    texts, users = [prompt_text(lm, prompt) for prompt in prompts.values()], list(prompts)
+    columns: dict[str, list[str]] = {"user": users, "prompt": list(prompts.values()), "base": []}
+    for name, few in product(shown, range(0, len(users), TOGETHER)):
+        some, labels = slice(few, few + TOGETHER), [f"{name}, gamma {gamma:g}" for gamma in gammas]
+        thetas = torch.stack([found.theta(user, name) for user in users[some]])
+        worn = [*zip(labels, gammas, strict=True), *[("base", 0.0)] * (name == shown[0])]
+        with wear(lm.model, found.heads[name], torch.cat([gamma * thetas for _, gamma in worn])):
+            said = complete(lm, texts[some] * len(worn), max_new_tokens)
+        for i, (label, _) in enumerate(worn):
+            columns.setdefault(label, []).extend(said[i * len(thetas) : (i + 1) * len(thetas)])
     return pl.DataFrame(columns)
