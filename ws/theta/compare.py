@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ws.theta.adam import anchored
-from ws.theta.fit import FitConfig, Problem, ce_and_kl, evaluate, lse_and_mean, target_logp
+from ws.theta.fit import FitConfig, Problem, ce_and_kl, evaluate, lse_and_mean
 from ws.theta.heads import Head
 from ws.theta.intervals import Interval, t_interval
 from ws.theta.recorded import Recorded, at_once, dealt
@@ -83,7 +83,7 @@ def make_heldout(rest: Recorded) -> Heldout:
     """Held-out texts of every user in one problem, one 'owner' per text."""
     text, user = numbered_texts(rest.states)
     tokens = torch.bincount(text)
-    ce0 = torch.bincount(text, weights=-target_logp(rest.base).double().cpu()) / tokens
+    ce0 = torch.bincount(text, weights=-rest.base.of_y.double().cpu()) / tokens
     return Heldout(rest, text, user, tokens, ce0, list(rest.states))
 
 

@@ -51,11 +51,13 @@ class FitConfig:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """What depends on no theta and no head: states, targets, and the base's log-softmax, float32 (perhaps a memory map)."""
+    """What depends on no theta and no head: states, targets, and the base's log-softmax, float32 (perhaps a memory map), also of
+    the targets alone."""
 
     logp: Float[Tensor, "T V"]
     y: Int[Tensor, " T"]
     h: Float[Tensor, "T d"]
+    of_y: Float[Tensor, " T"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +147,7 @@ def record_base(
     large = T * V * 4 > BASE_MB * 2**20
     logp = None if large else torch.empty(T, V, dtype=torch.float32, device=W.device)
     h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
+    of_y = torch.empty(T, device=W.device)
     step = TOKENS // 4 if large else TOKENS
     with tempfile.TemporaryFile() if large else nullcontext() as file:
         for start in range(0, T, step):
@@ -152,6 +155,7 @@ def record_base(
             z = h[part] @ W.T if bias is None else torch.addmm(bias.to(W), h[part], W.T)
             _finite(z, f"base logits of tokens {start}..{part.stop - 1}")
             z = torch.log_softmax(z, dim=-1)
+            of_y[part] = z.gather(1, y[part, None])[:, 0]
             if large:
                 z.cpu().numpy().tofile(file)
             else:
@@ -160,14 +164,7 @@ def record_base(
             array = np.memmap(file, dtype=np.float32, mode="r+", shape=(T, V))
             logp = torch.from_numpy(array)
             MAPPED[logp] = array._mmap
-    return Base(logp, y, h)
-
-
-def target_logp(base: Base) -> Float[Tensor, " T"]:
-    """The base's log-probability of each token's target."""
-    found = base.logp.gather(1, base.y[:, None].to(base.logp.device))[:, 0].to(base.y.device)
-    unmap(base.logp)
-    return found
+    return Base(logp, y, h, of_y)
 
 
 def make_problem(
@@ -190,7 +187,7 @@ def make_problem(
         read = Readout(C, *lse_and_mean(base.logp, torch.zeros_like(phi), C))
     _finite(phi, f"features of head {head.name}")
     _finite(read.C, f"readout of head {head.name}")
-    ce0 = read.lse0 - target_logp(base).to(dtype)
+    ce0 = read.lse0 - base.of_y.to(dtype)
     return Problem(base, phi, *vars(read).values(), read.C[base.y], ce0, owner, n, float(head.alpha), head.name)
 
 
