@@ -298,3 +298,32 @@ def test_a_steered_model_is_refused_and_a_shipped_name_is_not_taken(lm, behavior
         explain(lm, w, behavior, extra={"layer_clean_resid_pca": {2: torch.eye(128)[:, :2]}}, **ask)
     with pytest.warns(UserWarning, match="not orthonormal"):
         assert as_basis(1e-7 * torch.eye(128)[:, :3], 128, "small").rank == 3
+
+
+def test_what_is_composed_takes_kept_bases_of_weights_and_no_others(shelf, monkeypatch, tmp_path):
+    """A candidate that sees prompts, built from other prompts: the one of weights that it is composed of is read, not built
+    again, and what comes out is the same as where nothing was kept."""
+    parts, whole = ("write_not_downstream_read", "TaskDiff_contrast"), get("WNR_union_TaskDiff")
+    shelf.bases([get(name) for name in parts], progress=False)
+    some = {"part": "half", "take": lambda base: base.take(list(range(0, len(base.clean.ids), 2)), [0])}
+    given, seen = kept.Materials, []
+
+    class Counting(given):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(sorted(self._known))
+
+    monkeypatch.setattr(kept, "Materials", Counting)
+    found = replace(shelf, **some).bases([whole], progress=False)[whole.name]
+    alone = replace(shelf, **some, cache=tmp_path / "bare").bases([whole], progress=False)[whole.name]
+    assert seen == [["write_not_downstream_read"], []]
+    assert all(torch.allclose(a.B, b.B, atol=1e-6) for a, b in zip(found, alone, strict=True))
+    wider = replace(shelf, k_broad=16).bases([whole], progress=False)
+    assert seen[2] == [] and not torch.allclose(wider[whole.name][3].B, found[3].B, atol=1e-3)
+
+
+def test_the_key_of_a_candidate_is_the_same_whoever_was_walked_before():
+    walked = {}
+    for c in candidates("v7b"):
+        (parts, code), (again, same) = composed_of(c, walked), composed_of(c)
+        assert code == same and [p.name for p in parts] == [p.name for p in again], c.name

@@ -14,6 +14,7 @@ from ws.causal.passes import Items, Passes
 from ws.data import load_behavior
 from ws.gradient.capture import pair_gradients
 from ws.model.lm import LM
+from ws.subspaces.protocol import load_protocol
 from ws.theta import fit, recorded
 from ws.theta.states import load_users
 from ws.train.lora import TrainConfig, train_adapter
@@ -26,7 +27,8 @@ def model(far: bool) -> LM:
 
 
 def explained(lm: LM, folder: Path) -> list[float]:
-    found = ws.explain(lm, ws.load_diff("tiny"), protocol="v7b", progress=False).per_layer
+    few = replace(load_protocol("v7b"), templates="1", persona_pairs="1")  # all candidates, from a fifth of the texts
+    found = ws.explain(lm, ws.load_diff("tiny"), protocol=few, progress=False).per_layer
     return found.filter(~found["ill_conditioned"])["conc_act"].fill_nan(0).to_list()
 
 

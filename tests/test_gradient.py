@@ -427,24 +427,23 @@ def test_own_pairs_and_the_verdict_by_what_candidates_see(lm, tmp_path):
     changed = ws.compare_seeds(found, lm, boot=50, n_null=50, cache=tmp_path / "cache")
     assert "the pairs have changed since the sweeps; sweep every seed again" in changed.conclusion()
     assert {"grad_contrast", "grad_contrast_heldout_topics"} <= set(changed.unstable)
+    quick = {"protocol": "v7", "progress": False, "cache": tmp_path / "cache"}
     lost = ws.WeightDiff(w.entries, {**w.meta, "pairs_hash": "0" * 12})
     for one, why in ((lost, "have changed since"), (ws.WeightDiff(w.entries), "does not say which pairs")):
-        plain = ws.explain(lm, one, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
+        plain = ws.explain(lm, one, pairs="own", candidates=["write"], **quick)
         assert why in plain.setting["gradients"] and why in plain.conclusion()
     for odd in ("sycophancy", {"topics": "all"}, {"nope": 1}):
         plain = ws.explain(lm, ws.WeightDiff(w.entries, {**w.meta, "pairs_of": odd}), pairs="own", candidates=["write"],
-                           progress=False, cache=tmp_path / "cache")  # fmt: skip
+                           **quick)  # fmt: skip
         assert "names no pairs" in plain.setting["gradients"]
     foreign = PairConfig(file="sycophancy", topics=3)
-    plain = ws.explain(lm, w, pairs=foreign, candidates=["grad_contrast"], progress=False, cache=tmp_path / "cache")
+    plain = ws.explain(lm, w, pairs=foreign, candidates=["grad_contrast"], **quick)
     assert "not the pairs that w was trained on" in plain.setting["gradients"]
     assert plain.summary.filter(subspace="grad_contrast")["sees"].item() == "other pairs"
     gone = ws.WeightDiff(w.entries, {**w.meta, "pairs_of": {"file": str(tmp_path / "gone.jsonl")}})
-    plain = ws.explain(lm, gone, pairs="own", candidates=["write"], progress=False, cache=tmp_path / "cache")
+    plain = ws.explain(lm, gone, pairs="own", candidates=["write"], **quick)
     assert "gone.jsonl" in plain.setting["gradients"]
-    assert (
-        ws.explain(lm, w, pairs="none", candidates=["write"], progress=False, cache=tmp_path).setting["gradients"] == ""
-    )
+    assert ws.explain(lm, w, pairs="none", candidates=["write"], **quick).setting["gradients"] == ""
 
 
 def test_the_command_predicts(tmp_path, monkeypatch, capsys):

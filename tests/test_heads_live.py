@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from tests.conftest import random_model
+from ws.model.generate import complete
+from ws.model.lm import load_lm
 from ws.theta import heads as H
+from ws.theta import report
+from ws.theta.fitted import ThetaFits
 from ws.theta.live import check_plain_logits, wear
+from ws.theta.states import prompt_text
 
 NAMES = ["cvh", "unconditional", "svd_cvh", "svd_unconditional", "lm_head_cvh", "lm_head_svd", "lm_head_random"]
 
@@ -116,3 +121,36 @@ def test_what_does_not_fit_is_refused_before_anything_is_hooked(llama):
         check_plain_logits(llama)
     del llama.config.logit_scale
     assert check_plain_logits(random_model("gemma3")) is not None
+
+
+def test_samples_of_all_strengths_at_once_are_those_of_one_theta_after_another(monkeypatch):
+    """More users than go into a batch, prompts of other lengths, two heads; strong enough that other tokens come."""
+    lm = load_lm("tiny")
+    heads = H.all_heads(lm.decoder.unembed(), D=8, alpha=40.0)
+    users = [f"u{i}" for i in range(5)]
+    gen = torch.Generator().manual_seed(3)
+    thetas = {(u, n): torch.randn(8, generator=gen) for u in users for n in ("cvh", "lm_head_random")}
+
+    class Drawn(ThetaFits):
+        def __init__(self):
+            self.__dict__["heads"] = heads
+
+        def theta(self, user, head, solver="adam"):
+            return thetas[user, head]
+
+    found = Drawn()
+    prompts = {u: "Is it so? " * (i + 1) for i, u in enumerate(users)}
+    monkeypatch.setattr(report, "TOGETHER", 2)
+    table = report.samples(lm, prompts, found, ["cvh", "lm_head_random"], [0.5, 2.0], 6)
+    columns = ["cvh, gamma 0.5", "cvh, gamma 2", "lm_head_random, gamma 0.5", "lm_head_random, gamma 2"]
+    assert table.columns == ["user", "prompt", "base", *columns] and table["user"].to_list() == users
+    changed = 0
+    for i, user in enumerate(users):
+        asked = [prompt_text(lm, prompts[user])]
+        assert table["base"][i] == complete(lm, asked, 6)[0]
+        for column in columns:
+            name, _, gamma = column.partition(", gamma ")
+            with wear(lm.model, heads[name], thetas[user, name], float(gamma)):
+                assert table[column][i] == complete(lm, asked, 6)[0], (user, column)
+            changed += table[column][i] != table["base"][i]
+    assert changed > 5

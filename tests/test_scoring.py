@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ws.explanation import scores as sc
-from ws.subspaces.algebra import Basis, random_basis
+from ws.subspaces.algebra import Basis, empty, project_away, random_basis
 
 
 def matrix(d: int, m: int, seed: int = 0) -> torch.Tensor:
@@ -160,3 +160,26 @@ def test_a_massive_coordinate_is_found_and_what_is_left_is_scored_without_it():
     B[[i for i in range(d) if i != 5]] = other.B
     right = sc.score(sc.activation_target(X[:, [i for i in range(d) if i != 5]]), other.B).conc
     assert sc.specific(rest, Basis(B), largest)[0].conc == pytest.approx(right, rel=1e-5)
+
+
+def test_many_bases_hold_what_each_of_them_holds():
+    t = sc.activation_target(matrix(7, 30))
+    g = torch.Generator().manual_seed(3)
+    bases = [random_basis(30, r, g) if r else empty(30, "nothing") for r in (4, 0, 1, 9)]
+    assert sc.shares(bases, t) == pytest.approx([sc.energy(t, b.B) for b in bases])
+    for basis, f in zip(bases, sc.shares(bases, t), strict=True):
+        assert vars(sc.score(t, basis, sc.ZERO, f)) == pytest.approx(vars(sc.score(t, basis, sc.ZERO)))
+
+
+@pytest.mark.parametrize("near", [1.0, 0.05, 5e-3, 1e-4, 3e-6])
+def test_specificity_of_columns_that_are_nearly_held_is_that_of_the_projected_basis(near):
+    """From columns that stand out to those that are dropped: score and rank as by `project_away`."""
+    d, g = 40, torch.Generator().manual_seed(12)
+    Q = torch.linalg.qr(torch.randn(d, 14, generator=g, dtype=torch.float64)).Q
+    C, tilted = Basis(Q[:, :6].float()), Q[:, 6:12].clone()
+    tilted[:, 2] = (1 - near**2) ** 0.5 * Q[:, 1] + near * Q[:, 12]
+    basis, t = Basis(tilted.float()), sc.without(torch.randn(9, d, generator=g), C)
+    left = project_away(basis, C)
+    score, rank = sc.specific(t, basis, C)
+    assert rank == left.rank == (6 if near > 1e-5 else 5)
+    assert vars(score) == pytest.approx(vars(sc.score(t, left)), rel=2e-5, abs=1e-6)

@@ -11,7 +11,7 @@ import torch
 from ws.theta import adam as adam_module
 from ws.theta import controls, cumulants, fit, recorded
 from ws.theta.adam import adam, anchored
-from ws.theta.compare import make_heldout
+from ws.theta.compare import make_heldout, score
 from ws.theta.cumulants import Cumulants, likeliest, moments
 from ws.theta.fit import FitConfig, evaluate, fit_adam, lse_and_mean
 from ws.theta.fitted import ThetaFits
@@ -243,3 +243,27 @@ def test_a_base_on_disk_is_copied_and_used_like_any_other(states, large, monkeyp
     theta = torch.ones(3, D)
     assert torch.equal(evaluate(train.problem(all_heads(W, D, 0.3)["cvh"]), theta, FitConfig()).grad,
                        evaluate(want, theta, FitConfig()).grad)  # fmt: skip
+
+
+def test_variances_under_the_base_are_those_over_all_words(states):
+    whole, quick = expansion(states)
+    p = whole.base.logp.double().exp()
+    C = whole.C.double()
+    expected = p @ C.square() - (p @ C).square()
+    assert float((quick.variances().double() - expected).abs().max() / expected.max()) < 1e-5
+
+
+def test_the_same_logits_are_summed_once(states, monkeypatch):
+    """Scores of thetas that were scored before, also by a head that is the same function under another name."""
+    W, found = states
+    held, heads = make_heldout(Recorded(found, W, expand=False)), all_heads(W, D, 0.3)
+    summed, plain = [], recorded.lse_and_mean
+    monkeypatch.setattr(recorded, "lse_and_mean", lambda *args, **more: summed.append(1) or plain(*args, **more))
+    thetas = torch.randn(2, len(held.user), D, generator=torch.Generator().manual_seed(5))
+    first = score(held, heads["cvh"], thetas, FitConfig())
+    some = len(summed)
+    assert some == 3  # the base's readout, two rows
+    again = score(held, heads["lm_head_cvh"], thetas, FitConfig())
+    assert len(summed) == some and all(map(torch.equal, first, again))
+    other = score(held, heads["cvh"], thetas, FitConfig(gamma=1.0))
+    assert len(summed) == some + 2 and not torch.equal(other[0], first[0])

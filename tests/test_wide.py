@@ -10,6 +10,7 @@ from conftest import random_model
 from test_steer import diff_for
 
 from ws.data import load_behavior
+from ws.model import wide
 from ws.model.decoder import Decoder
 from ws.model.guard import Guarded
 from ws.model.lm import load_lm
@@ -192,3 +193,20 @@ def test_contexts_of_both_kinds_nest_and_what_is_wide_already_stays():
         with widened(model), widened(model, by_block=True), weight_steer(model, w, 1.0):
             assert torch.equal(model(ids).logits, expected)
     assert [(x.data_ptr(), x.dtype) for x in tensors(model)] == before
+
+
+def test_an_unembedding_is_wide_some_rows_at_a_time(monkeypatch):
+    model = random_model("llama", layers=2).bfloat16()
+    head, ids = model.get_output_embeddings(), torch.arange(3, 20)[None]
+    own, rows = torch.nn.functional.linear, []
+    monkeypatch.setattr(wide, "ROWS", 100)
+    monkeypatch.setattr(wide.F, "linear", lambda x, W, b=None: rows.append((W.shape[0], W.dtype)) or own(x, W, b))
+    with torch.no_grad():
+        with widened(model):
+            whole = model(ids).logits
+        rows.clear()
+        with widened(model, by_block=True):
+            turns = model(ids).logits
+            assert head.weight.dtype == torch.bfloat16
+    assert head.weight.shape[0] == 600 and rows[-6:] == [(100, torch.float32)] * 6 and len(rows) == 2 * 7 + 6
+    assert torch.allclose(whole, turns, rtol=1e-5, atol=1e-6) and "forward" not in vars(head)

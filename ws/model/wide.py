@@ -5,20 +5,22 @@ difference of two passes is mostly their rounding: 0.7 times the signal at |w|/|
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ws.model.decoder import Decoder
 from ws.model.guard import Guarded, compiled
 
 NARROW = (torch.bfloat16, torch.float16)
+ROWS = 16384  # of an unembedding that are wide at a time
 
 
 def widened(model: nn.Module, by_block: bool = False) -> Guarded:
     """A context in which every bfloat16 and float16 parameter and buffer of the model is its exact float32 value; `as`
     binds the model. On exit, by any road and also after an interrupt, each has the very tensor that it had before. Holds
     4 bytes per weight more meanwhile. A float32 model, and one whose weights are partly not in memory (offloaded), stays
-    as it is. by_block: for passes without gradients, a decoder's block, and what embeds and unembeds, is wide only while it
-    runs, so that one of them is held at a time; the numbers are the same."""
+    as it is. by_block: for passes without gradients, a decoder's block is wide only while it runs, and of what
+    embeds and unembeds the rows that are asked for, so that little of it is held at a time; the numbers are the same."""
     return _Widened(model, by_block)
 
 
@@ -41,7 +43,12 @@ class _Widened(Guarded):
     def _turn_by_turn(self) -> set[int]:
         """Hooks on what is wide only while it runs; the ids of its tensors."""
         decoder = Decoder(self.value)
-        embeds, parts = decoder.embed_tokens, [*decoder.blocks, decoder.logits_module()]
+        embeds, unembeds, parts = decoder.embed_tokens, decoder.logits_module(), [*decoder.blocks]
+        if type(unembeds).forward is nn.Linear.forward and "forward" not in vars(unembeds):  # some rows after others
+            self.undo.append(partial(vars(unembeds).pop, "forward", None))
+            unembeds.forward = partial(_some_rows_at_a_time, unembeds)
+        else:
+            parts.append(unembeds)
         if type(embeds).forward is nn.Embedding.forward:  # what it looks up is widened, not all rows
             self.undo.append(embeds.register_forward_hook(lambda _module, _inputs, output: output.float()).remove)
         else:
@@ -51,7 +58,14 @@ class _Widened(Guarded):
             self.undo.append(turn.over)
             self.undo.append(part.register_forward_pre_hook(turn.begin).remove)
             self.undo.append(part.register_forward_hook(turn.over, always_call=True).remove)
-        return {id(x) for part in (*parts, embeds) for x in (*part.parameters(), *part.buffers())}
+        return {id(x) for part in (*parts, embeds, unembeds) for x in (*part.parameters(), *part.buffers())}
+
+
+def _some_rows_at_a_time(linear: nn.Linear, x: Tensor) -> Tensor:
+    """What a linear map gives in float32, ROWS of its outputs after another."""
+    rows = linear.weight.split(ROWS)
+    biases = [None] * len(rows) if linear.bias is None else [b.float() for b in linear.bias.split(ROWS)]
+    return torch.cat([F.linear(x.float(), W.float(), b) for W, b in zip(rows, biases, strict=True)], dim=-1)
 
 
 class _Turn:
