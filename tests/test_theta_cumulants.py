@@ -267,3 +267,21 @@ def test_the_same_logits_are_summed_once(states, monkeypatch):
     assert len(summed) == some and all(map(torch.equal, first, again))
     other = score(held, heads["cvh"], thetas, FitConfig(gamma=1.0))
     assert len(summed) == some + 2 and not torch.equal(other[0], first[0])
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_optima_of_few_tokens_are_as_exact_as_of_many(seed, large):
+    """Where an expansion in float32 leads no further, the search over all words does, for every user."""
+    gen, found = torch.Generator().manual_seed(seed), {}
+    W = torch.randn(V, d, generator=gen) * torch.linspace(1.5, 0.3, V)[:, None]
+    head = all_heads(W, D, 0.3)["unconditional"]
+    for user in USERS:
+        h, theta = 0.8 * torch.randn(6, d, generator=gen), 1.5 * torch.randn(D, generator=gen)
+        p = (h @ W.T + 0.5 * head.logit_delta(h, theta, W)).softmax(-1)
+        found[user] = States(h, torch.multinomial(p, 1, generator=gen)[:, 0], torch.arange(6) // 2)
+    train = Recorded(found, W)
+    problem = train.problem(head)
+    best = fit_optimum(problem, FitConfig(), exact=train.exact(problem))
+    assert problem.quick and max(one.gradient_ratio for one in best) <= 1e-7
+    whole = fit_optimum(Recorded(found, W, expand=False).problem(head), FitConfig())
+    assert max(abs(a.loss - b.loss) for a, b in zip(best, whole, strict=True)) < 1e-9

@@ -8,6 +8,7 @@ candidate with one basis for all layers is stored once. (docs/method.md section 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -129,9 +130,15 @@ class Shelf:
 
         def known(todo: list[Candidate]) -> dict[str, list[Basis]]:
             """Of what is composed of others, those that see weights alone and are kept."""
+            names = {c.name for c in todo}
             others = {part.name: part for c in todo for part in parts.get(c.name, []) if part.sees == ("weights",)}
-            of = {n: self.key(c, {}, model, composed_of(c, walked)[1]) for n, c in others.items() if c not in todo}
-            return {n: load_bases(at(n, key)) for n, key in of.items() if state(at(n, key), key) == "done"}
+            found = {}
+            for name, c in others.items():
+                key = self.key(c, {}, model, composed_of(c, walked)[1])
+                with suppress(FileNotFoundError):  # somebody tidies up
+                    if name not in names and state(at(name, key), key) == "done":
+                        found[name] = load_bases(at(name, key))
+            return found
 
         def missing() -> list[Candidate]:
             return [c for c in chosen if c.name not in keys or state(paths[c.name], keys[c.name]) != "done"]

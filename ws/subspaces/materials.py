@@ -168,7 +168,7 @@ class Materials:
     def build(self, entry: Candidate, l: int) -> Basis:
         """A candidate's basis at layer l, built once, checked as it is made (`ws.subspaces.algebra.check_basis`)."""
         if entry.name in self._known:
-            return self._known[entry.name][l]
+            return self._known[entry.name][0 if entry.shared else l]
         key = (entry.name, -1 if entry.shared else l)
         if self.closed and key in self._begun:  # by who waits for this thread
             raise TooEarly

@@ -231,9 +231,11 @@ def _newton(
     def ratios(theta: Tensor, grad: Tensor) -> list[float]:
         return [float(_residual(grad[u], theta[u], radius)[0].norm() / start[u]) for u in range(users)]
 
-    ratio = ratios(theta, terms.grad)
+    ratio, before = ratios(theta, terms.grad), max(at.steps)
     while active := [u for u in range(users) if ratio[u] > tolerance and float(terms.grad[u].norm()) > 0]:
-        if max(at.steps) >= MAX_ITERATIONS:
+        if max(at.steps) - before >= MAX_ITERATIONS:
+            if not last:
+                break
             u = active[0]
             raise ValueError(
                 f"head {problem.name}, user {u}: no optimum after {MAX_ITERATIONS} Newton steps, gradient norm"
@@ -274,7 +276,7 @@ def _newton(
             at.steps[u] += 1
             if float(size[u]) < 1 or now[u] > KEEP_HESSIAN * ratio[u]:
                 eigen[u] = None
-        stalled = near and max(ratio) < STALLED and max(now) > max(ratio) / 2  # what is left is rounding
+        stalled = not last and max(ratio) < STALLED and max(now) > max(ratio) / 2  # what is left is rounding
         theta, terms, ratio = trial, new, now
         if stalled:
             break

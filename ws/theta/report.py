@@ -117,7 +117,10 @@ def samples(
     """Greedy answers to a prompt of each user: of the base, then wearing the user's theta."""
     texts, users = [prompt_text(lm, prompt) for prompt in prompts.values()], list(prompts)
     columns: dict[str, list[str]] = {"user": users, "prompt": list(prompts.values()), "base": []}
-    for name, few in product(shown, range(0, len(users), TOGETHER)):
+    if not shown:
+        columns["base"] = complete(lm, texts, max_new_tokens)
+    gammas = list(dict.fromkeys(gammas))
+    for name, few in product(dict.fromkeys(shown), range(0, len(users), TOGETHER)):
         some, labels = slice(few, few + TOGETHER), [f"{name}, gamma {gamma:g}" for gamma in gammas]
         thetas = torch.stack([found.theta(user, name) for user in users[some]])
         worn = [*zip(labels, gammas, strict=True), *[("base", 0.0)] * (name == shown[0])]
