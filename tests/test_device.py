@@ -38,7 +38,7 @@ def stretched(lm: LM, folder: Path) -> list[float]:
 
 def fitted(lm: LM, folder: Path) -> list[float]:
     users = dict(list(load_users().items())[:2])
-    found = ws.fit_theta(lm, users, heads=["cvh", "svd_cvh"], folder=folder, progress=False)
+    found = ws.fit_theta(lm, users, heads=["cvh", "svd_cvh"], dim=16, folder=folder, progress=False)
     return [*found.theta("mara", "cvh").tolist(), *found.theta("mara", "svd_cvh").tolist()]
 
 
