@@ -175,11 +175,12 @@ def plain_scores(
 ) -> pl.DataFrame:
     """What the summaries of `explain` say of R_act and R_w of the protocol's candidates, and nothing else: w (which of `diffs`),
     subspace, kind, R_act, R_w, joint_score."""
+    for w in diffs:
+        check_fits(lm.model, w)
     everyone = [c for c in candidates_of(protocol) if c.works(bool(behavior.personas_pos))]
     shelf = make_shelf(lm.at_rest(), behavior, protocol, cache=cache)
     known, found = shelf.bases([c for c in everyone if c.kind != "ceiling"], progress=False), []
     for i, w in enumerate(diffs):
-        check_fits(lm.model, w)
         side, targets = _b_side(shelf, w, known[CLEAN])
         bases = known | build(side, [c for c in everyone if c.kind == "ceiling"], progress=False)
         scored = null_summary(rows.null_rows(everyone, bases, [targets]), rows.lora_layers(w, lm.decoder.n_layers))
