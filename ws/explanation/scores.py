@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.subspaces.algebra import Basis, project_away
+from ws.subspaces.eigen import gram
 
 EPS = 1e-12
 SPAN_TOLERANCE = 1e-2  # singular values of w above this fraction of the largest span it
@@ -38,8 +39,7 @@ class Target:
 
     @cached_property
     def square(self) -> float:
-        few = self.F if self.F.shape[0] < self.F.shape[1] else self.F.T
-        return float((few @ few.T).square().sum())
+        return float(gram(self.F if self.F.shape[0] < self.F.shape[1] else self.F.T).square().sum())
 
     @cached_property
     def _svd(self) -> tuple[Tensor, Tensor]:

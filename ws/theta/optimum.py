@@ -223,7 +223,7 @@ def _newton(
         pairs = ((getattr(known, k), getattr(terms, k)) for k in ("loss", "ce", "kl", "grad"))
         return Terms(*(torch.where(still.view(-1, *[1] * (new.ndim - 1)), old, new.to(old)) for old, new in pairs))
 
-    start = evaluate(problem, torch.zeros_like(theta), cfg, torch.float64).grad.norm(dim=1).clamp(min=1e-300)
+    start = look(torch.zeros_like(theta)).grad.norm(dim=1).clamp(min=1e-300)
     terms = look(theta)
     eigen: list[list[Tensor] | None] = [None] * users
     taken: dict[int, tuple[Tensor, Tensor]] = {}  # last step and what it did to the gradient
