@@ -14,6 +14,7 @@ from ws.subspaces.algebra import empty, left_svd, pca, random_basis
 from ws.subspaces.build import candidates
 from ws.subspaces.candidate import candidate, get, load_candidates
 from ws.subspaces.kept import composed_of, load_bases, make_shelf, save_bases
+from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
 
 NAMES = ("write", "TaskDiff_contrast", "global_write", "causally_isolated")
@@ -95,6 +96,18 @@ def test_each_candidate_is_built_once_and_depends_on_what_it_sees(shelf, built, 
         lm, replace(behavior, name="other", personas_pos=("Agree.", "Nod.")), shelf.protocol, cache=tmp_path
     ).bases(chosen, False)
     assert built["built"] == ["TaskDiff_contrast"]  # weight candidates do not see the behaviour
+
+
+@pytest.mark.parametrize(("family", "anew"), [("llama", []), ("gemma3", ["write"])])
+def test_folding_a_gain_makes_other_bases_where_a_block_has_one(family, anew, model_folder, behavior, built, tmp_path):
+    lm, chosen = load_lm(str(model_folder(family)), "float32", "cpu"), [get("write")]
+    for fold in (False, True):
+        built["built"].clear()
+        protocol = replace(load_protocol("v7"), fold_gain=fold)
+        found = make_shelf(lm, behavior, protocol, k_broad=16, cache=tmp_path).bases(chosen, False)["write"]
+        plain = Materials(lm.decoder, None, 0, k_broad=16, fold_gain=fold).of("write", 1)
+        assert torch.equal(found[1].B, plain.B)
+    assert built["built"] == anew
 
 
 def test_bases_just_built_lie_in_memory_as_those_read_back(shelf):

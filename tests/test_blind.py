@@ -68,6 +68,21 @@ def test_copies_are_scored_as_their_turned_bases_are():
     assert copy["R_w"][0] == pytest.approx(plain["R_w"], rel=1e-5)
 
 
+def test_copies_of_rounded_factors_are_the_copies(monkeypatch):
+    """Score by score the rounding is a small part of what copies differ by, and it takes no side."""
+    from ws.stability import blind as room
+
+    w = simulated(room.ROUNDED, 2, 1, 5)
+    rounded = blind_scores(w.geometry, 400, seed=3)
+    monkeypatch.setattr(room, "ROUNDED", room.ROUNDED + 1)
+    whole = blind_scores(w.geometry, 400, seed=3)
+    assert torch.get_float32_matmul_precision() == "highest"
+    for name, values in whole.items():
+        off, spread = np.log(rounded[name]) - np.log(values), np.log(values).std(axis=0)
+        assert 0 < np.abs(off).max() and (off.std(axis=0) < 5e-3 * spread).all(), name
+        assert (np.abs(off.mean(axis=0)) < 1e-3 * spread).all(), name
+
+
 def test_the_bench_scores_as_the_tables_do():
     """`plain_scores`, which judges the null, agrees with `ws.explanation.scores`."""
     w = simulated(40, 1, 1, 6)

@@ -169,6 +169,10 @@ def test_many_bases_hold_what_each_of_them_holds():
     assert sc.shares(bases, t) == pytest.approx([sc.energy(t, b.B) for b in bases])
     for basis, f in zip(bases, sc.shares(bases, t), strict=True):
         assert vars(sc.score(t, basis, sc.ZERO, f)) == pytest.approx(vars(sc.score(t, basis, sc.ZERO)))
+    for basis, f, inside in zip(bases, sc.shares(bases, t), sc.shares(bases, t.span), strict=True):
+        alone = sc.span_score(t, basis.B)
+        assert sc.span_score(t, basis.B, f, inside) == pytest.approx(alone, nan_ok=True)
+        assert math.isnan(alone) == (basis.rank == 0)
 
 
 @pytest.mark.parametrize("near", [1.0, 0.05, 5e-3, 1e-4, 3e-6])

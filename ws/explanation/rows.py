@@ -101,7 +101,7 @@ def _columns(s: sc.Score, target: str, prefix: str = "") -> dict[str, float]:
 
 
 def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis, f: dict[str, float]) -> dict:
-    """A row; f: what the basis holds of every target."""
+    """A row; f: what the basis holds of every target, and of its span."""
     B = basis.B
     row = _keys(l, c, "family", "axis_kind", "source", "kind") | {"rank": basis.rank}
     row |= _columns(sc.score(t.act, B, sc.ZERO, f["act"]), "act")
@@ -112,7 +112,7 @@ def _row(l: int, t: LayerTargets, c: Candidate, basis: Basis, f: dict[str, float
         row[f"pct_oracle_{name}"] = sc.oracle_fraction(of, B, True, f[name])
     for name in WEIGHTS:
         row[f"pct_oracle_{name}"] = sc.oracle_fraction(t.weights[name], B, f=f.get(name))
-        row[f"span_score_{name}"] = sc.span_score(t.weights[name], B, f.get(name))
+        row[f"span_score_{name}"] = sc.span_score(t.weights[name], B, f.get(name), f.get(f"span of {name}"))
     row |= {f"conc_{name}": sc.score(target, B, sc.ZERO, f[name]).conc for name, target in t.more.items()}
     row["conc_act_without_largest"] = sc.specific(t.without_largest, basis, t.largest)[0].conc
     row["largest_share_act"] = t.largest_share
@@ -124,7 +124,9 @@ def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl
     rows = []
     for l, t in enumerate(targets):
         here = [bases[c.name][l] for c in candidates]
-        known = {"act": t.act, "block": t.block, **t.more, **{n: w for n, w in t.weights.items() if w}}
+        weights = {name: w for name, w in t.weights.items() if w and w.trace > 0}
+        known = {"act": t.act, "block": t.block, **t.more, **weights}
+        known |= {f"span of {name}": w.span for name, w in weights.items()}
         held = {name: sc.shares(here, target) for name, target in known.items()}
         for i, (c, basis) in enumerate(zip(candidates, here, strict=True)):
             rows.append(_row(l, t, c, basis, {name: values[i] for name, values in held.items()}))

@@ -53,6 +53,11 @@ class Target:
     def axes(self) -> Float[Tensor, "d p"]:
         return self._svd[0]
 
+    @cached_property
+    def span(self) -> "Target":
+        """Its span as a target: the orthonormal axes that hold more than SPAN_TOLERANCE of the largest singular value."""
+        return Target(self.axes[:, self.energies > SPAN_TOLERANCE**2 * self.energies[0]], self.dim)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -171,16 +176,19 @@ def oracle_basis(target: Target, r: int) -> Float[Tensor, "d r"]:
     return target.axes[:, : min(r, int((target.energies > 0).sum()))]
 
 
-def span_score(target: Target | None, basis: Float[Tensor, "d r"], f: float | None = None) -> float:
+def span_score(
+    target: Target | None, basis: Float[Tensor, "d r"], f: float | None = None, inside: float | None = None
+) -> float:
     """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest). 1 where B's share
-    of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has nothing in the span."""
+    of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has nothing in the span.
+    f, inside: f(B) and `|L^T B|_F^2`, where they are known."""
     if target is None or basis.shape[1] == 0 or target.trace <= 0:
         return NAN
-    L = target.axes[:, target.energies > SPAN_TOLERANCE**2 * target.energies[0]]
-    inside = float((L.T @ basis.double()).square().sum()) / L.shape[1]
-    if L.shape[1] > target.F.shape[0] / 2 or inside < EPS:
+    d, rank = target.span.F.shape
+    part = (energy(target.span, basis) if inside is None else inside) / rank
+    if rank > d / 2 or part < EPS:
         return NAN
-    return (energy(target, basis) if f is None else f) / inside
+    return (energy(target, basis) if f is None else f) / part
 
 
 def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, " draws"]:

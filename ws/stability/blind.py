@@ -9,7 +9,8 @@ and any two of these products are independent, so that a share of them that exce
 of N independent draws; rotating targets by the one and bases by the other costs sqrt(N) rotations instead of N.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ws.show.bars import tqdm
 
 TAIL = 1e-3  # relative change of the null's variance that a thinner factor may cost
+ROUNDED = 256  # dimensions
 SCORES = ("R_w", "R_act", "H_w", "H_act", "specific")
 
 
@@ -79,6 +81,22 @@ def haar(d: int, generator: torch.Generator, dtype: torch.dtype = torch.float32)
     return Q * R.diagonal().sign()  # without the signs, Q depends on how the routine chose them
 
 
+def _rounded(x: Tensor, d: int) -> Tensor:
+    """What of `x` stands in the products of a geometry in d dimensions."""
+    return x.bfloat16().float() if d >= ROUNDED else x
+
+
+@contextmanager
+def _fast_products(d: int) -> Iterator[None]:
+    """Units for bfloat16, where there are any, for products of `_rounded` matrices: exact but for the order of the sums."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if d >= ROUNDED else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def blind_scores(
     geometry: Geometry, n_draws: int, seed: int, device: str = "cpu", progress: bool = False
 ) -> dict[str, Float[np.ndarray, "N S C"]]:
@@ -95,7 +113,7 @@ def blind_scores(
     for _ in range(I):
         O = haar(d, generator)
         for rows, layer in zip(turned, layers, strict=True):
-            rows.append(layer.targets @ O)
+            rows.append(_rounded(layer.targets @ O, d))
     targets = [torch.stack(rows) for rows in turned]
     out = np.empty((len(SCORES), n_draws, S, C), dtype=np.float32)
     for start in tqdm(range(0, n_draws, I), "blind copies", disable=not progress):
@@ -132,7 +150,9 @@ class _Layer:
 
     def score(self, targets: Float[Tensor, "I q d"], V: Float[Tensor, "d d"]) -> Float[Tensor, "5 I S C"]:
         """Scores at this layer of the copies `O_i V`, in the order of SCORES."""
-        Z, at, parts = targets @ (V @ self.bases), 0, {}
+        turned, at, parts = _rounded(V @ self.bases, self.d), 0, {}
+        with _fast_products(self.d):
+            Z = targets @ turned
         for name, width in self.width.items():
             stop = at + self.shape[0] * width
             parts[name] = Z[:, at:stop].unflatten(1, (self.shape[0], width))

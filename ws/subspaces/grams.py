@@ -88,6 +88,11 @@ def output_gain(decoder: Decoder, l: int, role: str) -> Float[Tensor, " d"]:
     return decoder.norm_gain(l, "attn_out" if role == "o" else "mlp_out")
 
 
+def has_output_gains(decoder: Decoder) -> bool:
+    """Whether a norm scales what any block writes: where none does, there is no gain to fold."""
+    return any(bool((output_gain(decoder, l, role) != 1).any()) for l in range(decoder.n_layers) for role in WRITERS)
+
+
 def weight_eps(decoder: Decoder) -> float:
     """Distance of 1 from the next number in the dtype of the blocks' weights; float32's for wider ones."""
     dtype = decoder.linear(0, "o").weight.dtype

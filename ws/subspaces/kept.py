@@ -30,6 +30,7 @@ from ws.subspaces.build import build
 from ws.subspaces.candidate import Candidate, registered
 from ws.subspaces.captures import BaseCaptures, capture_base, prompts_key
 from ws.subspaces.from_gradients import GRADIENT
+from ws.subspaces.grams import has_output_gains
 from ws.subspaces.materials import Materials, check_widths
 from ws.subspaces.protocol import Protocol
 
@@ -96,7 +97,7 @@ class Shelf:
 
     def key(self, c: Candidate, prompts: dict, model: str, code: str) -> Key:
         params = {"model": model, "k": self.k, "k_broad": self.k_broad, "shared": c.shared, "name": c.name}
-        params |= {"fold_gain": self.protocol.fold_gain}
+        params |= {"fold_gain": self.protocol.fold_gain and has_output_gains(self.lm.decoder)}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
         if self.gradients and reads_gradients(c):
             params |= {"gradients": self.gradients.content, "part": self.part}
