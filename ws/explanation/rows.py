@@ -125,8 +125,8 @@ def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl
     for l, t in enumerate(targets):
         here = [bases[c.name][l] for c in candidates]
         weights = {name: w for name, w in t.weights.items() if w and w.trace > 0}
-        known = {"act": t.act, "block": t.block, **t.more, **weights}
-        known |= {f"span of {name}": w.span for name, w in weights.items()}
+        spans = {f"span of {name}": w.span for name, w in weights.items()}
+        known = {"act": t.act, "block": t.block, **t.more, **weights, **spans}
         held = {name: sc.shares(here, target) for name, target in known.items()}
         for i, (c, basis) in enumerate(zip(candidates, here, strict=True)):
             rows.append(_row(l, t, c, basis, {name: values[i] for name, values in held.items()}))

@@ -7,10 +7,12 @@ of every count over candidates and seeds come from such copies.
 `N` copies are `O_i V_j` of about sqrt(N) rotations `O_i` and as many `V_j`. A product of independent Haar rotations is Haar,
 and any two of these products are independent, so that a share of them that exceeds something has the mean and the variance
 of N independent draws; rotating targets by the one and bases by the other costs sqrt(N) rotations instead of N.
+
+From ROUNDED dimensions on both factors of `(F^T O_i)(V_j B)` are rounded to bfloat16 (`ws.model.rounded`), which moves a score, a
+sum of hundreds of squares, by less than a two-hundredth of what copies differ by.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -19,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ws.model.rounded import fast_products, rounded
 from ws.show.bars import tqdm
 
 TAIL = 1e-3  # relative change of the null's variance that a thinner factor may cost
@@ -81,22 +84,6 @@ def haar(d: int, generator: torch.Generator, dtype: torch.dtype = torch.float32)
     return Q * R.diagonal().sign()  # without the signs, Q depends on how the routine chose them
 
 
-def _rounded(x: Tensor, d: int) -> Tensor:
-    """What of `x` stands in the products of a geometry in d dimensions."""
-    return x.bfloat16().float() if d >= ROUNDED else x
-
-
-@contextmanager
-def _fast_products(d: int) -> Iterator[None]:
-    """Units for bfloat16, where there are any, for products of `_rounded` matrices: exact but for the order of the sums."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if d >= ROUNDED else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def blind_scores(
     geometry: Geometry, n_draws: int, seed: int, device: str = "cpu", progress: bool = False
 ) -> dict[str, Float[np.ndarray, "N S C"]]:
@@ -113,7 +100,7 @@ def blind_scores(
     for _ in range(I):
         O = haar(d, generator)
         for rows, layer in zip(turned, layers, strict=True):
-            rows.append(_rounded(layer.targets @ O, d))
+            rows.append(layer.rounded(layer.targets @ O))
     targets = [torch.stack(rows) for rows in turned]
     out = np.empty((len(SCORES), n_draws, S, C), dtype=np.float32)
     for start in tqdm(range(0, n_draws, I), "blind copies", disable=not progress):
@@ -130,6 +117,7 @@ class _Layer:
         parts = {name: [of_seed[l] for of_seed in getattr(g, name)] for name in ("w", "act", "specific")}
         self.d, S, C = len(g.bases[l][0]), len(g.w), len(g.bases[l])
         self.shape, self.width, rows = (S, C), {}, []
+        self.rounded = rounded if self.d >= ROUNDED else Tensor.float
         for name, factors in parts.items():
             self.width[name] = max(f.F.shape[1] for f in factors)
             for f in factors:
@@ -150,8 +138,8 @@ class _Layer:
 
     def score(self, targets: Float[Tensor, "I q d"], V: Float[Tensor, "d d"]) -> Float[Tensor, "5 I S C"]:
         """Scores at this layer of the copies `O_i V`, in the order of SCORES."""
-        turned, at, parts = _rounded(V @ self.bases, self.d), 0, {}
-        with _fast_products(self.d):
+        turned, at, parts = self.rounded(V @ self.bases), 0, {}
+        with fast_products(self.d >= ROUNDED):
             Z = targets @ turned
         for name, width in self.width.items():
             stop = at + self.shape[0] * width

@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ws.model.rounded import fast_products, rounded
+
 LARGE = 16384  # words; smaller vocabularies are summed whole
 LIKELIEST = 128  # words of a token that are summed one by one
 MOST = 1 << 20  # of them for all tokens together; more tokens have fewer words each, at least LEAST
@@ -125,23 +127,28 @@ def moments(
     logp: Float[Tensor, "T V"], words: Int[Tensor, "T K"], C: Float[Tensor, "V D"]
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, "T D"], Float[Tensor, "T D D"]]:
     """Mass, mean and covariance of the readouts of all words but `words`: one product of the chances with the upper triangle of
-    each word's `C_v C_v^T`."""
+    each word's `C_v C_v^T`, both as bfloat16 holds them (`ws.model.rounded`), the diagonal from float32."""
     T, D = len(logp), C.shape[1]
     i, j = torch.triu_indices(D, D, device=C.device)
     mass, mean, cov = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D, D)
-    squares = C.new_empty(WORDS, len(i))
+    squares, sums = C.new_empty(WORDS, len(i)), C.new_empty(TOKENS, len(i))
     for rows in _blocks(T, TOKENS):
-        likely, first, second = words[rows], mean[rows], C.new_zeros(rows.stop - rows.start, len(i))
+        likely, first = words[rows], mean[rows]
+        second, own = (C.new_zeros(len(first), size) for size in (len(i), D))
         for some in _blocks(len(C), WORDS):
             c, p = C[some], logp[rows, some].to(C.device).exp()
             t, k = ((likely >= some.start) & (likely < some.stop)).nonzero(as_tuple=True)
             p[t, likely[t, k] - some.start] = 0
             mass[rows] += p.sum(1)
             first.addmm_(p, c)
-            second.addmm_(p, _products(c, squares[: len(c)]))
+            own.addmm_(p, c.square())
+            products, part = rounded(_products(c, squares[: len(c)])), sums[: len(p)]
+            with fast_products():
+                second += torch.mm(rounded(p), products, out=part)
             unmap(logp)
         left = mass[rows].clamp(min=1e-30)[:, None]
         first /= left
+        second[:, i == j] = own
         second /= left
         cov[rows, i, j] = second
         cov[rows, j, i] = second
