@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import polars as pl
 import torch
@@ -87,11 +88,6 @@ def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) ->
     return layers
 
 
-def _cells(candidates: list[Candidate], bases: Bases, targets: Targets) -> Iterator[tuple]:
-    """(layer, LayerTargets, Candidate, Basis) for every layer and every candidate, layers outermost."""
-    return ((l, t, c, bases[c.name][l]) for l, t in enumerate(targets) for c in candidates)
-
-
 def _keys(l: int, c: Candidate, *facts: str) -> dict:
     return {"layer": l, "subspace": c.name} | {fact: getattr(c, fact) for fact in facts}
 
@@ -165,8 +161,9 @@ def with_null_diff(table: pl.DataFrame, nulls: pl.DataFrame) -> pl.DataFrame:
 def specific_per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl.DataFrame:
     """What each candidate explains beyond the clean states' own top directions, per layer. (section 6, specificity)"""
     rows = []
-    for l, t, c, basis in _cells(candidates, bases, targets):
-        s, rank = sc.specific(t.beyond_clean, basis, bases[CLEAN][l])
+    for l, c in product(range(len(targets)), candidates):
+        basis = bases[c.name][l]
+        s, rank = sc.specific(targets[l].beyond_clean, basis, bases[CLEAN][l])
         row = _keys(l, c, "family", "source", "kind") | _columns(s, "act", "specific_") | {"specific_rank": rank}
         rows.append(row | {"gap": basis.gap, "ill_conditioned": basis.ill_conditioned, "sees": c.race})
     return pl.DataFrame(rows, infer_schema_length=None)
