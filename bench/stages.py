@@ -36,6 +36,7 @@ STAGES = {  # what is timed: where a caller looks it up
     "steered passes": "ws.explanation.explain.capture_steered",
     "ceilings": "ws.explanation.explain.build",
     "targets": "ws.explanation.rows.layer_targets",
+    "plain targets": "ws.explanation.rows.plain_targets",
     "scores": "ws.explanation.rows.per_layer",
     "specificity": "ws.explanation.rows.specific_per_layer",
     "kept tensors": "ws.explanation.rows.kept_tensors",

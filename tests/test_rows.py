@@ -198,7 +198,7 @@ def test_nobody_leads_where_w_does_not_steer(planted):
 def test_every_score_stands_beside_its_null_diffs(planted):
     """One null diff has no spread; of five, a score is above them where it exceeds their prediction interval."""
     candidates, bases, targets, table = planted
-    rows = sweep.null_rows(candidates, bases, [targets] * 5)
+    rows = sweep.null_rows(candidates, bases, [{l: (t.act, t.weights["combined"]) for l, t in enumerate(targets)}] * 5)
     assert rows.columns == list(sweep.NULL_ROWS) and rows.height == 5 * 6 * 44
     with_null = sweep.with_null_diff(table, rows)
     kept = with_null.filter(pl.col("subspace") == "write", pl.col("layer") == LAYERS[0])

@@ -59,7 +59,7 @@ def explanation(lm, bases: dict, g: torch.Generator) -> Explanation:
         "nulls": ["a"] * 3,
         "null_effects": [0.1, -0.2, 0.3],
     }
-    nulls = sweep.null_rows(candidates, bases, [targets] * 3)
+    nulls = sweep.null_rows(candidates, bases, [{l: (t.act, t.weights["combined"]) for l, t in enumerate(targets)}] * 3)
     return Explanation(
         per_layer=sweep.with_null_diff(sweep.per_layer(candidates, bases, targets), nulls),
         null_per_layer=nulls,

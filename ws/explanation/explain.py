@@ -127,11 +127,12 @@ def explain(
     wanted = {c.name: c for c in [*a_side, as_candidate(CLEAN)]}
     bases = shelf.bases(list(wanted.values()), progress)
     bases |= {name: _given(name, by_layer, lm) for name, by_layer in ready.items()}
-    side, targets = _b_side(shelf, w, bases[CLEAN])
+    side = _b_side(shelf, w)
+    targets = rows.layer_targets(side, bases[CLEAN])
     bases |= build(side, ceilings, progress=False)
 
     table = rows.per_layer(everyone, bases, targets)
-    null_targets = [_b_side(shelf, diff, bases[CLEAN], fit=False)[1] for diff in nulls]
+    null_targets = [rows.plain_targets(_b_side(shelf, one, fit=False), range(len(targets))) for one in nulls]
     null_rows = rows.null_rows(everyone, bases, null_targets)
     if nulls:
         table = rows.with_null_diff(table, null_rows)
@@ -181,9 +182,9 @@ def plain_scores(
     shelf = make_shelf(lm.at_rest(), behavior, protocol, cache=cache)
     known, found = shelf.bases([c for c in everyone if c.kind != "ceiling"], progress=False), []
     for i, w in enumerate(diffs):
-        side, targets = _b_side(shelf, w, known[CLEAN])
+        side, layers = _b_side(shelf, w), rows.lora_layers(w, lm.decoder.n_layers)
         bases = known | build(side, [c for c in everyone if c.kind == "ceiling"], progress=False)
-        scored = null_summary(rows.null_rows(everyone, bases, [targets]), rows.lora_layers(w, lm.decoder.n_layers))
+        scored = null_summary(rows.null_rows(everyone, bases, [rows.plain_targets(side, layers)]), layers)
         found.append(scored.with_columns(pl.lit(i, pl.Int64).alias("null")))
     kinds = pl.DataFrame({"subspace": [c.name for c in everyone], "kind": [c.kind for c in everyone]})
     table = pl.concat(found).rename({"null": "w"}).join(kinds, on="subspace", maintain_order="left")
@@ -214,12 +215,10 @@ def check_nulls(lm: LM, w: WeightDiff, nulls: Sequence[WeightDiff], files: Seque
     )
 
 
-def _b_side(shelf: Shelf, w: WeightDiff, clean: list[Basis], fit: bool = True) -> tuple[CeilingMaterials, list]:
+def _b_side(shelf: Shelf, w: WeightDiff, fit: bool = True) -> CeilingMaterials:
     """What w gives the ceilings (without `fit` nothing can be built from it), and what it is scored on."""
-    lm, protocol = shelf.lm, shelf.protocol
-    steered = capture_steered(lm, shelf.behavior, w, protocol, cache=shelf.cache, fit=fit)
-    side = CeilingMaterials(lm.decoder, w, steered, shelf.k, protocol.fold_gain)
-    return side, rows.layer_targets(side, clean)
+    steered = capture_steered(shelf.lm, shelf.behavior, w, shelf.protocol, cache=shelf.cache, fit=fit)
+    return CeilingMaterials(shelf.lm.decoder, w, steered, shelf.k, shelf.protocol.fold_gain)
 
 
 def _sorted_out(extra: Iterable[object] | Mapping[str, object]) -> tuple[list[Candidate], dict[str, Mapping]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -47,6 +47,9 @@ class LayerTargets:
 
 
 Targets = list[LayerTargets]
+PlainTargets = dict[
+    int, tuple[sc.Target, sc.Target | None]
+]  # of a layer: of R_act, and of R_w where both writers are there
 Bases = dict[str, list[Basis]]  # by candidate, one per layer
 
 
@@ -72,6 +75,12 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
         where = "; ".join(missing)
         log.warning("the weight diff lacks one of the two residual writers at %s: scores there are NaN", where)
     return targets
+
+
+def plain_targets(ceiling: CeilingMaterials, layers: Iterable[int]) -> PlainTargets:
+    """What R_act and R_w are scored on, at some layers."""
+    weights = {l: sc.weight_targets(ceiling.left_factor(l, "o"), ceiling.left_factor(l, "down")) for l in layers}
+    return {l: (sc.activation_target(ceiling.steered.eval[l]), w["combined"]) for l, w in weights.items()}
 
 
 def lora_layers(w: WeightDiff, n_layers: int, given: list[int] | None = None) -> list[int]:
@@ -129,15 +138,15 @@ def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def null_rows(candidates: list[Candidate], bases: Bases, nulls: Sequence[Targets]) -> pl.DataFrame:
+def null_rows(candidates: list[Candidate], bases: Bases, nulls: Sequence[PlainTargets]) -> pl.DataFrame:
     """`v7_null_diffs.csv`: every candidate's scores on the targets of each null diff: null (from 0), layer, subspace,
     conc_act, conc_w_combined."""
     rows = []
-    for number, (l, t) in ((i, one) for i, targets in enumerate(nulls) for one in enumerate(targets)):
-        here, w = [bases[c.name][l] for c in candidates], t.weights["combined"]
-        held = [sc.shares(here, t.act), sc.shares(here, w) if w else [None] * len(here)]
+    for number, (l, (act, w)) in ((i, one) for i, targets in enumerate(nulls) for one in targets.items()):
+        here = [bases[c.name][l] for c in candidates]
+        held = [sc.shares(here, act), sc.shares(here, w) if w else [None] * len(here)]
         for c, basis, f, f_w in zip(candidates, here, *held, strict=True):
-            scores = sc.score(t.act, basis, sc.ZERO, f), sc.score(w, basis, f=f_w)
+            scores = sc.score(act, basis, sc.ZERO, f), sc.score(w, basis, f=f_w)
             rows.append((number, l, c.name, *(one.conc for one in scores)))
     return pl.DataFrame(rows, NULL_ROWS, orient="row")
 
