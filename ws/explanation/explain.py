@@ -183,7 +183,12 @@ def plain_scores(
     known, found = shelf.bases([c for c in everyone if c.kind != "ceiling"], progress=False), []
     for i, w in enumerate(diffs):
         side, layers = _b_side(shelf, w), rows.lora_layers(w, lm.decoder.n_layers)
-        bases = known | build(side, [c for c in everyone if c.kind == "ceiling"], progress=False)
+        nothing = empty(lm.decoder.d, "a layer that no summary has")
+        bases = known | {
+            c.name: [side.build(c, l) if l in layers else nothing for l in range(lm.decoder.n_layers)]
+            for c in everyone
+            if c.kind == "ceiling"
+        }
         scored = null_summary(rows.null_rows(everyone, bases, [rows.plain_targets(side, layers)]), layers)
         found.append(scored.with_columns(pl.lit(i, pl.Int64).alias("null")))
     kinds = pl.DataFrame({"subspace": [c.name for c in everyone], "kind": [c.kind for c in everyone]})
