@@ -42,9 +42,9 @@ def built(monkeypatch):
     seen = {"built": [], "passes": 0}
     build, read = kept.build, reading.read_texts
 
-    def counting(materials, chosen, progress=True):
+    def counting(materials, chosen, *more):
         seen["built"] += sorted(c.name for c in chosen)
-        return build(materials, chosen, progress)
+        return build(materials, chosen, *more)
 
     def passes(*args, **more):
         seen["passes"] += 1
@@ -108,6 +108,25 @@ def test_folding_a_gain_makes_other_bases_where_a_block_has_one(family, anew, mo
         plain = Materials(lm.decoder, None, 0, k_broad=16, fold_gain=fold).of("write", 1)
         assert torch.equal(found[1].B, plain.B)
     assert built["built"] == anew
+
+
+def test_only_the_layers_that_are_asked_about_are_built(shelf, built, tmp_path):
+    """What is there whole is read; what all layers share is the same everywhere."""
+    every = [c for c in candidates("v7") if c.kind != "ceiling"]
+    few = replace(shelf, layers=(1, 4), cache=tmp_path / "few")
+    some = few.bases(every, False)
+    assert len(built["built"]) == len(every) and few.bases(every, False)["write"][1].rank and built["passes"] == 3
+    assert len(built["built"]) == len(every)
+    whole = shelf.bases(every, False)
+    for c in every:
+        for l, (one, all_) in enumerate(zip(some[c.name], whole[c.name], strict=True)):
+            if l in few.layers or c.shared:
+                assert torch.equal(one.B, all_.B) and one.note == all_.note, (c.name, l)
+            else:
+                assert one.rank == 0 and "not asked about" in one.note
+    built["built"].clear()
+    again = replace(shelf, layers=(1, 4)).bases(every, False)
+    assert not built["built"] and all(torch.equal(again[c.name][2].B, whole[c.name][2].B) for c in every)
 
 
 def test_bases_just_built_lie_in_memory_as_those_read_back(shelf):

@@ -179,16 +179,13 @@ def plain_scores(
     for w in diffs:
         check_fits(lm.model, w)
     everyone = [c for c in candidates_of(protocol) if c.works(bool(behavior.personas_pos))]
+    touched = [rows.lora_layers(w, lm.decoder.n_layers) for w in diffs]
     shelf = make_shelf(lm.at_rest(), behavior, protocol, cache=cache)
+    shelf = replace(shelf, layers=tuple(sorted({l for layers in touched for l in layers})))
     known, found = shelf.bases([c for c in everyone if c.kind != "ceiling"], progress=False), []
-    for i, w in enumerate(diffs):
-        side, layers = _b_side(shelf, w), rows.lora_layers(w, lm.decoder.n_layers)
-        nothing = empty(lm.decoder.d, "a layer that no summary has")
-        bases = known | {
-            c.name: [side.build(c, l) if l in layers else nothing for l in range(lm.decoder.n_layers)]
-            for c in everyone
-            if c.kind == "ceiling"
-        }
+    for i, (w, layers) in enumerate(zip(diffs, touched, strict=True)):
+        side = _b_side(shelf, w)
+        bases = known | build(side, [c for c in everyone if c.kind == "ceiling"], False, layers)
         scored = null_summary(rows.null_rows(everyone, bases, [rows.plain_targets(side, layers)]), layers)
         found.append(scored.with_columns(pl.lit(i, pl.Int64).alias("null")))
     kinds = pl.DataFrame({"subspace": [c.name for c in everyone], "kind": [c.kind for c in everyone]})

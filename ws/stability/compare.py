@@ -160,7 +160,7 @@ def compare_seeds(
         shelf = make_shelf(lm, behavior, protocol, setting["k"], setting["k_broad"], cache)
         sets, lost = _gradients(setting, lm, behavior, protocol, shelf.cache, progress)
         halves = {f"half {i}": sets.half(i) for i in (0, 1)} if sets else {}
-        shelf = replace(shelf, gradients=sets)
+        shelf = replace(shelf, gradients=sets, layers=tuple(scores.layers))
         known = {c.name: c for c in [*candidates(shelf.protocol), *own]}  # those whose functions are known
         made_of = {
             n: composed_of(known[n])[0] for n in scores.candidates if n in known and known[n].family == "compound"

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import partial
 
 from ws.show.bars import tqdm
-from ws.subspaces.algebra import Basis
+from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.candidate import Candidate, registered
 from ws.subspaces.eigen import side_by_side
 from ws.subspaces.materials import Materials, TooEarly
@@ -33,11 +33,15 @@ def candidates(protocol: str | Protocol = "v7b") -> list[Candidate]:
 
 
 def build(
-    materials: Materials | CeilingMaterials, chosen: Sequence[Candidate], progress: bool = True
+    materials: Materials | CeilingMaterials,
+    chosen: Sequence[Candidate],
+    progress: bool = True,
+    layers: Sequence[int] = (),
 ) -> dict[str, list[Basis]]:
     """Bases of the candidates by name, one per layer, each checked as it is made. Layers are the outer loop, so that a
     layer's weights and Grams are read once: when the pass that adds up all layers is at one, what can be built there is built;
-    what needs the sum waits. Raises ValueError naming candidate and layer when a basis is malformed."""
+    what needs the sum waits. layers: those that are asked about, default all; elsewhere a basis is empty, but for one that all
+    layers share. Raises ValueError naming candidate and layer when a basis is malformed."""
     bases: dict[str, dict[int, Basis]] = {c.name: {} for c in chosen}
     whole = isinstance(materials, Materials)
 
@@ -52,6 +56,9 @@ def build(
         def missing() -> list[Candidate]:
             return [c for c in chosen if l not in bases[c.name] and (last or not c.shared)]
 
+        if layers and l not in layers:
+            for c in (c for c in chosen if not c.shared):
+                bases[c.name][l] = empty(materials.d, "not asked about at this layer")
         for c in (c for c in missing() if c.shared):
             one(c)
         if whole and materials.decoder.embed_tokens.weight.is_cpu:

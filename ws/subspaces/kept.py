@@ -93,12 +93,14 @@ class Shelf:
     part: str = ""  # which of the prompts, where not all
     take: Callable[[BaseCaptures], BaseCaptures] | None = None
     whole: Callable[[], BaseCaptures] | None = None  # the captures, where others take their part of them too
+    layers: tuple[int, ...] = ()  # those that are asked about, where not all (`build`)
     gradients: Callable | None = None  # of sets of texts, with a `content` hash (`ws.gradient.sets.GradientSets`)
 
     def key(self, c: Candidate, prompts: dict, model: str, code: str) -> Key:
         params = {"model": model, "k": self.k, "k_broad": self.k_broad, "shared": c.shared, "name": c.name}
         params |= {"fold_gain": self.protocol.fold_gain and has_output_gains(self.lm.decoder)}
         params |= {"prompts": prompts, "part": self.part} if "prompts" in c.sees else {}
+        params |= {"layers": self.layers} if self.layers else {}
         if self.gradients and reads_gradients(c):
             params |= {"gradients": self.gradients.content, "part": self.part}
         return stage_key(params, sources=code)
@@ -115,17 +117,23 @@ class Shelf:
         keys: dict[str, Key] = {}
         parts: dict[str, list[Candidate]] = {}
         walked: dict = {}
+        folder, whole = self.cache / "bases", replace(self, layers=())
+
+        def at(name: str, key: Key) -> Path:
+            return folder / f"{slug(name)}_{key.params[:8]}.safetensors"
+
+        def there(name: str, key: Key) -> bool:
+            return state(at(name, key), key) == "done"
+
         for c in chosen:
             try:
                 if model:
                     parts[c.name], code = composed_of(c, walked)
-                    keys[c.name] = self.key(c, prompts, model, code)
+                    keys[c.name] = whole.key(c, prompts, model, code)
+                    if self.layers and not there(c.name, keys[c.name]):
+                        keys[c.name] = self.key(c, prompts, model, code)
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
-        folder = self.cache / "bases"
-
-        def at(name: str, key: Key) -> Path:
-            return folder / f"{slug(name)}_{key.params[:8]}.safetensors"
 
         paths = {n: at(n, key) for n, key in keys.items()}
 
@@ -135,14 +143,14 @@ class Shelf:
             others = {part.name: part for c in todo for part in parts.get(c.name, []) if part.sees == ("weights",)}
             found = {}
             for name, c in others.items():
-                key = self.key(c, {}, model, composed_of(c, walked)[1])
+                key = whole.key(c, {}, model, composed_of(c, walked)[1])
                 with suppress(FileNotFoundError):  # somebody tidies up
-                    if name not in names and state(at(name, key), key) == "done":
+                    if name not in names and there(name, key):
                         found[name] = load_bases(at(name, key))
             return found
 
         def missing() -> list[Candidate]:
-            return [c for c in chosen if c.name not in keys or state(paths[c.name], keys[c.name]) != "done"]
+            return [c for c in chosen if c.name not in keys or not there(c.name, keys[c.name])]
 
         fresh: dict[str, list[Basis]] = {}
         if missing():
@@ -151,7 +159,7 @@ class Shelf:
                 sink = self.lm.decoder.sink_token(self.lm.tokenizer)
                 widths = self.k, self.k_broad, self.protocol.fold_gain
                 materials = Materials(self.lm.decoder, self.base, sink, *widths, self.gradients, known(todo))
-                fresh = build(materials, todo, progress)
+                fresh = build(materials, todo, progress, self.layers)
                 for c in (c for c in todo if c.name in keys):
                     # read back, not used as built: a cut basis lies otherwise in memory, and its last digits with it
                     if materials.asked.get(c.name, set()) <= {part.name for part in parts[c.name]}:
