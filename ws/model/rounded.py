@@ -16,9 +16,10 @@ def rounded(x: Tensor) -> Tensor:
 @contextmanager
 def fast_products(on: bool = True) -> Iterator[None]:
     """A context for products of `rounded` matrices, and of no others."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if on else before)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if on else before
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
