@@ -3,6 +3,7 @@ and give what every machine gives, but for the order of the sums."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def rounded(x: Tensor) -> Tensor:
 @contextmanager
 def fast_products(on: bool = True) -> Iterator[None]:
     """A context for products of `rounded` matrices, and of no others."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = getattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision=""))  # not before torch 2.9
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if on else before
     try:
