@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from checked import install
 
-install_import_hook("ws", "beartype.beartype")
+install()
 
 DATA = Path(__file__).parent / "data"
 CHATML = (

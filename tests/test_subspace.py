@@ -29,6 +29,15 @@ def same_span(A: Tensor, B: Tensor) -> float:
     return float(torch.linalg.matrix_norm(A - B @ (B.T @ A), ord=2))
 
 
+def test_types_and_shapes_are_checked_in_every_test():
+    """What tests/checked.py is for: of each argument, between arguments, and of what is returned."""
+    with pytest.raises(TypeError, match="random_basis"):
+        S.random_basis("8", 2, generator())
+    for other in (torch.eye(4), torch.zeros(3), torch.eye(3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="overlap"):
+            S.overlap(torch.eye(3), other)
+
+
 @pytest.mark.parametrize(("d", "m"), [(40, 300), (300, 40), (150, 400), (400, 150), (130, 130)])
 def test_left_and_right_svd_find_planted_vectors_by_every_route(d, m):
     values = [9.0, 7, 5, 4, 3, 2.5, 2, 1.5, 0.5, 0.2]
