@@ -43,6 +43,7 @@ class Walk:
     def __init__(self, strict: bool = True):
         self.seen: dict[str, str] = {}
         self.strings: set[str] = set()
+        self.met: set[tuple[str, str]] = set()  # names that were followed, by module
         self.strict = strict
         self.hits = 0  # names that led to a definition
 
@@ -92,7 +93,10 @@ class Walk:
         for part in map(used, nodes):
             self.strings |= part.strings
             for name in part.names:
-                self.name(scope, name, part.imports)
+                local = name.partition(".")[0] in part.imports
+                if local or (scope.module, name) not in self.met:
+                    self.met |= set() if local else {(scope.module, name)}
+                    self.name(scope, name, part.imports)
         self.seen[label] = " ".join(used(node).hash for node in nodes)
 
     # --- the caller's objects, as they are ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Comments, layout, docstrings, reprs, what errors say and the metadata of `@candi
 
 import ast
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -44,8 +45,8 @@ def module_file(name: str) -> Path | None:
     """Source of a module of this package, None when there is no such module."""
     if name.split(".")[0] != PACKAGE.name:
         return None
-    stem = PACKAGE.parent.joinpath(*name.split("."))
-    return next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
+    stem = os.path.join(PACKAGE, *name.split(".")[1:])
+    return next((Path(f) for f in (f"{stem}.py", os.path.join(stem, "__init__.py")) if os.path.isfile(f)), None)
 
 
 def _absolute(tree: ast.Module, module: str, package: bool) -> ast.Module:
