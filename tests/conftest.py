@@ -1,6 +1,7 @@
 """Shared fixtures: run-time checked shapes for all of ws, small random models of several families, the parity data."""
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from checked import install
 
 install()
+sys.modules.setdefault("rfc3987_syntax", None)  # as `ws.runs.need` has it, for tests that import nbformat first
 
 DATA = Path(__file__).parent / "data"
 CHATML = (

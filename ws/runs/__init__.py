@@ -1,6 +1,7 @@
 """Notebooks as runs: one with papermill, many on Dask, their pages and tables. It knows no science."""
 
 import importlib
+import sys
 from types import ModuleType
 
 
@@ -10,6 +11,8 @@ class Missing(ModuleNotFoundError):
 
 def need(module: str, extra: str) -> ModuleType:
     """Import what an extra installs. Raises Missing, whose one line names the extra."""
+    # jsonschema compiles grammars for a text format that no notebook uses: seconds of every start
+    sys.modules.setdefault("rfc3987_syntax", None)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -54,8 +54,6 @@ def run(spec: dict) -> Ending:
 
 
 def main() -> None:
-    # jsonschema compiles a grammar for a text format that no notebook uses: seconds of every run's start.
-    sys.modules.setdefault("rfc3987_syntax", None)
     spec = json.load(sys.stdin)
     follow(int(sys.argv[2]))
     report({"stage": "starting"})
