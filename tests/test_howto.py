@@ -1,13 +1,14 @@
-"""docs/howto: what the pages tell to type works. Blocks of a page run in its order, in one folder and one namespace."""
+"""docs/howto: what the pages tell to type works. Blocks of a page run in its order, in one folder and one namespace.
 
-import os
+Commands are typed in processes that have loaded everything (`clumsy.Typing`); tests/test_wheel.py starts one whole.
+"""
+
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from clumsy import Typing
 
 import ws
 from ws.cache.places import root
@@ -22,10 +23,9 @@ def test_there_are_pages_and_each_says_how():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_works(page, tmp_path, monkeypatch, adapters):
+def test_a_page_works(page, tmp_path, monkeypatch, adapters, type_in):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WS_OUT", str(tmp_path / "out"))
-    monkeypatch.setenv("WS_TYPED_IN", str(tmp_path))
     for side in ("pos", "neg"):
         (tmp_path / side).symlink_to(adapters / side)
     space, ran = {}, 0
@@ -36,12 +36,16 @@ def test_a_page_works(page, tmp_path, monkeypatch, adapters):
             exec(compile(text, str(page), "exec"), space)
         elif kind == "console":
             for line in (line[2:] for line in text.splitlines() if line.startswith("$ ws ")):
-                command = [sys.executable, "-m", *shlex.split(line)]
-                env = os.environ | {"PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+                env = {"WS_OUT": str(tmp_path / "out"), "WS_TYPED_IN": str(tmp_path), "OMP_NUM_THREADS": "1"}
+                told = type_in(shlex.split(line)[1:], tmp_path, env, timeout=300)
+                assert told.code == 0, f"{line}\n{told.out}\n{told.err}"
         ran += 1
     assert ran
+
+
+@pytest.fixture(scope="module")
+def type_in(tmp_path_factory) -> Typing:
+    return Typing(tmp_path_factory.mktemp("said"))
 
 
 @pytest.fixture(scope="module")
