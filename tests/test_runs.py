@@ -211,7 +211,7 @@ def test_keys_are_the_same_whatever_a_process_has_loaded():
 BLOCKED = "jupyterlab ipykernel IPython jupytext papermill nbconvert nbformat nbclient jupyter_client mdit_py_plugins"
 BLOCKED += " latex2mathml dask distributed dask_jobqueue beartype pytest"
 BARE = """
-import importlib, pkgutil, sys
+import importlib, os, pkgutil, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked!r}.split():
@@ -222,23 +222,33 @@ for room in "data model diff delta steer train subspaces explanation stability t
     package = importlib.import_module(f"ws.{{room}}")
     for found in pkgutil.iter_modules(getattr(package, "__path__", [])):
         importlib.import_module(f"ws.{{room}}.{{found.name}}")
-{last}
+for i, last in enumerate({lasts!r}):
+    if (child := os.fork()) == 0:
+        for stream, name in enumerate(("out", "err"), 1):
+            os.dup2(os.open(f"{said}/{{i}}.{{name}}", os.O_CREAT | os.O_WRONLY), stream)
+        exec(last)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def bare(last: str, cwd: Path) -> subprocess.CompletedProcess:
-    """All of the science, then one line more, where nothing of the extras can be imported."""
-    code = BARE.format(blocked=BLOCKED, last=last)
+def bare(lasts: list[str], cwd: Path, said: Path) -> list[tuple[int, str, str]]:
+    """All of the science where nothing of the extras can be imported, then each of some lines in a process of its own: its
+    exit code and what it said."""
+    code = BARE.format(blocked=BLOCKED, lasts=lasts, said=said)
     environment = {**os.environ, "PYTHONPATH": str(places.PACKAGE.parent), "WS_OUT": str(cwd / "out")}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = [[(said / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(lasts))]
+    return [(int(code), *text) for code, text in zip(done.stdout.split(), texts, strict=True)]
 
 
-def test_the_science_needs_no_extra_and_a_missing_one_is_named(tmp_path, parity_folder):
-    done = bare(f"ws.cli.main(['inspect', {str(parity_folder / 'w.pt')!r}])", tmp_path)
-    assert done.returncode == 0 and "norm" in done.stdout, done.stderr
-    done = bare("ws.cli.main(['nb', 'delta_svd'])", tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "is missing: pip install 'weight-steering[notebooks]'" in done.stderr
-    done = bare("from ws.runs.engine import Settings, connect; connect(Settings(), 1, 'x', None).__enter__()", tmp_path)
-    assert "distributed is missing: pip install 'weight-steering[batch]'" in done.stderr, done.stderr
+def test_the_science_needs_no_extra_and_a_missing_one_is_named(tmp_path, tmp_path_factory, parity_folder):
+    connects = "from ws.runs.engine import Settings, connect; connect(Settings(), 1, 'x', None).__enter__()"
+    lasts = [f"ws.cli.main(['inspect', {str(parity_folder / 'w.pt')!r}])", "ws.cli.main(['nb', 'delta_svd'])", connects]
+    (fine, told, _), (refused, _, why), (_, _, batch) = bare(lasts, tmp_path, tmp_path_factory.mktemp("said"))
+    assert fine == 0 and "norm" in told
+    assert refused == 2 and len(why.splitlines()) == 1, why
+    assert "is missing: pip install 'weight-steering[notebooks]'" in why
+    assert "distributed is missing: pip install 'weight-steering[batch]'" in batch, batch
     assert not any(tmp_path.iterdir())
