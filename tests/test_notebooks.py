@@ -15,6 +15,11 @@ from ws.model.lm import load_lm
 from ws.runs.once import run_notebook
 from ws.show.tables import read_table
 
+pytestmark = pytest.mark.timeout(900)  # trainings and sweeps of a module stand before its first test
+CHECKED = (  # more than a first figure shows, and one that reads
+    "write mlp_write attn_write global_write churn suppressed amplified TaskDiff_contrast mine global_clean_resid_pca"
+    " layer_clean_resid_pca rotation_contrast attn_ov_write mlp_roundtrip_write write_not_lm_head_read attn_qkv_read"
+).split()
 OWN = """
 import ws
 
@@ -125,68 +130,48 @@ def test_v7_sweep_on_other_families_and_in_bfloat16(family, dtype, model_folder,
     assert (table["conc_act"] > 0).all()
 
 
-def test_v7b_over_two_seeds(trained, tmp_path):
-    """The shipped difference as another seed, a null diff of its size, both sweeps under v7b, the stability report."""
+@pytest.fixture(scope="module")
+def swept(trained, tmp_path_factory):
+    """The trained difference and the shipped one as another seed, a null diff of its size, both swept under v7b: the folder of
+    all results and that of the adapter."""
+    out = tmp_path_factory.mktemp("swept") / "out"
+    lora = out / "tiny" / "sycophancy" / "lora"
     first, shipped, g = load_diff(trained / "w.safetensors"), load_diff("tiny"), torch.Generator().manual_seed(0)
     turned = {
         name: LowRank(e.B, e.A[:, torch.randperm(e.A.shape[1], generator=g)]) for name, e in shipped.entries.items()
     }
-    null = save_diff(WeightDiff(turned, first.meta | {"null": True}), tmp_path / "null.safetensors")
+    null = save_diff(WeightDiff(turned, first.meta | {"null": True}), out / "null.safetensors")
+    shutil.copytree(trained / "adapters", lora / "seed_0" / "adapters")
     for seed, w in enumerate((first, WeightDiff(shipped.entries, first.meta | {"seed": 1}))):
-        (tmp_path / f"seed_{seed}").mkdir()
-        save_diff(w, tmp_path / f"seed_{seed}" / "w.safetensors")
-    own = tmp_path / "my_candidates.py"
+        save_diff(w, lora / f"seed_{seed}" / "w.safetensors")
+    (out / "tiny" / "cache").symlink_to(out_folder() / "tiny" / "cache")  # the pairs that w was trained on
+    own = out / "my_candidates.py"
     own.write_text(OWN)
-    for seed in (0, 1):
-        folder = tmp_path / f"seed_{seed}"
-        given = {"W_PATH": str(folder / "w.safetensors"), "NULL_W_PATH": str(null), "CANDIDATES": str(own)}
-        run("v7_sweep", folder / "v7b", ["v7b.yaml"], SEED=seed, **given)
-        noted = json.loads((folder / "v7b" / "params.json").read_text())
-        assert noted["parameters"]["CANDIDATES"] == [str(own)]
-    own.unlink()  # the report finds it in the sweeps' own folders
-    run(
-        "v7b_stability", tmp_path / "v7b", SEEDS=[0, 1], RUNS_DIR=str(tmp_path), BOOT=200, N_NULL=200, CORRECTIONS=False
-    )
-    table = read_table(tmp_path / "seed_0" / "v7b" / "v7_per_layer.csv")
-    assert len(table) == 8 * 77  # 61, and those of source gradient that the pairs allow
-    for column in ("conc_block", "pct_oracle_act", "span_score_oproj", "R_w_vs_null_diff", "gap", "ill_conditioned"):
-        assert column in table.columns
-    inside = table.filter(pl.col("layer").is_between(2, 5))
-    for column in ("pct_oracle_act", "pct_oracle_block", "pct_oracle_oproj", "pct_oracle_combined"):
-        values = inside[column].drop_nans()
-        assert len(values) > 200 and values.min() >= 0 and values.max() <= 1
-    random = inside.filter(pl.col("subspace") == "random_orthogonal")["conc_w_combined"].mean()
-    assert 0.3 < random < 2.5
-    out = tmp_path / "v7b"
-    for name in ("v7b_per_seed.csv", "v7b_summary.tsv", "v7b_rank_stability.csv", "v7b_subspace_stability.csv",
-                 "v7b_conclusion.md", "v7b_forest.png", "v7b_ranks.pdf", "v7b_oracle_overlap.png"):  # fmt: skip
-        assert (out / name).stat().st_size > 0, name
-    stability = read_table(out / "v7b_subspace_stability.csv").filter(pl.col("object") == "mine")
-    assert set(stability["compared"]) == {"FIT halves", "persona pairs"}
-    assert "mine" in read_table(out / "v7b_summary.tsv")["candidate"].to_list()
-    assert "No winner" in (out / "v7b_conclusion.md").read_text()  # two seeds cannot name one
-    assert (out / "v7b_stability.html").read_text().count("data:image/png") == 5
-    per_seed = read_table(out / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
-    means = inside.group_by("subspace").agg(pl.col("conc_act").mean()).sort("subspace")
-    assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WS_OUT", str(out))
+        for seed in (0, 1):
+            given = {"NULL_W_PATH": str(null), "CANDIDATES": str(own), "N_NULL": 2}
+            run("v7_sweep", lora / f"seed_{seed}" / "v7b", ["v7b.yaml"], SEED=seed, **given)
+    noted = json.loads((lora / "seed_1" / "v7b" / "params.json").read_text())
+    assert noted["parameters"]["CANDIDATES"] == [str(own)]
+    own.unlink()  # a report finds it in the sweeps' own folders
+    return out, lora
 
 
-@pytest.mark.timeout(900)
-def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path, monkeypatch):
-    """Out of one sweep of the trained difference, in the folders in which each looks for the others."""
-    kept, out = out_folder() / "tiny" / "cache", tmp_path / "out"
-    home = out / "tiny" / "sycophancy" / "lora" / "seed_0"
-    shutil.copytree(trained / "adapters", home / "adapters")
-    shutil.copy(trained / "w.safetensors", home)
-    home.with_name("seed_1").mkdir()
-    shutil.copy(ASSETS / "tiny_w.safetensors", home.with_name("seed_1") / "w.safetensors")
-    (out / "tiny" / "cache").symlink_to(kept)  # the pairs that w was trained on
-    monkeypatch.setenv("WS_OUT", str(out))
-    run("v7_sweep", home / "v7b", ["v7b.yaml"], SOURCES=["v5"], GRADIENTS="none", N_NULL=2)
+@pytest.fixture(scope="module")
+def checked(swept):
+    """What a causal check of some candidates of seed 0 found."""
+    out, lora = swept
     few = {"DRAWS": 20, "CHECKED": 2, "FORWARD": 2, "DROPS": 1, "RANKS": [1], "CLOUD": 20, "BOOT": 20, "N_WORDINGS": 1}
-    few |= {"SECTIONS": ["where", "read", "ranks", "dose", "controls"]}
-    run("causal_check", home / "causal", **few)
-    found = CausalCheck.load(home / "causal")
+    few |= {"SECTIONS": ["where", "read", "ranks", "dose", "controls"], "SUBSPACES": CHECKED}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WS_OUT", str(out))
+        run("causal_check", lora / "seed_0" / "causal", **few)
+    return CausalCheck.load(lora / "seed_0" / "causal")
+
+
+def test_a_causal_check(trained, swept, checked):
+    home, found = swept[1] / "seed_0", checked
     table, effects = found.candidates, found.setting["effects"]
     assert table["subspace"].to_list()[:2] == ["w", "w_res"] and table["retention"][1] == pytest.approx(1)
     assert table["effect"].to_list()[:2] == pytest.approx([effects["w"], effects["w_res"]]) and effects["w"] > 1
@@ -195,8 +180,8 @@ def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path,
     ran = table[2:].filter(pl.col("effect").is_not_nan())
     assert len(ran) == 2 and len(found.forward) == 2 and found.tensors["drawn"].shape == (20, len(found.names))
     assert set(table["subspace"][2:]) == set(found.names) and {"write", "mlp_write"} <= set(found.names)
-    swept = read_table(home / "v7b" / "v7_summary.tsv").select("subspace", expected="joint_score")
-    both = table.join(swept, on="subspace").drop_nulls("joint_score")
+    swept_table = read_table(home / "v7b" / "v7_summary.tsv").select("subspace", expected="joint_score")
+    both = table.join(swept_table, on="subspace").drop_nulls("joint_score")
     assert len(both) > 5 and both["joint_score"].to_list() == pytest.approx(both["expected"].to_list(), rel=1e-6)
     assert found.setting["other"] and found.setting["nulls"] == 0 and len(found.cloud["points"]) == 20
     assert (home / "causal" / "causal_check.html").read_text().count("data:image/png") == 7
@@ -209,14 +194,45 @@ def test_a_causal_check_its_report_over_seeds_and_a_benchmark(trained, tmp_path,
     ):
         assert (home / "causal" / name).stat().st_size > 0, name
 
-    run("v7b_stability", home.parent / "v7b", SEEDS=[0], BOOT=200, N_NULL=200, CORRECTIONS=False)
-    over = read_table(home.parent / "v7b" / "v7b_summary.tsv")
-    mean = dict(zip(found.names, found.tensors["excess"].mean(1).tolist(), strict=True))
+
+def test_the_report_over_two_seeds(swept, checked, monkeypatch):
+    """Of both sweeps and of the causal check of one of them."""
+    out, lora = swept
+    monkeypatch.setenv("WS_OUT", str(out))
+    run("v7b_stability", lora / "v7b", SEEDS=[0, 1], BOOT=200, N_NULL=200, CORRECTIONS=False)
+    table = read_table(lora / "seed_0" / "v7b" / "v7_per_layer.csv")
+    assert len(table) == 8 * 77  # 61, and those of source gradient that the pairs allow
+    for column in ("conc_block", "pct_oracle_act", "span_score_oproj", "R_w_vs_null_diff", "gap", "ill_conditioned"):
+        assert column in table.columns
+    inside = table.filter(pl.col("layer").is_between(2, 5))
+    for column in ("pct_oracle_act", "pct_oracle_block", "pct_oracle_oproj", "pct_oracle_combined"):
+        values = inside[column].drop_nans()
+        assert len(values) > 200 and values.min() >= 0 and values.max() <= 1
+    random = inside.filter(pl.col("subspace") == "random_orthogonal")["conc_w_combined"].mean()
+    assert 0.3 < random < 2.5
+    for name in ("v7b_per_seed.csv", "v7b_summary.tsv", "v7b_rank_stability.csv", "v7b_subspace_stability.csv",
+                 "v7b_conclusion.md", "v7b_forest.png", "v7b_ranks.pdf", "v7b_oracle_overlap.png"):  # fmt: skip
+        assert (lora / "v7b" / name).stat().st_size > 0, name
+    stability = read_table(lora / "v7b" / "v7b_subspace_stability.csv").filter(pl.col("object") == "mine")
+    assert set(stability["compared"]) == {"FIT halves", "persona pairs"}
+    over = read_table(lora / "v7b" / "v7b_summary.tsv")
+    assert "mine" in over["candidate"].to_list()
+    assert "No winner" in (lora / "v7b" / "v7b_conclusion.md").read_text()  # two seeds cannot name one
+    assert (lora / "v7b" / "v7b_stability.html").read_text().count("data:image/png") == 5
+    per_seed = read_table(lora / "v7b" / "v7b_per_seed.csv").filter(pl.col("seed") == 0).sort("candidate")
+    means = inside.group_by("subspace").agg(pl.col("conc_act").mean()).sort("subspace")
+    assert per_seed["R_act"].to_list() == pytest.approx(means["conc_act"].to_list(), rel=1e-6)
+    mean = dict(zip(checked.names, checked.tensors["excess"].mean(1).tolist(), strict=True))
     known = over.filter(pl.col("candidate").is_in(list(mean)))
     assert known["excess"].to_list() == pytest.approx(
         [mean[name] for name in known["candidate"]], rel=1e-4, nan_ok=True
     )
 
+
+def test_a_benchmark(swept, checked, monkeypatch):
+    out, lora = swept
+    home = lora / "seed_0"
+    monkeypatch.setenv("WS_OUT", str(out))
     run("benchmark", home / "benchmark", KL_TARGET=[0.3], SIZE="quick")
     told = json.loads((home / "benchmark" / "benchmark.json").read_text())
     assert told["about"]["targets"] == {"0.3": 0.3} and "adapters" not in told["left_out"]

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from looks import check_looks
 
 from ws.data import load_behavior
 from ws.diff import LowRank, WeightDiff, load_diff
@@ -15,6 +16,7 @@ from ws.explanation.result import Explanation
 from ws.model.lm import load_lm
 from ws.show import notebook, tables
 from ws.stability import corrections
+from ws.stability import figures as draw
 from ws.stability.compare import _joined, compare_seeds
 from ws.stability.overlap import same_bases, seed_overlaps
 from ws.stability.scores import per_seed_table, seed_values
@@ -127,6 +129,18 @@ def test_compare_seeds_reads_folders_or_results(runs, tmp_path):
         ValueError, match="scores.safetensors: damaged, it is not what was written; running this v7_sweep again"
     ):
         compare_seeds(folders, boot=100, n_null=100)
+
+
+def test_one_seed_has_a_report_without_a_winner_and_its_figures(runs):
+    alone = compare_seeds({0: runs[0]}, boot=100, n_null=100)
+    assert "No winner" in alone.conclusion() and alone.headline() and alone.summary["joint_t_lo"].is_nan().all()
+    tables = alone.summary, alone.per_seed, alone.verdict.winner
+    for figure in (
+        draw.forest_plot(*tables, most=20, families=alone.runs.families),
+        draw.bump_chart(alone.per_seed, alone.summary),
+        draw.oracle_overlap_figure(alone.subspaces),
+    ):
+        check_looks(figure)
 
 
 def test_the_null_diff_of_itself_has_ratio_one(runs):
