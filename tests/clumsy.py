@@ -6,6 +6,7 @@ the mistake itself, beyond loading.
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import resource
@@ -13,9 +14,9 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +24,14 @@ LOADED = (
     "torch transformers peft polars scipy papermill nbclient nbconvert jinja2 tabulate jupytext yaml distributed"
     " ws.cli ws.demo ws.ready ws.lab ws.runs.engine ws.runs.index ws.runs.results ws.runs.execute"
     " transformers.models.qwen3.modeling_qwen3 transformers.models.llama.modeling_llama"
+    " ipykernel.kernelapp scipy.stats scipy.optimize ws.explanation.explain ws.causal.check ws.stability.compare"
+    " ws.use.benchmark ws.train.difference ws.theta.fitted ws.delta.measure"
 ).split()
 
 if "pytest" not in sys.modules:  # in the fork server
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # warnings; which of them are silenced by whom stays as they left it
         for name in LOADED:
             importlib.import_module(name)
 
@@ -82,15 +86,27 @@ def type_in(words: list[str], cwd: str, env: dict[str, str], base: str) -> None:
     os._exit(0)
 
 
+def fork_server() -> ForkServerContext:
+    """Processes of it have loaded everything. It starts when it is first asked for, once in a process."""
+    context, before = get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context.set_forkserver_preload(["clumsy"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
 class Typing:
     """Processes that type commands; `folder` takes what they say."""
 
     def __init__(self, folder: Path):
         self.folder, self.n = folder, 0
-        self.context = get_context("forkserver")
-        paths = [str(ROOT / "tests"), str(ROOT)]
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.context.set_forkserver_preload(["clumsy"])
+        self.context = fork_server()
 
     def start(self, words: list[str], cwd: Path, env: dict[str, str]):
         self.n += 1

@@ -1,4 +1,7 @@
-"""Every notebook, run headless as a user runs it, on a small model; what it writes is what it promises."""
+"""Every notebook, run headless as a user runs it, on a small model; what it writes is what it promises.
+
+Kernels are forked (tests/forked.py); tests/test_wheel.py runs one whole, from the command.
+"""
 
 import json
 import re
@@ -7,6 +10,7 @@ import shutil
 import polars as pl
 import pytest
 import torch
+from forked import forked
 
 from ws.cache.places import ASSETS, notebooks_folder, out_folder
 from ws.causal.found import CausalCheck
@@ -42,6 +46,12 @@ def noise(notebook) -> list[str]:
     """What was written to stderr, which JupyterLab would paint red."""
     cells = json.loads(notebook.read_text())["cells"]
     return ["".join(o["text"]) for c in cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels():
+    with forked():
+        yield
 
 
 @pytest.fixture(scope="module")
