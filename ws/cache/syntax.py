@@ -6,6 +6,7 @@ Comments, layout, docstrings, reprs, what errors say and the metadata of `@candi
 import ast
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -81,7 +82,8 @@ def _bound(node: ast.stmt) -> set[str]:
 
 def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
     """The scope of a source text. A front door that binds names when they are used says so in `EXPORTS`."""
-    top = _absolute(ast.parse(text), module, package).body
+    tree = ast.parse(text)
+    top = (_absolute(tree, module, package) if re.search(r"\bfrom\s+\.", text) else tree).body
     nested = [n for s in top if isinstance(s, ast.If | ast.Try | ast.With) for n in ast.walk(s)]
     scope = Scope(module, imports=imported([*top, *nested]))
     for node in top:
