@@ -18,6 +18,15 @@ CHATML = (
 )
 
 
+LONG = "notebooks howto train theta_cumulants audit wheel verdict causal_batch gradient causal engine delta".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that workers end together (`--dist loadfile`)."""
+    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet():
     from transformers.utils import logging
