@@ -5,7 +5,8 @@ One function per figure, which takes tables and returns the Figure.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -75,15 +76,28 @@ FORMATS = {
 EMBEDDED = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "ws"}  # TrueType, which venues take; outlines
 
 
+@contextmanager
+def laid_out(figure: Figure) -> Iterator[None]:
+    """What is drawn within has one layout, instead of one for each file."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+    try:
+        yield
+    finally:
+        if engine is not None:
+            figure.set_layout_engine(engine)
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """`stem.png` (150 dpi), `stem.pdf` with embedded TrueType fonts and `stem.svg` with outlines, the same bytes for the same
     data."""
-    paths = []
-    for kind, left_out in FORMATS.items():
-        path = stem.with_name(f"{stem.name}.{kind}")
-        with atomic_file(path) as tmp, matplotlib.rc_context(EMBEDDED):
-            figure.savefig(tmp, format=kind, dpi=150, metadata=left_out)
-        paths.append(path)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
+    with laid_out(figure), matplotlib.rc_context(EMBEDDED):
+        for path, (kind, left_out) in zip(paths, FORMATS.items(), strict=True):
+            with atomic_file(path) as tmp:
+                figure.savefig(tmp, format=kind, dpi=150, metadata=left_out)
     return paths
 
 

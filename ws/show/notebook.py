@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ws.cache.files import settled
 from ws.cache.places import logs_folder
 from ws.show import FOLDED, HEADLINE, KEY
-from ws.show.figures import described, save
+from ws.show.figures import described, laid_out, save
 from ws.show.tables import as_text
 
 PIXELS = 135  # of a screen, an inch of a figure: both columns of a page fill a report
@@ -40,10 +40,11 @@ def show(figure: Figure, stem: Path | None = None, key: bool = False, folded: st
     of the report, and for the run in the index. folded: what a report says instead, until one opens it."""
     from IPython.display import Image
 
-    if stem is not None:
-        save(figure, stem)
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=2 * PIXELS, metadata={"Software": None})
+    with laid_out(figure):
+        if stem is not None:
+            save(figure, stem)
+        figure.savefig(buffer, format="png", dpi=2 * PIXELS, metadata={"Software": None})
     told = {KEY: f"{stem.name}.png"} if key and stem is not None else {}
     told |= {FOLDED: folded} if folded else {}
     width = int(figure.get_figwidth() * PIXELS)
