@@ -344,10 +344,10 @@ def test_training_on_statements_is_the_behaviour_on_both_halves(tmp_path):
 
 def test_a_sign_stops_at_its_target_loss(kind, tmp_path):
     lm = ws.load_lm("tiny")
-    _, free = obtain_diff(lm, kind, 0, config(max_steps=40), tmp_path / "free")
+    _, free = obtain_diff(lm, kind, 0, config(max_steps=16), tmp_path / "free")
     target = (free["held_out_loss_pos_before"] + free["held_out_loss_pos_after"]) / 2
-    _, early = obtain_diff(lm, kind, 0, config(max_steps=40, target_loss=target, target_every=1), tmp_path / "early")
-    assert early["steps_pos"] < 40 and early["held_out_loss_pos_after"] <= target
+    _, early = obtain_diff(lm, kind, 0, config(max_steps=16, target_loss=target, target_every=1), tmp_path / "early")
+    assert early["steps_pos"] < 16 and early["held_out_loss_pos_after"] <= target
     assert early["target_loss_pos"] == f"reached {target:g}" and "target_loss_pos" not in free
     assert unreached(free) == unreached({"target_loss_pos": "reached 1"}) == ""
     with pytest.raises(ValueError, match="TARGET_LOSS = 0.1: no pair is held out"):
