@@ -110,7 +110,7 @@ def test_folding_a_gain_makes_other_bases_where_a_block_has_one(family, anew, mo
     assert built["built"] == anew
 
 
-def test_only_the_layers_that_are_asked_about_are_built(shelf, built, tmp_path):
+def test_only_the_layers_that_are_asked_about_are_built(shelf, built, tmp_path, monkeypatch):
     """What is there whole is read; what all layers share is the same everywhere."""
     every = [c for c in candidates("v7") if c.kind != "ceiling"]
     few = replace(shelf, layers=(1, 4), cache=tmp_path / "few")
@@ -125,8 +125,20 @@ def test_only_the_layers_that_are_asked_about_are_built(shelf, built, tmp_path):
             else:
                 assert one.rank == 0 and "not asked about" in one.note
     built["built"].clear()
-    again = replace(shelf, layers=(1, 4)).bases(every, False)
+    part = replace(shelf, layers=(1, 4))
+    again = part.bases(every, False)
     assert not built["built"] and all(torch.equal(again[c.name][2].B, whole[c.name][2].B) for c in every)
+    entry, wait = next((tmp_path / "bases").glob("mlp_write_????????.safetensors")), kept.lock
+
+    def gone(folder):
+        entry.unlink(missing_ok=True)  # somebody tidies up while this one waits for its turn
+        return wait(folder)
+
+    next((tmp_path / "bases").glob("write_????????.safetensors")).unlink()
+    monkeypatch.setattr(kept, "lock", gone)
+    assert part.bases(every, False)["mlp_write"][2].rank == 0
+    monkeypatch.undo()
+    assert torch.equal(shelf.bases([get("mlp_write")], False)["mlp_write"][2].B, whole["mlp_write"][2].B)
 
 
 def test_bases_just_built_lie_in_memory_as_those_read_back(shelf):

@@ -84,6 +84,22 @@ def test_copies_of_rounded_factors_are_the_copies(monkeypatch):
         assert (np.abs(off.mean(axis=0)) < 1e-3 * spread).all(), name
 
 
+def test_a_candidate_that_holds_nearly_all_is_scored_as_before():
+    """What it holds beyond the clean PCA is too little for rounded products."""
+    from ws.stability import blind as room
+
+    d, w = room.ROUNDED, simulated(room.ROUNDED, 1, 1, 2)
+    frame = orth(torch.randn(d, d, generator=generator(2)))
+    bases = [[*w.geometry.bases[0], frame[:, : d - 8], frame]]
+    best = {name: np.ones((1, 4, 1)) for name in ("w", "act")}
+    geometry = Geometry(**{**vars(w.geometry), "bases": bases, "best": best})
+    found = blind_scores(geometry, 9, seed=0)
+    assert all(np.isfinite(values).all() for values in found.values())
+    assert found["specific"][:, 0, 3] == pytest.approx((d - w.geometry.clean[0].shape[1]) / d, rel=2e-2)
+    few = blind_scores(w.geometry, 9, seed=0)
+    assert found["R_w"][:, 0, :2] == pytest.approx(few["R_w"][:, 0], rel=2e-2)
+
+
 def test_the_bench_scores_as_the_tables_do():
     """`plain_scores`, which judges the null, agrees with `ws.explanation.scores`."""
     w = simulated(40, 1, 1, 6)

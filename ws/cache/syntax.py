@@ -83,7 +83,7 @@ def _bound(node: ast.stmt) -> set[str]:
 def scope_of(text: str, module: str = "", package: bool = False) -> Scope:
     """The scope of a source text. A front door that binds names when they are used says so in `EXPORTS`."""
     tree = ast.parse(text)
-    top = (_absolute(tree, module, package) if re.search(r"\bfrom\s+\.", text) else tree).body
+    top = (_absolute(tree, module, package) if re.search(r"\bfrom[\s\\]*\.", text) else tree).body
     nested = [n for s in top if isinstance(s, ast.If | ast.Try | ast.With) for n in ast.walk(s)]
     scope = Scope(module, imports=imported([*top, *nested]))
     for node in top:

@@ -218,7 +218,7 @@ def check_nulls(lm: LM, w: WeightDiff, nulls: Sequence[WeightDiff], files: Seque
 
 
 def _b_side(shelf: Shelf, w: WeightDiff, fit: bool = True) -> CeilingMaterials:
-    """What w gives the ceilings (without `fit` nothing can be built from it), and what it is scored on."""
+    """What w gives the ceilings (without `fit` nothing can be built from it) and its targets."""
     steered = capture_steered(shelf.lm, shelf.behavior, w, shelf.protocol, cache=shelf.cache, fit=fit)
     return CeilingMaterials(shelf.lm.decoder, w, steered, shelf.k, shelf.protocol.fold_gain)
 

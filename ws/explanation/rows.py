@@ -130,7 +130,7 @@ def per_layer(candidates: list[Candidate], bases: Bases, targets: Targets) -> pl
     for l, t in enumerate(targets):
         here = [bases[c.name][l] for c in candidates]
         weights = {name: w for name, w in t.weights.items() if w and w.trace > 0}
-        spans = {f"span of {name}": w.span for name, w in weights.items()}
+        spans = {f"span of {name}": span for name, w in weights.items() if (span := w.span)}
         known = {"act": t.act, "block": t.block, **t.more, **weights, **spans}
         held = {name: sc.shares(here, target) for name, target in known.items()}
         for i, (c, basis) in enumerate(zip(candidates, here, strict=True)):

@@ -53,10 +53,12 @@ class Target:
     def axes(self) -> Float[Tensor, "d p"]:
         return self._svd[0]
 
-    @cached_property
-    def span(self) -> "Target":
-        """Its span as a target: the orthonormal axes that hold more than SPAN_TOLERANCE of the largest singular value."""
-        return Target(self.axes[:, self.energies > SPAN_TOLERANCE**2 * self.energies[0]], self.dim)
+    @property
+    def span(self) -> "Target | None":
+        """`L / sqrt(rank L)`, L its axes of more than SPAN_TOLERANCE of the largest singular value; None where rank L > d/2."""
+        wide = self.energies > SPAN_TOLERANCE**2 * self.energies[0]
+        rank = int(wide.sum())
+        return Target(self.axes[:, wide] / math.sqrt(rank), self.dim) if rank <= self.F.shape[0] / 2 else None
 
 
 @dataclass(frozen=True)
@@ -181,14 +183,13 @@ def span_score(
 ) -> float:
     """`f(B) / (|L^T B|_F^2 / rank L)`, L the span of the target (singular values above 1e-2 of the largest). 1 where B's share
     of the span explains as much as a random part of the span would. NaN if rank L > d/2, or where B has nothing in the span.
-    f, inside: f(B) and `|L^T B|_F^2`, where they are known."""
+    f, inside: f(B) and `|L^T B|_F^2 / rank L`, where they are known."""
     if target is None or basis.shape[1] == 0 or target.trace <= 0:
         return NAN
-    d, rank = target.span.F.shape
-    part = (energy(target.span, basis) if inside is None else inside) / rank
-    if rank > d / 2 or part < EPS:
-        return NAN
-    return (energy(target, basis) if f is None else f) / part
+    if inside is None:
+        span = target.span
+        inside = energy(span, basis) if span else NAN
+    return (energy(target, basis) if f is None else f) / inside if inside >= EPS else NAN
 
 
 def monte_carlo_null(target: Target, r: int, draws: int, label: str, seed: int = 0) -> Float[Tensor, " draws"]:

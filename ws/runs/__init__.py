@@ -12,8 +12,12 @@ class Missing(ModuleNotFoundError):
 def need(module: str, extra: str) -> ModuleType:
     """Import what an extra installs. Raises Missing, whose one line names the extra."""
     # jsonschema compiles grammars for a text format that no notebook uses: seconds of every start
-    sys.modules.setdefault("rfc3987_syntax", None)
+    unread = [name for name in ("rfc3987_syntax",) if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(unread))
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise Missing(f"{error.name} is missing: pip install 'weight-steering[{extra}]'") from None
+    finally:
+        for name in unread:
+            sys.modules.pop(name, None)

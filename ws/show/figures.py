@@ -23,6 +23,7 @@ from matplotlib.transforms import Transform
 
 matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.layout_engine import PlaceHolderLayoutEngine  # noqa: E402
 
 from ws.cache.files import atomic_file  # noqa: E402
 
@@ -73,21 +74,25 @@ FORMATS = {
     "pdf": {"CreationDate": None, "ModDate": None},
     "svg": {"Date": None, "Creator": None},
 }  # and what is left out of each, so that the same data give the same bytes
+DPI = 150
 EMBEDDED = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "ws"}  # TrueType, which venues take; outlines
 
 
 @contextmanager
 def laid_out(figure: Figure) -> Iterator[None]:
-    """What is drawn within has one layout, instead of one for each file."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine(None)
+    """What is drawn within has one layout, that of DPI, instead of one for each file."""
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    if engine is None or isinstance(engine, PlaceHolderLayoutEngine):
+        yield
+        return
+    figure.dpi = DPI
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     try:
         yield
     finally:
-        if engine is not None:
-            figure.set_layout_engine(engine)
+        figure.dpi = dpi
+        figure.set_layout_engine(engine)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -97,7 +102,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     with laid_out(figure), matplotlib.rc_context(EMBEDDED):
         for path, (kind, left_out) in zip(paths, FORMATS.items(), strict=True):
             with atomic_file(path) as tmp:
-                figure.savefig(tmp, format=kind, dpi=150, metadata=left_out)
+                figure.savefig(tmp, format=kind, dpi=DPI, metadata=left_out)
     return paths
 
 

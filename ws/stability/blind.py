@@ -8,8 +8,9 @@ of every count over candidates and seeds come from such copies.
 and any two of these products are independent, so that a share of them that exceeds something has the mean and the variance
 of N independent draws; rotating targets by the one and bases by the other costs sqrt(N) rotations instead of N.
 
-From ROUNDED dimensions on both factors of `(F^T O_i)(V_j B)` are rounded to bfloat16 (`ws.model.rounded`), which moves a score, a
-sum of hundreds of squares, by less than a two-hundredth of what copies differ by.
+From ROUNDED dimensions on both factors of `(F^T O_i)(V_j B)` are rounded to bfloat16 (`ws.model.rounded`), which moves a score by
+some thousandths of what copies differ by; not where a candidate and the clean PCA hold more than half of all directions
+together, since what is left of the one beyond the other is then small.
 """
 
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,6 @@ class _Layer:
         parts = {name: [of_seed[l] for of_seed in getattr(g, name)] for name in ("w", "act", "specific")}
         self.d, S, C = len(g.bases[l][0]), len(g.w), len(g.bases[l])
         self.shape, self.width, rows = (S, C), {}, []
-        self.rounded = rounded if self.d >= ROUNDED else Tensor.float
         for name, factors in parts.items():
             self.width[name] = max(f.F.shape[1] for f in factors)
             for f in factors:
@@ -128,6 +128,8 @@ class _Layer:
         self.clean = clean.shape[1]
         self.targets = torch.cat([*rows, clean.float().T]).to(device)
         self.ranks = torch.tensor([B.shape[1] for B in g.bases[l]], device=device)
+        self.fast = self.d >= ROUNDED and 2 * (int(self.ranks.max()) + self.clean) <= self.d
+        self.rounded = rounded if self.fast else Tensor.float
         order = torch.argsort(self.ranks, stable=True).tolist()  # candidates of one rank lie side by side
         self.order = torch.tensor(order, device=device)
         self.bases = torch.cat([g.bases[l][c].float() for c in order], dim=1).to(device)
@@ -139,7 +141,7 @@ class _Layer:
     def score(self, targets: Float[Tensor, "I q d"], V: Float[Tensor, "d d"]) -> Float[Tensor, "5 I S C"]:
         """Scores at this layer of the copies `O_i V`, in the order of SCORES."""
         turned, at, parts = self.rounded(V @ self.bases), 0, {}
-        with fast_products(self.d >= ROUNDED):
+        with fast_products(self.fast):
             Z = targets @ turned
         for name, width in self.width.items():
             stop = at + self.shape[0] * width

@@ -72,7 +72,9 @@ def build(
             materials.forget(l)
         return bool(missing())
 
-    with tqdm(total=materials.n_layers * len(chosen), desc="bases", disable=not (progress and chosen)) as bar:
+    with tqdm(
+        total=len(layers or range(materials.n_layers)) * len(chosen), desc="bases", disable=not (progress and chosen)
+    ) as bar:
         try:
             if whole:
                 materials.visit = partial(at, last=False)

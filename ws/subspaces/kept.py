@@ -125,13 +125,13 @@ class Shelf:
         def there(name: str, key: Key) -> bool:
             return state(at(name, key), key) == "done"
 
+        own: dict[str, Key] = {}
         for c in chosen:
             try:
                 if model:
                     parts[c.name], code = composed_of(c, walked)
-                    keys[c.name] = whole.key(c, prompts, model, code)
-                    if self.layers and not there(c.name, keys[c.name]):
-                        keys[c.name] = self.key(c, prompts, model, code)
+                    every, own[c.name] = (shelf.key(c, prompts, model, code) for shelf in (whole, self))
+                    keys[c.name] = every if self.layers and there(c.name, every) else own[c.name]
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
 
@@ -155,6 +155,10 @@ class Shelf:
         fresh: dict[str, list[Basis]] = {}
         if missing():
             with lock(folder):  # runs of several seeds may start at once: the first builds
+                for name in {c.name for c in missing()} & set(
+                    keys
+                ):  # what was there whole and is gone is built in part
+                    keys[name], paths[name] = own[name], at(name, own[name])
                 todo = missing()
                 sink = self.lm.decoder.sink_token(self.lm.tokenizer)
                 widths = self.k, self.k_broad, self.protocol.fold_gain
