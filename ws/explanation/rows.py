@@ -47,9 +47,8 @@ class LayerTargets:
 
 
 Targets = list[LayerTargets]
-PlainTargets = dict[
-    int, tuple[sc.Target, sc.Target | None]
-]  # of a layer: of R_act, and of R_w where both writers are there
+# by layer: of R_act, and of R_w where both writers are there
+PlainTargets = dict[int, tuple[sc.Target, sc.Target | None]]
 Bases = dict[str, list[Basis]]  # by candidate, one per layer
 
 

@@ -130,8 +130,9 @@ class Shelf:
             try:
                 if model:
                     parts[c.name], code = composed_of(c, walked)
-                    every, own[c.name] = (shelf.key(c, prompts, model, code) for shelf in (whole, self))
-                    keys[c.name] = every if self.layers and there(c.name, every) else own[c.name]
+                    keys[c.name] = own[c.name] = self.key(c, prompts, model, code)
+                    if self.layers and there(c.name, every := whole.key(c, prompts, model, code)):
+                        keys[c.name] = every
             except Unkeyed as error:
                 log.warning("candidate %s is built anew each time: %s", c.name, error)
 
@@ -155,9 +156,8 @@ class Shelf:
         fresh: dict[str, list[Basis]] = {}
         if missing():
             with lock(folder):  # runs of several seeds may start at once: the first builds
-                for name in {c.name for c in missing()} & set(
-                    keys
-                ):  # what was there whole and is gone is built in part
+                gone = [c.name for c in missing() if c.name in keys]
+                for name in gone:  # what was there whole is built at the layers that are asked about
                     keys[name], paths[name] = own[name], at(name, own[name])
                 todo = missing()
                 sink = self.lm.decoder.sink_token(self.lm.tokenizer)
