@@ -12,7 +12,7 @@ class Missing(ModuleNotFoundError):
 def need(module: str, extra: str) -> ModuleType:
     """Import what an extra installs. Raises Missing, whose one line names the extra."""
     # jsonschema compiles grammars for a text format that no notebook uses: seconds of every start
-    unread = [name for name in ("rfc3987_syntax",) if name not in sys.modules]
+    unread = {"rfc3987_syntax"} - sys.modules.keys()
     sys.modules.update(dict.fromkeys(unread))
     try:
         return importlib.import_module(module)
