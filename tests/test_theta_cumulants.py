@@ -96,7 +96,7 @@ def test_the_curvature_is_that_of_the_expansion(states):
         ahead[:, i] += step
         behind[:, i] -= step
         slope = (evaluate(problem, ahead, cfg).grad - evaluate(problem, behind, cfg).grad) / (2 * step)
-        assert torch.allclose(H[:, i].float(), slope, rtol=2e-3, atol=1e-4 * float(H.abs().max()))
+        assert torch.allclose(H[:, i], slope, rtol=2e-3, atol=1e-4 * float(H.abs().max()))
 
 
 def test_many_fits_of_the_same_tokens_are_each_as_if_alone(states, large):

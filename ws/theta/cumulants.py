@@ -25,9 +25,10 @@ LARGE = 16384  # words; smaller vocabularies are summed whole
 LIKELIEST = 128  # words of a token that are summed one by one
 MOST = 1 << 20  # of them for all tokens together; more tokens have fewer words each, at least LEAST
 LEAST = 32
-TOKENS = 1280  # per block of the moments (so much of a base on disk is in memory at a time), and words
-WORDS = 1024
-BLOCK = 128  # tokens per block of a step
+TOKENS = 4096  # per block of the moments, and words
+WORDS = 2048
+BLOCK = 128  # tokens per block where each has a matrix
+PLACES, MOST_ROWS = 6400, 512  # of a step's blocks: tokens times fits, and tokens
 MAPPED = WeakTensorKeyDictionary()  # base on disk -> its map
 
 
@@ -45,20 +46,45 @@ class Cumulants:
     lift: Float[Tensor, " T"] | None = None
     turn: Float[Tensor, "T D"] | None = None
 
-    def __call__(self, X: Float[Tensor, "nT D"]) -> tuple[Float[Tensor, " nT"], Float[Tensor, "nT D"]]:
-        """`lse` and its gradient in x for n fits of the same T tokens, one after the other."""
-        T, D = self.mean.shape
-        x = X.view(-1, T, D).permute(1, 2, 0).contiguous()
-        lse, mean = x.new_empty(T, x.shape[2]), torch.empty_like(x)
-        for rows in _blocks(T, BLOCK):
-            e, rest, tilted, Z = self._parts(rows, x[rows])
-            lse[rows] = Z.log()
-            mean[rows] = (torch.bmm(self.C[rows].mT, e) + rest[:, None] * tilted) / Z[:, None]
+    def __call__(self, X: Float[Tensor, "T D"]) -> tuple[Float[Tensor, " T"], Float[Tensor, "T D"]]:
+        """`lse` and its gradient in x."""
+        lse, mean = torch.empty_like(X[:, 0]), torch.empty_like(X)
+        for rows in _blocks(len(X), MOST_ROWS):
+            found, means = self._block(rows, X[rows, :, None])
+            lse[rows], mean[rows] = found[:, 0], means[..., 0]
+        return lse, mean
+
+    def rises(
+        self,
+        scaled: Float[Tensor, "users D"],
+        phi: Float[Tensor, "T D"],
+        owners: Int[Tensor, "n T"],
+        lse0: Float[Tensor, " T"],
+        m0: Float[Tensor, "T D"],
+        summed: torch.dtype,
+    ) -> tuple[Float[Tensor, " users"], Float[Tensor, "users D"]]:
+        """For n fits of the T tokens, whose owners' `c theta` is `scaled`, each owner's sums over its tokens, in float64: of
+        `lse - lse0`, and of `phi * (gradient - m0)`. summed: the dtype in which a block's tokens are added up."""
+        rise = torch.zeros(len(scaled), dtype=torch.float64, device=phi.device)
+        moved = torch.zeros(scaled.shape, dtype=torch.float64, device=phi.device)
+        for rows in _blocks(len(phi), min(MOST_ROWS, max(1, PLACES // len(owners)))):
+            f, own = phi[rows], owners[:, rows]
+            lse, mean = self._block(rows, (scaled[own] * f).permute(1, 2, 0).contiguous())
+            mean = mean.sub_(m0[rows, :, None]).mul_(f[..., None]).permute(2, 0, 1).reshape(-1, f.shape[1])
+            rise.index_add_(0, own.flatten(), (lse - lse0[rows, None]).T.flatten().double())
+            moved += scaled.new_zeros(scaled.shape, dtype=summed).index_add_(0, own.flatten(), mean.to(summed))
+        return rise, moved
+
+    def _block(self, rows: slice, x: Float[Tensor, "t D n"]) -> tuple[Float[Tensor, "t n"], Float[Tensor, "t D n"]]:
+        """`lse` and its gradient at n places for each of some tokens."""
+        e, rest, tilted, Z = self._parts(rows, x)
+        lse, mean = Z.log(), torch.bmm(self.C[rows].mT, e).add_(tilted.mul_(rest[:, None])).div_(Z[:, None])
         if self.at is not None:
-            s = (x * self.at[..., None]).sum(1) / self.at.square().sum(1).clamp(min=1e-30)[:, None]
-            lse += s**3 * self.lift[:, None]
-            mean += (s * s)[:, None] * self.turn[..., None]
-        return lse.T.reshape(-1), mean.permute(2, 0, 1).reshape(-1, D)
+            at = self.at[rows]
+            s = torch.bmm(at[:, None], x)[:, 0] / at.square().sum(1).clamp(min=1e-30)[:, None]
+            lse += s**3 * self.lift[rows, None]
+            mean += (s * s)[:, None] * self.turn[rows, :, None]
+        return lse, mean
 
     def _parts(self, rows: slice, x: Float[Tensor, "t D n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Unnormalised chances of the likeliest words `(t, K, n)` and of the others together `(t, n)`, the others' mean
@@ -66,7 +92,7 @@ class Cumulants:
         e = torch.bmm(self.C[rows], x).exp_().mul_(self.p[rows, :, None])
         spread, mean = torch.bmm(self.cov[rows], x), self.mean[rows, :, None]
         rest = self.mass[rows, None] * (x * (mean + spread / 2)).sum(1).exp()
-        return e, rest, mean + spread, e.sum(1) + rest
+        return e, rest, spread.add_(mean), e.sum(1) + rest
 
     def variances(self) -> Float[Tensor, "T D"]:
         """Of the readouts of all words under the base: exact."""
@@ -131,7 +157,7 @@ def moments(
     T, D = len(logp), C.shape[1]
     i, j = torch.triu_indices(D, D, device=C.device)
     mass, mean, cov = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D, D)
-    squares, sums = C.new_empty(WORDS, len(i)), C.new_empty(TOKENS, len(i))
+    room, sums = C.new_empty(len(i) * WORDS), C.new_empty(min(T, TOKENS), len(i))
     for rows in _blocks(T, TOKENS):
         likely, first = words[rows], mean[rows]
         second, own = (C.new_zeros(len(first), size) for size in (len(i), D))
@@ -142,9 +168,10 @@ def moments(
             mass[rows] += p.sum(1)
             first.addmm_(p, c)
             own.addmm_(p, c.square())
-            products, part = rounded(_products(c, squares[: len(c)])), sums[: len(p)]
+            products, part = _products(c.T.contiguous(), room), sums[: len(p)]
+            products.copy_(rounded(products))
             with fast_products():
-                second += torch.mm(rounded(p), products, out=part)
+                second += torch.mm(rounded(p), products.T, out=part)
             unmap(logp)
         left = mass[rows].clamp(min=1e-30)[:, None]
         first /= left
@@ -156,10 +183,11 @@ def moments(
     return mass, mean, cov
 
 
-def _products(c: Float[Tensor, "v D"], out: Float[Tensor, "v q"]) -> Float[Tensor, "v q"]:
-    """Products of every two entries of each row, the upper triangle row by row."""
-    at, D = 0, c.shape[1]
+def _products(c: Float[Tensor, "D v"], room: Float[Tensor, " most"]) -> Float[Tensor, "q v"]:
+    """In `room`, products of every two entries of each column, the upper triangle row by row."""
+    (D, v), at = c.shape, 0
+    out = room[: D * (D + 1) // 2 * v].view(-1, v)
     for i in range(D):
-        torch.mul(c[:, i : i + 1], c[:, i:], out=out[:, at : at + D - i])
+        torch.mul(c[i], c[i:], out=out[at : at + D - i])
         at += D - i
     return out

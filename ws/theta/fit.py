@@ -15,6 +15,7 @@ beside the recorded base; over a large vocabulary Adam's steps ask the likeliest
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ class Readout:
 @dataclass(frozen=True, eq=False)
 class Problem:
     """The fit of one head to the tokens of one or more users. C, lse0, m0, quick: its `Readout`; Cy = C[y]; ce0 the base's
-    cross-entropy; owner the user's index of each token; n the tokens of each user; alpha and name the head's."""
+    cross-entropy; owner the user's index of each token, for one fit of these tokens after the other; n the tokens of each user;
+    alpha and name the head's."""
 
     base: Base
     phi: Float[Tensor, "T D"]
@@ -84,7 +86,7 @@ class Problem:
     quick: Cumulants | None
     Cy: Float[Tensor, "T D"]
     ce0: Float[Tensor, " T"]
-    owner: Int[Tensor, " T"]
+    owner: Int[Tensor, " owned"]
     n: Int[Tensor, " users"]
     alpha: float
     name: str
@@ -103,6 +105,29 @@ class Problem:
                 lse[rows], mean[rows] = lse_and_mean(self.base.logp[rows], X[rows], self.C)
                 unmap(self.base.logp)
         return lse, mean
+
+    def rises(
+        self, scaled: Float[Tensor, "users D"], summed: torch.dtype
+    ) -> tuple[Float[Tensor, " users"], Float[Tensor, "users D"]]:
+        """Each user's sums over its tokens at `scaled = c theta`: of `lse - lse0` in float64, and of `phi * (mean - m0)`. summed:
+        the dtype in which the latter are added up."""
+        if self.quick and scaled.any():
+            owners = self.owner.view(-1, len(self.phi))
+            return self.quick.rises(scaled, self.phi, owners, self.lse0, self.m0, summed)
+        if not scaled.any():
+            return self.n.new_zeros(self.users, dtype=torch.float64), torch.zeros_like(scaled)
+        lse, mean = self.sums(scaled[self.owner] * self.phi)
+        return per_user(self, (lse - self.lse0).double()), per_user(self, (self.phi * (mean - self.m0)).to(summed))
+
+    @cached_property
+    def constants(self) -> tuple[Float[Tensor, " users"], Float[Tensor, "users D"], Float[Tensor, "users D"]]:
+        """Each user's sums over its tokens, in float64, of what no theta changes: ce0, `phi * m0`, `phi * (Cy - m0)`."""
+        owners = self.owner.view(-1, len(self.phi))
+        rows = torch.cat([self.ce0[:, None], self.phi * self.m0, self.phi * (self.Cy - self.m0)], dim=1).double()
+        found = rows.new_zeros(self.users, rows.shape[1])
+        for own in owners:
+            found.index_add_(0, own, rows)
+        return found[:, 0], *found[:, 1:].chunk(2, dim=1)
 
     @property
     def users(self) -> int:
@@ -204,12 +229,13 @@ def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor, mean_too: bool = True) -> t
     lse, mean = torch.empty_like(X[:, 0]), torch.empty_like(X)
     safe = float(X.norm(dim=1).max() * C.norm(dim=1).max()) <= SAFE_EXPONENT
     width = WORDS * min(8, torch.get_num_threads())
+    room = X.new_empty(min(TOKENS, len(X)) * min(width, len(C)))
     for start in range(0, len(X), TOKENS):
         rows = slice(start, start + TOKENS)
         x, total, m = X[rows], torch.zeros_like(lse[rows]), torch.zeros_like(mean[rows])
         top = torch.zeros_like(total) if safe else torch.full_like(total, -torch.inf)
         for part, words in zip(C.split(width), logp[rows].split(width, dim=1), strict=True):
-            z = torch.addmm(words.to(X), x, part.T)
+            z = room[: words.numel()].view(words.shape).copy_(words).addmm_(x, part.T)
             if not safe:
                 new = torch.maximum(top, z.amax(dim=1))
                 keep = torch.exp(top - new)
@@ -244,13 +270,13 @@ def evaluate(
     """Loss, CE, KL and the loss's gradient at theta, one row per user. summed: the dtype in which tokens' gradients are added
     up, default theirs. Raises ValueError naming the head, the user and the quantity when something is not finite."""
     theta = theta.to(problem.phi)
-    c = cfg.gamma * problem.alpha
-    X = c * theta[problem.owner] * problem.phi
-    lse, mean = problem.sums(X)
-    (ce, kl), n = ce_and_kl(problem, X, lse), problem.n.to(X)
-    rows = problem.phi * ((1 + cfg.beta) * mean - problem.Cy - cfg.beta * problem.m0)
-    grad = c * per_user(problem, rows.to(summed or rows.dtype)) / n[:, None] + 2 * cfg.lam * theta
-    loss = ce + cfg.beta * kl + cfg.lam * theta.double().square().sum(1)
+    c, n, (ce0, from_base, to_words) = cfg.gamma * problem.alpha, problem.n.double(), problem.constants
+    rise, moved = problem.rises(c * theta, summed or theta.dtype)
+    wide = theta.double()
+    kl = (rise - c * (wide * from_base).sum(1)) / n
+    ce = (ce0 - c * (wide * to_words).sum(1)) / n + kl
+    grad = c * ((1 + cfg.beta) * moved.double() - to_words) / n[:, None] + 2 * cfg.lam * wide
+    loss = ce + cfg.beta * kl + cfg.lam * wide.square().sum(1)
     for what, value in (("loss", loss[:, None]), ("gradient", grad)):
         for user in (~torch.isfinite(value)).any(1).nonzero()[:1, 0].tolist():
             norm = float(theta[user].norm())
@@ -283,7 +309,7 @@ def fit_adam(problem: Problem, cfg: FitConfig) -> list[Fit]:
             except ValueError as error:
                 raise ValueError(f"Adam step {step}: {error}") from error
             trace.append(torch.stack([terms.loss, terms.ce, terms.kl, theta.norm(dim=1)]).cpu())
-            theta.grad = clip_gradient(terms.grad, cfg.grad_clip)
+            theta.grad = clip_gradient(terms.grad.to(theta), cfg.grad_clip)
             optimizer.step()
             theta.copy_(clip_norm(theta, cfg.theta_clip))
     fitted, runs = theta.detach().cpu(), torch.stack(trace, dim=-1).unbind(1)

@@ -27,6 +27,7 @@ HESSIAN_WORDS = 2048
 TOLERANCE = 1e-7  # gradient norm relative to that at theta = 0
 # the same of an expansion, which is solved at little cost, and anchored anew until so much is expected of what comes next
 NEAR = TOLERANCE / 3
+FIRST = 1e-3  # that of the first expansion at most, of which nothing is known
 STALLED = 1e-4  # under this, what no longer falls by half is rounding
 ROUNDS = 8  # of anchoring at most
 ROUNDING = 1e-10  # of the loss: a change below this is none
@@ -174,7 +175,8 @@ def fit_optimum(
             near, off, expected = problem, 1.0, 1.0
             for _ in range(ROUNDS):
                 start = replace(at)  # which counts on in the same lists
-                at.theta = _newton(near, cfg, max_norm, start, curve, NEAR, near=True)[0].theta
+                enough = max(NEAR, min(FIRST, expected / 10))  # beyond it, what the expansion is off by counts for more
+                at.theta = _newton(near, cfg, max_norm, start, curve, enough, near=True)[0].theta
                 if expected <= NEAR:
                     break
                 before = off

@@ -119,7 +119,7 @@ class Recorded:
 
 
 def at_once(tokens: int) -> int:
-    """How many problems of so many tokens `dealt` puts together: some 50 MB for each of its tensors."""
+    """How many problems of so many tokens `dealt` puts together."""
     return max(1, min(50, (1 << 18) // tokens))
 
 
@@ -128,5 +128,4 @@ def dealt(problem: Problem, owners: Int[Tensor, "n T"], users: int) -> Problem:
     `u + i users`."""
     n, owners = len(owners), owners.to(problem.owner.device)
     owner = (owners + users * torch.arange(n, device=owners.device)[:, None]).flatten()
-    parts = {name: torch.cat([getattr(problem, name)] * n) for name in ("phi", "Cy", "m0", "lse0", "ce0")}
-    return replace(problem, owner=owner, n=torch.bincount(owner, minlength=n * users), **parts)
+    return replace(problem, owner=owner, n=torch.bincount(owner, minlength=n * users))
