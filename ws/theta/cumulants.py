@@ -25,7 +25,7 @@ LARGE = 16384  # words; smaller vocabularies are summed whole
 LIKELIEST = 128  # words of a token that are summed one by one
 MOST = 1 << 20  # of them for all tokens together; more tokens have fewer words each, at least LEAST
 LEAST = 32
-TOKENS = 4096  # per block of the moments, and words
+TOKENS = 1280  # per block of the moments (so much of a base on disk is in memory at a time), and words
 WORDS = 2048
 BLOCK = 128  # tokens per block where each has a matrix
 PLACES, MOST_ROWS = 6400, 512  # of a step's blocks: tokens times fits, and tokens
@@ -156,29 +156,28 @@ def moments(
     each word's `C_v C_v^T`, both as bfloat16 holds them (`ws.model.rounded`), the diagonal from float32."""
     T, D = len(logp), C.shape[1]
     i, j = torch.triu_indices(D, D, device=C.device)
-    mass, mean, cov = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D, D)
-    room, sums = C.new_empty(len(i) * WORDS), C.new_empty(min(T, TOKENS), len(i))
-    for rows in _blocks(T, TOKENS):
-        likely, first = words[rows], mean[rows]
-        second, own = (C.new_zeros(len(first), size) for size in (len(i), D))
-        for some in _blocks(len(C), WORDS):
-            c, p = C[some], logp[rows, some].to(C.device).exp()
+    mass, mean, own, second = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D), C.new_zeros(T, len(i))
+    room, sums, cov = C.new_empty(len(i) * WORDS), C.new_empty(min(T, TOKENS), len(i)), C.new_empty(T, D, D)
+    for some in _blocks(len(C), WORDS):
+        c = C[some]
+        products, squares = _products(c.T.contiguous(), room), c.square()
+        products.copy_(rounded(products))
+        for rows in _blocks(T, TOKENS):
+            likely, p = words[rows], logp[rows, some].to(C.device).exp()
             t, k = ((likely >= some.start) & (likely < some.stop)).nonzero(as_tuple=True)
             p[t, likely[t, k] - some.start] = 0
             mass[rows] += p.sum(1)
-            first.addmm_(p, c)
-            own.addmm_(p, c.square())
-            products, part = _products(c.T.contiguous(), room), sums[: len(p)]
-            products.copy_(rounded(products))
+            mean[rows].addmm_(p, c)
+            own[rows].addmm_(p, squares)
             with fast_products():
-                second += torch.mm(rounded(p), products.T, out=part)
+                second[rows] += torch.mm(rounded(p), products.T, out=sums[: len(p)])
             unmap(logp)
+    second[:, i == j] = own
+    for rows in _blocks(T, TOKENS):
         left = mass[rows].clamp(min=1e-30)[:, None]
-        first /= left
-        second[:, i == j] = own
-        second /= left
-        cov[rows, i, j] = second
-        cov[rows, j, i] = second
+        first, spread = mean[rows].div_(left), second[rows].div_(left)
+        cov[rows, i, j] = spread
+        cov[rows, j, i] = spread
         cov[rows] -= first[:, :, None] * first[:, None]
     return mass, mean, cov
 
