@@ -7,6 +7,7 @@ CPU's.
 """
 
 from contextlib import contextmanager
+from threading import Thread
 from unittest.mock import patch
 
 import torch
@@ -113,7 +114,13 @@ def elsewhere():
         found = made(data, *args, **kwargs)
         return There(found) if device is not None and torch.device(device).type == DEVICE.type else found
 
-    with patch.object(torch, "tensor", tensor), Elsewhere():
+    run = Thread.run
+
+    def there_too(thread: Thread) -> None:  # a mode is a thread's own
+        with Elsewhere():
+            run(thread)
+
+    with patch.object(torch, "tensor", tensor), patch.object(Thread, "run", there_too), Elsewhere():
         yield DEVICE
 
 

@@ -14,6 +14,9 @@ from ws.causal.passes import Items, Passes
 from ws.data import load_behavior
 from ws.gradient.capture import pair_gradients
 from ws.model.lm import LM
+from ws.subspaces import eigen
+from ws.subspaces.build import build, candidates
+from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
 from ws.theta import fit, recorded
 from ws.theta.states import load_users
@@ -88,6 +91,41 @@ def test_a_stage_on_another_device_gives_the_numbers_of_the_cpu(stage, tmp_path)
     near, there = found
     assert len(near) > 2 and near.isfinite().all() and near.norm() > 0
     assert float((near - there).norm() / near.norm()) < 1e-5
+
+
+def test_eigenproblems_of_a_layer_are_solved_together(monkeypatch):
+    """On another device: most of a layer's matrices in a few batches, none lost, and bases as one after the other."""
+    sizes, solve = [], torch.linalg.eigh
+
+    def eigh(G):
+        sizes.append(G.shape[0] if G.ndim == 3 else 1)
+        return solve(G)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    lm, chosen = model(True), [c for c in candidates("v7") if c.sees == ("weights",)]
+    with elsewhere():
+        at_once = build(Materials(lm.decoder, None, 0), chosen, progress=False)
+        batches = list(sizes)
+        monkeypatch.setattr(eigen, "PATIENCE", 0.0)  # who comes does not wait for others
+        sizes.clear()
+        apart = build(Materials(lm.decoder, None, 0), chosen, progress=False)
+    assert sum(batches) == sum(sizes) and max(batches) > 8 and len(batches) < len(sizes) / 2
+    for name, layers in at_once.items():
+        for a, b in zip(layers, apart[name], strict=True):
+            assert a.rank == b.rank and torch.allclose(a.B @ a.B.T, b.B @ b.B.T, atol=1e-5), name
+
+
+def test_a_matrix_that_cannot_be_solved_fails_alone():
+    good, bad = torch.eye(3), torch.full((3, 3), torch.nan)
+
+    def solved(G):
+        try:
+            return eigen.eigenpairs(G, 0, 2)[0].tolist()
+        except RuntimeError as error:
+            return type(error).__name__
+
+    with eigen.in_batches(3) as each:
+        assert list(each(solved, [good, bad, 2 * good])) == [[1.0] * 3, "_LinAlgError", [2.0] * 3]
 
 
 def test_the_other_device_refuses_what_a_gpu_refuses():

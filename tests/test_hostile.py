@@ -338,16 +338,6 @@ def test_what_cannot_be_rendered_is_named_in_one_line(tmp_path, monkeypatch):
         report.render(tmp_path / "a.ipynb", tmp_path / "a.html")
 
 
-def test_a_page_that_is_cut_or_empty_is_not_rendered(tmp_path):
-    page = tmp_path / "run.html"
-    assert not report.rendered(page)
-    whole = rendered(tmp_path)
-    assert report.rendered(page)
-    for part in ("", whole[:-12], whole[: len(whole) // 2], "\n"):
-        page.write_text(part)
-        assert not report.rendered(page)
-
-
 OWN = f"""
 import torch
 import ws

@@ -20,7 +20,7 @@ from ws.stability import figures as draw
 from ws.stability.compare import _joined, compare_seeds
 from ws.stability.overlap import same_bases, seed_overlaps
 from ws.stability.scores import per_seed_table, seed_values
-from ws.stability.seeds import doubts, load_seeds, seed_folders
+from ws.stability.seeds import doubts, load_seeds
 from ws.steer.evaluate import side_by_side
 from ws.subspaces.algebra import left_svd, random_basis
 from ws.subspaces.build import candidates as candidates_of
@@ -172,14 +172,6 @@ def test_missing_and_unlike_runs_are_named(runs, tmp_path):
     fewer = replace(runs[1], candidates=runs[1].candidates[1:])
     with pytest.raises(ValueError, match="seeds 0 and 1 were swept with other candidates, as"):
         load_seeds({0: runs[0], 1: fewer})
-
-
-def test_a_seed_is_named_once(tmp_path):
-    assert seed_folders([2, 0], tmp_path) == {2: tmp_path / "seed_2", 0: tmp_path / "seed_0"}
-    with pytest.raises(ValueError, match=r"SEEDS \[0, 1, 0\]: 0 is named more than once"):
-        seed_folders([0, 1, 0], tmp_path)
-    with pytest.raises(ValueError, match="SEEDS is empty"):
-        seed_folders([], tmp_path)
 
 
 def test_equal_bases_are_said_and_different_ones_are_named_flagged_and_cannot_win(runs, lm):

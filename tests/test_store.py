@@ -207,14 +207,14 @@ def test_made_folder_and_failure(tmp_path):
     with pytest.raises(ValueError, match="step 3"):
         store.made(target, key, broken, folder=True)
     assert not target.exists() and store.state(target, key) == "failed before"
-    assert store.read_failure(target)["error"] == "ValueError: loss is NaN at step 3"
+    assert store.read_record(store._failure(target))["error"] == "ValueError: loss is NaN at step 3"
 
     def good(path: Path) -> None:
         (path / "w").write_text("whole")
 
     assert store.made(target, key, good, folder=True) == "failed before"
     assert store.state(target, key) == "done" and store.read_sidecar(target)["key"]["params"] == key.params
-    assert store.read_failure(target) == {}
+    assert not store._failure(target).exists()
     (target / "w").write_text("who")
     assert store.state(target, key) == "damaged"
 

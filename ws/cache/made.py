@@ -100,11 +100,6 @@ def read_sidecar(target: Path | str) -> dict:
     return read_record(sidecar(target))
 
 
-def read_failure(target: Path | str) -> dict:
-    """What `mark_failed` recorded, {} when nothing."""
-    return read_record(_failure(Path(target)))
-
-
 def state(target: Path | str, key: Key) -> str:
     """One of STATES: whether `target` is whole and was made under `key`, and if not, why it must be made."""
     target = Path(target)

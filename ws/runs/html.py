@@ -209,12 +209,3 @@ def _home(target: Path) -> str:
         if out in folder.parents
         else ""
     )
-
-
-def rendered(page: Path) -> bool:
-    """Whether a page is there and whole."""
-    if not page.is_file():
-        return False
-    with page.open("rb") as file:
-        file.seek(max(0, page.stat().st_size - 16))
-        return file.read().rstrip().endswith(b"</html>")

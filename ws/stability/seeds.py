@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -30,16 +29,6 @@ class SeedRuns:
     oracles: dict[str, dict[str, list[Basis]]]
     steering: Steering
     families: dict[str, str]
-
-
-def seed_folders(seeds: Sequence[int], runs: Path) -> dict[int, Path]:
-    """`runs/seed_<k>` of each seed. ValueError where there is no seed, or one is named twice (a copy is no new seed)."""
-    if not seeds:
-        raise ValueError("SEEDS is empty: no seeds to compare")
-    twice = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})
-    if twice:
-        raise ValueError(f"SEEDS {list(seeds)}: {', '.join(map(str, twice))} is named more than once")
-    return {seed: runs / f"seed_{seed}" for seed in seeds}
 
 
 def load_seeds(found: Mapping[int, Explanation], depend: Collection[str] = ()) -> SeedRuns:

@@ -1,13 +1,14 @@
 """Eigenpairs of symmetric matrices in float64: those that are asked for, and no others (docs/method.md section 4). Several such
-problems take less time side by side, with one thread each, than one after the other with all threads."""
+problems take less time side by side than one after the other: on the CPU with one thread each, on a GPU as one batch."""
 
 import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock, local
+from types import SimpleNamespace
 
 import numpy as np
 import scipy
@@ -20,6 +21,8 @@ from torch import Tensor
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
 MOST = 4  # problems at a time
 ONE = Lock()  # the threads of a library are those of the whole process
+PATIENCE = 0.02  # seconds: who waits for a lock, as long as others wait for him, does not bring his matrix meanwhile
+OF_THREAD = local()  # its `batch`
 
 
 @cache
@@ -51,13 +54,72 @@ def side_by_side() -> Iterator[Callable]:
                 put(n)
 
 
+class Batch:
+    """Matrices of several threads, whose eigenpairs are found together: once every thread that is at work has brought one, or
+    when none has come for a while. Of one size as one batch."""
+
+    def __init__(self, threads: int):
+        self.at_work, self.brought, self.turn = threads, [], Condition()
+
+    def eigh(self, G: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+        """`torch.linalg.eigh`, in the turn of all."""
+        mine = SimpleNamespace(G=G, found=None)
+        with self.turn:
+            self.brought.append(mine)
+            while mine.found is None and len(self.brought) < self.at_work and self.turn.wait(PATIENCE):
+                pass
+            if mine.found is None:
+                self._solve()
+        return mine.found or torch.linalg.eigh(G)  # whose matrix it is that cannot be solved, its own thread tells
+
+    def leave(self) -> None:
+        """A thread brings nothing more."""
+        with self.turn:
+            self.at_work -= 1
+            self.turn.notify_all()
+
+    def _solve(self) -> None:
+        alike: dict[tuple, list[SimpleNamespace]] = {}
+        for one in self.brought:
+            alike.setdefault((one.G.shape, one.G.dtype, one.G.device), []).append(one)
+        self.brought = []
+        for some in alike.values():
+            try:
+                values, vectors = torch.linalg.eigh(torch.stack([one.G for one in some]))
+                found = list(zip(values, vectors, strict=True))
+            except RuntimeError:  # torch's LinAlgError, OutOfMemoryError: one after the other
+                found = [()] * len(some)
+            for one, pair in zip(some, found, strict=True):
+                one.found = pair
+        self.turn.notify_all()
+
+
+@contextmanager
+def in_batches(things: int) -> Iterator[Callable]:
+    """`map` by a thread for each of so many things, whose eigenproblems on a GPU are solved together."""
+    batch = Batch(things)
+
+    def begin() -> None:
+        OF_THREAD.batch = batch
+
+    def told(do: Callable, thing: object) -> object:
+        try:
+            return do(thing)
+        finally:
+            batch.leave()
+
+    with ThreadPoolExecutor(max(things, 1), initializer=begin) as pool:
+        yield lambda do, every: pool.map(partial(told, do), every)
+
+
 def eigenpairs(G: Tensor, first: int, last: int, every: bool = False) -> tuple[Tensor, Tensor]:
     """Eigenpairs number first..last (ascending, inclusive) in float64; on the CPU only these are computed. every: the values of
     all, which cost little beside these."""
     if G.device.type == "cpu" and G.shape[0] > SMALL:
         values, vectors = map(torch.from_numpy, _tridiagonal(G.numpy(), first, last, every))
         return values, vectors
-    values, vectors = torch.linalg.eigh(G)
+    batch = getattr(OF_THREAD, "batch", None)
+    values, vectors = batch.eigh(G) if batch else torch.linalg.eigh(G)
     return values if every else values[first : last + 1], vectors[:, first : last + 1]
 
 
