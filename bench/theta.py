@@ -23,9 +23,10 @@ from ratios import told
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ws.theta import fit  # noqa: E402
+from ws.theta import base as base_of  # noqa: E402
 from ws.theta.adam import adam  # noqa: E402
-from ws.theta.fit import FitConfig, fit_adam, make_problem, record_base  # noqa: E402
+from ws.theta.base import record_base  # noqa: E402
+from ws.theta.fit import FitConfig, fit_adam, make_problem  # noqa: E402
 from ws.theta.heads import cvh  # noqa: E402
 from ws.theta.optimum import fit_optimum  # noqa: E402
 from ws.theta.recorded import Recorded  # noqa: E402
@@ -73,7 +74,7 @@ def textbook(h, y, W, head, cfg: FitConfig, steps: int):
 def memory_only(tokens: int) -> None:
     """Child process: peak memory of three steps, base on disk, beyond what the data themselves take."""
     h, y, W = data(tokens)
-    fit.BASE_MB = 0
+    base_of.BASE_MB = 0
     problem = make_problem(record_base(h, y, W), cvh(d, D), W)
     private_before = private_mb()
     most = [private_before]

@@ -18,7 +18,7 @@ from ws.subspaces import eigen
 from ws.subspaces.build import build, candidates
 from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
-from ws.theta import fit, recorded
+from ws.theta import base, recorded
 from ws.theta.states import load_users
 from ws.train.lora import TrainConfig, train_adapter
 from ws.train.pairs import Pair
@@ -47,7 +47,7 @@ def fitted(lm: LM, folder: Path) -> list[float]:
 
 def fitted_large(lm: LM, folder: Path) -> list[float]:
     """Where the vocabulary counts as a large one, and its base lies on disk."""
-    with patch.object(recorded, "LARGE", 300), patch.object(fit, "BASE_MB", 0):
+    with patch.object(recorded, "LARGE", 300), patch.object(base, "BASE_MB", 0):
         return fitted(lm, folder)
 
 

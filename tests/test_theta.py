@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import DATA
 from ws.model.lm import load_lm
+from ws.theta import base as base_of
 from ws.theta import fit as T
 from ws.theta import heads as H
 from ws.theta import optimum
@@ -56,7 +57,7 @@ def test_fits_and_traces_equal_the_reference(reference, key, fitted, alpha, bias
     W, b = t["lm_head_weight"], t["lm_head_bias"] if biased else None
     head = H.cvh(48, 8, alpha)
     head = H.lm_head_from_cvh(head, W) if update else head
-    base = T.record_base(torch.cat([t["h0"], t["h1"]]), torch.cat([t["y0"], t["y1"]]), W, b)
+    base = base_of.record_base(torch.cat([t["h0"], t["h1"]]), torch.cat([t["y0"], t["y1"]]), W, b)
     fit = T.fit_adam(T.make_problem(base, head, W), T.FitConfig(steps=steps))[0]
     assert torch.allclose(fit.theta, t[fitted], rtol=1e-4, atol=1e-5)
     assert len(fit.trace["loss"]) == steps == len(expected[key])
@@ -77,7 +78,7 @@ def test_terms_and_gradient_equal_autograd_and_finite_differences(head, bias):
     h, y, W, b, head = small(bias=bias, head=head)
     cfg = T.FitConfig(beta=0.3, lam=0.01)
     theta = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    problem = T.make_problem(T.record_base(h, y, W, b), head, W, dtype=torch.float64)
+    problem = T.make_problem(base_of.record_base(h, y, W, b), head, W, dtype=torch.float64)
     terms = T.evaluate(problem, theta[None], cfg)
     t = theta.clone().requires_grad_()
     b64 = None if b is None else b.double()
@@ -97,7 +98,7 @@ def test_terms_and_gradient_equal_autograd_and_finite_differences(head, bias):
 
 def test_at_theta_zero_kl_and_its_gradient_are_zero():
     h, y, W, b, head = small()
-    problem = T.make_problem(T.record_base(h, y, W, b), head, W, dtype=torch.float64)
+    problem = T.make_problem(base_of.record_base(h, y, W, b), head, W, dtype=torch.float64)
     zero = torch.zeros(1, 8, dtype=torch.float64)
     with_kl, without = (T.evaluate(problem, zero, T.FitConfig(beta=beta)) for beta in (5.0, 0.0))
     assert float(with_kl.kl) == 0.0
@@ -109,12 +110,12 @@ def test_blocks_large_exponents_and_a_base_on_disk_give_the_same(monkeypatch, tm
     h, y, W, b, head = small()
     theta = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
     cfg = T.FitConfig()
-    want = T.evaluate(T.make_problem(T.record_base(h, y, W, b), head, W), theta, cfg)
+    want = T.evaluate(T.make_problem(base_of.record_base(h, y, W, b), head, W), theta, cfg)
     monkeypatch.setattr(T, "TOKENS", 7)
     monkeypatch.setattr(T, "WORDS", 13)
     monkeypatch.setattr(T, "SAFE_EXPONENT", 0.0)  # always the running maximum
-    monkeypatch.setattr(T, "BASE_MB", 0)
-    base = T.record_base(h, y, W, b)
+    monkeypatch.setattr(base_of, "BASE_MB", 0)
+    base = base_of.record_base(h, y, W, b)
     assert not list(tmp_path.iterdir())  # the file has no name: nothing is left behind
     got = T.evaluate(T.make_problem(base, head, W), theta, cfg)
     for name in ("loss", "ce", "kl", "grad"):
@@ -139,7 +140,7 @@ def test_parameters_out_of_range_are_named():
 
 def test_clips_are_two_and_independent():
     h, y, W, b, head = small(alpha=200.0)
-    problem = T.make_problem(T.record_base(h, y, W, b), head, W)
+    problem = T.make_problem(base_of.record_base(h, y, W, b), head, W)
     assert T.evaluate(problem, torch.zeros(1, 8), T.FitConfig()).grad.norm() > 5
     loose = T.fit_adam(problem, T.FitConfig(steps=3, lr=4.0, theta_clip=1e9, grad_clip=1.0))[0]
     tight = T.fit_adam(problem, T.FitConfig(steps=3, lr=4.0, theta_clip=0.5, grad_clip=1.0))[0]
@@ -154,7 +155,7 @@ def test_clips_are_two_and_independent():
 def test_adam_is_torch_s_adam_on_the_textbook_loss():
     h, y, W, b, head = small()
     cfg = T.FitConfig(steps=12, theta_clip=0.8)
-    fit = T.fit_adam(T.make_problem(T.record_base(h, y, W, b), head, W), cfg)[0]
+    fit = T.fit_adam(T.make_problem(base_of.record_base(h, y, W, b), head, W), cfg)[0]
     theta = torch.zeros(8, requires_grad=True)
     optimizer = torch.optim.Adam([theta], lr=cfg.lr)
     for step in range(cfg.steps):
@@ -173,17 +174,17 @@ def test_users_fitted_together_equal_users_fitted_alone():
     h, y, W, b, head = small(tokens=90)
     owner = torch.tensor([0, 1, 1, 2, 1, 2] * 15)  # tokens interleaved, 15, 45 and 30 of them
     cfg = T.FitConfig(steps=10)
-    together = T.make_problem(T.record_base(h, y, W, b), head, W, owner)
+    together = T.make_problem(base_of.record_base(h, y, W, b), head, W, owner)
     fits, best = T.fit_adam(together, cfg), fit_optimum(together, cfg)
     for user in range(3):
         mine = owner == user
-        alone = T.make_problem(T.record_base(h[mine], y[mine], W, b), head, W)
+        alone = T.make_problem(base_of.record_base(h[mine], y[mine], W, b), head, W)
         one = T.fit_adam(alone, cfg)[0]
         assert torch.allclose(fits[user].theta, one.theta, atol=1e-5)
         assert torch.allclose(fits[user].trace["loss"], one.trace["loss"], rtol=1e-5)
         assert torch.allclose(best[user].theta, fit_optimum(alone, cfg)[0].theta, atol=1e-5)
     with pytest.raises(ValueError, match="user 1 of 3 has no tokens"):
-        T.make_problem(T.record_base(h, y, W, b), head, W, owner * 0 + torch.tensor([0, 2, 0, 0, 2, 0] * 15))
+        T.make_problem(base_of.record_base(h, y, W, b), head, W, owner * 0 + torch.tensor([0, 2, 0, 0, 2, 0] * 15))
 
 
 def test_what_is_not_finite_or_outside_is_named():
@@ -191,12 +192,12 @@ def test_what_is_not_finite_or_outside_is_named():
     bad = h.clone()
     bad[41, 3] = torch.nan
     with pytest.raises(ValueError, match=r"base logits of tokens 0\.\.59: not finite \(90 of"):
-        T.record_base(bad, y, W, b)
+        base_of.record_base(bad, y, W, b)
     with pytest.raises(ValueError, match="outside the vocabulary of 90"):
-        T.record_base(h, y + 60, W, b)
+        base_of.record_base(h, y + 60, W, b)
     with pytest.raises(ValueError, match="no tokens to fit"):
-        T.record_base(h[:0], y[:0], W, b)
-    problem = T.make_problem(T.record_base(h, y, W, b), head, W)
+        base_of.record_base(h[:0], y[:0], W, b)
+    problem = T.make_problem(base_of.record_base(h, y, W, b), head, W)
     with pytest.raises(ValueError, match=r"Adam step \d+: head cvh, user 0: loss is not finite"):
         T.fit_adam(problem, T.FitConfig(lr=1e37, theta_clip=torch.inf))
 
@@ -208,7 +209,7 @@ def test_hessian_equals_autograd_s():
     h, y, W, b, head = small(V=50, tokens=30)
     cfg = T.FitConfig(beta=0.3, lam=0.01)
     theta = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    problem = T.make_problem(T.record_base(h, y, W, b), head, W, dtype=torch.float64)
+    problem = T.make_problem(base_of.record_base(h, y, W, b), head, W, dtype=torch.float64)
     want = torch.autograd.functional.hessian(
         lambda t: textbook_loss(h.double(), y, W.double(), b.double(), head, t, cfg)[0], theta
     )
@@ -221,7 +222,7 @@ def test_the_optimum_is_not_beaten(alpha, name):
     """Not by 1,000 random perturbations of several sizes, not by 500 Adam steps without the norm clip."""
     h, y, W, b, head = small(alpha=alpha, tokens=120, head=name)
     cfg = T.FitConfig()
-    problem = as_float64(T.make_problem(T.record_base(h, y, W, b), head, W))
+    problem = as_float64(T.make_problem(base_of.record_base(h, y, W, b), head, W))
     best = fit_optimum(problem, cfg)[0]
     assert best.gradient_ratio <= 1e-6 and best.condition >= 1 and best.iterations >= 1
     start = T.evaluate(problem, torch.zeros(1, 8), cfg)
@@ -240,7 +241,7 @@ def test_the_optimum_is_not_beaten(alpha, name):
 def test_the_clipped_optimum_is_the_best_inside_the_ball():
     h, y, W, b, head = small(alpha=0.5, tokens=120)
     cfg = T.FitConfig()
-    problem = as_float64(T.make_problem(T.record_base(h, y, W, b), head, W))
+    problem = as_float64(T.make_problem(base_of.record_base(h, y, W, b), head, W))
     free = fit_optimum(problem, cfg)[0]
     radius = 0.5 * float(free.theta.norm())
     best = fit_optimum(problem, cfg, max_norm=radius)[0]
@@ -263,7 +264,7 @@ def test_the_clipped_optimum_is_the_best_inside_the_ball():
 def test_no_optimum_in_time_is_an_error(monkeypatch):
     monkeypatch.setattr(optimum, "MAX_ITERATIONS", 1)
     h, y, W, b, head = small(alpha=20.0)
-    problem = T.make_problem(T.record_base(h, y, W, b), head, W)
+    problem = T.make_problem(base_of.record_base(h, y, W, b), head, W)
     with pytest.raises(ValueError, match="no optimum after 1 Newton steps"):
         fit_optimum(problem, T.FitConfig())
 
@@ -275,7 +276,7 @@ def test_one_short_text_at_a_strong_alpha_has_its_optimum_too():
     states = record_states(lm, load_users()["pia"][:1], progress=False)
     W, bias = lm.decoder.unembed(), lm.decoder.unembed_bias()
     head, cfg = H.all_heads(W, 64, alpha=2.0)["lm_head_random"], T.FitConfig()
-    problem = as_float64(T.make_problem(T.record_base(states.h, states.y, W, bias), head, W))
+    problem = as_float64(T.make_problem(base_of.record_base(states.h, states.y, W, bias), head, W))
     best = fit_optimum(problem, cfg)[0]
     zero = torch.zeros(1, 64, dtype=torch.float64)
     assert best.gradient_ratio <= 1e-6 and best.loss < 0.75 * float(T.evaluate(problem, zero, cfg).loss)
@@ -296,7 +297,7 @@ def planted():
         theta = F.normalize(torch.randn(64, generator=gen), dim=0) * 4
         p = (h @ W.T + cfg.gamma * head.logit_delta(h, theta, W)).softmax(-1)
         y = torch.multinomial(p, 1, generator=gen)[:, 0]
-        bases = [T.record_base(h[s], y[s], W) for s in (slice(0, 5000), slice(5000, 7000))]
+        bases = [base_of.record_base(h[s], y[s], W) for s in (slice(0, 5000), slice(5000, 7000))]
         return theta, W, head, h, y, *[T.make_problem(base, head, W) for base in bases]
 
     return make
@@ -318,6 +319,6 @@ def test_the_permuted_control_shows_no_gain(planted):
     cfg = T.FitConfig()
     _, W, head, h, y, _, heldout = planted(2.0)
     permuted = y[:5000][torch.randperm(5000, generator=torch.Generator().manual_seed(3))]
-    best = fit_optimum(T.make_problem(T.record_base(h[:5000], permuted, W), head, W), cfg)[0]
+    best = fit_optimum(T.make_problem(base_of.record_base(h[:5000], permuted, W), head, W), cfg)[0]
     gain = heldout.ce0.mean() - T.evaluate(heldout, best.theta[None], cfg).ce[0]
     assert gain <= 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ws.theta import adam as adam_module
-from ws.theta import controls, cumulants, fit, recorded
+from ws.theta import base as base_of
+from ws.theta import controls, cumulants, recorded
 from ws.theta.adam import adam, anchored
 from ws.theta.compare import make_heldout, score
 from ws.theta.cumulants import Cumulants, likeliest, moments
@@ -236,7 +237,7 @@ def test_keys_know_the_users_order_and_whether_it_is_an_expansion(states, large,
 def test_a_base_on_disk_is_copied_and_used_like_any_other(states, large, monkeypatch):
     W, found = states
     want = Recorded(found, W).problem(all_heads(W, D, 0.3)["cvh"])
-    monkeypatch.setattr(fit, "BASE_MB", 0)
+    monkeypatch.setattr(base_of, "BASE_MB", 0)
     train = Recorded(found, W)
     base = pickle.loads(pickle.dumps(train.base))
     assert torch.equal(base.logp, train.base.logp) and train.base.logp in cumulants.MAPPED

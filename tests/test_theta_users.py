@@ -10,10 +10,10 @@ from looks import check_looks
 from tests.harm import HARMS
 from ws.cache.made import made
 from ws.model.lm import load_lm
-from ws.theta import adam, compare, recorded, report, users
+from ws.theta import adam, base, compare, recorded, report, users
 from ws.theta import figures as draw
-from ws.theta import fit as fitting
-from ws.theta.fit import FitConfig, evaluate, make_problem, record_base
+from ws.theta.base import record_base
+from ws.theta.fit import FitConfig, evaluate, make_problem
 from ws.theta.fitted import ThetaFits, fit_theta
 from ws.theta.heads import CVH, all_heads, cvh
 from ws.theta.recorded import Recorded
@@ -179,7 +179,7 @@ def test_the_front_door_fits_users_of_ones_own(parity_folder, tmp_path, counted)
 
 
 def test_a_base_on_disk_changes_nothing(planted, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "BASE_MB", 0)
+    monkeypatch.setattr(base, "BASE_MB", 0)
     W, heads, train, _, cfg, *_ = planted
     alone = fit_users(Recorded(train, W), {"cvh": heads["cvh"]}, cfg, tmp_path, progress=False)
     _, together, _ = fitted

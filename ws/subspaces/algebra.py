@@ -97,7 +97,7 @@ def gram_basis(G: Float[Tensor, "d d"], k: int, bottom: bool = False, noise: flo
     of, spectral norm (`rounding`) or `Noise`; float32 weights have none."""
     d, noise = G.shape[0], as_noise(noise)
     if not bottom:
-        values, vectors = top_eigh(G, k, every=noise.needs_all)
+        values, vectors = top_eigh(G, k, noise.needs_all, noise.drowns_float32(k, d))
         return _basis(vectors, values.clamp(min=0).sqrt(), min(k, d), noise)
     values, vectors = eigenpairs(G.double(), 0, min(k, d - 1), every=noise.needs_all)
     s = values.clamp(min=0).sqrt()

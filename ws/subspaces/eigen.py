@@ -99,25 +99,21 @@ def in_batches(things: int) -> Iterator[Callable]:
     """`map` by a thread for each of so many things, whose eigenproblems on a GPU are solved together."""
     batch = Batch(things)
 
-    def begin() -> None:
-        OF_THREAD.batch = batch
-
     def told(do: Callable, thing: object) -> object:
         try:
             return do(thing)
         finally:
             batch.leave()
 
-    with ThreadPoolExecutor(max(things, 1), initializer=begin) as pool:
+    with ThreadPoolExecutor(things, initializer=setattr, initargs=(OF_THREAD, "batch", batch)) as pool:
         yield lambda do, every: pool.map(partial(told, do), every)
 
 
 def eigenpairs(G: Tensor, first: int, last: int, every: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigenpairs number first..last (ascending, inclusive) in float64; on the CPU only these are computed. every: the values of
-    all, which cost little beside these."""
+    """Eigenpairs number first..last (ascending, inclusive) in the matrix' precision; on the CPU only these are computed. every:
+    the values of all, which cost little beside these."""
     if G.device.type == "cpu" and G.shape[0] > SMALL:
-        values, vectors = map(torch.from_numpy, _tridiagonal(G.numpy(), first, last, every))
-        return values, vectors
+        return tuple(map(torch.from_numpy, _tridiagonal(G.numpy(), first, last, every)))
     batch = getattr(OF_THREAD, "batch", None)
     values, vectors = batch.eigh(G) if batch else torch.linalg.eigh(G)
     return values if every else values[first : last + 1], vectors[:, first : last + 1]
@@ -133,32 +129,44 @@ def _lapack(name: str):
 
 
 def _tridiagonal(G: np.ndarray, first: int, last: int, every: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Some eigenvalues or all, and some eigenvectors, of a symmetric matrix from one `Q T Q^T`, T tridiagonal."""
-    n = len(G)
+    """Some eigenvalues or all, and some eigenvectors, of a symmetric matrix from one `Q T Q^T`, T tridiagonal, in its dtype."""
+    n, letter = len(G), "s" if G.dtype == np.float32 else "d"
     reflectors, size = np.array(G, order="C"), 64 * n  # the upper triangle is LAPACK's lower one
-    diagonal, beside, scale, work = (np.empty(m) for m in (n, n - 1, n - 1, size))
+    diagonal, beside, scale, work = (np.empty(m, G.dtype) for m in (n, n - 1, n - 1, size))
     whole = np.array([n, size, 0], dtype=np.intc)
     at = whole.ctypes.data
     arrays = [x.ctypes.data for x in (diagonal, beside, scale, work)]
-    _lapack("dsytrd")(b"L", at, reflectors.ctypes.data, at, *arrays, at + whole.itemsize, at + 2 * whole.itemsize)
+    _lapack(f"{letter}sytrd")(
+        b"L", at, reflectors.ctypes.data, at, *arrays, at + whole.itemsize, at + 2 * whole.itemsize
+    )
     try:
-        values, vectors = eigh_tridiagonal(diagonal, beside, select="i", select_range=(first, last))
-        below = np.asfortranarray(reflectors.T[1:, : n - 1])
-        vectors[1:], _, _ = lapack.dormqr("L", "N", below, scale, vectors[1:], size)
+        wide = diagonal.astype(float), beside.astype(float)
+        values, vectors = eigh_tridiagonal(*wide, select="i", select_range=(first, last))
+        below, vectors = np.asfortranarray(reflectors.T[1:, : n - 1]), np.asfortranarray(vectors.astype(G.dtype))
+        vectors[1:], _, _ = getattr(lapack, f"{letter}ormqr")("L", "N", below, scale, vectors[1:], size)
     except LinAlgError:  # values that are all but equal
         values, vectors = eigh(G, subset_by_index=[first, last])
     if every:
         values = diagonal
-        _lapack("dsterf")(at, *arrays[:2], at + 2 * whole.itemsize)
+        _lapack(f"{letter}sterf")(at, *arrays[:2], at + 2 * whole.itemsize)
     return np.linalg.eigvalsh(G) if whole[2] else values, vectors
 
 
-def top_eigh(G: Float[Tensor, "d d"], k: int, every: bool = False) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
+def top_eigh(
+    G: Float[Tensor, "d d"], k: int, every: bool = False, enough: Callable[[Tensor], bool] | None = None
+) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
     """Leading eigenpairs of a symmetric matrix in float64: `min(k + 1, d)` values, `min(k, d)` vectors, largest first. every:
-    all d values."""
-    d = G.shape[0]
-    values, vectors = eigenpairs(G.double(), max(d - k - 1, 0), d - 1, every)
-    return values.flip(0), vectors.flip(1)[:, : min(k, d)]
+    all d values. enough: whether pairs with such values will do as float32 finds them, which is tried first."""
+    d, found = G.shape[0], []
+    for dtype in (torch.float32, torch.float64)[enough is None :]:
+        found = [x.double() for x in eigenpairs(G.to(dtype), max(d - k - 1, 0), d - 1, every)]
+        if dtype == torch.float32 and enough(found[0].flip(0)):
+            V = found[1]
+            found[1] = V @ (
+                1.5 * torch.eye(V.shape[1], dtype=V.dtype, device=V.device) - V.T @ V / 2
+            )  # orthonormal to 1e-12
+            break
+    return found[0].flip(0), found[1].flip(1)[:, : min(k, d)]
 
 
 def gram(M: Float[Tensor, "a b"]) -> Float[Tensor, "a a"]:

@@ -8,6 +8,7 @@ entry to entry, and of `rows` of itself where a whole row is rounded alike (a ga
     sqrt(sum_{i <= k < j} (sigma^2 (s_i^2 + s_j^2) + 2/d rows^2 (s_i^2 + s_j^2)^2) / (s_i^2 - s_j^2)^2)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ FLOAT32_EPS = 2.0**-23
 ROUNDING = 2 * FLOAT32_EPS  # noise of captures over their norm: measured 0.6 to 2.1 eps (docs/reliability.md)
 MOST_TURN = 1e-3  # rad; a turn of each direction by this takes 1e-6 off the overlap
 NARROW_TURN = 1e-2  # the same of what was computed from half precision
+LEAST, SHARE, WIDE = 1e-3, 0.02, 256  # of the first eigenvalue; of the turn; and the widths for which it is worth a try
 
 
 def rounding(*parts: Tensor, eps: float = FLOAT32_EPS) -> float:
@@ -40,6 +42,18 @@ class Noise:
     def needs_all(self) -> bool:
         """Whether a turn depends on all singular values, not on those around the cut alone."""
         return self.sigma > 0
+
+    def drowns_float32(self, k: int, d: int) -> Callable[[Float[Tensor, " q"]], bool] | None:
+        """Whether the first k eigenvectors of a Gram with given eigenvalues may be those that float32 finds: it turns them by at
+        most `eps l_1 / (l_k - l_{k+1})` (by a tenth of that in SmolLM2), which has to be less than SHARE of what this noise
+        turns them by. None where that is not to be expected."""
+
+        def enough(values: Float[Tensor, " q"]) -> bool:
+            first, last, distance = float(values[0]), float(values[k - 1]), float(values[k - 1] - values[k])
+            turn = self.turn(values.clamp(min=0).sqrt(), k, d)
+            return last > LEAST * first and FLOAT32_EPS * first < SHARE * turn * distance
+
+        return enough if self.most > MOST_TURN and self.needs_all and WIDE <= d and k < d else None
 
     def turn(self, s: Float[Tensor, " q"], k: int, d: int) -> float:
         """Bound in rad, at most 1, on the turn of the first k of d singular directions. s: k values, and one past the cut

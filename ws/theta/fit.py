@@ -12,22 +12,19 @@ beside the recorded base; over a large vocabulary Adam's steps ask the likeliest
 (`ws.theta.cumulants`). Tokens of several users stand in one problem, each with its own theta. docs/method.md section 10.
 """
 
-import tempfile
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws.theta.cumulants import MAPPED, Cumulants, unmap
+from ws.theta.base import Base, check_finite
+from ws.theta.cumulants import Cumulants, unmap
 from ws.theta.heads import Head
 
 TOKENS = 512  # tokens per block
 WORDS = 1024  # vocabulary entries per block and thread, so that a block stays in its cache; threads meet once a block
-BASE_MB = 512  # recorded base logits larger than this go to disk, memory-mapped
 SAFE_EXPONENT = 30.0  # |c C (theta * phi)| up to here: exponentials need no running maximum in float32
 
 
@@ -48,17 +45,6 @@ class FitConfig:
             may_be_0 = name in ("gamma", "beta", "lam")
             if not (value > 0 or may_be_0 and value == 0):
                 raise ValueError(f"{name.upper()} = {value}: must {'not be under' if may_be_0 else 'be above'} 0")
-
-
-@dataclass(frozen=True, eq=False)
-class Base:
-    """What depends on no theta and no head: states, targets, and the base's log-softmax, float32 (perhaps a memory map), also of
-    the targets alone."""
-
-    logp: Float[Tensor, "T V"]
-    y: Int[Tensor, " T"]
-    h: Float[Tensor, "T d"]
-    of_y: Float[Tensor, " T"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +78,7 @@ class Problem:
     name: str
 
     def sums(self, X: Float[Tensor, "T D"]) -> tuple[Float[Tensor, " T"], Float[Tensor, "T D"]]:
-        """`lse(logp + X C^T)` and `C^T softmax(logp + X C^T)` of every token; blocks of tokens whose X is 0 are known."""
-        if self.quick:
-            return self.quick(X) if X.any() else (self.lse0, self.m0)
+        """`lse(logp + X C^T)` and `C^T softmax(logp + X C^T)` of each token, over all words; blocks whose X is 0 are known."""
         moved = X.any(dim=1)
         if moved.all():
             return lse_and_mean(self.base.logp, X, self.C)
@@ -111,21 +95,19 @@ class Problem:
     ) -> tuple[Float[Tensor, " users"], Float[Tensor, "users D"]]:
         """Each user's sums over its tokens at `scaled = c theta`: of `lse - lse0` in float64, and of `phi * (mean - m0)`. summed:
         the dtype in which the latter are added up."""
-        if self.quick and scaled.any():
-            owners = self.owner.view(-1, len(self.phi))
-            return self.quick.rises(scaled, self.phi, owners, self.lse0, self.m0, summed)
         if not scaled.any():
             return self.n.new_zeros(self.users, dtype=torch.float64), torch.zeros_like(scaled)
+        if self.quick:
+            return self.quick.rises(scaled, self.phi, self.owner.view(-1, len(self.phi)), self.lse0, self.m0, summed)
         lse, mean = self.sums(scaled[self.owner] * self.phi)
         return per_user(self, (lse - self.lse0).double()), per_user(self, (self.phi * (mean - self.m0)).to(summed))
 
     @cached_property
     def constants(self) -> tuple[Float[Tensor, " users"], Float[Tensor, "users D"], Float[Tensor, "users D"]]:
         """Each user's sums over its tokens, in float64, of what no theta changes: ce0, `phi * m0`, `phi * (Cy - m0)`."""
-        owners = self.owner.view(-1, len(self.phi))
         rows = torch.cat([self.ce0[:, None], self.phi * self.m0, self.phi * (self.Cy - self.m0)], dim=1).double()
         found = rows.new_zeros(self.users, rows.shape[1])
-        for own in owners:
+        for own in self.owner.view(-1, len(rows)):
             found.index_add_(0, own, rows)
         return found[:, 0], *found[:, 1:].chunk(2, dim=1)
 
@@ -140,7 +122,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Per-user values at one theta: loss, CE and KL per token (nats), the loss's gradient."""
+    """Per-user values at one theta, float64: loss, CE and KL per token (nats), the loss's gradient."""
 
     loss: Float[Tensor, " users"]
     ce: Float[Tensor, " users"]
@@ -154,45 +136,6 @@ class Fit:
 
     theta: Float[Tensor, " D"]
     trace: dict[str, Float[Tensor, " steps"]]
-
-
-def record_base(
-    h: Float[Tensor, "T d"], y: Int[Tensor, " T"], W: Float[Tensor, "V d"], bias: Float[Tensor, " V"] | None = None
-) -> Base:
-    """Base log-probabilities of recorded hidden states, computed once in blocks of tokens. Above BASE_MB the `(T, V)`
-    array lies in an unnamed temporary file that vanishes with the process. Raises ValueError when a target is outside
-    the vocabulary or something is not finite."""
-    T, V = h.shape[0], W.shape[0]
-    if T == 0:
-        raise ValueError("no tokens to fit: every position is masked out")
-    if y.shape[0] != T:
-        raise ValueError(f"{T} hidden states but {y.shape[0]} targets")
-    if int(y.min()) < 0 or int(y.max()) >= V:
-        raise ValueError(f"a target token ({int(y.min())}..{int(y.max())}) is outside the vocabulary of {V}")
-    large = T * V * 4 > BASE_MB * 2**20
-    logp = None if large else torch.empty(T, V, dtype=torch.float32, device=W.device)
-    h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
-    of_y = torch.empty(T, device=W.device)
-    step = TOKENS // 2 if large else TOKENS
-    logits, found = (torch.empty(min(step, T), V, device=W.device) for _ in range(2))  # written anew by each block
-    with tempfile.TemporaryFile() if large else nullcontext() as file:
-        for start in range(0, T, step):
-            part = slice(start, min(start + step, T))
-            rows = slice(part.stop - start)
-            z = torch.mm(h[part], W.T, out=logits[rows])
-            z = z if bias is None else z.add_(bias.to(W))
-            _finite(z, f"base logits of tokens {start}..{part.stop - 1}")
-            z = torch.log_softmax(z, dim=-1, out=found[rows])
-            of_y[part] = z.gather(1, y[part, None])[:, 0]
-            if large:
-                z.cpu().numpy().tofile(file)
-            else:
-                logp[part] = z
-        if large:
-            array = np.memmap(file, dtype=np.float32, mode="r+", shape=(T, V))
-            logp = torch.from_numpy(array)
-            MAPPED[logp] = array._mmap
-    return Base(logp, y, h, of_y)
 
 
 def make_problem(
@@ -213,15 +156,10 @@ def make_problem(
     if read is None:
         C = head.readout(W.to(dtype)).to(dtype).contiguous()
         read = Readout(C, *lse_and_mean(base.logp, torch.zeros_like(phi), C))
-    _finite(phi, f"features of head {head.name}")
-    _finite(read.C, f"readout of head {head.name}")
+    check_finite(phi, f"features of head {head.name}")
+    check_finite(read.C, f"readout of head {head.name}")
     ce0 = read.lse0 - base.of_y.to(dtype)
     return Problem(base, phi, *vars(read).values(), read.C[base.y], ce0, owner, n, float(head.alpha), head.name)
-
-
-def _finite(x: Tensor, where: str) -> None:
-    if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):  # a sum is quick, and may overflow
-        raise ValueError(f"{where}: not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()} entries)")
 
 
 def lse_and_mean(logp: Tensor, X: Tensor, C: Tensor, mean_too: bool = True) -> tuple[Tensor, Tensor]:

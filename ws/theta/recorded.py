@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ws.theta.base import Base, record_base
 from ws.theta.cumulants import LARGE, Cumulants, likeliest, moments
-from ws.theta.fit import Base, Problem, Readout, lse_and_mean, make_problem, record_base
+from ws.theta.fit import Problem, Readout, lse_and_mean, make_problem
 from ws.theta.heads import Head
 from ws.theta.optimum import as_float64
 from ws.theta.states import States
