@@ -14,7 +14,7 @@ import numpy as np
 import scipy
 import torch
 from jaxtyping import Float
-from scipy.linalg import LinAlgError, cython_lapack, eigh, eigh_tridiagonal, lapack
+from scipy.linalg import LinAlgError, cython_lapack, eigh, eigh_tridiagonal
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
@@ -134,21 +134,21 @@ def _tridiagonal(G: np.ndarray, first: int, last: int, every: bool) -> tuple[np.
     reflectors, size = np.array(G, order="C"), 64 * n  # the upper triangle is LAPACK's lower one
     diagonal, beside, scale, work = (np.empty(m, G.dtype) for m in (n, n - 1, n - 1, size))
     whole = np.array([n, size, 0], dtype=np.intc)
-    at = whole.ctypes.data
+    at, it = whole.ctypes.data, reflectors.ctypes.data
+    more = at + whole.itemsize, at + 2 * whole.itemsize
     arrays = [x.ctypes.data for x in (diagonal, beside, scale, work)]
-    _lapack(f"{letter}sytrd")(
-        b"L", at, reflectors.ctypes.data, at, *arrays, at + whole.itemsize, at + 2 * whole.itemsize
-    )
+    _lapack(f"{letter}sytrd")(b"L", at, it, at, *arrays, *more)
     try:
         wide = diagonal.astype(float), beside.astype(float)
         values, vectors = eigh_tridiagonal(*wide, select="i", select_range=(first, last))
-        below, vectors = np.asfortranarray(reflectors.T[1:, : n - 1]), np.asfortranarray(vectors.astype(G.dtype))
-        vectors[1:], _, _ = getattr(lapack, f"{letter}ormqr")("L", "N", below, scale, vectors[1:], size)
+        vectors[np.abs(vectors) < 1e-20] = 0.0  # float32 is slow where it underflows
+        vectors, columns = np.asfortranarray(vectors.astype(G.dtype)), np.array([vectors.shape[1]], dtype=np.intc)
+        here, to = columns.ctypes.data, vectors.ctypes.data
+        _lapack(f"{letter}ormtr")(b"L", b"L", b"N", at, here, it, at, arrays[2], to, at, arrays[3], *more)
     except LinAlgError:  # values that are all but equal
         values, vectors = eigh(G, subset_by_index=[first, last])
     if every:
-        values = diagonal
-        _lapack(f"{letter}sterf")(at, *arrays[:2], at + 2 * whole.itemsize)
+        values = _lapack(f"{letter}sterf")(at, *arrays[:2], more[1]) or diagonal
     return np.linalg.eigvalsh(G) if whole[2] else values, vectors
 
 

@@ -53,7 +53,7 @@ class Noise:
             turn = self.turn(values.clamp(min=0).sqrt(), k, d)
             return last > LEAST * first and FLOAT32_EPS * first < SHARE * turn * distance
 
-        return enough if self.most > MOST_TURN and self.needs_all and WIDE <= d and k < d else None
+        return enough if self.most > MOST_TURN and WIDE <= d and k < d else None
 
     def turn(self, s: Float[Tensor, " q"], k: int, d: int) -> float:
         """Bound in rad, at most 1, on the turn of the first k of d singular directions. s: k values, and one past the cut
