@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from unittest.mock import patch
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_stage_on_another_device_gives_the_numbers_of_the_cpu(stage, tmp_path)
 
 
 def test_eigenproblems_of_a_layer_are_solved_together(monkeypatch):
-    """On another device: most of a layer's matrices in a few batches, none lost, and bases as one after the other."""
+    """On another device: most of a layer's matrices in a few batches, and bases as one after the other."""
     sizes, solve = [], torch.linalg.eigh
 
     def eigh(G):
@@ -102,30 +103,45 @@ def test_eigenproblems_of_a_layer_are_solved_together(monkeypatch):
         return solve(G)
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(eigen, "PATIENCE", 1.0)
     lm, chosen = model(True), [c for c in candidates("v7") if c.sees == ("weights",)]
     with elsewhere():
         at_once = build(Materials(lm.decoder, None, 0), chosen, progress=False)
         batches = list(sizes)
-        monkeypatch.setattr(eigen, "PATIENCE", 0.0)  # who comes does not wait for others
         sizes.clear()
+        monkeypatch.setattr(eigen, "in_batches", lambda do, things, at_once: list(map(do, things)))
         apart = build(Materials(lm.decoder, None, 0), chosen, progress=False)
-    assert sum(batches) == sum(sizes) and max(batches) > 8 and len(batches) < len(sizes) / 2
+    assert set(sizes) == {1} and max(batches) > 8 and len(batches) < len(sizes) / 2
     for name, layers in at_once.items():
         for a, b in zip(layers, apart[name], strict=True):
             assert a.rank == b.rank and torch.allclose(a.B @ a.B.T, b.B @ b.B.T, atol=1e-5), name
 
 
-def test_a_matrix_that_cannot_be_solved_fails_alone():
-    good, bad = torch.eye(3), torch.full((3, 3), torch.nan)
+def test_what_is_brought_together_is_solved_together(monkeypatch):
+    """By size, as many at a time as memory allows; who has nothing more to bring is not waited for; a bad matrix fails alone."""
+    shapes, solve, all_here = [], torch.linalg.eigh, Barrier(3)
+    monkeypatch.setattr(eigen, "PATIENCE", 60.0)
+
+    def eigh(G):
+        shapes.append(tuple(G.shape))
+        return solve(G)
 
     def solved(G):
+        if G is None:
+            return None
+        all_here.wait(60)
         try:
-            return eigen.eigenpairs(G, 0, 2)[0].tolist()
+            return eigen.eigenpairs(G, 0, len(G) - 1)[0].tolist()
         except RuntimeError as error:
             return type(error).__name__
 
-    with eigen.in_batches(3) as each:
-        assert list(each(solved, [good, bad, 2 * good])) == [[1.0] * 3, "_LinAlgError", [2.0] * 3]
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    two, three, bad = torch.eye(2), torch.eye(3), torch.full((3, 3), torch.nan)
+    ones, twos = [1.0, 1.0], [2.0, 2.0, 2.0]
+    assert eigen.in_batches(solved, [two, None, 2 * three, two], 4) == [ones, None, twos, ones]
+    assert sorted(shapes) == [(1, 3, 3), (2, 2, 2)]
+    assert eigen.in_batches(solved, [three, bad, 2 * three, two, two, two], 3)[1:3] == ["_LinAlgError", twos]
+    assert sorted(shapes[2:]) == [(3, 2, 2)] + [(3, 3)] * 3 + [(3, 3, 3)]
 
 
 def test_the_other_device_refuses_what_a_gpu_refuses():

@@ -61,7 +61,7 @@ def test_what_is_not_flagged_in_bfloat16_turns_by_less_than_a_hundredth(made, mo
     unflagged, moved = {"half": 0, "blind": 0}, {"half": [], "blind": []}
     for name in full:
         for l, (a, b, c) in enumerate(zip(full[name], half[name], blind[name], strict=True)):
-            assert torch.equal(b.B, c.B)  # flags alone depend on the precision
+            assert torch.equal(b.B, c.B)  # where float64 finds both, in so few dimensions, flags alone differ
             for kind, basis in (("half", b), ("blind", c)):
                 if not basis.ill_conditioned:
                     unflagged[kind] += 1
@@ -88,6 +88,10 @@ def test_float32_finds_eigenvectors_that_rounding_turns_far_more(monkeypatch, k)
     assert asked == [torch.float32, wide]
     assert 0 < turn(a, b) < SHARE * a.turn and a.turn == pytest.approx(b.turn, rel=1e-3)
     assert torch.allclose(a.s, b.s, rtol=1e-5) and torch.allclose(a.B.T @ a.B, torch.eye(k), atol=1e-6)
+    asked.clear()
+    seen = Noise(norm=rounding(M, eps=2**-7), most=NARROW_TURN)  # of activations
+    c = gram_basis(M @ M.T, k, noise=seen)
+    assert asked == [torch.float32] and turn(c, b) < SHARE * c.turn
     asked.clear()
     U, V = (torch.linalg.qr(torch.randn(n, 300, generator=gen).double()).Q for n in (300, 700))
     falling, twins = torch.logspace(0, -12, 300).double(), torch.linspace(2, 1, 300).double()

@@ -112,6 +112,7 @@ def test_blocks_large_exponents_and_a_base_on_disk_give_the_same(monkeypatch, tm
     cfg = T.FitConfig()
     want = T.evaluate(T.make_problem(base_of.record_base(h, y, W, b), head, W), theta, cfg)
     monkeypatch.setattr(T, "TOKENS", 7)
+    monkeypatch.setattr(base_of, "TOKENS", 7)
     monkeypatch.setattr(T, "WORDS", 13)
     monkeypatch.setattr(T, "SAFE_EXPONENT", 0.0)  # always the running maximum
     monkeypatch.setattr(base_of, "BASE_MB", 0)

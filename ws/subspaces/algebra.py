@@ -1,8 +1,8 @@
 """Linear algebra on low-rank subspaces of R^d; knows nothing of models.
 
-A basis is a `d x r` matrix with orthonormal columns, `P = B B^T`. Everything is computed in float64 and stored in
-float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvectors of its Gram `M M^T` (the same
-subspace, cheaper), and only the leading eigenpairs are computed. (docs/method.md section 4)
+A basis is a `d x r` matrix with orthonormal columns, `P = B B^T`. Everything is computed in float64 (but see
+`Noise.drowns_float32`) and stored in float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvectors of its
+Gram `M M^T` (the same subspace, cheaper), and only the leading eigenpairs are computed. (docs/method.md section 4)
 """
 
 from collections.abc import Callable

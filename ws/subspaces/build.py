@@ -8,7 +8,7 @@ from functools import partial
 from ws.show.bars import tqdm
 from ws.subspaces.algebra import Basis, empty
 from ws.subspaces.candidate import Candidate, registered
-from ws.subspaces.eigen import in_batches, side_by_side
+from ws.subspaces.eigen import side_by_side
 from ws.subspaces.materials import Materials, TooEarly
 from ws.subspaces.protocol import Protocol, load_protocol
 from ws.subspaces.steered import CeilingMaterials
@@ -62,8 +62,7 @@ def build(
         for c in (c for c in missing() if c.shared):
             one(c)
         if whole and (ours := [c for c in missing() if c.shipped]):
-            here = materials.decoder.embed_tokens.weight.is_cpu
-            with side_by_side() if here else in_batches(len(ours)) as each:
+            with side_by_side(materials.decoder.embed_tokens.weight.device, materials.d) as each:
                 materials.closed = True
                 list(each(one, ours))
                 materials.closed = False

@@ -1,8 +1,8 @@
-"""Eigenpairs of symmetric matrices in float64: those that are asked for, and no others (docs/method.md section 4). Several such
+"""Eigenpairs of symmetric matrices: those that are asked for, and no others (docs/method.md section 4). Several such
 problems take less time side by side than one after the other: on the CPU with one thread each, on a GPU as one batch."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -20,7 +20,9 @@ from torch import Tensor
 
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
 MOST = 4  # problems at a time
+CPU = torch.device("cpu")
 ONE = Lock()  # the threads of a library are those of the whole process
+BATCH = 2 << 30  # bytes of a GPU's memory for what is at work at a time, with some six matrices each
 PATIENCE = 0.02  # seconds: who waits for a lock, as long as others wait for him, does not bring his matrix meanwhile
 OF_THREAD = local()  # its `batch`
 
@@ -35,9 +37,13 @@ def libraries() -> list[list[Callable]]:
 
 
 @contextmanager
-def side_by_side() -> Iterator[Callable]:
-    """`map` by several threads, each with one thread for linear algebra; the usual one where there is one thread, or where a
-    library does not tell its threads."""
+def side_by_side(where: torch.device = CPU, d: int = 1) -> Iterator[Callable]:
+    """`map` by several threads for what works on `d x d` matrices there: on the CPU each with one thread for linear algebra, and
+    the usual one where there is one thread, or where a library does not tell its threads; on a GPU `in_batches`."""
+    if where.type != "cpu":
+        torch.linalg.eigvalsh(torch.eye(2, device=where))  # its library is loaded once, by one thread
+        yield partial(in_batches, at_once=max(1, BATCH // (50 * d * d)))
+        return
     threads = torch.get_num_threads()
     if threads < 2 or len(libraries()) < 2:
         yield map
@@ -70,13 +76,16 @@ class Batch:
                 pass
             if mine.found is None:
                 self._solve()
-        return mine.found or torch.linalg.eigh(G)  # whose matrix it is that cannot be solved, its own thread tells
+            return mine.found or torch.linalg.eigh(G)  # whose matrix it is that cannot be solved, its own thread tells
 
-    def leave(self) -> None:
-        """A thread brings nothing more."""
-        with self.turn:
-            self.at_work -= 1
-            self.turn.notify_all()
+    def run(self, do: Callable, thing: object) -> object:
+        """What a thread does, which brings nothing more after it."""
+        try:
+            return do(thing)
+        finally:
+            with self.turn:
+                self.at_work -= 1
+                self.turn.notify_all()
 
     def _solve(self) -> None:
         alike: dict[tuple, list[SimpleNamespace]] = {}
@@ -94,19 +103,14 @@ class Batch:
         self.turn.notify_all()
 
 
-@contextmanager
-def in_batches(things: int) -> Iterator[Callable]:
-    """`map` by a thread for each of so many things, whose eigenproblems on a GPU are solved together."""
-    batch = Batch(things)
-
-    def told(do: Callable, thing: object) -> object:
-        try:
-            return do(thing)
-        finally:
-            batch.leave()
-
-    with ThreadPoolExecutor(things, initializer=setattr, initargs=(OF_THREAD, "batch", batch)) as pool:
-        yield lambda do, every: pool.map(partial(told, do), every)
+def in_batches(do: Callable, things: Sequence, at_once: int) -> list:
+    """`map` by a thread for each of so many things at a time, whose eigenproblems on a GPU are solved together."""
+    found = []
+    for some in (things[start : start + at_once] for start in range(0, len(things), at_once)):
+        batch = Batch(len(some))
+        with ThreadPoolExecutor(len(some), initializer=setattr, initargs=(OF_THREAD, "batch", batch)) as pool:
+            found += pool.map(partial(batch.run, do), some)
+    return found
 
 
 def eigenpairs(G: Tensor, first: int, last: int, every: bool = False) -> tuple[Tensor, Tensor]:
@@ -157,16 +161,18 @@ def top_eigh(
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
     """Leading eigenpairs of a symmetric matrix in float64: `min(k + 1, d)` values, `min(k, d)` vectors, largest first. every:
     all d values. enough: whether pairs with such values will do as float32 finds them, which is tried first."""
-    d, found = G.shape[0], []
-    for dtype in (torch.float32, torch.float64)[enough is None :]:
-        found = [x.double() for x in eigenpairs(G.to(dtype), max(d - k - 1, 0), d - 1, every)]
-        if dtype == torch.float32 and enough(found[0].flip(0)):
-            V = found[1]
-            found[1] = V @ (
-                1.5 * torch.eye(V.shape[1], dtype=V.dtype, device=V.device) - V.T @ V / 2
-            )  # orthonormal to 1e-12
-            break
-    return found[0].flip(0), found[1].flip(1)[:, : min(k, d)]
+    d, size = G.shape[0], float(G.diagonal().max()) if enough else 0.0
+    asked = max(d - k - 1, 0), d - 1, every
+    if size > 0:
+        with suppress(RuntimeError, ValueError):  # no convergence, or a number that float32 does not have
+            values, V = (x.double().flip(-1) for x in eigenpairs((G / size).float(), *asked))
+            if enough(values := values * size):
+                half = V.T @ V / 2
+                return values, (V @ (1.5 * torch.eye(len(half)).to(half) - half))[
+                    :, : min(k, d)
+                ]  # orthonormal to 1e-12
+    values, vectors = eigenpairs(G.double(), *asked)
+    return values.flip(0), vectors.flip(1)[:, : min(k, d)]
 
 
 def gram(M: Float[Tensor, "a b"]) -> Float[Tensor, "a a"]:

@@ -44,9 +44,9 @@ class Noise:
         return self.sigma > 0
 
     def drowns_float32(self, k: int, d: int) -> Callable[[Float[Tensor, " q"]], bool] | None:
-        """Whether the first k eigenvectors of a Gram with given eigenvalues may be those that float32 finds: it turns them by at
-        most `eps l_1 / (l_k - l_{k+1})` (by a tenth of that in SmolLM2), which has to be less than SHARE of what this noise
-        turns them by. None where that is not to be expected."""
+        """Whether the first k eigenvectors of a Gram with given eigenvalues may be those that float32 finds: it was never seen to
+        turn them by more than a fifth of `eps l_1 / (l_k - l_{k+1})`, which has to be less than SHARE of what this noise turns
+        them by. None where that is not to be expected."""
 
         def enough(values: Float[Tensor, " q"]) -> bool:
             first, last, distance = float(values[0]), float(values[k - 1]), float(values[k - 1] - values[k])

@@ -27,6 +27,7 @@ MOST = 1 << 20  # of them for all tokens together; more tokens have fewer words 
 LEAST = 32
 TOKENS = 1024  # per block of the moments (so much of a base on disk is in memory at a time), and words
 WORDS = 2048
+TOGETHER = 4  # blocks of tokens whose part of the base is gone through once for each block of words
 BLOCK = 128  # tokens per block where each has a matrix
 PLACES, MOST_ROWS = 6400, 512  # of a step's blocks: tokens times fits, and tokens
 MAPPED = WeakTensorKeyDictionary()  # base on disk -> its map
@@ -156,29 +157,32 @@ def moments(
     each word's `C_v C_v^T`, both as bfloat16 holds them (`ws.model.rounded`), the diagonal from float32."""
     T, D = len(logp), C.shape[1]
     i, j = torch.triu_indices(D, D, device=C.device)
-    mass, mean, own, second = C.new_zeros(T), C.new_zeros(T, D), C.new_zeros(T, D), C.new_zeros(T, len(i))
-    room, sums, cov = C.new_empty(len(i) * WORDS), C.new_empty(min(T, TOKENS), len(i)), C.new_empty(T, D, D)
-    for some in _blocks(len(C), WORDS):
-        c = C[some]
-        products, squares = _products(c.T.contiguous(), room), c.square()
-        products.copy_(rounded(products))
-        for rows in _blocks(T, TOKENS):
-            likely, p = words[rows], logp[rows, some].to(C.device).exp()
-            t, k = ((likely >= some.start) & (likely < some.stop)).nonzero(as_tuple=True)
-            p[t, likely[t, k] - some.start] = 0
-            mass[rows] += p.sum(1)
-            mean[rows].addmm_(p, c)
-            own[rows].addmm_(p, squares)
-            with fast_products():
-                second[rows] += torch.mm(rounded(p), products.T, out=sums[: len(p)])
-            unmap(logp)
-    second[:, i == j] = own
-    for rows in _blocks(T, TOKENS):
-        left = mass[rows].clamp(min=1e-30)[:, None]
-        first, spread = mean[rows].div_(left), second[rows].div_(left)
-        cov[rows, i, j] = spread
-        cov[rows, j, i] = spread
-        cov[rows] -= first[:, :, None] * first[:, None]
+    mass, mean, cov, room = C.new_zeros(T), C.new_zeros(T, D), C.new_empty(T, D, D), C.new_empty(len(i) * WORDS)
+    sums = C.new_empty(min(T, TOKENS), len(i))
+    blocks = _blocks(T, TOKENS)
+    for group in (blocks[at : at + TOGETHER] for at in range(0, len(blocks), TOGETHER)):
+        upper = [(C.new_zeros(rows.stop - rows.start, len(i)), torch.zeros_like(mean[rows])) for rows in group]
+        for some in _blocks(len(C), WORDS):
+            c = C[some]
+            products, squares = _products(c.T.contiguous(), room), c.square()
+            products.copy_(rounded(products))
+            for rows, (second, own) in zip(group, upper, strict=True):
+                likely, p = words[rows], logp[rows, some].to(C.device).exp()
+                t, k = ((likely >= some.start) & (likely < some.stop)).nonzero(as_tuple=True)
+                p[t, likely[t, k] - some.start] = 0
+                mass[rows] += p.sum(1)
+                mean[rows].addmm_(p, c)
+                own.addmm_(p, squares)
+                with fast_products():
+                    second += torch.mm(rounded(p), products.T, out=sums[: len(p)])
+                unmap(logp)
+        for rows, (second, own) in zip(group, upper, strict=True):
+            second[:, i == j] = own
+            left = mass[rows].clamp(min=1e-30)[:, None]
+            first, second = mean[rows].div_(left), second.div_(left)
+            cov[rows, i, j] = second
+            cov[rows, j, i] = second
+            cov[rows] -= first[:, :, None] * first[:, None]
     return mass, mean, cov
 
 

@@ -212,10 +212,10 @@ def evaluate(
     up, default theirs. Raises ValueError naming the head, the user and the quantity when something is not finite."""
     theta = theta.to(problem.phi)
     c, n, (ce0, from_base, to_words) = cfg.gamma * problem.alpha, problem.n.double(), problem.constants
-    rise, moved = problem.rises(c * theta, summed or theta.dtype)
-    wide = theta.double()
-    kl = (rise - c * (wide * from_base).sum(1)) / n
-    ce = (ce0 - c * (wide * to_words).sum(1)) / n + kl
+    scaled, wide = c * theta, theta.double()
+    rise, moved = problem.rises(scaled, summed or theta.dtype)
+    kl = (rise - (scaled.double() * from_base).sum(1)) / n
+    ce = (ce0 - (scaled.double() * to_words).sum(1)) / n + kl
     grad = c * ((1 + cfg.beta) * moved.double() - to_words) / n[:, None] + 2 * cfg.lam * wide
     loss = ce + cfg.beta * kl + cfg.lam * wide.square().sum(1)
     for what, value in (("loss", loss[:, None]), ("gradient", grad)):
