@@ -165,7 +165,7 @@ def running_cluster(folder: Path) -> Iterator[tuple[dict, list[subprocess.Popen]
         worker = ["distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard"]
         worker += ["--host", "127.0.0.1", "--local-directory", str(folder / "scratch")]
         started += [subprocess.Popen([*python, *worker, *secure], **quiet) for _ in range(2)]
-        wait_for(file.is_file, what="the scheduler")
+        wait_for(lambda: file.is_file() and file.read_text().rstrip().endswith("}"), what="the scheduler")
         yield {"scheduler": json.loads(file.read_text())["address"], "tls": tuple(map(Path, tls))}, started
     finally:
         for process in reversed(started):

@@ -103,7 +103,7 @@ def test_eigenproblems_of_a_layer_are_solved_together(monkeypatch):
         return solve(G)
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    monkeypatch.setattr(eigen, "PATIENCE", 1.0)
+    monkeypatch.setattr(eigen, "PATIENCE", 0.3)
     lm, chosen = model(True), [c for c in candidates("v7") if c.sees == ("weights",)]
     with elsewhere():
         at_once = build(Materials(lm.decoder, None, 0), chosen, progress=False)
