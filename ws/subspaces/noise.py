@@ -45,7 +45,7 @@ class Noise:
 
     def drowns_float32(self, k: int, d: int) -> Callable[[Float[Tensor, " q"]], bool] | None:
         """Whether the first k eigenvectors of a Gram with given eigenvalues may be those that float32 finds: it was never seen to
-        turn them by more than a fifth of `eps l_1 / (l_k - l_{k+1})`, which has to be less than SHARE of what this noise turns
+        turn them by more than half of `eps l_1 / (l_k - l_{k+1})`, which has to be less than SHARE of what this noise turns
         them by. None where that is not to be expected."""
 
         def enough(values: Float[Tensor, " q"]) -> bool:
