@@ -167,10 +167,8 @@ def top_eigh(
         with suppress(RuntimeError, ValueError):  # no convergence, or a number that float32 does not have
             values, V = (x.double().flip(-1) for x in eigenpairs((G / size).float(), *asked))
             if enough(values := values * size):
-                half = V.T @ V / 2
-                return values, (V @ (1.5 * torch.eye(len(half)).to(half) - half))[
-                    :, : min(k, d)
-                ]  # orthonormal to 1e-12
+                V = V[:, :k]
+                return values, 1.5 * V - V @ (V.T @ V) / 2  # orthonormal to 1e-12
     values, vectors = eigenpairs(G.double(), *asked)
     return values.flip(0), vectors.flip(1)[:, : min(k, d)]
 

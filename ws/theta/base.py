@@ -45,7 +45,8 @@ def record_base(
     h, y, W = h.to(W.device).float(), y.to(W.device), W.float()
     of_y = torch.empty(T, device=W.device)
     step = TOKENS if large else 2 * TOKENS
-    logits, found = (torch.empty(min(step, T), V, device=W.device) for _ in range(2))  # written anew by each block
+    logits = torch.empty(min(step, T), V, device=W.device)  # written anew by each block
+    found = torch.empty_like(logits) if large else None
     with tempfile.TemporaryFile() if large else nullcontext() as file:
         for start in range(0, T, step):
             part = slice(start, min(start + step, T))
@@ -53,12 +54,10 @@ def record_base(
             z = torch.mm(h[part], W.T, out=logits[rows])
             z = z if bias is None else z.add_(bias.to(W))
             check_finite(z, f"base logits of tokens {start}..{part.stop - 1}")
-            z = torch.log_softmax(z, dim=-1, out=found[rows])
+            z = torch.log_softmax(z, dim=-1, out=found[rows] if large else logp[part])
             of_y[part] = z.gather(1, y[part, None])[:, 0]
             if large:
                 z.cpu().numpy().tofile(file)
-            else:
-                logp[part] = z
         if large:
             array = np.memmap(file, dtype=np.float32, mode="r+", shape=(T, V))
             logp = torch.from_numpy(array)
