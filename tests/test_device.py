@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
 from unittest.mock import patch
 
 import pytest
@@ -15,9 +14,8 @@ from ws.causal.passes import Items, Passes
 from ws.data import load_behavior
 from ws.gradient.capture import pair_gradients
 from ws.model.lm import LM
-from ws.subspaces import eigen
-from ws.subspaces.build import build, candidates
-from ws.subspaces.materials import Materials
+from ws.subspaces.chebyshev import leading
+from ws.subspaces.noise import Noise
 from ws.subspaces.protocol import load_protocol
 from ws.theta import base, recorded
 from ws.theta.states import load_users
@@ -94,54 +92,16 @@ def test_a_stage_on_another_device_gives_the_numbers_of_the_cpu(stage, tmp_path)
     assert float((near - there).norm() / near.norm()) < 1e-5
 
 
-def test_eigenproblems_of_a_layer_are_solved_together(monkeypatch):
-    """On another device: most of a layer's matrices in a few batches, and bases as one after the other."""
-    sizes, solve = [], torch.linalg.eigh
-
-    def eigh(G):
-        sizes.append(G.shape[0] if G.ndim == 3 else 1)
-        return solve(G)
-
-    monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    monkeypatch.setattr(eigen, "PATIENCE", 0.3)
-    lm, chosen = model(True), [c for c in candidates("v7") if c.sees == ("weights",)]
-    with elsewhere():
-        at_once = build(Materials(lm.decoder, None, 0), chosen, progress=False)
-        batches = list(sizes)
-        sizes.clear()
-        monkeypatch.setattr(eigen, "in_batches", lambda do, things, at_once: list(map(do, things)))
-        apart = build(Materials(lm.decoder, None, 0), chosen, progress=False)
-    assert set(sizes) == {1} and max(batches) > 8 and len(batches) < len(sizes) / 2
-    for name, layers in at_once.items():
-        for a, b in zip(layers, apart[name], strict=True):
-            assert a.rank == b.rank and torch.allclose(a.B @ a.B.T, b.B @ b.B.T, atol=1e-5), name
-
-
-def test_what_is_brought_together_is_solved_together(monkeypatch):
-    """By size, as many at a time as memory allows; who has nothing more to bring is not waited for; a bad matrix fails alone."""
-    shapes, solve, all_here = [], torch.linalg.eigh, Barrier(3)
-    monkeypatch.setattr(eigen, "PATIENCE", 60.0)
-
-    def eigh(G):
-        shapes.append(tuple(G.shape))
-        return solve(G)
-
-    def solved(G):
-        if G is None:
-            return None
-        all_here.wait(60)
-        try:
-            return eigen.eigenpairs(G, 0, len(G) - 1)[0].tolist()
-        except RuntimeError as error:
-            return type(error).__name__
-
-    monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    two, three, bad = torch.eye(2), torch.eye(3), torch.full((3, 3), torch.nan)
-    ones, twos = [1.0, 1.0], [2.0, 2.0, 2.0]
-    assert eigen.in_batches(solved, [two, None, 2 * three, two], 4) == [ones, None, twos, ones]
-    assert sorted(shapes) == [(1, 3, 3), (2, 2, 2)]
-    assert eigen.in_batches(solved, [three, bad, 2 * three, two, two, two], 3)[1:3] == ["_LinAlgError", twos]
-    assert sorted(shapes[2:]) == [(3, 2, 2)] + [(3, 3)] * 3 + [(3, 3, 3)]
+def test_leading_eigenpairs_are_found_on_another_device():
+    """By products there; what is small is worked out on the CPU."""
+    M = torch.randn(300, 700, generator=torch.Generator().manual_seed(0)).double()
+    plain = leading(M @ M.T, 8, lambda _: 1e-9, True)
+    with elsewhere() as device:
+        there = M.to(device)
+        values, V = leading(there @ there.T, 8, lambda _: 1e-9, True)
+        assert isinstance(V, There) and Noise().hides(V @ V.T, 8) and Noise().hides((V @ V.T).cpu(), 8) is None
+        V = V.cpu()
+    assert torch.allclose(values, plain[0], rtol=1e-9) and torch.allclose(V @ V.T, plain[1] @ plain[1].T, atol=1e-8)
 
 
 def test_the_other_device_refuses_what_a_gpu_refuses():

@@ -176,8 +176,8 @@ def test_a_layers_copies_are_let_go(lm):
     half = Decoder(__import__("copy").deepcopy(lm.model).to(torch.bfloat16))
     m = Materials(half, None, 0)
     for l in range(6):
-        m.layer(l).read_gram, m.layer(l).write_gram  # noqa: B018
-    held = [r for w in m._layers.values() for r in w.__dict__ if r.removesuffix("_wide") in ROLES]
+        [getattr(m.layer(l), f"{role}_wide") for role in ROLES]
+    held = {id(x) for w in m._layers.values() for r, x in w.__dict__.items() if r.removesuffix("_wide") in ROLES}
     assert len(held) == 7 and len(m._layers) == 6
 
 

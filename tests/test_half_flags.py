@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import ws.subspaces.eigen as eigen
 import ws.subspaces.grams as grams
 import ws.subspaces.materials as materials
 from ws.data import load_behavior
@@ -17,7 +16,7 @@ from ws.subspaces.captures import capture_base
 from ws.subspaces.grams import left_gram, weight_noise
 from ws.subspaces.kept import load_bases, save_bases
 from ws.subspaces.materials import Materials
-from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, NONE, SHARE, Noise, rounding
+from ws.subspaces.noise import FLOAT32_EPS, MOST_TURN, NARROW_TURN, NONE, Noise, rounding
 from ws.subspaces.protocol import load_protocol
 
 
@@ -61,7 +60,7 @@ def test_what_is_not_flagged_in_bfloat16_turns_by_less_than_a_hundredth(made, mo
     unflagged, moved = {"half": 0, "blind": 0}, {"half": [], "blind": []}
     for name in full:
         for l, (a, b, c) in enumerate(zip(full[name], half[name], blind[name], strict=True)):
-            assert torch.equal(b.B, c.B)  # where float64 finds both, in so few dimensions, flags alone differ
+            assert turn(b, c) < max(1e-6, 0.02 * b.turn)  # flags alone differ, and what makes products of weights
             for kind, basis in (("half", b), ("blind", c)):
                 if not basis.ill_conditioned:
                     unflagged[kind] += 1
@@ -69,41 +68,6 @@ def test_what_is_not_flagged_in_bfloat16_turns_by_less_than_a_hundredth(made, mo
     print({kind: (unflagged[kind], len(moved[kind])) for kind in moved}, "of", sum(map(len, full.values())))
     assert not moved["half"] and unflagged["half"] >= 80
     assert len(moved["blind"]) > 100
-
-
-@pytest.mark.parametrize("k", [8, 40])
-def test_float32_finds_eigenvectors_that_rounding_turns_far_more(monkeypatch, k):
-    """And float64 where the spectrum or the gap are too small for float32, and where the weights are not rounded."""
-    asked, found, gen = [], eigen.eigenpairs, torch.Generator().manual_seed(0)
-
-    def eigenpairs(G, *args, **kwargs):
-        asked.append(G.dtype)
-        return found(G, *args, **kwargs)
-
-    monkeypatch.setattr(eigen, "eigenpairs", eigenpairs)
-    M = torch.randn(300, 700, generator=gen).bfloat16().double()
-    sigma = 2**-7 * (float(M.square().sum(1).max()) / 700 / 12) ** 0.5
-    rounded, plain, wide = Noise(sigma=sigma, most=NARROW_TURN), Noise(sigma=sigma), torch.float64
-    a, b = gram_basis(M @ M.T, k, noise=rounded), gram_basis(M @ M.T, k, noise=plain)
-    assert asked == [torch.float32, wide]
-    assert 0 < turn(a, b) < SHARE * a.turn and a.turn == pytest.approx(b.turn, rel=1e-3)
-    assert torch.allclose(a.s, b.s, rtol=1e-5) and torch.allclose(a.B.T @ a.B, torch.eye(k), atol=1e-6)
-    asked.clear()
-    seen = Noise(norm=rounding(M, eps=2**-7), most=NARROW_TURN)  # of activations
-    c = gram_basis(M @ M.T, k, noise=seen)
-    assert asked == [torch.float32] and turn(c, b) < SHARE * c.turn
-    asked.clear()
-    U, V = (torch.linalg.qr(torch.randn(n, 300, generator=gen).double()).Q for n in (300, 700))
-    falling, twins = torch.logspace(0, -12, 300).double(), torch.linspace(2, 1, 300).double()
-    twins[k - 1 : k + 1] = twins[k - 1 : k + 1].mean() * torch.tensor([1 + 1e-9, 1 - 1e-9], dtype=wide)
-    falling[k - 1 :] *= 1e-3
-    for s in (falling, twins):
-        G = U * s.square() @ U.T
-        assert torch.equal(gram_basis(G, k, noise=rounded).B, gram_basis(G, k, noise=plain).B)
-    assert asked == [torch.float32, wide, wide] * 2
-    asked.clear()
-    gram_basis(M @ M.T, k), gram_basis(M[:200] @ M[:200].T, k, noise=rounded)
-    assert asked == [wide, wide]
 
 
 def test_in_float32_weights_have_no_noise_and_activations_that_of_float32(made):

@@ -1,14 +1,13 @@
 """Eigenpairs of symmetric matrices: those that are asked for, and no others (docs/method.md section 4). Several such
-problems take less time side by side than one after the other: on the CPU with one thread each, on a GPU as one batch."""
+problems take less time side by side with one thread each than one after the other."""
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from threading import Condition, Lock, local
-from types import SimpleNamespace
+from threading import Lock
 
 import numpy as np
 import scipy
@@ -18,13 +17,11 @@ from scipy.linalg import LinAlgError, cython_lapack, eigh, eigh_tridiagonal
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
+from ws.subspaces.chebyshev import Bound, leading
+
 SMALL = 96  # up to this many rows or columns a direct SVD is as cheap as a Gram
 MOST = 4  # problems at a time
-CPU = torch.device("cpu")
 ONE = Lock()  # the threads of a library are those of the whole process
-BATCH = 2 << 30  # bytes of a GPU's memory for what is at work at a time, with some six matrices each
-PATIENCE = 0.02  # seconds: who waits for a lock, as long as others wait for him, does not bring his matrix meanwhile
-OF_THREAD = local()  # its `batch`
 
 
 @cache
@@ -37,13 +34,9 @@ def libraries() -> list[list[Callable]]:
 
 
 @contextmanager
-def side_by_side(where: torch.device = CPU, d: int = 1) -> Iterator[Callable]:
-    """`map` by several threads for what works on `d x d` matrices there: on the CPU each with one thread for linear algebra, and
-    the usual one where there is one thread, or where a library does not tell its threads; on a GPU `in_batches`."""
-    if where.type != "cpu":
-        torch.linalg.eigvalsh(torch.eye(2, device=where))  # its library is loaded once, by one thread
-        yield partial(in_batches, at_once=max(1, BATCH // (50 * d * d)))
-        return
+def side_by_side() -> Iterator[Callable]:
+    """`map` by several threads, each with one thread for linear algebra; the usual one where there is one thread, or where a
+    library does not tell its threads."""
     threads = torch.get_num_threads()
     if threads < 2 or len(libraries()) < 2:
         yield map
@@ -60,66 +53,12 @@ def side_by_side(where: torch.device = CPU, d: int = 1) -> Iterator[Callable]:
                 put(n)
 
 
-class Batch:
-    """Matrices of several threads, whose eigenpairs are found together: once every thread that is at work has brought one, or
-    when none has come for a while. Of one size as one batch."""
-
-    def __init__(self, threads: int):
-        self.at_work, self.brought, self.turn = threads, [], Condition()
-
-    def eigh(self, G: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-        """`torch.linalg.eigh`, in the turn of all."""
-        mine = SimpleNamespace(G=G, found=None)
-        with self.turn:
-            self.brought.append(mine)
-            while mine.found is None and len(self.brought) < self.at_work and self.turn.wait(PATIENCE):
-                pass
-            if mine.found is None:
-                self._solve()
-            return mine.found or torch.linalg.eigh(G)  # whose matrix it is that cannot be solved, its own thread tells
-
-    def run(self, do: Callable, thing: object) -> object:
-        """What a thread does, which brings nothing more after it."""
-        try:
-            return do(thing)
-        finally:
-            with self.turn:
-                self.at_work -= 1
-                self.turn.notify_all()
-
-    def _solve(self) -> None:
-        alike: dict[tuple, list[SimpleNamespace]] = {}
-        for one in self.brought:
-            alike.setdefault((one.G.shape, one.G.dtype, one.G.device), []).append(one)
-        self.brought = []
-        for some in alike.values():
-            try:
-                values, vectors = torch.linalg.eigh(torch.stack([one.G for one in some]))
-                found = list(zip(values, vectors, strict=True))
-            except RuntimeError:  # torch's LinAlgError, OutOfMemoryError: one after the other
-                found = [()] * len(some)
-            for one, pair in zip(some, found, strict=True):
-                one.found = pair
-        self.turn.notify_all()
-
-
-def in_batches(do: Callable, things: Sequence, at_once: int) -> list:
-    """`map` by a thread for each of so many things at a time, whose eigenproblems on a GPU are solved together."""
-    found = []
-    for some in (things[start : start + at_once] for start in range(0, len(things), at_once)):
-        batch = Batch(len(some))
-        with ThreadPoolExecutor(len(some), initializer=setattr, initargs=(OF_THREAD, "batch", batch)) as pool:
-            found += pool.map(partial(batch.run, do), some)
-    return found
-
-
 def eigenpairs(G: Tensor, first: int, last: int, every: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigenpairs number first..last (ascending, inclusive) in the matrix' precision; on the CPU only these are computed. every:
+    """Eigenpairs number first..last (ascending, inclusive) in float64; on the CPU only these are computed. every:
     the values of all, which cost little beside these."""
     if G.device.type == "cpu" and G.shape[0] > SMALL:
         return tuple(map(torch.from_numpy, _tridiagonal(G.numpy(), first, last, every)))
-    batch = getattr(OF_THREAD, "batch", None)
-    values, vectors = batch.eigh(G) if batch else torch.linalg.eigh(G)
+    values, vectors = torch.linalg.eigh(G)
     return values if every else values[first : last + 1], vectors[:, first : last + 1]
 
 
@@ -133,43 +72,36 @@ def _lapack(name: str):
 
 
 def _tridiagonal(G: np.ndarray, first: int, last: int, every: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Some eigenvalues or all, and some eigenvectors, of a symmetric matrix from one `Q T Q^T`, T tridiagonal, in its dtype."""
-    n, letter = len(G), "s" if G.dtype == np.float32 else "d"
+    """Some eigenvalues or all, and some eigenvectors, of a symmetric float64 matrix from one `Q T Q^T`, T tridiagonal."""
+    n = len(G)
     reflectors, size = np.array(G, order="C"), 64 * n  # the upper triangle is LAPACK's lower one
-    diagonal, beside, scale, work = (np.empty(m, G.dtype) for m in (n, n - 1, n - 1, size))
+    diagonal, beside, scale, work = (np.empty(m) for m in (n, n - 1, n - 1, size))
     whole = np.array([n, size, 0], dtype=np.intc)
     at, it = whole.ctypes.data, reflectors.ctypes.data
     more = at + whole.itemsize, at + 2 * whole.itemsize
     arrays = [x.ctypes.data for x in (diagonal, beside, scale, work)]
-    _lapack(f"{letter}sytrd")(b"L", at, it, at, *arrays, *more)
+    _lapack("dsytrd")(b"L", at, it, at, *arrays, *more)
     try:
-        wide = diagonal.astype(float), beside.astype(float)
-        values, vectors = eigh_tridiagonal(*wide, select="i", select_range=(first, last))
-        vectors[np.abs(vectors) < 1e-20] = 0.0  # float32 is slow where it underflows
-        vectors, columns = np.asfortranarray(vectors.astype(G.dtype)), np.array([vectors.shape[1]], dtype=np.intc)
+        values, vectors = eigh_tridiagonal(diagonal, beside, select="i", select_range=(first, last))
+        vectors, columns = np.asfortranarray(vectors), np.array([vectors.shape[1]], dtype=np.intc)
         here, to = columns.ctypes.data, vectors.ctypes.data
-        _lapack(f"{letter}ormtr")(b"L", b"L", b"N", at, here, it, at, arrays[2], to, at, arrays[3], *more)
+        _lapack("dormtr")(b"L", b"L", b"N", at, here, it, at, arrays[2], to, at, arrays[3], *more)
     except LinAlgError:  # values that are all but equal
         values, vectors = eigh(G, subset_by_index=[first, last])
     if every:
-        values = _lapack(f"{letter}sterf")(at, *arrays[:2], more[1]) or diagonal
+        values = _lapack("dsterf")(at, *arrays[:2], more[1]) or diagonal
     return np.linalg.eigvalsh(G) if whole[2] else values, vectors
 
 
 def top_eigh(
-    G: Float[Tensor, "d d"], k: int, every: bool = False, enough: Callable[[Tensor], bool] | None = None
+    G: Float[Tensor, "d d"], k: int, every: bool = False, bound: Bound | None = None
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, "d p"]]:
     """Leading eigenpairs of a symmetric matrix in float64: `min(k + 1, d)` values, `min(k, d)` vectors, largest first. every:
-    all d values. enough: whether pairs with such values will do as float32 finds them, which is tried first."""
-    d, size = G.shape[0], float(G.diagonal().max()) if enough else 0.0
-    asked = max(d - k - 1, 0), d - 1, every
-    if size > 0:
-        with suppress(RuntimeError, ValueError):  # no convergence, or a number that float32 does not have
-            values, V = (x.double().flip(-1) for x in eigenpairs((G / size).float(), *asked))
-            if enough(values := values * size):
-                V = V[:, :k]
-                return values, 1.5 * V - V @ (V.T @ V) / 2  # orthonormal to 1e-12
-    values, vectors = eigenpairs(G.double(), *asked)
+    all d values. bound: by how many rad the vectors may be off, given the values, where that takes less time (`leading`)."""
+    d, G = len(G), G.double()
+    if bound and (found := leading(G, k, bound, every)):
+        return found
+    values, vectors = eigenpairs(G, max(d - k - 1, 0), d - 1, every)
     return values.flip(0), vectors.flip(1)[:, : min(k, d)]
 
 

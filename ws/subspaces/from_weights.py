@@ -102,7 +102,7 @@ def folded(M: Tensor, columns: int) -> tuple[Tensor, int]:
     """So many neighbouring columns of M added up that `columns` are left, and how many: that times X is M times X with each row
     repeated in place, v7's stand-in for shared key/value heads."""
     times = -(-M.shape[1] // columns)
-    return pad(M, (0, times * columns - M.shape[1])).reshape(len(M), columns, times).sum(dim=2), times
+    return sum(pad(M[:, i::times], (0, columns - len(M[0, i::times]))) for i in range(times)), times
 
 
 @candidate(family="W:OV", source="v5")
@@ -204,7 +204,7 @@ def qk_heads(m: Materials, l: int) -> Basis:
 def _heads_gram(m: Materials, own: Tensor, shared: Tensor) -> Tensor:
     """`sum_h M_h M_h^T` with `M_h = own_h^T shared_kv(h)`, both matrices' rows split by head; float64."""
     a, b = (M.reshape(-1, m.decoder.head_dim, M.shape[1]) for M in (own, shared))
-    return sum(a[h].T @ (b[kv] @ b[kv].T) @ a[h] for h, kv in enumerate(_kv_of_heads(m)))
+    return sum((a[h].T @ (b[kv] @ b[kv].T) @ a[h]).double() for h, kv in enumerate(_kv_of_heads(m)))
 
 
 def _kv_of_heads(m: Materials) -> list[int]:

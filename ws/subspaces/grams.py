@@ -1,4 +1,5 @@
-"""A block's weights in float32 and the float64 Grams of what candidates take singular vectors of. (docs/method.md section 4)"""
+"""A block's weights in float32 and the float64 Grams of what candidates take singular vectors of. Weights in half precision are
+off by 2^-9 of themselves and more: their products are float32's. (docs/method.md section 4)"""
 
 from functools import reduce
 from threading import RLock
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.model.decoder import ROLES, Decoder
+from ws.model.rounded import fast_products
 from ws.model.wide import NARROW
 from ws.subspaces.eigen import gram, largest, spectral_norm
 from ws.subspaces.noise import FLOAT32_EPS, NARROW_TURN, Noise
@@ -17,17 +19,30 @@ SUMS = {"write_gram": ("o_gram", "down_gram"), "qkv_gram": ("kv_gram", "q_gram")
 SUMS |= {"read_gram": ("qkv_gram", "up_gram", "gate_gram")}
 WRITERS = ("o", "down")
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
+FEW = 1024  # the same of half precision: so many products are added up in float32
 
 
 def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
-    """`sum M M^T` in float64."""
+    """`sum M M^T` in float64; of half precision by products in float32, which are added up in float64."""
     where = parts[0].device
-    return reduce(Tensor.add_, (gram(c.to(where).double()) for M in parts for c in M.split(CHUNK, dim=1)))
+    return reduce(
+        Tensor.add_, (_gram(c.to(where)) for M in parts for c in M.split(FEW if M.dtype in NARROW else CHUNK, dim=1))
+    )
+
+
+def _gram(M: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
+    if M.dtype not in NARROW:
+        return gram(M.double())
+    wide = M.float()
+    with fast_products(
+        M.dtype == torch.bfloat16 and torch.get_num_threads() > 1
+    ):  # others are at work beside one thread
+        return (wide @ wide.T).double()
 
 
 class LayerWeights:
-    """One block's matrices by role (`q k v o gate up down`), float32, as `o_wide` float64, their spectral norms `o_norm`, and
-    Grams `M M^T` of what they are made of.
+    """One block's matrices by role (`q k v o gate up down`), float32, as `o_wide` float64 (of half precision float32), their
+    spectral norms `o_norm`, and Grams `M M^T` of what they are made of.
 
     Grams: `o_gram`, `down_gram`, their sum `write_gram`; of the transposes `kv_gram`, `qkv_gram`, `up_gram`,
     `gate_gram`, and `read_gram` = `S^T S`, `S = [q; k; v; up; gate]`. Made when first asked for, by one thread at a time;
@@ -49,17 +64,24 @@ class LayerWeights:
             first, second, *rest = (getattr(self, part) for part in SUMS[name])
             return reduce(Tensor.add_, rest, first + second)
         if name in GRAMS:
-            wide = {r: getattr(self, f"{r}_wide") for r in GRAMS[name]}
-            return left_gram(*(M if r in WRITERS else M.T for r, M in wide.items()))
+            own = {r: self._decoder.linear(self._l, r).weight.detach() for r in GRAMS[name]}
+            G = left_gram(*(M if r in WRITERS else M.T for r, M in own.items()))
+            for r in filter(WRITERS.__contains__, GRAMS[name] if self._fold else ()):
+                gain = output_gain(self._decoder, self._l, r).to(G)
+                G = gain[:, None] * G * gain
+            return G
         if role not in ROLES or what not in ("", "wide", "norm"):
             raise AttributeError(name)
         if what == "norm":
             own = f"{role}_gram"
             return largest(getattr(self, own)) ** 0.5 if own in GRAMS else spectral_norm(getattr(self, f"{role}_wide"))
+        if what == "wide":
+            made = getattr(self, role)
+            return made if weight_eps(self._decoder) > FLOAT32_EPS else made.double()
         made = self._decoder.weight(self._l, role)
         if self._fold and role in WRITERS:
             made = output_gain(self._decoder, self._l, role).to(made.device)[:, None] * made
-        return made.double() if what else made
+        return made
 
     def noise(self, gram: str) -> Noise:
         """Of what the named Gram is the Gram of."""

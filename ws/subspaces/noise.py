@@ -19,7 +19,9 @@ FLOAT32_EPS = 2.0**-23
 ROUNDING = 2 * FLOAT32_EPS  # noise of captures over their norm: measured 0.6 to 2.1 eps (docs/reliability.md)
 MOST_TURN = 1e-3  # rad; a turn of each direction by this takes 1e-6 off the overlap
 NARROW_TURN = 1e-2  # the same of what was computed from half precision
-LEAST, SHARE, WIDE = 1e-3, 0.02, 256  # of the first eigenvalue; of the turn; and the widths for which it is worth a try
+SHARE, MOST_OFF = 0.02, 1e-4  # of the turn by noise; and in rad
+WIDE, WIDER = 256, 768  # rows from which that takes less time; on the CPU WIDER but where half precision comes in
+STORED = 1e-9  # rad, a hundredth of what float32 makes of a basis that is stored
 
 
 def rounding(*parts: Tensor, eps: float = FLOAT32_EPS) -> float:
@@ -43,17 +45,13 @@ class Noise:
         """Whether a turn depends on all singular values, not on those around the cut alone."""
         return self.sigma > 0
 
-    def drowns_float32(self, k: int, d: int) -> Callable[[Float[Tensor, " q"]], bool] | None:
-        """Whether the first k eigenvectors of a Gram with given eigenvalues may be those that float32 finds: it was never seen to
-        turn them by more than half of `eps l_1 / (l_k - l_{k+1})`, which has to be less than SHARE of what this noise turns
-        them by. None where that is not to be expected."""
-
-        def enough(values: Float[Tensor, " q"]) -> bool:
-            first, last, distance = float(values[0]), float(values[k - 1]), float(values[k - 1] - values[k])
-            turn = self.turn(values.clamp(min=0).sqrt(), k, d)
-            return last > LEAST * first and FLOAT32_EPS * first < SHARE * turn * distance
-
-        return enough if self.most > MOST_TURN and WIDE <= d and k < d else None
+    def hides(self, G: Float[Tensor, "d d"], k: int) -> Callable[[Float[Tensor, " q"]], float] | None:
+        """By how many rad the first k eigenvectors of a Gram may be off, given its eigenvalues: SHARE of what this noise turns
+        them by, and always what is lost anyway where a basis is stored in float32. None where exact ones take no more time."""
+        d = len(G)
+        if d < (WIDE if self.most > MOST_TURN or G.device.type != "cpu" else WIDER):
+            return None
+        return lambda values: min(max(SHARE * self.turn(values.clamp(min=0).sqrt(), k, d), STORED), MOST_OFF)
 
     def turn(self, s: Float[Tensor, " q"], k: int, d: int) -> float:
         """Bound in rad, at most 1, on the turn of the first k of d singular directions. s: k values, and one past the cut
