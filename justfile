@@ -30,6 +30,7 @@ setup:
             echo "Python 3.11 or newer with pip and venv is needed; none was found (Debian: apt install python3-venv)" >&2
             exit 1
         fi
+        if [ -L .venv ]; then rm .venv; fi  # somebody else's folder: it is not ours to empty
         "$base" -m venv --clear .venv
         echo "$here" > .venv/stamp
     fi

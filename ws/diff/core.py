@@ -194,6 +194,11 @@ class WeightDiff(Mapping):
         """Name -> what `svd` found; without U and Vh where the budget for dense ones ran out."""
         return {}
 
+    @cached_property
+    def derived(self) -> dict[tuple, object]:
+        """What others have worked out from this difference alone, by what it is; lives as long as the object."""
+        return {}
+
     def svd(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """`U (out, r)`, `s (r,)` in descending order, `Vh (r, in)` in float64, from the factors where there are any. r
         is the bound of the rank; a vector is one column. Decomposed once per object: U and Vh of dense matrices are

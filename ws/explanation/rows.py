@@ -78,7 +78,7 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
 
 def plain_targets(ceiling: CeilingMaterials, layers: Iterable[int]) -> PlainTargets:
     """What R_act and R_w are scored on, at some layers."""
-    weights = {l: sc.weight_targets(ceiling.left_factor(l, "o"), ceiling.left_factor(l, "down")) for l in layers}
+    weights = {l: ceiling.of_w("weight targets", l, sc.weight_targets) for l in layers}
     return {l: (sc.activation_target(ceiling.steered.eval[l]), w["combined"]) for l, w in weights.items()}
 
 

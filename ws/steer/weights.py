@@ -107,7 +107,7 @@ def check_fits(model: nn.Module, w: WeightDiff) -> list[_Slot]:
             _check(slot)
             first = slots.setdefault(id(parameter), slot)
             held, new = parts(first.entry), parts(entry)
-            if len(held) != len(new) or not all(map(torch.equal, held, new)):
+            if first is not slot and (len(held) != len(new) or not all(map(torch.equal, held, new))):
                 raise ValueError(
                     f"{first.name} and {name} are one tied parameter, but the diff holds two changes for it;"
                     " build the diff with its base model, which adds them up"

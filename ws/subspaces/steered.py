@@ -1,5 +1,6 @@
 """The B-side: what w does to a behaviour's probes, and what the ceilings alone are built from. (sections 3 and 7)"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ws.subspaces.algebra import Basis, empty, left_svd
 from ws.subspaces.candidate import Candidate
 from ws.subspaces.captures import TextSet, count_cut, eval_set, probe_set, probes
 from ws.subspaces.check import as_basis
-from ws.subspaces.grams import output_gain
+from ws.subspaces.grams import has_output_gains, output_gain
 from ws.subspaces.materials import check_widths
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
@@ -95,7 +96,7 @@ class CeilingMaterials:
         check_widths(k, 1, decoder.d)
         self.decoder, self.w, self.steered, self.k = decoder, w, steered, k
         self.d, self.n_layers = decoder.d, decoder.n_layers
-        self._fold, self._dw = fold_gain, {}
+        self._fold, self._own = fold_gain and has_output_gains(decoder), {}
 
     def __repr__(self) -> str:
         return f"CeilingMaterials({self.n_layers} layers, d {self.d}, k {self.k}; w and what it does)"
@@ -109,13 +110,22 @@ class CeilingMaterials:
         F = U * s
         return output_gain(self.decoder, l, role).double()[:, None] * F if self._fold else F
 
+    def of_w(self, what: str, l: int, make: Callable[[Tensor | None, Tensor | None], object]) -> object:
+        """What is made of w's left factors of both writers at a layer, once for each w (and model, where gains are folded in)."""
+        held, key = self._own if self._fold else self.w.derived, (what, l, self.k)
+        if key not in held:
+            held[key] = make(self.left_factor(l, "o"), self.left_factor(l, "down"))
+        return held[key]
+
     def dw_left(self, l: int) -> Basis:
         """Top k left singular vectors of w's matrices of both writers, side by side as they are."""
-        if l not in self._dw:
-            factors = [F for F in (self.left_factor(l, "o"), self.left_factor(l, "down")) if F is not None]
+
+        def make(*factors: Tensor | None) -> Basis:
+            some = [F for F in factors if F is not None]
             nothing = empty(self.d, "w has no residual writer at this layer")
-            self._dw[l] = left_svd(torch.cat(factors, dim=1), self.k) if factors else nothing
-        return self._dw[l]
+            return left_svd(torch.cat(some, dim=1), self.k) if some else nothing
+
+        return self.of_w("dw_left", l, make)
 
     def build(self, entry: Candidate, l: int) -> Basis:
         """A ceiling's basis at layer l."""
