@@ -12,11 +12,12 @@ from ws.subspaces import algebra as S
 from ws.subspaces.build import build, candidates
 from ws.subspaces.candidate import Candidate, candidate, get
 from ws.subspaces.captures import capture_base
-from ws.subspaces.from_activations import common_suffix, kmeans
+from ws.subspaces.from_activations import kmeans
 from ws.subspaces.from_weights import folded
 from ws.subspaces.materials import Materials
 from ws.subspaces.protocol import load_protocol
 from ws.subspaces.steered import CeilingMaterials, capture_steered
+from ws.subspaces.tokens import common_suffix
 
 
 @pytest.fixture(scope="module")

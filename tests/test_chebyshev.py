@@ -9,6 +9,7 @@ from ws.subspaces.algebra import gram_basis, left_svd
 from ws.subspaces.chebyshev import every_value, leading
 from ws.subspaces.grams import left_gram
 from ws.subspaces.noise import MOST_OFF, NARROW_TURN, SHARE, STORED, WIDE, WIDER, Noise
+from ws.subspaces.tokens import Tokens
 
 D, EPS = 300, 2.0**-7
 
@@ -89,6 +90,11 @@ def test_what_cannot_be_told_is_not_found():
     U = frame(D, D)
     for s in (flat, few, torch.zeros(D).double(), falling(1.0) * float("nan"), falling(1.0) * float("inf")):
         assert leading((U * s) @ U.T, 8, lambda _: 1e-6) is None
+    for value in (float("nan"), float("inf"), 1e200):  # off the diagonal
+        G = (U * falling(1.0)) @ U.T
+        G[3, 5] = G[5, 3] = value
+        assert leading(G, 8, lambda _: 1e-6) is None
+    assert leading((U * falling(1.0)) @ U.T * 1e-300, 8, lambda _: 1e-6) is None
     small = U[:100, :100] * falling(1.0)[:100] @ U[:100, :100].T
     assert leading(small, 8, lambda _: 1.0) is None  # of so few rows a quarter would be columns
 
@@ -148,27 +154,42 @@ def test_what_carries_no_noise_is_found_as_float32_stores_it():
     assert off(exact(G)[1][:, :8], leading(G, 8, lambda _: STORED)[1]) < STORED
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MATRICES)
-def test_products_in_float32_do_less_than_half_precision_did(name, dtype):
-    """Grams of weights in half precision, and singular vectors of products of them, also where one row or direction is loud."""
-    M = MATRICES[name].to(dtype)
+def test_products_in_float32_do_less_than_bfloat16_did(name):
+    """Grams of weights in bfloat16, and singular vectors of products of them, also where one row or direction is loud."""
+    M = MATRICES[name].bfloat16()
     wide = M.double()
-    assert torch.isfinite(wide).all()
     G, plain = left_gram(M), wide @ wide.T
-    assert G.dtype == torch.float64 and float((G - plain).norm() / plain.norm()) < 2e-6
-    assert torch.equal(left_gram(M.double()), left_gram(M.double(), M.double()) / 2)
+    assert G.dtype == torch.float64 and 0 < float((G - plain).norm() / plain.norm()) < 2e-6
+    for same in (left_gram(M, exact=True), left_gram(wide), left_gram(wide, wide) / 2):
+        assert torch.allclose(same, plain, rtol=0, atol=1e-14 * float(plain.norm()))
     noise = rounding_of(wide)
     turn = noise.turn(exact(plain)[0].sqrt(), 8, D)
-    away = off(exact(plain)[1][:, :8], exact(G)[1][:, :8])
-    assert away < SHARE * turn
-    N = drawn(M.shape[1], D, seed=9).to(dtype)
+    assert off(exact(plain)[1][:, :8], exact(G)[1][:, :8]) < SHARE * turn
+    N = drawn(M.shape[1], D, seed=9).bfloat16()
     both = (noise.sigma * float(torch.linalg.matrix_norm(N.double(), 2))) ** 2
     both += (rounding_of(N.double()).sigma * float(torch.linalg.matrix_norm(wide, 2))) ** 2
     noise = Noise(sigma=both**0.5, most=NARROW_TURN)  # as `Materials.product_noise` has it
     made = left_svd(M.float() @ N.float(), 8, noise)
     U, s, _ = torch.linalg.svd(wide @ N.double())
     assert off(U[:, :8], made.B) < 1e-6 + MOST_OFF + SHARE * noise.turn(s, 8, D)
+
+
+def test_directions_past_the_rank_of_a_product_are_said_to_be_arbitrary():
+    few = (drawn(D, 4) @ drawn(4, D, seed=2)).float()
+    found = left_svd(few, 8, Noise(sigma=1e-3, most=NARROW_TURN))
+    again = left_svd(
+        few[:, torch.randperm(D, generator=torch.Generator().manual_seed(0))], 8, Noise(sigma=1e-3, most=NARROW_TURN)
+    )
+    assert found.ill_conditioned and "data of rank 4" in found.note and off(found.B, again.B) < 1e-4
+
+
+def test_of_fewer_columns_than_rows_too(monkeypatch):
+    """`left_svd` looks at the smaller Gram then."""
+    M, said = drawn(2 * D, D), []
+    monkeypatch.setattr(eigen, "leading", lambda *a: said.append(leading(*a)) or said[-1])
+    found = left_svd(M, 8, Noise(norm=1e-3, most=NARROW_TURN))
+    assert said[0] and off(torch.linalg.svd(M, full_matrices=False)[0][:, :8], found.B) < MOST_OFF
 
 
 def test_one_thread_beside_others_leaves_the_process_setting_alone(monkeypatch):
@@ -180,10 +201,32 @@ def test_one_thread_beside_others_leaves_the_process_setting_alone(monkeypatch):
     monkeypatch.setattr(grams, "fast_products", lambda on: said.append(on) or plain(on))
     M = drawn(8, 16).bfloat16()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    left_gram(M), left_gram(M.half()), left_gram(M.float())
+    left_gram(M), left_gram(M.half()), left_gram(M.float()), left_gram(M, exact=True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     left_gram(M)
-    assert said == [True, False, False]
+    assert said == [True, False]
+
+
+def test_what_does_not_converge_is_left_to_all_pairs(monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(chebyshev, "ritz", fails)
+    assert leading(MATRICES["random"] @ MATRICES["random"].T, 8, lambda _: 1e-4) is None
+
+
+def test_tokens_are_counted_once_by_their_pairs_and_weigh_as_themselves():
+    """Against all tokens one by one: padding, repeated pairs, one pair for all, weights of nothing."""
+    gen = torch.Generator().manual_seed(0)
+    for pairs, n, T in ((50, 6, 20), (3, 6, 20), (1, 2, 3), (120, 6, 20)):
+        D_, which = drawn(pairs, 12), torch.randint(pairs, (n, T), generator=gen)
+        weights = torch.rand(n, T, generator=gen).double() * (torch.rand(n, T, generator=gen) > 0.3) + 1e-12
+        t = Tokens(D_, D_.norm(dim=1), which, weights, weights)
+        every = (D_[which] * weights.sqrt()[:, :, None]).flatten(0, 1)
+        for centred in (False, True):
+            rows, plain = t.rows(weights, which, centred), every - every.mean(dim=0) * centred
+            assert len(rows) <= pairs
+            assert torch.allclose(rows.T @ rows, plain.T @ plain, rtol=0, atol=1e-12 * float(every.square().sum()))
 
 
 def test_gram_basis_asks_for_all_pairs_where_none_are_found(monkeypatch):

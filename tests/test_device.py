@@ -14,8 +14,9 @@ from ws.causal.passes import Items, Passes
 from ws.data import load_behavior
 from ws.gradient.capture import pair_gradients
 from ws.model.lm import LM
+from ws.subspaces.algebra import left_svd
 from ws.subspaces.chebyshev import leading
-from ws.subspaces.noise import Noise
+from ws.subspaces.noise import NARROW_TURN, Noise
 from ws.subspaces.protocol import load_protocol
 from ws.theta import base, recorded
 from ws.theta.states import load_users
@@ -101,6 +102,8 @@ def test_leading_eigenpairs_are_found_on_another_device():
         values, V = leading(there @ there.T, 8, lambda _: 1e-9, True)
         assert isinstance(V, There) and Noise().hides(V @ V.T, 8) and Noise().hides((V @ V.T).cpu(), 8) is None
         V = V.cpu()
+        basis = left_svd(there[:, :280], 8, Noise(norm=1e-3, most=NARROW_TURN))
+    assert torch.allclose(basis.B @ basis.B.T, left_svd(M[:, :280], 8, 1e-9).B @ basis.B.T, atol=1e-4)
     assert torch.allclose(values, plain[0], rtol=1e-9) and torch.allclose(V @ V.T, plain[1] @ plain[1].T, atol=1e-8)
 
 

@@ -19,7 +19,8 @@ def rounded(x: Tensor) -> Tensor:
 
 @contextmanager
 def fast_products(on: bool = True) -> Iterator[None]:
-    """A context for products of `rounded` matrices, and of no others. A GPU's are as they are."""
+    """A context for products of `rounded` matrices, and of no others: float32 products of other threads are rounded meanwhile. A
+    GPU's are as they are."""
     matmul = getattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision=""))  # not before torch 2.9
     if not on:
         yield

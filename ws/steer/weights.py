@@ -262,7 +262,9 @@ def _steered(module: nn.Module, args: tuple, kwargs: dict, output):
                     y = y + alpha * entry
                 elif isinstance(entry, LowRank) and not across:
                     z = x.reshape(-1, x.shape[-1]) @ entry.A.T
-                    y = torch.addmm(y.reshape(-1, y.shape[-1]), z, entry.B.T, alpha=alpha).reshape(y.shape)
+                    into, rows = y.shape, y.reshape(-1, y.shape[-1])
+                    add = rows.addmm if torch.is_grad_enabled() else rows.addmm_
+                    y = add(z, entry.B.T, alpha=alpha).reshape(into)
                 else:
                     factors = parts(entry) if across else [part.T for part in reversed(parts(entry))]
                     y = y + alpha * reduce(torch.matmul, factors, x)

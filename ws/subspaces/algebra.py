@@ -1,7 +1,7 @@
 """Linear algebra on low-rank subspaces of R^d; knows nothing of models.
 
 A basis is a `d x r` matrix with orthonormal columns, `P = B B^T`. Everything is computed in float64 (but products of weights in
-half precision) and stored in float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvectors of its
+bfloat16) and stored in float32. Top-k singular subspaces of a wide matrix `M` come from the eigenvectors of its
 Gram `M M^T` (the same subspace, cheaper), and only the leading eigenpairs are computed. (docs/method.md section 4)
 """
 
@@ -120,22 +120,20 @@ def left_svd(M: Float[Tensor, "d m"], k: int, noise: float | Noise | None = None
         >>> basis.s.tolist(), round(basis.gap, 2)
         ([3.0, 2.0], 0.5)
     """
-    noise = as_noise(rounding(M) if noise is None else noise)
-    M = (
-        M if noise.sigma and M.dtype == torch.float32 else M.double()
-    )  # made from half precision: float32's products will do
+    M = M.double()
     d, m = M.shape
     k = min(k, d, m)
     if k == 0:
         return empty(d, "no data")
+    noise = as_noise(rounding(M) if noise is None else noise)
     if min(d, m) <= SMALL:
-        return _basis(*torch.linalg.svd(M.double(), full_matrices=False)[:2], k, noise)
+        return _basis(*torch.linalg.svd(M, full_matrices=False)[:2], k, noise)
     if d <= m:
         return gram_basis(gram(M), k, noise=noise)
     values, V = top_eigh(G := gram(M.T), k, noise.needs_all, noise.hides(G, k))
     s = values.clamp(min=0).sqrt()
     keep = s[:k] > 1e-7 * s[0]
-    return _basis(torch.linalg.qr((M.double() @ V)[:, keep] / s[:k][keep]).Q, s, k, noise)
+    return _basis(torch.linalg.qr((M @ V[:, keep.to(V.device)]) / s[:k][keep].to(V)).Q, s, k, noise)
 
 
 def pca(X: Float[Tensor, "n d"], k: int, noise: float | Noise | None = None) -> Basis:

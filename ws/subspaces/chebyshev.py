@@ -4,6 +4,7 @@ gets nearer; what is found is looked at in float64, and comes with how far it ma
 section 4)"""
 
 from collections.abc import Callable
+from contextlib import suppress
 from math import log, sqrt
 
 import numpy as np
@@ -21,6 +22,7 @@ GROWTH = {
 FEW, LONGEST = 4, 24  # products of a filter
 NEAR = 1e-3  # rad: bounds are not asked for before
 GRID = 128  # quantiles of what is not looked at
+LEAST = 1e-290  # largest entry of a matrix that is looked at
 
 Bound = Callable[[Float[Tensor, " q"]], float]
 
@@ -47,7 +49,8 @@ def ritz(V: Float[Tensor, "d b"], GV: Float[Tensor, "d b"]) -> tuple[Tensor, Ten
 
 def turned(values: Float[Tensor, " b"], off: Float[Tensor, " b"], k: int) -> float:
     """By how many rad the first k Ritz vectors are turned from eigenvectors, to second order, from the residuals of all b: what
-    these leave out has eigenvalues under the last one (and its residual), and is reached by each through its residual alone."""
+    these leave out has eigenvalues under the last one (and its residual), and is reached by each through its residual alone.
+    Residuals say nothing of an eigenvector that the random start missed altogether."""
     away = (values[:k] - values[-1] - off[-1]).clamp(min=1e-300)
     first = off[:k] / away
     among = first[:, None] * off[None, k:] / (values[:k, None] - values[None, k:]).clamp(min=1e-300)
@@ -103,7 +106,7 @@ def nearer(
 
 def every_value(values: Float[Tensor, " b"], d: int, trace: float, squares: float) -> Float[Tensor, " d"]:
     """The b largest of d eigenvalues and stand-ins for the others: a beta distribution up to the last one, with the sum and the
-    sum of squares that they must have."""
+    sum of squares that they must have. These do not tell many values just under the last one."""
     n, last = d - len(values), float(values[-1])
     mean, square = (trace - float(values.sum())) / n, (squares - float(values.square().sum())) / n
     others, variance = np.full(n, min(max(mean, 0.0), last)), square - mean * mean
@@ -123,17 +126,24 @@ def leading(
 
     bound: by how many rad the vectors may be turned from the exact ones, given the eigenvalues. every: d eigenvalues, those past
     the first `k + 24` stood in for (`every_value`). None where the bound is not reached, or where that is not worth a try."""
-    d, b = len(G), k + MORE
-    size = float(G.diagonal().max())
-    if 4 * b > d or not 0 < size < float("inf"):
+    d, b, found = len(G), k + MORE, None
+    size = float(G.diagonal().max()) if d else 0.0
+    if 4 * b > d or not LEAST < size < float("inf"):
         return None
     trace, squares = float(G.trace()) / size, (float(torch.linalg.vector_norm(G)) / size) ** 2
+    if not squares <= 1.01 * d * d:  # no entry of a positive semidefinite matrix is larger than one of its diagonal's
+        return None
 
     def asked(values: Float[Tensor, " b"]) -> Float[Tensor, " q"]:
         return size * (every_value(values, d, trace, squares) if every else values[: k + 1])
 
-    narrow = (G / size).float()
-    V = orthonormal(narrow @ torch.randn(d, b, generator=torch.Generator().manual_seed(0)).to(narrow))
-    _, V, _ = nearer(narrow, 1.0, V, k, lambda values: bound(asked(values)))
-    values, V, turn = nearer(G, size, orthonormal(V.double()), k, lambda values: bound(asked(values)))
-    return (found, V[:, :k]) if turn <= bound(found := asked(values)) else None
+    def enough(values: Float[Tensor, " b"]) -> float:
+        return bound(asked(values))
+
+    with suppress(RuntimeError, ValueError):  # something did not converge
+        narrow = (G / size).float()
+        V = orthonormal(narrow @ torch.randn(d, b, generator=torch.Generator().manual_seed(0)).to(narrow))
+        _, V, _ = nearer(narrow, 1.0, V, k, enough)
+        values, V, turn = nearer(G, size, orthonormal(V.double()), k, enough)
+        found = (asked(values), V[:, :k]) if turn <= enough(values) else None
+    return found

@@ -4,23 +4,19 @@ those of source v7b mend one named defect each, section 7)"""
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import takewhile
-from threading import Lock
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ws.subspaces.algebra import Basis, compose, cut_at_rank, empty, left_svd, pca, uncentred
 from ws.subspaces.candidate import candidate
 from ws.subspaces.materials import Materials
+from ws.subspaces.tokens import Tokens, common_suffix, of_tokens, token_contrast
 
 TINY = 1e-12
 TIED = "two distances that decide the clusters are the same within rounding"
 PROMPTS, PERSONAS = ("weights", "prompts"), ("weights", "prompts", "personas")
 Weight = Callable[[Tensor, Tensor], Tensor]  # of both attention rows
-ONE = Lock()
 
 
 def _growth(m: Materials) -> Tensor:
@@ -82,61 +78,10 @@ def _centred(m: Materials, pos: Tensor, neg: Tensor) -> Basis:
     return pca(pos - neg, m.k, m.rounding(pos, neg))
 
 
-class _Tokens(NamedTuple):
-    """A contrast token by token at a layer. D: `pos - neg`, `(p, d)`, each pair of states once; size: `sqrt(|pos|^2 + |neg|^2)`
-    of these; which: `(n, T)`, the pair that a token has; a, b: attention rows of both sides, `(n, T)`, at the right edge."""
-
-    D: Tensor
-    size: Tensor
-    which: Tensor
-    a: Tensor
-    b: Tensor
-
-    def rows(self, weights: Tensor, which: Tensor, centred: bool) -> Tensor:
-        """Rows with the Gram of `sqrt(w) D` over tokens (centred: less their mean), `(p, d)`: a pair's are one row, by the sum of
-        its weights. Of N tokens the mean is `A^T c / N`, and `(1 - x c c^T)^2 = 1 - c c^T / N` for one x."""
-        total = self.D.new_zeros(len(self.D)).index_add(0, which.flatten(), weights.flatten())
-        A = self.D * total.sqrt()[:, None]
-        if not centred:
-            return A
-        c = (
-            torch.zeros_like(total).index_add(0, which.flatten(), weights.sqrt().flatten())
-            / total.clamp(min=1e-300).sqrt()
-        )
-        square = float(c @ c)
-        return A.addr_(c, c @ A, alpha=(max(1 - square / which.numel(), 0.0) ** 0.5 - 1) / square)
-
-
-def _pairs(m: Materials) -> tuple[Tensor, Tensor, Tensor]:
-    """Which states the pairs of tokens consist of, each pair once, and which pair a token has, `(n, T)`."""
-    sides = [acts.tokens for acts in (m.base.pos, m.base.neg)]
-    longest = max(x.at.shape[1] for x in sides)
-    pos, neg = (pad(x.at, (longest - x.at.shape[1], 0), value=x.states.shape[1]) for x in sides)
-    base = sides[1].states.shape[1] + 1
-    pairs, which = torch.unique(pos * base + neg, return_inverse=True)
-    return pairs // base, pairs % base, which
-
-
-def _token_contrast(m: Materials, l: int) -> _Tokens:
-    held, sides = vars(m.base), (m.base.pos, m.base.neg)
-    with ONE:  # several candidates look at a layer, side by side or one after the other
-        if "pairs" not in held:
-            held["pairs"] = _pairs(m)
-        if held.get("contrast", (None,))[0] != l:
-            *states, which = held["pairs"]
-            pos, neg = (
-                torch.cat([acts.tokens.states[l], acts.tokens.states.new_zeros(1, m.d)])[one]
-                for acts, one in zip(sides, states, strict=True)
-            )
-            rows = (pad(acts.attn[l].double(), (which.shape[1] - acts.attn.shape[2], 0)) for acts in sides)
-            size = torch.hypot(*(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (pos, neg)))
-            held["contrast"] = l, _Tokens(pos.double().sub_(neg), size, which, *rows)
-        return held["contrast"][1]
-
-
-def _attention_selected(m: Materials, t: _Tokens, weight: Weight) -> Basis:
-    weights = weight(t.a, t.b) + TINY
-    return left_svd(t.rows(weights, t.which, centred=True).T, m.k, m.rounding(t.size[t.which] * weights.sqrt()))
+def _attention_selected(m: Materials, t: Tokens, weight: Weight) -> Basis:
+    if t.which.numel() < 2:
+        return empty(m.d, f"{t.which.numel()} sample(s): nothing to centre")
+    return of_tokens(m, t, weight(t.a, t.b) + TINY, t.which, centred=True)
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -146,25 +91,25 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_min_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the smaller of both attention weights."""
-    return _attention_selected(m, _token_contrast(m, l), torch.minimum)
+    return _attention_selected(m, token_contrast(m, l), torch.minimum)
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_max_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the larger of both attention weights."""
-    return _attention_selected(m, _token_contrast(m, l), torch.maximum)
+    return _attention_selected(m, token_contrast(m, l), torch.maximum)
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_diff_taskdiff(m: Materials, l: int) -> Basis:
     """PCA of the token-wise persona contrast, rows weighted by sqrt of the difference of both attention weights."""
-    return _attention_selected(m, _token_contrast(m, l), _apart)
+    return _attention_selected(m, token_contrast(m, l), _apart)
 
 
 @candidate(family="act:attn-selected", source="external-v6-plan", sees=PERSONAS)
 def attn_min_x_diffnorm_taskdiff(m: Materials, l: int) -> Basis:
     """As attn_min_taskdiff with the weight times the contrast's norm over its mean non-zero norm at the layer."""
-    t = _token_contrast(m, l)
+    t = token_contrast(m, l)
     norm = t.D.norm(dim=1)[t.which]
     scale = norm.sum() / ((norm > 0).sum() + TINY)
     return _attention_selected(m, t, lambda a, b: torch.minimum(a, b) * norm / (scale + TINY))
@@ -297,20 +242,14 @@ def up_written_uncentred(m: Materials, l: int) -> Basis:
     return _uncentred(m, *_up_written(m, l))
 
 
-def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Number of tokens at the right edge that two texts share."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b), strict=False))))
-
-
 def _common_selected(m: Materials, l: int, weight: Weight) -> Basis:
-    t = _token_contrast(m, l)
+    t = token_contrast(m, l)
     shared = [common_suffix(p, q) for p, q in zip(m.base.pos.ids, m.base.neg.ids, strict=True)]
     keep = torch.arange(-t.which.shape[1], 0)[None, :] >= -torch.tensor(shared)[:, None]
     weights, which = weight(t.a, t.b)[keep] + TINY, t.which[keep]
     if not len(weights):
         return empty(m.d, "the persona texts share no token at their end")
-    some = t.rows(weights, which, centred=False)[which.unique()]
-    return left_svd(some.T, m.k, m.rounding(t.size[which] * weights.sqrt()))
+    return of_tokens(m, t, weights, which, centred=False)
 
 
 @candidate(family="act:attn-selected", source="v7b", sees=PERSONAS)

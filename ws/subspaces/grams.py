@@ -1,5 +1,5 @@
-"""A block's weights in float32 and the float64 Grams of what candidates take singular vectors of. Weights in half precision are
-off by 2^-9 of themselves and more: their products are float32's. (docs/method.md section 4)"""
+"""A block's weights in float32 and the float64 Grams of what candidates take singular vectors of. Weights in bfloat16 are off
+by up to 2^-9 of themselves: their products are float32's. (docs/method.md section 4)"""
 
 from functools import reduce
 from threading import RLock
@@ -19,29 +19,26 @@ SUMS = {"write_gram": ("o_gram", "down_gram"), "qkv_gram": ("kv_gram", "q_gram")
 SUMS |= {"read_gram": ("qkv_gram", "up_gram", "gate_gram")}
 WRITERS = ("o", "down")
 CHUNK = 8192  # columns per step of a float64 Gram: bounds the copy in float64
-FEW = 1024  # the same of half precision: so many products are added up in float32
+FEW = 1024  # the same of bfloat16: so many products are added up in float32
 
 
-def left_gram(*parts: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
-    """`sum M M^T` in float64; of half precision by products in float32, which are added up in float64."""
-    where = parts[0].device
-    return reduce(
-        Tensor.add_, (_gram(c.to(where)) for M in parts for c in M.split(FEW if M.dtype in NARROW else CHUNK, dim=1))
-    )
+def left_gram(*parts: Float[Tensor, "d _"], exact: bool = False) -> Float[Tensor, "d d"]:
+    """`sum M M^T` in float64; of bfloat16 (unless `exact`, for what hangs on the least eigenvalues) by products in float32, which
+    are added up in float64."""
 
-
-def _gram(M: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
-    if M.dtype not in NARROW:
+    def one(M: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
+        if few:
+            M = M.float()
+            with fast_products(torch.get_num_threads() > 1):  # one thread: others may multiply beside it
+                return (M @ M.T).double()
         return gram(M.double())
-    wide = M.float()
-    with fast_products(
-        M.dtype == torch.bfloat16 and torch.get_num_threads() > 1
-    ):  # others are at work beside one thread
-        return (wide @ wide.T).double()
+
+    few, where = parts[0].dtype == torch.bfloat16 and not exact, parts[0].device
+    return reduce(Tensor.add_, (one(c.to(where)) for M in parts for c in M.split(FEW if few else CHUNK, dim=1)))
 
 
 class LayerWeights:
-    """One block's matrices by role (`q k v o gate up down`), float32, as `o_wide` float64 (of half precision float32), their
+    """One block's matrices by role (`q k v o gate up down`), float32, as `o_wide` float64 (of bfloat16 float32), their
     spectral norms `o_norm`, and Grams `M M^T` of what they are made of.
 
     Grams: `o_gram`, `down_gram`, their sum `write_gram`; of the transposes `kv_gram`, `qkv_gram`, `up_gram`,
@@ -77,7 +74,7 @@ class LayerWeights:
             return largest(getattr(self, own)) ** 0.5 if own in GRAMS else spectral_norm(getattr(self, f"{role}_wide"))
         if what == "wide":
             made = getattr(self, role)
-            return made if weight_eps(self._decoder) > FLOAT32_EPS else made.double()
+            return made if self._decoder.linear(self._l, role).weight.dtype == torch.bfloat16 else made.double()
         made = self._decoder.weight(self._l, role)
         if self._fold and role in WRITERS:
             made = output_gain(self._decoder, self._l, role).to(made.device)[:, None] * made

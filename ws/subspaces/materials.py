@@ -200,7 +200,7 @@ class Materials:
     def unembed_gram(self) -> Tensor:
         """`W_lm^T W_lm`, accumulated over vocabulary chunks."""
         self._open()
-        return left_gram(self.decoder.logits_module().weight.detach().T)
+        return left_gram(self.decoder.logits_module().weight.detach().T, exact=True)
 
     @property
     def unembed_noise(self) -> Noise:
