@@ -20,7 +20,6 @@ from ws.diff import LowRank, WeightDiff
 from ws.explanation.scores import score, weight_targets
 from ws.model.decoder import Decoder
 from ws.subspaces.build import candidates
-from ws.subspaces.from_weights import repeat
 from ws.subspaces.materials import Materials
 
 SHARED = ("lm_head_read", "global_read", "global_write", "global_write_not_global_read")
@@ -30,6 +29,11 @@ PER_LAYER = (
     "input_super", "kv_super", "causally_isolated", "input_super_not_lm_read",
 )  # fmt: skip
 K, BROAD = 8, 64
+
+
+def repeat(M: Tensor, rows: int) -> Tensor:
+    """Each row repeated in place until there are so many, v7's stand-in for shared heads."""
+    return M.repeat_interleave(-(-rows // len(M)), dim=0)[:rows]
 
 
 def random_model(layers: int, d: int, vocabulary: int) -> Qwen3ForCausalLM:

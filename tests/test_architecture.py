@@ -1,6 +1,7 @@
 """The rooms of docs/architecture.md: what may know what, and how large a module may be."""
 
 import ast
+import importlib
 import re
 
 import pytest
@@ -131,3 +132,13 @@ def test_sizes_stay_small():
         cells = [c for c in path.read_text().split("\n# %%")[1:] if not c.startswith(" [markdown]")]
         code = [x for c in cells for x in c.splitlines()[1:] if x.strip() and not x.strip().startswith("#")]
         assert len(code) <= 120, f"{path.name}: {len(code)} lines of code"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench").glob("*.py")), ids=lambda file: file.name)
+def test_what_a_bench_imports_is_there(file):
+    """Benches run by hand."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ws":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}"), name
