@@ -15,10 +15,8 @@ from torch import Tensor
 
 MORE = 24  # columns beside those that are asked for
 ROUNDS = {torch.float32: 9, torch.float64: 6}  # looks at what is found, with a filter between two
-GROWTH = {
-    torch.float32: 2e5,
-    torch.float64: 1e10,
-}  # of the first column over others by one filter: they are not lost beside it
+# of the first column over others by one filter: they are not lost beside it
+GROWTH = {torch.float32: 2e5, torch.float64: 1e10}
 FEW, LONGEST = 4, 24  # products of a filter
 NEAR = 1e-3  # rad: bounds are not asked for before
 GRID = 128  # quantiles of what is not looked at

@@ -25,6 +25,7 @@ FEW = 1024  # the same of bfloat16: so many products are added up in float32
 def left_gram(*parts: Float[Tensor, "d _"], exact: bool = False) -> Float[Tensor, "d d"]:
     """`sum M M^T` in float64; of bfloat16 (unless `exact`, for what hangs on the least eigenvalues) by products in float32, which
     are added up in float64."""
+    few, where = parts[0].dtype == torch.bfloat16 and not exact, parts[0].device
 
     def one(M: Float[Tensor, "d _"]) -> Float[Tensor, "d d"]:
         if few:
@@ -33,7 +34,6 @@ def left_gram(*parts: Float[Tensor, "d _"], exact: bool = False) -> Float[Tensor
                 return (M @ M.T).double()
         return gram(M.double())
 
-    few, where = parts[0].dtype == torch.bfloat16 and not exact, parts[0].device
     return reduce(Tensor.add_, (one(c.to(where)) for M in parts for c in M.split(FEW if few else CHUNK, dim=1)))
 
 
