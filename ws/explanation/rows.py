@@ -56,12 +56,11 @@ def layer_targets(ceiling: CeilingMaterials, clean: list[Basis]) -> Targets:
     """Targets of every layer. `clean` are the bases of layer_clean_resid_pca. Missing weight tensors are logged once."""
     targets, missing = [], []
     for l in range(ceiling.n_layers):
-        F_o, F_down = ceiling.left_factor(l, "o"), ceiling.left_factor(l, "down")
-        if (F_o is None) != (F_down is None):
-            missing.append(f"layer {l}: {'o_proj' if F_o is None else 'down_proj'}")
+        weights = ceiling.of_w("weight targets", l, sc.weight_targets)
+        if (weights["oproj"] is None) != (weights["downproj"] is None):
+            missing.append(f"layer {l}: {'o_proj' if weights['oproj'] is None else 'down_proj'}")
         dw, steered = ceiling.dw_left(l).B, ceiling.steered
         X, block = steered.eval[l], sc.activation_target(steered.eval_block[l])
-        weights = sc.weight_targets(F_o, F_down)
         more = {"act_varying": sc.activation_target(X - X.mean(dim=0))}
         if steered.claim is not None:
             Y = steered.claim[l]

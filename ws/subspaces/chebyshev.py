@@ -87,9 +87,9 @@ def filtered(
 
 def nearer(
     G: Float[Tensor, "d d"], size: float, V: Float[Tensor, "d b"], k: int, bound: Bound
-) -> tuple[Tensor, Tensor, float]:
-    """Ritz values of `G / size` and vectors in V's dtype, and the turn of the first k: once that is within the bound, or comes no
-    nearer."""
+) -> tuple[Tensor, Tensor, bool]:
+    """Ritz values of `G / size` and vectors in V's dtype, once the first k are turned by no more than the bound, or come no
+    nearer; and which of these."""
     GV, last = G @ V / size, float("inf")
     for left in reversed(range(ROUNDS[V.dtype])):
         values, V, GV, off = ritz(V, GV)
@@ -99,7 +99,7 @@ def nearer(
             break
         V = orthonormal(filtered(G, size, V, GV, values, off, k, 4 * turn / max(allowed, 1e-20)))
         GV, last = G @ V / size, turn
-    return values, V, turn
+    return values, V, turn <= allowed
 
 
 def every_value(values: Float[Tensor, " b"], d: int, trace: float, squares: float) -> Float[Tensor, " d"]:
@@ -142,6 +142,6 @@ def leading(
         narrow = (G / size).float()
         V = orthonormal(narrow @ torch.randn(d, b, generator=torch.Generator().manual_seed(0)).to(narrow))
         _, V, _ = nearer(narrow, 1.0, V, k, enough)
-        values, V, turn = nearer(G, size, orthonormal(V.double()), k, enough)
-        found = (asked(values), V[:, :k]) if turn <= enough(values) else None
+        values, V, near = nearer(G, size, orthonormal(V.double()), k, enough)
+        found = (asked(values), V[:, :k]) if near else None
     return found

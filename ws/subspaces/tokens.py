@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ws.subspaces.algebra import Basis, left_svd
 from ws.subspaces.materials import Materials
+from ws.subspaces.reading import TokenStates
 
 ONE = Lock()
 
@@ -59,8 +60,7 @@ def token_contrast(m: Materials, l: int) -> Tokens:
         if held.get("contrast", (None,))[0] != l:
             *states, which = held["pairs"]
             pos, neg = (
-                torch.cat([acts.tokens.states[l], acts.tokens.states.new_zeros(1, m.d)])[one]
-                for acts, one in zip(sides, states, strict=True)
+                TokenStates(acts.tokens.states, one[None])[l][0] for acts, one in zip(sides, states, strict=True)
             )
             rows = (pad(acts.attn[l].double(), (which.shape[1] - acts.attn.shape[2], 0)) for acts in sides)
             size = torch.hypot(*(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (pos, neg)))
