@@ -129,7 +129,7 @@ def pooled(train: Recorded, head: Head, cfg: FitConfig) -> Problem:
     """The users' problem; its expansion, where it has one, anchored at the fit of all texts as one user's."""
     problem = train.problem(head)
     if problem.quick:
-        one = train.problem(head, torch.zeros_like(train.owner))
+        one = dealt(problem, torch.zeros_like(train.owner)[None], 1)
         with suppress(ValueError):  # too far for an expansion, and so will be the users'
             thetas = torch.stack([fit.theta for fit in near_fits(one, cfg)])
             return replace(problem, quick=anchored(one, thetas, cfg)[0].quick)

@@ -5,7 +5,7 @@ The front door of the theta heads. Gains are held-out `CE(base) - CE(theta)` in 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -142,5 +142,6 @@ def fit_theta(
     train, rest = record_users(lm, texts, heldout, path=folder / "states.safetensors", progress=progress)
     chosen = {name: known[name] for name in heads or known}
     config, bias = config or FitConfig(), lm.decoder.unembed_bias()
-    fits = fit_users(Recorded(train, W, bias), chosen, config, folder, progress)
-    return ThetaFits(fits, chosen, make_heldout(Recorded(rest, W, bias)), config)
+    seen = Recorded(train, W, bias)
+    fits = fit_users(seen, chosen, config, folder, progress)
+    return ThetaFits(fits, chosen, make_heldout(replace(seen, states=rest)), config)

@@ -4,7 +4,7 @@ All of it is made when it is first asked for, so that a run whose fits are kept 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -32,12 +32,13 @@ def content_hash(*parts: Tensor | None) -> str:
 @dataclass(frozen=True, eq=False)
 class Recorded:
     """Recorded states by user, the unembedding W and its bias. expand: whether sums over a LARGE vocabulary may be those of
-    an expansion."""
+    an expansion. readouts: heads' readouts, which do not depend on states: `replace(recorded, states=...)` shares them."""
 
     states: dict[str, States]
     W: Float[Tensor, "V d"]
     bias: Float[Tensor, " V"] | None = None
     expand: bool = True
+    readouts: dict = field(default_factory=dict, repr=False)
 
     @property
     def large(self) -> bool:
@@ -98,12 +99,12 @@ class Recorded:
     def _readout(self, head: Head) -> tuple[str, Float[Tensor, "V D"]]:
         """The head's readout and its content. Over a LARGE vocabulary without its mean over the words, which no chance depends
         on, but the rounding of sums does."""
-        B, known = head.B, self._known
-        if (kind := (type(head), id(B))) not in known:
-            C = head.readout(self.W)
+        B, W = head.B, self.W
+        if (kind := (type(head), id(B), id(W))) not in self.readouts:
+            C = head.readout(W)
             C = (C - C.mean(dim=0) if len(C) > LARGE else C).contiguous()
-            known[kind] = content_hash(C), C, B  # B is kept, so that no other matrix gets its id
-        return known[kind][:2]
+            self.readouts[kind] = content_hash(C), C, B, W  # B and W are kept, so that no other matrix gets their ids
+        return self.readouts[kind][:2]
 
     @cached_property
     def _likeliest(self) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
