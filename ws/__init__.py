@@ -6,6 +6,10 @@ Names are loaded when they are used. (docs/method.md; docs/architecture.md says 
 """
 
 import importlib
+import os
+
+# of numpy's and scipy's OpenBLAS, where they are not loaded yet: threads that spin after a product stall torch's on shared cores
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 __version__ = "0.2.0"
 

@@ -24,6 +24,7 @@ from ws.runs.parameters import is_tagged, read_notebook, source_of
 Hear = Callable[[str], None] | None
 KERNEL = {  # environment of a kernel, where it says nothing else
     "GOMP_SPINCOUNT": "10000",  # waking a thread takes longer than small products; long spins stall others on shared cores
+    "OPENBLAS_THREAD_TIMEOUT": "4",  # the same of numpy's and scipy's threads, which torch's take turns with
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),  # glibc: freed tensors are used again, not given back and asked for, page
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),  # by page, at every step
 }
