@@ -10,9 +10,12 @@ from ws.diff.algebra import random_as
 from ws.model.prefix import reads_each
 from ws.model.text import chat_text, encode, last_index
 from ws.model.together import Once, passes, read_last, together
-from ws.steer.answers import answers_of, kept_answers
+from ws.steer.answers import answer_scores, answers_of, kept_answers
+from ws.steer.effect import effects
 from ws.steer.weights import untouched, weight_steer
+from ws.subspaces.protocol import load_protocol
 from ws.subspaces.reading import read_texts
+from ws.subspaces.steered import capture_steered, known_answers
 
 TEXTS = (
     "cats can fly",
@@ -106,6 +109,36 @@ def test_answers_of_several_sets_are_those_of_each_and_kept_ones_are_not_read(tm
     assert len(list((tmp_path / "answers").glob("sycophancy_*.json"))) == 6
     monkeypatch.setattr("ws.steer.answers.weight_steer", None)  # a pass that is not kept fails
     assert np.allclose(answers_of(lm, b, sets, w, ends, tmp_path), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_of_eval_probes_come_with_their_states_and_are_not_read_again(tmp_path, monkeypatch, dtype):
+    lm, b, w = ws.load_lm("tiny", dtype), ws.load_behavior("sycophancy"), ws.load_diff("tiny")
+    v7, v7b = load_protocol("v7"), load_protocol("v7b")
+    assert capture_steered(lm, b, w, v7, fit=False).answers is None  # raw text is no question
+    made = capture_steered(lm, b, w, v7b, tmp_path, fit=False)
+    known = known_answers(lm, b, v7b, capture_steered(lm, b, w, v7b, tmp_path, fit=False))
+    assert known == known_answers(lm, b, v7b, made) and set(known) == {1.0, -1.0}
+    want, each = effects(lm, b, w, 4), {t.claim: t for t in b.heldout_topics}
+    for alpha, answers in known.items():
+        asked = [b.probe_text(claim, a) for a in range(4) for claim in each]
+        alone = kept_answers(lm, b, asked, w, alpha, None).T
+        assert len(answers) == len(asked) == 48
+        for text, one in zip(asked, alone, strict=True):
+            assert answers[chat_text(lm.tokenizer, text)] == pytest.approx(one, abs=1e-4)
+    read, whole = [], answer_scores
+
+    def scores(lm, texts, *more):
+        read.extend(texts)
+        return whole(lm, texts, *more)
+
+    monkeypatch.setattr("ws.steer.answers.answer_scores", scores)
+    assert effects(lm, b, w, 4, None, known) == pytest.approx(want, abs=2e-4)
+    assert len(read) == 2 * 4 * (len(b.heldout_claims) - len(each)) and not set(read) & set(known[1.0])
+    monkeypatch.undo()
+    moved = effects(lm, b, w, 4, tmp_path, known)
+    monkeypatch.setattr("ws.steer.answers.weight_steer", None)  # a pass that is not kept fails
+    assert (effects(lm, b, w, 4, tmp_path) == moved).all()
 
 
 def test_padding_is_cut_where_it_costs_most():

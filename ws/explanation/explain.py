@@ -29,7 +29,7 @@ from ws.subspaces.check import as_basis
 from ws.subspaces.from_gradients import GRADIENT, USES
 from ws.subspaces.kept import Shelf, make_shelf
 from ws.subspaces.protocol import Protocol, load_protocol
-from ws.subspaces.steered import CeilingMaterials, capture_steered
+from ws.subspaces.steered import CeilingMaterials, capture_steered, known_answers
 from ws.train.asked import other_training
 from ws.train.pairs import PairConfig
 from ws.train.record import other_base
@@ -132,14 +132,19 @@ def explain(
     bases |= build(side, ceilings, progress=False)
 
     table = rows.per_layer(everyone, bases, targets)
-    null_targets = [rows.plain_targets(_b_side(shelf, one, fit=False), range(len(targets))) for one in nulls]
+    answered, null_targets = [known_answers(lm, behavior, protocol, side.steered)], []
+    for one in nulls:
+        null_side = _b_side(shelf, one, fit=False)
+        answered.append(known_answers(lm, behavior, protocol, null_side.steered))
+        null_targets.append(rows.plain_targets(null_side, range(len(targets))))
     null_rows = rows.null_rows(everyone, bases, null_targets)
     if nulls:
         table = rows.with_null_diff(table, null_rows)
     d, wordings = lm.decoder, n_templates(behavior, protocol)
     read = [(w, "w"), *((one, "a null diff") for one in nulls)]
     doubts = [other_training(one.meta, behavior, whose) for one, whose in read]
-    moved = [effects(lm, behavior, diff, wordings, shelf.cache) for diff in (w, *nulls)]
+    asked = zip((w, *nulls), answered, strict=True)
+    moved = [effects(lm, behavior, one, wordings, shelf.cache, known) for one, known in asked]
     return Explanation(
         per_layer=table,
         specific_per_layer=rows.specific_per_layer(everyone, bases, targets),

@@ -89,13 +89,17 @@ def read_last(lm: LM, ids: Ids, mask: Ids, fits: Fits, read: Read, stack: int = 
         if one.leads:
             one.run(lm.decoder.body, lm.device)
             continue
-        last = (last_index(one.mask) - one.first).repeat(stack)
-        handle = lm.decoder.logits_module().register_forward_pre_hook(partial(_pick, last))
-        try:
-            logits = one.run(lm.model, lm.device).logits[:, 0]
-        finally:
-            handle.remove()
-        read(logits.unflatten(0, (stack, -1)).float(), one.places)
+        read(last_logits(lm, one, stack).unflatten(0, (stack, -1)), one.places)
+
+
+def last_logits(lm: LM, one: Pass, stack: int = 1) -> Float[Tensor, "n V"]:
+    """A pass through the whole model: float32 logits after the last token of each row, and no others."""
+    last = (last_index(one.mask) - one.first).repeat(stack)
+    handle = lm.decoder.logits_module().register_forward_pre_hook(partial(_pick, last))
+    try:
+        return one.run(lm.model, lm.device).logits[:, 0].float()
+    finally:
+        handle.remove()
 
 
 def _pick(last: Int[Tensor, " n"], _module: nn.Module, args: tuple) -> tuple:

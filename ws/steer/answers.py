@@ -5,7 +5,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache as cache_once
@@ -26,12 +26,13 @@ from ws.diff import WeightDiff
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
-from ws.model.together import Once, read_last
+from ws.model.together import Once, Read, read_last
 from ws.model.wide import widened
 from ws.steer.weights import untouched, weight_steer
 
 SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
 TOKENS = 2048  # of a pass
+Known = Mapping[float, Mapping[str, Sequence[float]]]  # by alpha and rendered text: log-ratio and pmass
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,23 @@ def answer_scores(
 ) -> Answers:
     """Answers at the last token of texts that are already rendered by the chat template."""
     ids, mask = encode(lm.tokenizer, texts, False, 4096, padding_side)
-    found = Answers(torch.zeros(len(ids)), torch.zeros(len(ids)))
+    found = torch.zeros(2, len(ids))
+    read = into(found, yes, no)
+    with torch.no_grad():
+        right = padding_side == "right"
+        read_last(lm, ids, mask, lambda n, T, first: n <= batch_size and n * (T - first) <= TOKENS, read, share=right)
+    return Answers(*found)
+
+
+def into(found: Float[Tensor, "2 n"], yes: list[int], no: list[int]) -> Read:
+    """What writes the log-ratio and pmass of texts into `found`, given the logits after their last tokens."""
 
     def read(logits: Float[Tensor, "1 k V"], places: list[int]) -> None:
         logp = logits[0].log_softmax(dim=-1).cpu()
         log_yes, log_no = logp[:, yes].logsumexp(dim=-1), logp[:, no].logsumexp(dim=-1)
-        found.logratio[places], found.pmass[places] = log_yes - log_no, log_yes.exp() + log_no.exp()
+        found[:, places] = torch.stack([log_yes - log_no, log_yes.exp() + log_no.exp()])
 
-    with torch.no_grad():
-        right = padding_side == "right"
-        read_last(lm, ids, mask, lambda n, T, first: n <= batch_size and n * (T - first) <= TOKENS, read, share=right)
-    return found
+    return read
 
 
 def kept_answers(
@@ -116,10 +123,17 @@ def kept_answers(
 
 
 def answers_of(
-    lm: LM, behavior: Behavior, sets: list[list[str]], w: WeightDiff, alphas: list[float], cache: Path | None
+    lm: LM,
+    behavior: Behavior,
+    sets: list[list[str]],
+    w: WeightDiff,
+    alphas: list[float],
+    cache: Path | None,
+    known: Known | None = None,
 ) -> Float[np.ndarray, "A s 2 n"]:
     """`kept_answers` of s sets of as many texts at A alphas, each kept by itself; w is put on once for each alpha, and blocks
-    that it leaves alone run for the first alone."""
+    that it leaves alone run for the first alone. known: answers that were read with something else, in other passes: the last
+    digits of float32 may differ."""
     check_plain(lm.model)
     yes, no = answer_tokens(lm.tokenizer, behavior)
     turns = [[chat_text(lm.tokenizer, text) for text in texts] for texts in sets]
@@ -127,10 +141,13 @@ def answers_of(
 
     def kept_at(alpha: float, some: list[str], put_on: Callable[[], object]) -> list[list[float]]:
         def measure() -> list[list[float]]:
-            put_on()
-            with once(repr(some)):
-                answers = answer_scores(lm, some, yes, no)
-            return [answers.logratio.tolist(), answers.pmass.tolist()]
+            found = dict((known or {}).get(alpha, {}))
+            if todo := [text for text in some if text not in found]:
+                put_on()
+                with once(repr(todo)):
+                    answers = answer_scores(lm, todo, yes, no)
+                found |= zip(todo, zip(answers.logratio.tolist(), answers.pmass.tolist(), strict=True), strict=True)
+            return [list(one) for one in zip(*(found[text] for text in some), strict=True)]
 
         if cache is None or not model:
             return measure()

@@ -21,7 +21,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.diff.algebra import cosines, grams
 from ws.model.lm import LM
-from ws.steer.answers import answers_of
+from ws.steer.answers import Known, answers_of
 from ws.steer.statements import MOST_ASKED, halves
 
 LEVEL = 0.95
@@ -52,14 +52,19 @@ def asked(behavior: Behavior) -> tuple[list[str], Float[np.ndarray, " n"]]:
 
 
 def effects(
-    lm: LM, behavior: Behavior, w: WeightDiff, templates: int = 1, cache: Path | None = None
+    lm: LM,
+    behavior: Behavior,
+    w: WeightDiff,
+    templates: int = 1,
+    cache: Path | None = None,
+    known: Known | None = None,
 ) -> Float[np.ndarray, " n"]:
     """The effect on every held-out false claim, nats, mean over the first `templates` wordings of the probe; of statements on
     the first MOST_ASKED held-out ones, those where the yes-word matches before the others. cache and errors as in
-    `ws.steer.answers.kept_answers`."""
+    `ws.steer.answers.kept_answers`, known as in `answers_of`."""
     claims, sides = asked(behavior)
     by_wording = [[behavior.probe_text(claim, a) for claim in claims] for a in range(templates)]
-    up, down = answers_of(lm, behavior, by_wording, w, [1.0, -1.0], cache)[:, :, 0].mean(axis=1)
+    up, down = answers_of(lm, behavior, by_wording, w, [1.0, -1.0], cache, known)[:, :, 0].mean(axis=1)
     return (up - down) * sides
 
 

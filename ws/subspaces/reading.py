@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ws.model.lm import LM
 from ws.model.text import encode, last_index
-from ws.model.together import Group, Pass, may_share, passes, together
+from ws.model.together import Group, Pass, Read, last_logits, may_share, passes, together
 from ws.model.trace import hidden, recorded
 from ws.show.bars import tqdm
 
@@ -97,10 +97,12 @@ def read_texts(
     label: str = "",
     max_length: int = 256,
     mean_of: Sequence[Sequence[int]] | None = None,
+    answers: Read | None = None,
 ) -> TextActs:
     """Run the texts through the model once and record them. detail: also record up_in, tokens and attn. mean_of: of each
     text the places of the tokens whose mean is `claim`, counted from its first token. max_length: tokens that are read of
-    a text. Shapes and units as in `TextActs`; raises ValueError for no texts and for places that a text has not."""
+    a text. answers: is given the logits after the last token too, as by `ws.model.together.read_last`; not in detail. Shapes and
+    units as in `TextActs`; raises ValueError for no texts and for places that a text has not."""
     ids, mask = encode(lm.tokenizer, texts, add_special_tokens, max_length, padding_side)
     lengths = mask.sum(dim=1)
     for i, (places, length) in enumerate(zip(mean_of or [], lengths.tolist(), strict=mean_of is not None)):
@@ -120,7 +122,7 @@ def read_texts(
         stack.enter_context(eager_attention(lm.model) if detail else nullcontext())
         every = passes(ids, mask, groups, lambda n, _T, _first: n <= batch_size)
         for one in tqdm(every, label, disable=quiet, leave=False):
-            _record(lm, one, lengths[one.places], found, [mean_of[i] for i in one.places] if mean_of else [])
+            _record(lm, one, lengths[one.places], found, [mean_of[i] for i in one.places] if mean_of else [], answers)
     return TextActs(ids=tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True)), **found)
 
 
@@ -135,7 +137,7 @@ def _nothing_yet(groups: Sequence[Group], lengths: list[int], lm: LM) -> TokenSt
     return TokenStates(torch.zeros(lm.decoder.n_layers, many, lm.decoder.d), at.where(at >= 0, torch.tensor(many)))
 
 
-def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of: list) -> None:
+def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of: list, answers: Read | None) -> None:
     """One pass: every layer is reduced to what is kept as the pass reaches it."""
     decoder, last, own = lm.decoder, (last_index(one.mask) - one.first)[:, None], None
     # only real tokens are gathered, what fills a row up has no weight: what padding holds moves nothing
@@ -166,6 +168,8 @@ def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of:
     if "up_in" in found and not one.leads:
         at |= {decoder.param_name(l, "up").removesuffix(".weight"): partial(at_up, l) for l in range(decoder.n_layers)}
     with recorded(lm.model, at):
+        if answers and not one.leads:
+            return answers(last_logits(lm, one)[None], one.places)
         output = one.run(lm.body, lm.device, **({"output_attentions": True} if own is not None else {}))
     for l, weights in enumerate(output.attentions if own is not None and not one.leads else ()):
         at_last = weights[torch.arange(len(weights), device=weights.device), :, last[:, 0].to(weights.device)]

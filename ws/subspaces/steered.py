@@ -13,11 +13,12 @@ from ws.cache.keys import stage_key
 from ws.cache.made import kept, read_safetensors
 from ws.data import Behavior
 from ws.diff import WeightDiff
-from ws.model.decoder import Decoder
+from ws.model.decoder import Decoder, unembeds_some
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.together import Once
 from ws.model.wide import widened
+from ws.steer.answers import Known, answer_tokens, into
 from ws.steer.weights import untouched, weight_steer
 from ws.subspaces.algebra import Basis, empty, left_svd
 from ws.subspaces.candidate import Candidate
@@ -27,6 +28,8 @@ from ws.subspaces.grams import has_output_gains, output_gain
 from ws.subspaces.materials import check_widths
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
+
+ENDS = 1.0, -1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class SteeredDiffs:
     fit: Float[Tensor, "L m d"] | None
     eval_block: Float[Tensor, "L n d"]
     claim: Float[Tensor, "L n d"] | None = None
+    answers: Float[Tensor, "2 2 n"] | None = None
 
 
 def capture_steered(
@@ -50,43 +54,57 @@ def capture_steered(
     check_plain(lm.model)
     sets = [eval_set(lm, behavior, protocol)]
     sets += [probe_set(lm, behavior, probes(behavior, protocol).fit, protocol, "fit")] if fit else []
-    count_cut(lm, sets, protocol)
+    whole = not count_cut(lm, sets, protocol)
+    words = (
+        answer_tokens(lm.tokenizer, behavior) if whole and protocol.chat_probes and unembeds_some(lm.model) else None
+    )
 
     def make(path: Path) -> None:
-        found = vars(_steer(lm, w, *sets))
+        found = vars(_steer(lm, w, words, *sets))
         save_file({n: x.contiguous() for n, x in found.items() if x is not None}, path)
 
     def read(path: Path) -> SteeredDiffs:
         return SteeredDiffs(**{"fit": None} | read_safetensors(path)[0])
 
     if cache is None or not (model := lm.fingerprint):
-        return _steer(lm, w, *sets)
+        return _steer(lm, w, words, *sets)
     params = {"model": model, "w": w.fingerprint, "tokens": [s.content(lm) for s in sets]}
-    params |= {"claims": sets[0].claim_tokens(lm)}
+    params |= {"claims": sets[0].claim_tokens(lm), "words": words}
     key = stage_key(params, code=["ws.subspaces.steered._steer"])
     path = cache / "captures" / f"steered_{key.params[:8]}.safetensors"
     return kept(path, key, make, read)
 
 
-def _steer(lm: LM, w: WeightDiff, *sets: TextSet) -> SteeredDiffs:
+def _steer(lm: LM, w: WeightDiff, words: tuple[list[int], list[int]] | None, *sets: TextSet) -> SteeredDiffs:
     once = Once(lm.model, untouched(w, lm.decoder.n_layers))
+    answers = torch.zeros(len(ENDS), 2, len(sets[0].texts)) if words else None
 
-    def read(sign: float) -> list[TextActs]:
-        found = []
-        with weight_steer(lm.model, w, sign), once:
+    def read(end: int) -> list[TextActs]:
+        found, alpha = [], ENDS[end]
+        with weight_steer(lm.model, w, alpha), once:
             for s in sets:
                 more = {"max_length": s.max_length, "mean_of": s.claim_tokens(lm)}
-                found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {sign:+.0f}", **more))
+                more |= {"answers": into(answers[end], *words)} if words and s is sets[0] else {}
+                found.append(read_texts(lm, list(s.texts), s.special, label=f"{s.label} at alpha {alpha:+.0f}", **more))
         return found
 
     with widened(lm.model, by_block=w.in_blocks):
-        (plus, *plus_fit), (minus, *minus_fit) = read(1.0), read(-1.0)
+        (plus, *plus_fit), (minus, *minus_fit) = read(0), read(1)
     return SteeredDiffs(
         eval=plus.resid - minus.resid,
         fit=plus_fit[0].resid - minus_fit[0].resid if plus_fit else None,
         eval_block=plus.block - minus.block,
         claim=None if plus.claim is None else plus.claim - minus.claim,
+        answers=answers,
     )
+
+
+def known_answers(lm: LM, behavior: Behavior, protocol: Protocol, steered: SteeredDiffs) -> Known:
+    """The answers of the EVAL probes, as `ws.steer.effect.effects` takes them."""
+    if steered.answers is None:
+        return {}
+    texts, ends = eval_set(lm, behavior, protocol).texts, steered.answers.mT.tolist()
+    return {alpha: dict(zip(texts, end, strict=True)) for alpha, end in zip(ENDS, ends, strict=True)}
 
 
 class CeilingMaterials:
