@@ -5,11 +5,10 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache as cache_once
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ws.cache.files import write_text
-from ws.cache.keys import stage_key
-from ws.cache.made import kept
+from ws.cache.keys import Key, stage_key
+from ws.cache.made import kept, state
 from ws.cache.syntax import digest
 from ws.data import Behavior
 from ws.diff import WeightDiff
@@ -131,40 +130,39 @@ def answers_of(
     cache: Path | None,
     known: Known | None = None,
 ) -> Float[np.ndarray, "A s 2 n"]:
-    """`kept_answers` of s sets of as many texts at A alphas, each kept by itself; w is put on once for each alpha, and blocks
-    that it leaves alone run for the first alone. known: answers that were read with something else, in other passes: the last
-    digits of float32 may differ."""
+    """`kept_answers` of s sets of as many texts at A alphas, each kept by itself; what is not kept is read together, w is put on
+    once for each alpha, and blocks that it leaves alone run for the first alone. known: answers that were read with something
+    else. Which texts are read together moves the last digits of float32."""
     check_plain(lm.model)
     yes, no = answer_tokens(lm.tokenizer, behavior)
     turns = [[chat_text(lm.tokenizer, text) for text in texts] for texts in sets]
     once, model = Once(lm.model, untouched(w, lm.decoder.n_layers) if len(alphas) > 1 else 0), lm.fingerprint
 
-    def kept_at(alpha: float, some: list[str], put_on: Callable[[], object]) -> list[list[float]]:
-        def measure() -> list[list[float]]:
-            found = dict((known or {}).get(alpha, {}))
-            if todo := [text for text in some if text not in found]:
-                put_on()
-                with once(repr(todo)):
-                    answers = answer_scores(lm, todo, yes, no)
-                found |= zip(todo, zip(answers.logratio.tolist(), answers.pmass.tolist(), strict=True), strict=True)
-            return [list(one) for one in zip(*(found[text] for text in some), strict=True)]
-
+    def place(alpha: float, some: list[str]) -> tuple[Path, Key] | None:
         if cache is None or not model:
-            return measure()
+            return None
         params = {"model": model, "w": w.fingerprint if len(w) else "", "alpha": float(alpha), "words": [yes, no]}
         key = stage_key(params | {"texts": digest(repr(some).encode())}, code=["ws.steer.answers.answer_scores"])
-        path = cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json"
-        write, read = lambda to: write_text(to, json.dumps(measure())), lambda at: json.loads(at.read_text("utf-8"))
-        return kept(path, key, write, read)
+        return cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json", key
 
-    found = []
-    for alpha in alphas:
-        with ExitStack() as stack:
-            put_on = cache_once(partial(_put_on, stack, lm, w, alpha))  # where something has to be read
-            found.append([kept_at(alpha, some, put_on) for some in turns])
-    return np.array(found)
+    def at(alpha: float) -> list[list[list[float]]]:
+        have, places = dict((known or {}).get(alpha, {})), [place(alpha, some) for some in turns]
+        missing = [s for s, to in zip(turns, places, strict=True) if to is None or state(*to) != "done"]
 
+        def measured(some: list[str]) -> list[list[float]]:
+            if todo := [text for text in dict.fromkeys(chain(*missing, some)) if text not in have]:
+                with widened(lm.model, by_block=w.in_blocks), weight_steer(lm.model, w, alpha), once(repr(todo)):
+                    answers = answer_scores(lm, todo, yes, no)
+                have.update(zip(todo, zip(answers.logratio.tolist(), answers.pmass.tolist(), strict=True), strict=True))
+            return [list(one) for one in zip(*(have[text] for text in some), strict=True)]
 
-def _put_on(stack: ExitStack, lm: LM, w: WeightDiff, alpha: float) -> None:
-    stack.enter_context(widened(lm.model, by_block=w.in_blocks))
-    stack.enter_context(weight_steer(lm.model, w, alpha))
+        def of(some: list[str], to: tuple[Path, Key] | None) -> list[list[float]]:
+            write, read = (
+                lambda path: write_text(path, json.dumps(measured(some))),
+                lambda path: path.read_text("utf-8"),
+            )
+            return json.loads(kept(*to, write, read)) if to else measured(some)
+
+        return [of(some, to) for some, to in zip(turns, places, strict=True)]
+
+    return np.array([at(alpha) for alpha in alphas])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ws.model.lm import LM
 from ws.model.text import encode, last_index
-from ws.model.together import Group, Pass, Read, last_logits, may_share, passes, together
+from ws.model.together import Group, Pass, Read, last_logits, may_share, passes, together, window
 from ws.model.trace import hidden, recorded
 from ws.show.bars import tqdm
 
@@ -120,7 +120,7 @@ def read_texts(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager_attention(lm.model) if detail else nullcontext())
-        every = passes(ids, mask, groups, lambda n, _T, _first: n <= batch_size)
+        every = passes(ids, mask, groups, lambda n, _T, _first: n <= batch_size, room=window(lm))
         for one in tqdm(every, label, disable=quiet, leave=False):
             _record(lm, one, lengths[one.places], found, [mean_of[i] for i in one.places] if mean_of else [], answers)
     return TextActs(ids=tuple(tuple(row[real > 0].tolist()) for row, real in zip(ids, mask, strict=True)), **found)
@@ -139,15 +139,15 @@ def _nothing_yet(groups: Sequence[Group], lengths: list[int], lm: LM) -> TokenSt
 
 def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of: list, answers: Read | None) -> None:
     """One pass: every layer is reduced to what is kept as the pass reaches it."""
-    decoder, last, own = lm.decoder, (last_index(one.mask) - one.first)[:, None], None
+    decoder, last, own = lm.decoder, last_index(one.mask)[:, None], None
     # only real tokens are gathered, what fills a row up has no weight: what padding holds moves nothing
     most, begin = max(map(len, mean_of or [()])), one.mask.argmax(dim=1)
     chosen = torch.tensor([[*places, *[places[0]] * (most - len(places))] for places in mean_of])
     weight = torch.tensor([[1 / len(p)] * len(p) + [0.0] * (most - len(p)) for p in mean_of])
     if "tokens" in found:
-        starts = (found["tokens"].at.shape[1] - lengths).tolist()
-        rows = zip(one.places[: len(one.ids)], starts, strict=False)
-        own = torch.cat([found["tokens"].at[i, k + one.first : k + one.ids.shape[1]] for i, k in rows])
+        starts, real = found["tokens"].at.shape[1] - lengths + one.first, one.mask.sum(dim=1)
+        rows = zip(one.places, starts.tolist(), (starts + real).tolist(), strict=True)
+        own = torch.cat([found["tokens"].at[i, start:end] for i, start, end in rows])
 
     def at_block(l, output, inputs):
         states = hidden(output)
@@ -156,10 +156,10 @@ def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of:
         if not one.leads:
             found["resid"][l, one.places] = _picked(states, last)[:, 0]
         if mean_of and not one.leads:
-            columns = chosen + begin[:, None] - one.first
+            columns = chosen + (begin - one.first)[:, None]
             found["claim"][l, one.places] = (_picked(states, columns) * weight[:, :, None]).sum(dim=1)
         if own is not None:
-            found["tokens"].states[l, own] = states.float().cpu()[one.mask[:, one.first :] > 0]
+            found["tokens"].states[l, own] = states.float().cpu()[one.mask > 0]
 
     def at_up(l, _output, inputs):
         found["up_in"][l, one.places] = _picked(inputs[0], last)[:, 0]
@@ -174,8 +174,8 @@ def _record(lm: LM, one: Pass, lengths: Int[Tensor, " n"], found: dict, mean_of:
     for l, weights in enumerate(output.attentions if own is not None and not one.leads else ()):
         at_last = weights[torch.arange(len(weights), device=weights.device), :, last[:, 0].to(weights.device)]
         row = at_last.float().mean(dim=1).cpu()
-        for i, values, start, length in zip(one.places, row, begin.tolist(), lengths.tolist(), strict=True):
-            found["attn"][l, i, -length:] = values[start : start + length]
+        for i, values, real in zip(one.places, row, one.whole > 0, strict=True):
+            found["attn"][l, i, -int(real.sum()) :] = values[real]
 
 
 def _picked(states: Float[Tensor, "n T d"], columns: Int[Tensor, "n k"]) -> Float[Tensor, "n k d"]:

@@ -29,7 +29,7 @@ from ws.cache.places import ASSETS
 from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.text import chat_text, encode
-from ws.model.together import may_share, passes, together
+from ws.model.together import may_share, passes, together, window
 from ws.show.bars import tqdm
 from ws.theta.live import check_plain_logits
 
@@ -186,15 +186,15 @@ def _state_blocks(
     starts = [0, *accumulate(len(own) - first for own, first in rows)]
     groups = together(ids, mask, may_share(lm, ids.shape[1]))
     groups = [(min(first, *(rows[i][1] - 1 for i in those)), those) for first, those in groups]
-    every = passes(ids, mask, groups, lambda n, _length, _first: n <= batch)
+    every = passes(ids, mask, groups, lambda n, _length, _first: n <= batch, room=window(lm))
     with torch.no_grad():
         alone = {"input_ids": texts[0][None].to(lm.device), "use_cache": False}
         _check_logits(lm, module(body(**alone).last_hidden_state), lm.model(**alone).logits)
         for one in tqdm(every, "hidden states", disable=not progress):
             h = one.run(body, lm.device).last_hidden_state
-            for i, of_text in zip(() if one.leads else one.places, h, strict=False):
+            for i, of_text, before in zip(() if one.leads else one.places, h, one.first.tolist(), strict=False):
                 own, first = rows[i]
-                yield starts[i], of_text[first - 1 - one.first : len(own) - 1 - one.first].float().cpu()
+                yield starts[i], of_text[first - 1 - before : len(own) - 1 - before].float().cpu()
 
 
 def _check_logits(lm: LM, ours: Tensor, model_s: Tensor) -> None:
