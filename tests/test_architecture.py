@@ -127,7 +127,7 @@ def test_every_room_and_module_stands_in_the_table():
 def test_sizes_stay_small():
     lines = {m: len(p.read_text().splitlines()) for m, p in FILES.items()}
     assert not {m: n for m, n in lines.items() if n > 300}
-    assert sum(lines.values()) <= 31_310
+    assert sum(lines.values()) <= 31_320
     for path in (ROOT / "nbs").glob("*.py"):
         cells = [c for c in path.read_text().split("\n# %%")[1:] if not c.startswith(" [markdown]")]
         code = [x for c in cells for x in c.splitlines()[1:] if x.strip() and not x.strip().startswith("#")]

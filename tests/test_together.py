@@ -1,5 +1,9 @@
 """Texts read together are as read alone, and blocks that two readings have in common run once."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +120,8 @@ def test_answers_of_eval_probes_come_with_their_states_and_are_not_read_again(tm
     lm, b, w = ws.load_lm("tiny", dtype), ws.load_behavior("sycophancy"), ws.load_diff("tiny")
     v7, v7b = load_protocol("v7"), load_protocol("v7b")
     assert capture_steered(lm, b, w, v7, fit=False).answers is None  # raw text is no question
+    unheard = replace(b, yes=("Unheardofbyanybody",))  # which is an error where answers are asked for, and no sooner
+    assert capture_steered(lm, unheard, w, v7b, fit=False).answers is None
     made = capture_steered(lm, b, w, v7b, tmp_path, fit=False)
     known = known_answers(lm, b, v7b, capture_steered(lm, b, w, v7b, tmp_path, fit=False))
     assert known == known_answers(lm, b, v7b, made) and set(known) == {1.0, -1.0}
@@ -165,3 +171,21 @@ def test_captures_of_texts_that_begin_alike_are_those_of_each(model_folder, fami
         assert a.shape == b.shape and torch.allclose(a, b, atol=2e-5 * float(b.abs().max())), name
     some = shared.take([2, 0])
     assert torch.equal(some.tokens[1], shared.tokens[1][[2, 0]]) and some.tokens.shape[1] == 2
+
+
+def test_nothing_of_a_beginning_is_left_when_its_texts_are_read(monkeypatch):
+    monkeypatch.setattr("ws.model.together.PASS", 8)
+    lm = ws.load_lm("tiny")
+    ids, mask = encode(lm.tokenizer, turns(lm), False)
+    every = passes(ids, mask, together(ids, mask), lambda *_: True)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for one in every:
+                one.run(lm.body, lm.device)
+        left = [weakref.ref(layer.keys) for one in every if one.leads for layer in one.cache.layers]
+        assert len(left) == lm.decoder.n_layers
+        del one, every
+        assert not any(ref() is not None for ref in left)
+    finally:
+        gc.enable()

@@ -64,10 +64,10 @@ def _lent(layer: CacheLayerMixin, of: Int[Tensor, " n"], rows: int) -> CacheLaye
     lent = copy(layer)
 
     def update(keys: Tensor, values: Tensor, *_args, **_more) -> tuple[Tensor, Tensor]:
-        at = (torch.arange(0, len(lent.keys), rows)[:, None] + of).flatten().to(keys.device)
-        return torch.cat([lent.keys[at], keys], dim=-2), torch.cat([lent.values[at], values], dim=-2)
+        at = (torch.arange(0, len(layer.keys), rows)[:, None] + of).flatten().to(keys.device)
+        return torch.cat([layer.keys[at], keys], dim=-2), torch.cat([layer.values[at], values], dim=-2)
 
-    lent.update = update
+    lent.update = update  # which must not know `lent`: a cycle would keep all of it until somebody collects
     return lent
 
 

@@ -138,18 +138,20 @@ def answers_of(
     turns = [[chat_text(lm.tokenizer, text) for text in texts] for texts in sets]
     once, model = Once(lm.model, untouched(w, lm.decoder.n_layers) if len(alphas) > 1 else 0), lm.fingerprint
 
+    code = ["ws.steer.answers.answer_scores", "ws.subspaces.reading.read_texts"]  # known ones are read by the latter
+
     def place(alpha: float, some: list[str]) -> tuple[Path, Key] | None:
         if cache is None or not model:
             return None
         params = {"model": model, "w": w.fingerprint if len(w) else "", "alpha": float(alpha), "words": [yes, no]}
-        key = stage_key(params | {"texts": digest(repr(some).encode())}, code=["ws.steer.answers.answer_scores"])
+        key = stage_key(params | {"texts": digest(repr(some).encode())}, code=code)
         return cache / "answers" / f"{behavior.slug}_{key.params[:8]}.json", key
 
     def at(alpha: float) -> list[list[list[float]]]:
         have, places = dict((known or {}).get(alpha, {})), [place(alpha, some) for some in turns]
-        missing = [s for s, to in zip(turns, places, strict=True) if to is None or state(*to) != "done"]
 
         def measured(some: list[str]) -> list[list[float]]:
+            missing = (one for one, to in zip(turns, places, strict=True) if to is None or state(*to) != "done")
             if todo := [text for text in dict.fromkeys(chain(*missing, some)) if text not in have]:
                 with widened(lm.model, by_block=w.in_blocks), weight_steer(lm.model, w, alpha), once(repr(todo)):
                     answers = answer_scores(lm, todo, yes, no)

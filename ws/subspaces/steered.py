@@ -1,6 +1,7 @@
 """The B-side: what w does to a behaviour's probes, and what the ceilings alone are built from. (sections 3 and 7)"""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def capture_steered(
     check_plain(lm.model)
     sets = [eval_set(lm, behavior, protocol)]
     sets += [probe_set(lm, behavior, probes(behavior, protocol).fit, protocol, "fit")] if fit else []
-    whole = not count_cut(lm, sets, protocol)
-    words = (
-        answer_tokens(lm.tokenizer, behavior) if whole and protocol.chat_probes and unembeds_some(lm.model) else None
-    )
+    whole, words = not count_cut(lm, sets, protocol), None
+    if whole and protocol.chat_probes and unembeds_some(lm.model):
+        with suppress(ValueError):  # is for those who ask for answers
+            words = answer_tokens(lm.tokenizer, behavior)
 
     def make(path: Path) -> None:
         found = vars(_steer(lm, w, words, *sets))
