@@ -31,6 +31,7 @@ from ws.steer.weights import untouched, weight_steer
 
 SPACES = "Ġ▁ \n"  # how vocabularies write a leading space
 TOKENS = 2048  # of a pass
+ENDS = 1.0, -1.0  # of alpha, between which an effect lies
 Known = Mapping[float, Mapping[str, Sequence[float]]]  # by alpha and rendered text: log-ratio and pmass
 
 

@@ -21,7 +21,7 @@ from ws.data import Behavior
 from ws.diff import WeightDiff
 from ws.diff.algebra import cosines, grams
 from ws.model.lm import LM
-from ws.steer.answers import Known, answers_of
+from ws.steer.answers import ENDS, Known, answers_of
 from ws.steer.statements import MOST_ASKED, halves
 
 LEVEL = 0.95
@@ -64,7 +64,7 @@ def effects(
     `ws.steer.answers.kept_answers`, known as in `answers_of`."""
     claims, sides = asked(behavior)
     by_wording = [[behavior.probe_text(claim, a) for claim in claims] for a in range(templates)]
-    up, down = answers_of(lm, behavior, by_wording, w, [1.0, -1.0], cache, known)[:, :, 0].mean(axis=1)
+    up, down = answers_of(lm, behavior, by_wording, w, list(ENDS), cache, known)[:, :, 0].mean(axis=1)
     return (up - down) * sides
 
 

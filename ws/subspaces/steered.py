@@ -19,7 +19,7 @@ from ws.model.guard import check_plain
 from ws.model.lm import LM
 from ws.model.together import Once
 from ws.model.wide import widened
-from ws.steer.answers import Known, answer_tokens, into
+from ws.steer.answers import ENDS, Known, answer_tokens, into
 from ws.steer.weights import untouched, weight_steer
 from ws.subspaces.algebra import Basis, empty, left_svd
 from ws.subspaces.candidate import Candidate
@@ -30,14 +30,13 @@ from ws.subspaces.materials import check_widths
 from ws.subspaces.protocol import Protocol
 from ws.subspaces.reading import TextActs, read_texts
 
-ENDS = 1.0, -1.0
-
 
 @dataclass(frozen=True)
 class SteeredDiffs:
     """B-side differences `H(w, +1) - H(w, -1)`: on EVAL at the last token (`eval`, `n` = wordings x topics, wording after
     wording) and in the mean over the claim's tokens (`claim`, where the protocol reads them), on FIT (`fit`, None where it
-    was not asked for), and what each block adds at the last token."""
+    was not asked for), and what each block adds at the last token. answers: log-ratio and pmass of
+    each EVAL probe at both ENDS, None where the probes are not asked as questions are."""
 
     eval: Float[Tensor, "L n d"]
     fit: Float[Tensor, "L m d"] | None
